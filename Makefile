@@ -1,0 +1,73 @@
+# The commands of vae_dist. Each one sets up what it needs first. `make help` lists them.
+#
+#   CONFIG   settings of the training            make train CONFIG=configs/tutorial_2d.yaml
+#   LAUNCH   where it runs                       make train LAUNCH=launch/cpu.yaml
+#   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine
+#   ARGS     key=value settings                  make train ARGS="model.latent_dim=20 name=mine"
+#   PYTHON   an environment of your own, with its own build of torch, in place of .venv
+
+CONFIG ?=
+LAUNCH ?= launch/one_process.yaml
+RUN ?=
+ARGS ?=
+
+# The environment is ready when this file is newer than the lock file.
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help train eval sample runs test test-all bench check format lock clean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
+
+train: $(READY) ## train a VAE (the tutorial's, unless CONFIG or ARGS say otherwise)
+	$(PYTHON) -m accelerate.commands.accelerate_cli launch --quiet --config_file $(LAUNCH) vae_dist/train.py $(CONFIG) $(ARGS)
+
+eval: $(READY) ## evaluate the newest run, or RUN, on the test images
+	$(PYTHON) vae_dist/evaluate.py $(RUN) $(ARGS)
+
+sample: $(READY) ## decode samples from the newest run, or from RUN
+	$(PYTHON) vae_dist/sample.py $(RUN) $(ARGS)
+
+runs: $(READY) ## browse the runs' W&B records in the terminal, without an account
+	$(PYTHON) -m vae_dist.browse $(ARGS)
+
+test: $(READY) ## run the tests
+	$(PYTHON) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(READY) ## run the tests, and the proofs that take long
+	$(PYTHON) -m pytest -q $(ARGS)
+
+bench: $(READY) ## measure the first command against a plain PyTorch loop (needs MNIST in data/)
+	$(PYTHON) tests/benchmarks/tutorial_loop.py $(ARGS)
+
+check: $(READY) ## lint, formatting and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(READY) ## format the code
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+lock: ## write requirements.lock anew, within pyproject.toml's ranges and keeping what still fits
+	python3 -m venv .venv-lock && .venv-lock/bin/pip install -q uv
+	.venv-lock/bin/uv pip compile -q pyproject.toml --extra dev --universal --generate-hashes --no-annotate --no-header -o requirements.lock
+	sed -i.bak '1i # Exact versions of all that .venv holds, with hashes. `make lock` writes this file from pyproject.toml.' requirements.lock
+	rm -rf .venv-lock requirements.lock.bak
+
+clean: ## remove the environment and the caches; runs and data stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+
+.venv/.ready: requirements.lock
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@

@@ -1,0 +1,129 @@
+"""What one sees: messages and a progress bar on stderr, results on stdout, all of it from the main process alone."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from vae_dist.errors import UserError
+
+logger = logging.getLogger("vae_dist")
+progress_logger = logging.getLogger("vae_dist.progress")
+
+_messages = Console(stderr=True, soft_wrap=True, highlight=False)
+_results = Console(soft_wrap=True, highlight=False)
+
+LINE_SECONDS = 10  # between two progress lines where there is no terminal
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "bold yellow" if record.levelno >= logging.WARNING else ""
+        _messages.print(Text(self.format(record), style=style))
+
+
+def start(is_main: bool) -> None:
+    """Send messages to the terminal on the main process, and nowhere on the others."""
+    logger.handlers.clear()
+    logger.propagate = False
+    if is_main:
+        handler = _ConsoleHandler()
+        if _messages.is_terminal:  # the bar shows what these lines say
+            handler.addFilter(lambda record: record.name != progress_logger.name)
+        logger.addHandler(handler)
+    else:
+        logger.addHandler(logging.NullHandler())
+    logger.setLevel(logging.INFO)
+
+
+def also_log_to(path: Path) -> None:
+    """Append all messages to a file too."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+
+
+def table(title: str, rows: Mapping[str, object]) -> None:
+    """Print results, one a row."""
+    result = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        result.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    _results.print(result)
+
+
+class TrainingProgress:
+    """One bar on a terminal; plain lines, some seconds apart, anywhere else. Only the main process shows it."""
+
+    def __init__(self, is_main: bool, start: int, last_step: int, steps_per_epoch: int) -> None:
+        self._first = start
+        self._last_step = last_step
+        self._steps_per_epoch = steps_per_epoch
+        self._started = time.monotonic()
+        self._line_due = 0.0
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss {task.fields[loss]:.2f}"),
+            TextColumn("{task.fields[speed]:,.0f} images/s"),
+            TimeRemainingColumn(),
+            console=_messages,
+            disable=not (is_main and _messages.is_terminal),
+        )
+        self._task = self._bar.add_task(
+            "", total=last_step, completed=start, epoch=self._epoch(start), loss=float("nan"), speed=0.0
+        )
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, loss: float, images_per_second: float) -> None:
+        epoch = self._epoch(step)
+        self._bar.update(self._task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
+        now = time.monotonic()
+        if now >= self._line_due or step == self._last_step:
+            self._line_due = now + LINE_SECONDS
+            seconds = (now - self._started) / max(step - self._first, 1) * (self._last_step - step)
+            left = f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+            progress_logger.info(
+                "epoch %s, step %d/%d, loss %.2f, %s images/s, %s",
+                epoch, step, self._last_step, loss, f"{images_per_second:,.0f}", left,
+            )  # fmt: skip
+
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """A line about a validation."""
+        if figures:
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+
+    def _epoch(self, step: int) -> str:
+        epochs = -(-self._last_step // self._steps_per_epoch)
+        return f"{min(step // self._steps_per_epoch + 1, epochs)}/{epochs}"
+
+
+def run(door: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: 0 when it is done, 2 with one message and no traceback when the user's input is wrong."""
+    try:
+        door()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            _messages.print(Text.assemble(("error: ", "bold red"), str(error)))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,89 @@
+"""The distributions of a VAE in closed form: log-densities in nats, one value per image.
+
+Shapes: B batch, L latents, C, H, W image. Everything is computed in float32 at least, whatever precision the network
+ran in: a sum over 784 pixels in bfloat16 is off by half a nat, and autocast on a CPU keeps exp, log and sum in it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in every precision, float16 too
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class DiagonalGaussian(NamedTuple):
+    """The posterior q(z|x): independent normal latents."""
+
+    mean: Tensor  # (B, L)
+    log_variance: Tensor  # (B, L)
+
+    @classmethod
+    def from_network(cls, parameters: Tensor) -> "DiagonalGaussian":
+        """From a network's output `(B, 2 L)`: the means, then the log-variances, softly bounded.
+
+        The bound is a tanh, which is the identity near 0 and, unlike a clamp, has a gradient everywhere.
+        """
+        mean, raw = at_least_float32(parameters).chunk(2, dim=1)
+        return cls(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents `(B, L)` from standard normal noise `(B, L)`: the reparameterisation of Kingma and Welling (2013)."""
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    def kl(self) -> Tensor:
+        """KL(q(z|x) || N(0, I)) of each latent `(B, L)`, nats, at least 0 (Kingma and Welling 2013, appendix B)."""
+        mean, log_variance = at_least_float32(self.mean), at_least_float32(self.log_variance)
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+class Bernoulli(NamedTuple):
+    """The likelihood p(x|z) of binary pixels. Grey pixels in [0, 1] are accepted, but then it is not a density."""
+
+    logits: Tensor  # (B, C, H, W)
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """log p(x|z) of images `(B, C, H, W)` in [0, 1]: `(B,)`, nats."""
+        logits = at_least_float32(self.logits)
+        # From the logits, which is finite for any of them; a sigmoid followed by a logarithm is not.
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, images.to(logits.dtype), reduction="none")
+        return -cross_entropy.flatten(1).sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Pixels `(B, C, H, W)` in [0, 1], for pictures."""
+        return torch.sigmoid(at_least_float32(self.logits))
+
+
+class Gaussian(NamedTuple):
+    """The likelihood p(x|z) of grey pixels with one fixed standard deviation: squared error, normalised."""
+
+    location: Tensor  # (B, C, H, W)
+    sigma: float
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """log p(x|z) of images `(B, C, H, W)`: `(B,)`, nats. The normaliser counts, so it can be positive."""
+        location = at_least_float32(self.location)
+        squared = ((images.to(location.dtype) - location) / self.sigma).square().flatten(1)
+        return -0.5 * squared.sum(1) - squared.shape[1] * (math.log(self.sigma) + 0.5 * math.log(2 * math.pi))
+
+    @property
+    def mean(self) -> Tensor:
+        """Pixels `(B, C, H, W)` in [0, 1], for pictures."""
+        return at_least_float32(self.location).clamp(0, 1)
+
+
+Likelihood = Bernoulli | Gaussian
+
+# Name in a config -> p(x|z) of sigma and the decoder's output (B, C, H, W).
+LIKELIHOODS: dict[str, Callable[[float, Tensor], Likelihood]] = {
+    "bernoulli": lambda sigma, output: Bernoulli(output),
+    "gaussian": lambda sigma, output: Gaussian(output, sigma),
+}

@@ -1,0 +1,114 @@
+"""What happens at step k: which images it sees and which random numbers it draws.
+
+Everything here is computed from `(seed, stream, step, row)` and nothing is remembered, so a resumed run needs only its
+step, and any number of processes that each ask for their own rows see the same global batch.
+
+The random numbers come from Philox 4x64-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3"). Its key is (seed, stream) and its counter is (position, step), so that a process jumps to its rows
+without drawing those before them. Each row starts at a counter of its own.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Splits, the binarisation of held-out images, the noise of evaluation and the latents of pictures do not depend on a
+# run's seed: figures of runs with different seeds could not be compared otherwise.
+FIXED_SEED = 0
+
+_WORDS_PER_BLOCK = 4  # one Philox counter value yields four 64-bit words
+
+
+class Stream(IntEnum):
+    """Independent sequences under one seed. The values are part of what a run is: append, never renumber."""
+
+    PERMUTATION = 0
+    POSTERIOR = 1
+    BINARIZATION = 2
+    SPLIT = 3
+    EVALUATION = 4
+    PRIOR = 5
+    DIGITS = 6
+
+
+def share(total: int, part: int, parts: int) -> range:
+    """The rows of `range(total)` that belong to `part` of `parts`: in order, their numbers differing by 1 at most."""
+    return range(part * total // parts, (part + 1) * total // parts)
+
+
+def random_words(seed: int, stream: Stream, step: int, rows: range, words: int) -> npt.NDArray[np.uint64]:
+    """Uniform 64-bit words `(len(rows), words)`; row r is the same whichever other rows are asked for."""
+    blocks = -(-words // _WORDS_PER_BLOCK)
+    generator = np.random.Philox(key=[seed, stream], counter=[rows.start * blocks, step, 0, 0])
+    drawn = generator.random_raw(len(rows) * blocks * _WORDS_PER_BLOCK)
+    return np.asarray(drawn).reshape(len(rows), -1)[:, :words]
+
+
+def uniform_bits(seed: int, stream: Stream, step: int, rows: range, columns: int) -> npt.NDArray[np.uint32]:
+    """Uniform 32-bit integers `(len(rows), columns)`."""
+    words = random_words(seed, stream, step, rows, -(-columns // 2))
+    return np.ascontiguousarray(words, dtype="<u8").view("<u4")[:, :columns]
+
+
+def standard_normal(seed: int, stream: Stream, step: int, rows: range, columns: int) -> Tensor:
+    """Standard normal draws `(len(rows), columns)`, float32, on the CPU.
+
+    Box and Muller (1958): a fixed number of words per draw, which is what lets a process skip the rows of the others.
+    Computed in float64, so that the rounding of one machine's logarithm or cosine hardly ever reaches the result.
+    """
+    pairs = uniform_bits(seed, stream, step, rows, 2 * -(-columns // 2))
+    radius = np.sqrt(-2.0 * np.log((pairs[:, 0::2] + 0.5) * 2.0**-32))
+    angle = pairs[:, 1::2] * (2.0 * np.pi * 2.0**-32)
+    normal = np.empty(pairs.shape, dtype=np.float32)
+    normal[:, 0::2] = radius * np.cos(angle)
+    normal[:, 1::2] = radius * np.sin(angle)
+    return torch.from_numpy(normal[:, :columns])
+
+
+def bernoulli_pixels(pixels: Tensor, seed: int, step: int, rows: range) -> Tensor:
+    """Binary images drawn from grey ones, `(B, C, H, W)` uint8: 255 with probability `pixel / 255`, otherwise 0.
+
+    `rows` are the positions of these images in the global batch (or in the data set, when they are drawn once).
+    """
+    draws = uniform_bits(seed, Stream.BINARIZATION, step, rows, pixels[0].numel())
+    # 24 bits are exact in float32, so every device agrees, black stays black and white stays white.
+    uniform = torch.from_numpy((draws >> 8).astype(np.int32)).to(pixels.device).view(pixels.shape) * 2.0**-24
+    return (uniform * 255 < pixels).to(torch.uint8) * 255
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, stream: Stream, epoch: int, length: int) -> Tensor:
+    """A random order of `range(length)`, int64 `(length,)`. Two are kept: an epoch's batches share one."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, 0, 0]))
+    return torch.from_numpy(generator.permutation(length))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run over a training set of `images` images, in global batches of `batch_size`.
+
+    An epoch has `images // batch_size` steps. The images left over are dropped; which those are changes every epoch.
+    """
+
+    seed: int
+    images: int
+    batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.images // self.batch_size
+
+    def batch(self, step: int) -> Tensor:
+        """The indices of the step's global batch, int64 `(batch_size,)`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        return permutation(self.seed, Stream.PERMUTATION, epoch, self.images)[start : start + self.batch_size]
+
+    def noise(self, step: int, rows: range, latent_dim: int) -> Tensor:
+        """Posterior noise `(len(rows), latent_dim)` for these rows of the step's global batch, standard normal."""
+        return standard_normal(self.seed, Stream.POSTERIOR, step, rows, latent_dim)

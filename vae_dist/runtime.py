@@ -1,0 +1,194 @@
+"""The processes of a run: who they are, where they compute, and how they agree.
+
+One process is the main process; what only one may decide (a name, a download) it decides, and the others are told.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
+
+from vae_dist.config import Config, Precision
+from vae_dist.errors import UserError
+
+T = TypeVar("T")
+
+_LAUNCHER_PRECISIONS: dict[str, Precision] = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+_ACCELERATE_PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "fp16": "fp16", "bf16": "bf16"}
+
+
+class World:
+    """This process among those of its run, as the launcher started them."""
+
+    def __init__(self, state: PartialState) -> None:
+        self.rank: int = state.process_index
+        self.size: int = state.num_processes
+        self.device: torch.device = state.device
+        self.is_main: bool = state.is_main_process
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What `choose` returns on the main process, on every process; its UserError is raised on all of them."""
+        if self.size == 1:
+            return choose()
+        outcome: list[T | UserError | None] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = choose()
+            except UserError as error:
+                outcome[0] = error
+        result = broadcast_object_list(outcome)[0]
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def main_first(self, load: Callable[[], T]) -> T:
+        """What `load` returns, on every process; the main one goes first, and the others find what it downloaded."""
+        loaded: list[T] = []
+        self.decide(lambda: loaded.append(load()))
+        return loaded[0] if loaded else load()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the processes' tensors, on the CPU."""
+        if self.size > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values.cpu()
+
+    def blocks(self, count: int, size: int) -> list[range]:
+        """This process's blocks of `range(count)`: cut the same way for any number of processes, then dealt in turn."""
+        cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return cut[self.rank :: self.size]
+
+    def gather_rows(self, blocks: Sequence[range], values: Sequence[Tensor], count: int) -> Tensor:
+        """All processes' values in row order, `(count, ...)` on the CPU; `values[i]` holds the rows of `blocks[i]`.
+
+        Rows are moved, not added up, so the result is bitwise the same on any number of processes.
+        """
+        mine = [(block, value.cpu()) for block, value in zip(blocks, values, strict=True)]
+        parts = [mine]
+        if self.size > 1:
+            parts = [mine] * self.size
+            torch.distributed.all_gather_object(parts, mine)
+        by_start = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0].start)
+        rows = torch.cat([value for _, value in by_start])
+        assert len(rows) == count, f"{len(rows)} rows were gathered, {count} were dealt"
+        return rows
+
+
+@contextmanager
+def join(config: Config) -> Iterator[World]:
+    """Join the processes of this run for as long as the context lasts.
+
+    Raises UserError where the device can't be had, or where this process is alone although its launcher says otherwise.
+    """
+    # Before the first tensor operation: threads that have started keep their mode. Adam's moments of pixels that are
+    # always black decay into denormal numbers, which a CPU computes with many times slower.
+    torch.set_flush_denormal(True)
+    device = _device(config.device)
+    # A launcher sets one thread per process on a CPU where the user said nothing, so the environment tells nothing.
+    set_threads(config)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.runtime.timeout)).to_kwargs()
+    state = PartialState(cpu=device == "cpu", **timeout)
+    try:
+        expected = int(os.environ.get("WORLD_SIZE", 1))
+        if state.num_processes != expected:
+            raise UserError(
+                f"the launcher started {expected} processes but this one is alone on {state.device}; "
+                "on a machine without GPUs add device=cpu, otherwise check the launch file"
+            )
+        if state.device.type != device:
+            raise UserError(f"device={device} was asked for, but Accelerate chose {state.device.type}")
+        yield World(state)
+    finally:
+        state.destroy_process_group()
+        # Accelerate keeps its state for the life of a process; the next run in this one may want another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def accelerator(precision: Precision) -> Accelerator:
+    """Accelerate's view of the joined processes, computing in a precision that `resolve_precision` returned."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    result = Accelerator(
+        cpu=PartialState().device.type == "cpu",
+        mixed_precision=_ACCELERATE_PRECISIONS[precision],
+    )
+    # The launcher can set this too, and backward() would divide by it; train.accumulate is the one knob.
+    result.gradient_accumulation_steps = 1
+    return result
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """`auto` becomes what the launcher says. Raises UserError where the device has no such precision."""
+    if precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched not in _LAUNCHER_PRECISIONS:
+            raise UserError(f"the launcher's mixed_precision={launched} is not supported; use no, bf16 or fp16")
+        precision = _LAUNCHER_PRECISIONS[launched]
+    if precision in ("fp16", "tf32") and device.type != "cuda":
+        raise UserError(
+            f"{precision} needs a CUDA GPU and this run is on {device.type}; use train.precision=bf16 or fp32"
+        )
+    if precision == "fp64" and device.type == "mps":
+        raise UserError("mps has no fp64; use device=cpu")
+    return precision
+
+
+def dtype(precision: Precision) -> torch.dtype:
+    """What weights, images and noise are kept in; the lower precisions are autocast's."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def place(pixels: Tensor, device: torch.device) -> Tensor:
+    """Images on the device when they take less than half of its free memory, otherwise on the host."""
+    if device.type == "cuda" and pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return pixels
+    return pixels.to(device)
+
+
+def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
+    """Replace each process's gradients by their mean over the processes.
+
+    One all-reduce of all gradients in a fixed layout. DistributedDataParallel lays its buckets out anew after its first
+    backward, so that on three processes and more a restarted run would add in another order than one never stopped.
+    """
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world.size
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def set_threads(config: Config) -> None:
+    """Compute with the config's number of CPU threads, or with this process's even share of the machine's cores."""
+    torch.set_num_threads(config.train.threads or _fair_threads())
+
+
+def _fair_threads() -> int:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+
+
+def _device(device: str) -> str:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, is_there in available.items() if is_there)
+    if device not in available:
+        raise UserError(f"unknown device {device!r}; choose from auto, {', '.join(sorted(available))}")
+    if not available[device]:
+        raise UserError(f"device={device} can't be used on this machine; use device=cpu or leave it out")
+    return device

@@ -1,0 +1,100 @@
+"""What a run decides before it starts: its name, where it goes on from, and all that its config left open."""
+
+import hashlib
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vae_dist import checkpoint, data, runtime, tracking
+from vae_dist import config as configs
+from vae_dist.config import Config
+from vae_dist.errors import UserError
+from vae_dist.model import check_names
+from vae_dist.runtime import World
+
+
+class Start(NamedTuple):
+    """How a run begins, the same on every process."""
+
+    config: Config  # nothing is left to be decided
+    run_dir: Path
+    resumed_from: Path | None
+
+
+def settle(config: Config, world: World) -> Start:
+    """Decide all that the config leaves open. The main process does this, and the others are told.
+
+    Raises UserError for whatever can't be had. Nothing of the run is written before that.
+    """
+    data.check_name(config.data.name)
+    check_names(config)
+    tracking.check_wandb(config.tracking)
+    parts = world.size * config.train.accumulate
+    if config.train.batch_size < parts:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is too small for {world.size} processes "
+            f"with {config.train.accumulate} parts each; it must be at least {parts}"
+        )
+    config = replace(config, name=_name(config))
+    run_dir = Path(config.runs_dir) / str(config.name)
+    resumed_from = _resumed_from(config, run_dir)
+    threads = config.train.threads
+    if resumed_from is not None:
+        stored = configs.read(resumed_from / "config.yaml")
+        config = configs.resume(config, stored)
+        # The thread count is a part of what makes a restart bitwise exact; on other processes it can't be anyway.
+        if checkpoint.read_state(resumed_from).world_size == world.size:
+            threads = threads or stored.train.threads
+    precision = runtime.resolve_precision(config.train.precision, world.device)
+    name, image_count, image_shape = data.prepare(config.data)
+    _check_sizes(config, image_count)
+    return Start(
+        replace(
+            config,
+            data=replace(config.data, name=name, image_shape=image_shape),
+            train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
+            tracking=replace(config.tracking, id=config.tracking.id or tracking.new_id()),
+        ),
+        run_dir,
+        resumed_from,
+    )
+
+
+def _check_sizes(config: Config, image_count: int) -> None:
+    left = image_count - config.data.validation_images
+    if config.train.batch_size > left:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is more than the {max(left, 0)} training images that "
+            f"data.validation_images={config.data.validation_images} leaves of {image_count}"
+        )
+
+
+def _name(config: Config) -> str:
+    """The run's name with its `{time}` filled in: a new one, unless a launcher has restarted this very run."""
+    name = config.name or "run-{time}"
+    if "{time}" not in name:
+        return name
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
+    runs = Path(config.runs_dir)
+    if mark and (started := sorted(runs.glob(name.replace("{time}", "*") + mark))):
+        return started[-1].name
+    stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
+    return next(candidate for candidate in names if not (runs / candidate).exists())
+
+
+def _resumed_from(config: Config, run_dir: Path) -> Path | None:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "must", "never"):
+        return checkpoint.find(Path(resume), Path(config.runs_dir))
+    newest = checkpoint.newest(run_dir)
+    if resume == "never" and newest is not None:
+        raise UserError(f"{run_dir} has checkpoints and checkpoint.resume=never; choose another name")
+    if resume == "must" and newest is None:
+        raise UserError(f"{run_dir} has no checkpoint to go on from; check name and runs_dir, or use resume=auto")
+    return newest
