@@ -37,7 +37,9 @@ sample: $(READY) ## decode samples from the newest run, or from RUN
 	$(PYTHON) vae_dist/sample.py $(RUN) $(ARGS)
 
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account
-	$(PYTHON) -m vae_dist.browse $(ARGS)
+	@mkdir -p runs/.wandb && rm -f runs/.wandb/*run-*
+	@for record in runs/*/wandb/*run-*; do [ -d "$$record" ] && ln -s "../$${record#runs/}" runs/.wandb/; done || true
+	$(PYTHON) -m wandb leet runs/.wandb
 
 test: $(READY) ## run the tests
 	$(PYTHON) -m pytest -q -m "not slow" $(ARGS)
@@ -45,7 +47,7 @@ test: $(READY) ## run the tests
 test-all: $(READY) ## run the tests, and the proofs that take long
 	$(PYTHON) -m pytest -q $(ARGS)
 
-bench: $(READY) ## measure the first command against a plain PyTorch loop (needs MNIST in data/)
+bench: $(READY) ## measure the first command against a plain PyTorch loop (ARGS=folder of MNIST, unless data)
 	$(PYTHON) tests/benchmarks/tutorial_loop.py $(ARGS)
 
 check: $(READY) ## lint, formatting and types

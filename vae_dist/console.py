@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -45,11 +46,17 @@ def start(is_main: bool) -> None:
     logger.setLevel(logging.INFO)
 
 
-def also_log_to(path: Path) -> None:
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
     """Append all messages to a file too."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:

@@ -45,6 +45,8 @@ def score(vae: VAE, pixels: Tensor, world: World, config: Config) -> Scores:
 
     The noise belongs to the image's index, not to the run: the same images meet the same noise whatever is scored.
     """
+    if len(pixels) == 0:
+        return Scores(torch.empty(0), torch.empty(0))
     parameter = next(vae.parameters())
     blocks = world.blocks(len(pixels), config.evaluate.batch_size)
     values = []
@@ -54,8 +56,8 @@ def score(vae: VAE, pixels: Tensor, world: World, config: Config) -> Scores:
             noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, block, vae.latent_dim)
             terms = objective.elbo_terms(vae(batch, noise.to(parameter.device, parameter.dtype)), batch)
             values.append(torch.stack(terms, dim=1).cpu())
-    gathered = world.gather_rows(blocks, values, len(pixels)).double()
-    return Scores(*gathered.unbind(1)) if len(gathered) else Scores(torch.empty(0), torch.empty(0))
+    reconstruction, kl = world.gather_rows(blocks, values, len(pixels)).double().unbind(1)
+    return Scores(reconstruction, kl)
 
 
 def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:

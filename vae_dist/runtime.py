@@ -96,22 +96,33 @@ def join(config: Config) -> Iterator[World]:
     # A launcher sets one thread per process on a CPU where the user said nothing, so the environment tells nothing.
     set_threads(config)
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.runtime.timeout)).to_kwargs()
-    state = PartialState(cpu=device == "cpu", **timeout)
     try:
+        _require_launcher()
+        state = PartialState(cpu=device == "cpu", **timeout)
         expected = int(os.environ.get("WORLD_SIZE", 1))
-        if state.num_processes != expected:
+        if state.num_processes != expected or state.device.type != device:
             raise UserError(
-                f"the launcher started {expected} processes but this one is alone on {state.device}; "
-                "on a machine without GPUs add device=cpu, otherwise check the launch file"
+                f"{expected} processes on {device} were asked for, but Accelerate made {state.num_processes} on "
+                f"{state.device.type}; check the launch file, or give device= yourself"
             )
-        if state.device.type != device:
-            raise UserError(f"device={device} was asked for, but Accelerate chose {state.device.type}")
         yield World(state)
     finally:
-        state.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         # Accelerate keeps its state for the life of a process; the next run in this one may want another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+def _require_launcher() -> None:
+    """Raise UserError where a process is one of several by its environment and can't find the others."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if world_size > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={world_size} says that this is one of {world_size} processes, but {', '.join(missing)} "
+            "is not set, so it would train alone; start it with accelerate launch or torchrun"
+        )
 
 
 def accelerator(precision: Precision) -> Accelerator:

@@ -124,6 +124,7 @@ class WandbRun:
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        run.define_metric("step", hidden=True)
         for group in _GROUPS:
             run.define_metric(f"{group}/*", step_metric="step")
         if run.offline:
@@ -143,7 +144,10 @@ class WandbRun:
         self._run.log({"step": step, **images})
 
     def close(self, failed: bool) -> None:
+        logs = Path(self._run.dir).parent / "logs"
         self._run.finish(exit_code=int(failed))
+        for link in (path for path in logs.glob("*") if path.is_symlink()):
+            link.unlink()  # it points out of the run's directory, which can then not be moved whole
 
 
 def _wandb(config: Config, run_dir: Path) -> WandbRun | None:

@@ -5,7 +5,7 @@ B is the global batch, b a process's share of it, L latents, C, H, W image.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -171,21 +171,20 @@ def _recording(
     config: Config, run_dir: Path, world: World, start: int, last_step: int, plan: Plan
 ) -> Iterator[tuple[Tracker, TrainingProgress]]:
     """The run's directory, its tracker and its progress, for as long as it trains."""
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        configs.save(config, run_dir / "config.yaml")
-        console.also_log_to(run_dir / "log.txt")
-    _announce(config, run_dir, world, start, last_step, plan)
-    with (
-        tracking.track(config, run_dir, is_main=world.is_main, start=start) as tracker,
-        TrainingProgress(world.is_main, start, last_step, plan.steps_per_epoch) as progress,
-    ):
-        yield tracker, progress
+    with ExitStack() as recording:
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            configs.save(config, run_dir / "config.yaml")
+            recording.enter_context(console.logged_to(run_dir / "log.txt"))
+        _announce(config, run_dir, world, start, last_step, plan)
+        tracker = recording.enter_context(tracking.track(config, run_dir, is_main=world.is_main, start=start))
+        progress = TrainingProgress(world.is_main, start, last_step, plan.steps_per_epoch)
+        yield tracker, recording.enter_context(progress)
 
 
 def _announce(config: Config, run_dir: Path, world: World, start: int, last_step: int, plan: Plan) -> None:
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
-    threads = f", {config.train.threads} threads each" if world.device.type == "cpu" else ""
+    threads = f" ({config.train.threads} threads each)" if world.device.type == "cpu" else ""
     logger.info("%s: %s on %s%s, %s", run_dir, processes, world.device, threads, config.train.precision)
     logger.info(
         "%s: %d training images, binarize=%s, %d steps an epoch", config.data.name, plan.images, config.data.binarize,

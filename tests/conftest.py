@@ -1,0 +1,58 @@
+"""What the tests share: a small config over embedded digits that are drawn once, and a clean environment."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before wandb is imported anywhere: no account, no server, nothing reported.
+os.environ.update(
+    WANDB_ERROR_REPORTING="false", WANDB_SILENT="true", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_DATA_DIR="/tmp"
+)
+for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
+    os.environ.pop(name, None)
+
+from vae_dist import config
+from vae_dist.config import Config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def smoke_arguments(data_root: Path) -> list[str]:
+    """A small training on the embedded digits: 20 steps an epoch."""
+    return [
+        str(REPOSITORY / "configs/smoke.yaml"),
+        f"data.root={data_root}",
+        "tracking.wandb=disabled",
+        "device=cpu",
+        "train.threads=1",
+    ]
+
+
+@pytest.fixture
+def make_config(smoke_arguments: list[str], tmp_path: Path) -> MakeConfig:
+    """The small training's config with `key=value` arguments, its runs below the test's own folder."""
+
+    def make(*arguments: str) -> Config:
+        return config.load([*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", *arguments])
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds or leaves anything in the folder that the tests are run from, or in the user's home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))

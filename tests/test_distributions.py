@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Independent, Normal, kl_divergence
+
+from vae_dist.model.distributions import LOG_VARIANCE_BOUND, Bernoulli, DiagonalGaussian, Gaussian
+
+
+def test_kl_matches_torch_distributions() -> None:
+    mean, log_variance = torch.randn(2, 64, 7, dtype=torch.float64)
+    expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(DiagonalGaussian(mean, log_variance).kl(), expected)
+
+
+def test_kl_is_zero_for_the_prior_and_positive_elsewhere() -> None:
+    assert DiagonalGaussian(torch.zeros(1, 3), torch.zeros(1, 3)).kl().eq(0).all()
+    assert (DiagonalGaussian(torch.randn(100, 3), torch.randn(100, 3)).kl() >= 0).all()
+
+
+def test_bernoulli_matches_torch_distributions() -> None:
+    logits = 4 * torch.randn(16, 1, 5, 6, dtype=torch.float64)
+    images = torch.randint(0, 2, logits.shape).double()
+    expected = Independent(TorchBernoulli(logits=logits), 3).log_prob(images)
+    torch.testing.assert_close(Bernoulli(logits).log_prob(images), expected)
+    torch.testing.assert_close(Bernoulli(logits).mean, TorchBernoulli(logits=logits).mean)
+
+
+def test_bernoulli_accepts_grey_pixels_and_is_linear_in_them() -> None:
+    likelihood = Bernoulli(torch.randn(4, 1, 3, 3))
+    black, white = torch.zeros(4, 1, 3, 3), torch.ones(4, 1, 3, 3)
+    grey = likelihood.log_prob(0.25 * white)
+    torch.testing.assert_close(grey, 0.75 * likelihood.log_prob(black) + 0.25 * likelihood.log_prob(white))
+
+
+def test_bernoulli_is_finite_at_extreme_logits() -> None:
+    logits = torch.tensor([-1e4, 1e4]).view(1, 1, 1, 2).requires_grad_()
+    value = Bernoulli(logits).log_prob(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2))
+    assert value.item() == pytest.approx(-2e4)
+    value.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 2.5])
+def test_gaussian_counts_its_normaliser(sigma: float) -> None:
+    location, images = torch.rand(2, 8, 3, 4, 4, dtype=torch.float64)
+    expected = Independent(Normal(location, sigma), 3).log_prob(images)
+    torch.testing.assert_close(Gaussian(location, sigma).log_prob(images), expected)
+
+
+def test_samples_have_the_posteriors_moments() -> None:
+    mean, log_variance = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, math.log(4.0)]])
+    latents = DiagonalGaussian(mean, log_variance).sample(torch.randn(200_000, 2))
+    torch.testing.assert_close(latents.mean(0), mean[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.tensor([1.0, 2.0]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_network_output_makes_the_posterior_overflow(dtype: torch.dtype) -> None:
+    output = torch.tensor([[0.0, 1e4], [0.0, -1e4]], dtype=dtype).requires_grad_()
+    posterior = DiagonalGaussian.from_network(output)
+    assert posterior.log_variance.abs().max() <= LOG_VARIANCE_BOUND
+    assert posterior.log_variance.exp().to(dtype).isfinite().all()
+    (posterior.kl().sum() + posterior.sample(torch.ones(2, 1)).sum()).backward()
+    assert output.grad is not None and output.grad.isfinite().all()
+
+
+def test_small_log_variances_are_left_as_they_are() -> None:
+    raw = torch.tensor([[0.0, 0.5], [0.0, -0.5]])
+    torch.testing.assert_close(DiagonalGaussian.from_network(raw).log_variance, raw[:, 1:], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nothing_is_summed_in_low_precision(dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 1, 28, 28).to(dtype)
+    images = torch.rand(4, 1, 28, 28)
+    mean, log_variance = torch.randn(2, 4, 40).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = {
+            "bernoulli": Bernoulli(logits).log_prob(images),
+            "gaussian": Gaussian(logits, 1.0).log_prob(images),
+            "kl": DiagonalGaussian(mean, log_variance).kl(),
+        }
+    expected = {
+        "bernoulli": Bernoulli(logits.float()).log_prob(images),
+        "gaussian": Gaussian(logits.float(), 1.0).log_prob(images),
+        "kl": DiagonalGaussian(mean.float(), log_variance.float()).kl(),
+    }
+    for name, value in values.items():
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-5)

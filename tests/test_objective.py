@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+from vae_dist import config
+from vae_dist.model import build_vae
+from vae_dist.objective import ElboTerms, elbo_terms, schedule, training_loss
+from vae_dist.plan import share
+
+
+def test_terms_match_torch_distributions_image_by_image() -> None:
+    vae = build_vae(config.load(["model.latent_dim=5", "model.hidden_dims=[16]"]), (1, 6, 6)).double()
+    images, noise = torch.randint(0, 2, (9, 1, 6, 6)).double(), torch.randn(9, 5).double()
+    terms = elbo_terms(vae(images, noise), images)
+
+    posterior = vae.encode(images)
+    scale = (0.5 * posterior.log_variance).exp()
+    pixels = Bernoulli(probs=vae.decode(posterior.mean + scale * noise).mean)
+    torch.testing.assert_close(terms.reconstruction, -Independent(pixels, 3).log_prob(images))
+    torch.testing.assert_close(terms.kl, kl_divergence(Normal(posterior.mean, scale), Normal(0.0, 1.0)).sum(1))
+    torch.testing.assert_close(terms.negative_elbo, terms.reconstruction + terms.kl)
+
+
+def test_beta_weighs_the_loss_and_never_the_reported_bound() -> None:
+    terms = ElboTerms(reconstruction=torch.tensor([80.0, 90.0]), kl=torch.tensor([20.0, 30.0]))
+    assert training_loss(terms, beta=0.5, batch_size=2).item() == pytest.approx(97.5)
+    assert terms.negative_elbo.tolist() == [100.0, 120.0]
+
+
+def test_losses_of_uneven_shares_average_to_the_batchs_mean() -> None:
+    terms = ElboTerms(torch.rand(100).double(), torch.rand(100).double())
+    whole = training_loss(terms, beta=1.0, batch_size=100)
+    for world_size in (2, 3, 8):
+        rows = [share(100, rank, world_size) for rank in range(world_size)]
+        shares = [ElboTerms(*(term[list(part)] for term in terms)) for part in rows]
+        losses = [training_loss(part, 1.0, 100 / world_size) for part in shares]
+        torch.testing.assert_close(torch.stack(losses).mean(), whole)
+
+
+def test_nothing_of_the_objective_runs_in_low_precision_under_autocast() -> None:
+    vae = build_vae(config.load([]), (1, 28, 28))
+    images, noise = torch.rand(8, 1, 28, 28), torch.randn(8, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = vae(images, noise)
+        inside = elbo_terms(output, images)
+    outside = elbo_terms(output, images)
+    for value, expected in zip(inside, outside, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_learning_rate_warms_up_linearly_and_stays() -> None:
+    asked = config.load(["optim.learning_rate=0.1", "optim.warmup_steps=4"])
+    rates = [schedule(asked, step, 10).learning_rate for step in range(6)]
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_cosine_falls_to_zero_at_the_last_step_or_at_decay_steps() -> None:
+    asked = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.warmup_steps=2"])
+    assert schedule(asked, 2, 12).learning_rate == pytest.approx(1.0)
+    assert schedule(asked, 7, 12).learning_rate == pytest.approx(0.5)
+    assert schedule(asked, 11, 12).learning_rate == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
+    assert schedule(asked, 12, 12).learning_rate == pytest.approx(0.0)
+    sooner = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.decay_steps=5"])
+    assert schedule(sooner, 5, 12).learning_rate == schedule(sooner, 11, 12).learning_rate == pytest.approx(0.0)
+
+
+def test_beta_rises_linearly_from_zero() -> None:
+    asked = config.load(["objective.beta=4", "objective.beta_warmup_steps=4"])
+    assert [schedule(asked, step, 10).beta for step in range(6)] == pytest.approx([0, 1, 2, 3, 4, 4])

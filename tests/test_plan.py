@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from vae_dist.plan import Plan, Stream, bernoulli_pixels, permutation, random_words, share, standard_normal
+
+
+@pytest.mark.parametrize("total", [1, 7, 100, 8192])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_shares_are_a_partition_in_order_and_differ_by_one_at_most(total: int, parts: int) -> None:
+    shares = [share(total, part, parts) for part in range(parts)]
+    assert [row for rows in shares for row in rows] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("latent_dim", [1, 2, 13, 40])
+def test_noise_of_a_slice_is_the_slice_of_the_noise(world_size: int, latent_dim: int) -> None:
+    plan = Plan(seed=3, images=1000, batch_size=100)
+    whole = plan.noise(17, range(100), latent_dim)
+    slices = [plan.noise(17, share(100, rank, world_size), latent_dim) for rank in range(world_size)]
+    assert torch.equal(torch.cat(slices), whole)
+
+
+def test_noise_is_standard_normal() -> None:
+    draws = standard_normal(0, Stream.POSTERIOR, 0, range(50_000), 40).double().flatten()
+    grid = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    empirical = torch.searchsorted(draws.sort().values, grid).double() / len(draws)
+    # The Kolmogorov-Smirnov distance of 2 million true draws exceeds this once in 10^7.
+    assert (empirical - torch.special.ndtr(grid)).abs().max() < 3.0 / len(draws) ** 0.5
+    assert abs((draws[0::2] * draws[1::2]).mean()) < 5 / (len(draws) / 2) ** 0.5  # the two draws of a pair
+
+
+def test_noise_differs_by_seed_stream_step_and_row() -> None:
+    def first(seed: int, stream: Stream, step: int, row: int) -> float:
+        return standard_normal(seed, stream, step, range(row, row + 1), 1).item()
+
+    draws = [
+        first(0, Stream.POSTERIOR, 0, 0),
+        first(1, Stream.POSTERIOR, 0, 0),
+        first(0, Stream.EVALUATION, 0, 0),
+        first(0, Stream.POSTERIOR, 1, 0),
+        first(0, Stream.POSTERIOR, 0, 1),
+    ]
+    assert len(set(draws)) == len(draws)
+
+
+def test_words_are_numpys_philox_at_that_counter() -> None:
+    generator = np.random.Philox(key=[5, Stream.PRIOR], counter=[0, 9, 0, 0])
+    generator.advance(6 * 3)  # six rows of three blocks
+    expected = generator.random_raw(12)
+    assert np.array_equal(random_words(5, Stream.PRIOR, 9, range(6, 7), 12)[0], expected)
+
+
+def test_an_epoch_sees_each_image_once_and_drops_the_tail() -> None:
+    plan = Plan(seed=0, images=1003, batch_size=100)
+    assert plan.steps_per_epoch == 10
+    for epoch in (0, 1):
+        seen = torch.cat([plan.batch(epoch * 10 + step) for step in range(10)])
+        assert len(seen.unique()) == 1000
+        assert seen.max() < 1003
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    batches = [Plan(seed, images=1000, batch_size=100).batch(step) for seed in (0, 1) for step in (0, 10)]
+    assert len({tuple(batch.tolist()) for batch in batches}) == 4
+
+
+def test_the_plan_neither_reads_nor_moves_the_global_generators() -> None:
+    plan = Plan(seed=0, images=1000, batch_size=100)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = plan.noise(4, range(100), 8), plan.batch(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    permutation.cache_clear()
+    assert torch.equal(plan.noise(4, range(100), 8), first[0])
+    assert torch.equal(plan.batch(4), first[1])
+
+
+def test_pixels_are_drawn_with_their_own_probability() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    drawn = bernoulli_pixels(levels.expand(4000, 1, 16, 16), 0, 0, range(4000))
+    assert set(drawn.unique().tolist()) == {0, 255}
+    frequency = (drawn == 255).double().mean(0).flatten()
+    expected = torch.arange(256).double() / 255
+    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()  # 0 and 255: exactly
+
+
+def test_drawn_pixels_of_a_slice_are_the_slice_of_the_drawn_pixels() -> None:
+    pixels = torch.randint(0, 256, (100, 1, 5, 5), dtype=torch.uint8)
+    whole = bernoulli_pixels(pixels, 1, 2, range(100))
+    slices = [bernoulli_pixels(pixels[list(rows)], 1, 2, rows) for rows in (range(33), range(33, 100))]
+    assert torch.equal(torch.cat(slices), whole)

@@ -1,0 +1,253 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.conftest import MakeConfig
+from vae_dist import checkpoint, data, objective, trainer
+from vae_dist.errors import UserError
+from vae_dist.model import build_vae
+from vae_dist.plan import Plan
+from vae_dist.trainer import train
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics without what the clock says."""
+    return [{key: value for key, value in row.items() if "per_second" not in key} for row in rows(run_dir)]
+
+
+def final(run_dir: Path) -> dict[str, bytes]:
+    """The newest checkpoint's tensors, to be compared bit by bit."""
+    folder = checkpoint.newest(run_dir)
+    assert folder is not None
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+
+
+def test_a_run_leaves_what_the_readme_says(make_config: MakeConfig) -> None:
+    run_dir = train(make_config("name=mine"))
+    assert run_dir.name == "mine"
+    found = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    pictures = {f"images/{kind}_step_{step:08d}.png" for kind in ("reconstructions", "samples") for step in (20, 40)}
+    parts = ("config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+    saved = {f"checkpoints/step_{step:08d}/{part}" for step in (20, 40) for part in parts}
+    assert found == {"config.yaml", "metrics.jsonl", "log.txt", *pictures, *saved}
+    for picture in pictures:
+        Image.open(run_dir / picture).verify()
+    log = (run_dir / "log.txt").read_text()
+    assert "to continue after a stop: name=mine" in log and "step 40/40" in log and "\x1b" not in log
+
+
+def test_rows_hold_the_metrics_by_their_names(make_config: MakeConfig) -> None:
+    table = rows(train(make_config("objective.beta=0.5")))
+    training = [row for row in table if "train/loss" in row]
+    validation = [row for row in table if "validation/kl" in row]
+    assert [row["step"] for row in training] == list(range(5, 45, 5))
+    assert [row["step"] for row in validation] == [20, 40]
+    names = ("loss", "negative_elbo", "reconstruction", "kl", "learning_rate", "beta", "grad_norm", "images_per_second")
+    assert set(training[0]) == {"step", *(f"train/{name}" for name in names)}
+    for row in training:
+        assert row["train/negative_elbo"] == pytest.approx(row["train/reconstruction"] + row["train/kl"])
+        assert row["train/loss"] == pytest.approx(row["train/reconstruction"] + 0.5 * row["train/kl"])
+    for row in validation:
+        elbo = row["validation/reconstruction"] + row["validation/kl"]
+        assert row["validation/negative_elbo"] == pytest.approx(elbo)
+    assert training[-1]["train/loss"] < 0.7 * training[0]["train/loss"]
+
+
+def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None:
+    """The oracle: twelve steps of textbook PyTorch on the plan's batches and noise."""
+    config = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
+    ours = load_file(checkpoint.find(train(config), Path()) / "model.safetensors")
+
+    training, _ = data.load_training(config.data)
+    plan = Plan(config.seed, 1000, 50)
+    vae = build_vae(config, (1, 28, 28)).double()
+    optimizer = torch.optim.Adam(vae.parameters())
+    for step in range(12):
+        images = training.pixels[plan.batch(step)].double() / 255
+        output = vae(images, plan.noise(step, range(50), 8).double())
+        loss = (output.posterior.kl().sum() - output.likelihood.log_prob(images).sum()) / 50
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(objective.schedule(config, step, 12).learning_rate).item()  # kept in float32
+        optimizer.step()
+    for name, parameter in vae.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_same_config_gives_bitwise_the_same_run(make_config: MakeConfig) -> None:
+    first, second = train(make_config("name=a")), train(make_config("name=b"))
+    assert final(first) == final(second)
+    assert timeless(first) == timeless(second)
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(binarize: str, make_config: MakeConfig) -> None:
+    settings = [f"data.binarize={binarize}", "objective.beta_warmup_steps=30", "train.log_every=7"]
+    whole = train(make_config("name=whole", "checkpoint.every=13", *settings))
+    for steps in (13, 26, 40):  # in the middle of an epoch and of a row of metrics
+        parts = train(make_config("name=parts", f"train.steps={steps}", "checkpoint.every=13", *settings))
+    assert final(parts)["model.safetensors"] == final(whole)["model.safetensors"]
+    assert final(parts)["optimizer.safetensors"] == final(whole)["optimizer.safetensors"]
+
+
+def test_a_stopped_run_writes_the_same_rows(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by force between a checkpoint and the end, at a step that no cadence knows."""
+    settings = ["checkpoint.every=9", "train.log_every=7"]
+    whole = train(make_config("name=whole", *settings))
+    plain_due, calls = trainer.due, []
+
+    def stop_in_step_33(done: int, every: int, last_step: int) -> bool:
+        calls.append(done)
+        if done == 33:
+            raise KeyboardInterrupt
+        return plain_due(done, every, last_step)
+
+    monkeypatch.setattr(trainer, "due", stop_in_step_33)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config("name=stopped", *settings))
+    monkeypatch.undo()
+    run_dir = train(make_config("name=stopped", *settings))
+    assert final(run_dir) == final(whole)
+    assert timeless(run_dir) == timeless(whole)
+
+
+def test_accumulation_gives_the_unsplit_batch(make_config: MakeConfig) -> None:
+    unsplit = train(make_config("name=unsplit", "train.precision=fp64", "train.steps=20"))
+    split = train(make_config("name=split", "train.precision=fp64", "train.steps=20", "train.accumulate=3"))
+    ours, theirs = (load_file(checkpoint.find(run, Path()) / "model.safetensors") for run in (split, unsplit))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+
+
+def test_bf16_trains_about_as_well(make_config: MakeConfig) -> None:
+    bf16, fp32 = (rows(train(make_config(f"name={name}", f"train.precision={name}")))[-1] for name in ("bf16", "fp32"))
+    assert bf16["validation/negative_elbo"] == pytest.approx(fp32["validation/negative_elbo"], rel=0.02)
+    assert bf16["validation/negative_elbo"] != fp32["validation/negative_elbo"]
+
+
+def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) -> None:
+    config = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
+    training, _ = data.load_training(config.data)
+    seen = []
+    with trainer.runtime.join(config) as world:
+        batches = trainer.Batches(training, Plan(0, 1000, 1000), config, world)
+        for step in (0, 1):
+            images, _ = batches(step)
+            assert set(images.unique().tolist()) == {0.0, 1.0}
+            order = Plan(0, 1000, 1000).batch(step).argsort()
+            seen.append(images[order])
+    grey = data.to_unit(training.pixels)
+    assert not torch.equal(seen[0], seen[1])
+    assert (seen[0] != seen[1]).float().mean().item() == pytest.approx((2 * grey * (1 - grey)).mean().item(), rel=0.05)
+
+
+def test_without_validation_images_there_are_no_validation_rows_and_pictures_say_so(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = []
+    drawn = trainer.images.reconstructions
+    monkeypatch.setattr(
+        trainer.images, "reconstructions", lambda *arguments: captions.append(arguments[2]) or drawn(*arguments)
+    )
+    run_dir = train(make_config("data.validation_images=0", "train.steps=10"))
+    assert not [row for row in rows(run_dir) if "validation/kl" in row]
+    assert captions == ["synthetic_digits, TRAINING images, step 10"]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = train(make_config("name=a", "train.steps=10"))
+    before = final(run_dir), timeless(run_dir)
+    train(make_config("name=a", "train.steps=10"))
+    assert "this run is finished" in capsys.readouterr().err
+    assert (final(run_dir), timeless(run_dir)) == before
+
+
+def test_an_unnamed_run_gets_a_folder_of_its_own(make_config: MakeConfig) -> None:
+    names = {train(make_config("train.steps=1")).name for _ in range(2)}
+    assert len(names) == 2 and all(name.startswith("smoke-20") for name in names)
+
+
+def test_a_launcher_that_restarts_its_processes_continues_its_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
+    first = train(make_config("train.steps=5"))
+    assert train(make_config("train.steps=7")) == first
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-18")
+    assert train(make_config("train.steps=5")) != first
+
+
+def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        train(make_config("name=a", "checkpoint.resume=must"))
+    first = train(make_config("name=a", "train.steps=5"))
+    with pytest.raises(UserError, match="choose another name"):
+        train(make_config("name=a", "checkpoint.resume=never"))
+    branch = train(make_config("name=b", "train.steps=9", f"checkpoint.resume={first}"))
+    straight = train(make_config("name=c", "train.steps=9"))
+    assert final(branch)["model.safetensors"] == final(straight)["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data.name=mnits"], "unknown dataset 'mnits'"),
+        (["model.architecture=cnn"], "unknown architecture 'cnn'"),
+        (["train.precision=fp16"], "fp16 needs a CUDA GPU"),
+        (["train.precision=tf32"], "tf32 needs a CUDA GPU"),
+        (["device=cuda"], "device=cuda can't be used"),
+        (["device=tpu"], "unknown device 'tpu'"),
+        (["train.batch_size=2000"], "is more than the 1000 training images"),
+        (["train.batch_size=2", "train.accumulate=3"], "it must be at least 3"),
+        (["data.validation_images=1200"], "more than the 0 training images"),
+        (["data.image_shape=[3,32,32]"], "but the images of synthetic_digits are"),
+        (["tracking.wandb=online"], "no account is set up"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    arguments: list[str], expected: str, make_config: MakeConfig
+) -> None:
+    config = make_config(*arguments)
+    with pytest.raises(UserError, match=expected):
+        train(config)
+    assert not Path(config.runs_dir).exists()
+
+
+def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def precision(*arguments: str) -> str:
+        folder = checkpoint.find(train(make_config("train.steps=1", *arguments)), Path())
+        return checkpoint.configs.read(folder / "config.yaml").train.precision
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision() == "bf16"
+    assert precision("train.precision=fp32") == "fp32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="mixed_precision=fp8 is not supported"):
+        precision()
+
+
+def test_a_loss_gone_bad_stops_the_run_and_names_the_steps(make_config: MakeConfig) -> None:
+    config = make_config("name=a", "optim.learning_rate=1e30", "checkpoint.every=1")
+    with pytest.raises(FloatingPointError, match="between steps 0 and 5; try a lower optim.learning_rate"):
+        train(config)
+
+
+def test_a_process_that_cannot_find_the_others_does_not_train_alone(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2 says .* RANK, LOCAL_RANK, MASTER_ADDR is not set"):
+        train(make_config())
