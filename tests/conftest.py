@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from vae_dist import config
+from vae_dist.config import Config
+
 # Before wandb is imported anywhere: no account, no server, nothing reported.
 os.environ.update(
     WANDB_ERROR_REPORTING="false", WANDB_SILENT="true", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_DATA_DIR="/tmp"
 )
 for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
-
-from vae_dist import config
-from vae_dist.config import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -100,9 +100,7 @@ DAMAGES.remove(("manifest.json", "flip"))  # hashed by nobody: a flipped bit in 
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(
-    name: str, damage: str, make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, make_config: MakeConfig, tmp_path: Path) -> None:
     written(make_config(), tmp_path, 1, 2)
     path = tmp_path / "run/checkpoints/step_00000002" / name
     content = bytearray(path.read_bytes())
@@ -117,11 +115,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert newest is not None and newest.name == "step_00000001"
 
 
-def test_only_damaged_checkpoints_are_an_error_and_never_a_fresh_start(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_only_damaged_checkpoints_are_an_error_and_never_a_fresh_start(make_config: MakeConfig, tmp_path: Path) -> None:
     (written(make_config(), tmp_path, 1) / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         checkpoint.newest(tmp_path / "run")
 
 

@@ -124,5 +124,3 @@ def test_codes_of_the_wrong_size_are_refused(run_dir: Path) -> None:
         sample(run_dir, ["sample.codes=[[0,0]]"])
     with pytest.raises(UserError, match="codes of 1 or 8 numbers"):
         sample(run_dir, ["sample.codes=[[0],[0,0,0,0,0,0,0,0]]"])
-
-

@@ -52,7 +52,8 @@ class Server:
                 if outer.behaviour == "hang":
                     time.sleep(3)
                 if content is None:
-                    return self.send_error(404)
+                    self.send_error(404)
+                    return
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -108,7 +109,7 @@ def test_a_set_is_downloaded_once_and_read_as_torchvision_reads_it(server: Serve
 def test_what_torchvision_downloaded_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
     torchvision.datasets.KMNIST(tmp_path / "data", train=True, download=True)
     data.prepare(config(tmp_path, download=False))
-    assert len({request for request in server.requests}) == 4
+    assert len(set(server.requests)) == 4
 
 
 def test_another_mirror_can_be_given(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +127,7 @@ def test_a_second_mirror_serves_what_the_first_does_not(
 
 
 @pytest.mark.parametrize(("behaviour", "expected"), [("truncate", "truncated"), ("corrupt", "corrupt")])
-def test_a_bad_copy_is_named_and_never_kept(
-    behaviour: str, expected: str, server: Server, tmp_path: Path
-) -> None:
+def test_a_bad_copy_is_named_and_never_kept(behaviour: str, expected: str, server: Server, tmp_path: Path) -> None:
     server.behaviour = behaviour
     message = refusal(config(tmp_path))
     assert expected in message and "train-images-idx3-ubyte.gz" in message and "synthetic_digits" in message
@@ -155,9 +154,7 @@ def test_no_server_at_all_is_said_with_the_ways_out(tmp_path: Path) -> None:
 
 def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{unused_port()}"
-    settings = DataConfig(
-        name="auto", root=str(tmp_path), mirror=nowhere, synthetic_images=60, validation_images=5
-    )
+    settings = DataConfig(name="auto", root=str(tmp_path), mirror=nowhere, synthetic_images=60, validation_images=5)
     assert data.prepare(settings).name == "synthetic_digits"
     settings.name = "mnist"
     assert "no mirror gave what is missing" in refusal(settings)

@@ -8,8 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import MakeConfig
-from vae_dist import checkpoint, data, objective, trainer
+from vae_dist import checkpoint, config, data, images, objective, runtime, tracking, trainer
 from vae_dist.errors import UserError
+from vae_dist.images import Picture
 from vae_dist.model import build_vae
 from vae_dist.plan import Plan
 from vae_dist.trainer import train
@@ -64,12 +65,12 @@ def test_rows_hold_the_metrics_by_their_names(make_config: MakeConfig) -> None:
 
 def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None:
     """The oracle: twelve steps of textbook PyTorch on the plan's batches and noise."""
-    config = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
-    ours = load_file(checkpoint.find(train(config), Path()) / "model.safetensors")
+    asked = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
+    ours = load_file(checkpoint.find(train(asked), Path()) / "model.safetensors")
 
-    training, _ = data.load_training(config.data)
-    plan = Plan(config.seed, 1000, 50)
-    vae = build_vae(config, (1, 28, 28)).double()
+    training, _ = data.load_training(asked.data)
+    plan = Plan(asked.seed, 1000, 50)
+    vae = build_vae(asked, (1, 28, 28)).double()
     optimizer = torch.optim.Adam(vae.parameters())
     for step in range(12):
         images = training.pixels[plan.batch(step)].double() / 255
@@ -79,7 +80,7 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
         for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(objective.schedule(config, step, 12).learning_rate).item()  # kept in float32
+            group["lr"] = torch.tensor(objective.schedule(asked, step, 12).learning_rate).item()  # kept in float32
         optimizer.step()
     for name, parameter in vae.named_parameters():
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-10, atol=1e-12)
@@ -137,11 +138,11 @@ def test_bf16_trains_about_as_well(make_config: MakeConfig) -> None:
 
 
 def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) -> None:
-    config = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
-    training, _ = data.load_training(config.data)
+    asked = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
+    training, _ = data.load_training(asked.data)
     seen = []
-    with trainer.runtime.join(config) as world:
-        batches = trainer.Batches(training, Plan(0, 1000, 1000), config, world)
+    with runtime.join(asked) as world:
+        batches = trainer.Batches(training, Plan(0, 1000, 1000), asked, world)
         for step in (0, 1):
             images, _ = batches(step)
             assert set(images.unique().tolist()) == {0.0, 1.0}
@@ -156,16 +157,21 @@ def test_without_validation_images_there_are_no_validation_rows_and_pictures_say
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = []
-    drawn = trainer.images.reconstructions
-    monkeypatch.setattr(
-        trainer.images, "reconstructions", lambda *arguments: captions.append(arguments[2]) or drawn(*arguments)
-    )
+    with_caption = images.with_caption
+
+    def record(picture: Picture) -> Image.Image:
+        captions.append(picture.caption)
+        return with_caption(picture)
+
+    monkeypatch.setattr(tracking, "with_caption", record)
     run_dir = train(make_config("data.validation_images=0", "train.steps=10"))
     assert not [row for row in rows(run_dir) if "validation/kl" in row]
-    assert captions == ["synthetic_digits, TRAINING images, step 10"]
+    assert captions[0].startswith("synthetic_digits, TRAINING images, step 10;")
 
 
-def test_a_finished_run_says_so_and_changes_nothing(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = train(make_config("name=a", "train.steps=10"))
     before = final(run_dir), timeless(run_dir)
     train(make_config("name=a", "train.steps=10"))
@@ -218,10 +224,10 @@ def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
 def test_what_cannot_be_run_is_refused_before_anything_is_written(
     arguments: list[str], expected: str, make_config: MakeConfig
 ) -> None:
-    config = make_config(*arguments)
+    asked = make_config(*arguments)
     with pytest.raises(UserError, match=expected):
-        train(config)
-    assert not Path(config.runs_dir).exists()
+        train(asked)
+    assert not Path(asked.runs_dir).exists()
 
 
 def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
@@ -229,7 +235,7 @@ def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
 ) -> None:
     def precision(*arguments: str) -> str:
         folder = checkpoint.find(train(make_config("train.steps=1", *arguments)), Path())
-        return checkpoint.configs.read(folder / "config.yaml").train.precision
+        return config.read(folder / "config.yaml").train.precision
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert precision() == "bf16"
@@ -240,14 +246,14 @@ def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
 
 
 def test_a_loss_gone_bad_stops_the_run_and_names_the_steps(make_config: MakeConfig) -> None:
-    config = make_config("name=a", "optim.learning_rate=1e30", "checkpoint.every=1")
-    with pytest.raises(FloatingPointError, match="between steps 0 and 5; try a lower optim.learning_rate"):
-        train(config)
+    asked = make_config("name=a", "optim.learning_rate=1e30", "checkpoint.every=1")
+    with pytest.raises(FloatingPointError, match=r"between steps 0 and 5; try a lower optim.learning_rate"):
+        train(asked)
 
 
 def test_a_process_that_cannot_find_the_others_does_not_train_alone(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE=2 says .* RANK, LOCAL_RANK, MASTER_ADDR is not set"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 says .* RANK, LOCAL_RANK, MASTER_ADDR is not set"):
         train(make_config())

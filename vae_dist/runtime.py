@@ -96,6 +96,7 @@ def join(config: Config) -> Iterator[World]:
     # A launcher sets one thread per process on a CPU where the user said nothing, so the environment tells nothing.
     set_threads(config)
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.runtime.timeout)).to_kwargs()
+    joined_before = torch.distributed.is_initialized()  # by a caller, who then goes on using the processes
     try:
         _require_launcher()
         state = PartialState(cpu=device == "cpu", **timeout)
@@ -107,7 +108,7 @@ def join(config: Config) -> Iterator[World]:
             )
         yield World(state)
     finally:
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and not joined_before:
             torch.distributed.destroy_process_group()
         # Accelerate keeps its state for the life of a process; the next run in this one may want another precision.
         AcceleratorState._reset_state(reset_partial_state=True)

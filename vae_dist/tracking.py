@@ -144,9 +144,9 @@ class WandbRun:
         self._run.log({"step": step, **images})
 
     def close(self, failed: bool) -> None:
-        logs = Path(self._run.dir).parent / "logs"
+        records = Path(self._run.dir).parents[1]
         self._run.finish(exit_code=int(failed))
-        for link in (path for path in logs.glob("*") if path.is_symlink()):
+        for link in (path for path in records.glob("*/logs/*") if path.is_symlink()):
             link.unlink()  # it points out of the run's directory, which can then not be moved whole
 
 
@@ -166,14 +166,16 @@ def _wandb(config: Config, run_dir: Path) -> WandbRun | None:
     except wandb.Error as error:
         if mode == "offline":
             raise
-        logger.warning("W&B can't be reached (%s); going on offline", error)
+        logger.warning("W&B can't be reached (%s); going on offline", str(error).partition("\n")[0])
+        wandb.teardown()  # its service holds on to the run's identity
         return WandbRun(_init(config, run_dir, "offline"))
 
 
 def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
-    # Only what the run logs leaves the machine: no code, no diff, no list of packages, no console.
+    # W&B gets figures, pictures, the config, and what it says of the machine and its load: no code, no diff, no list of
+    # packages, no console.
     settings = wandb.Settings(
         init_timeout=REACH_SECONDS, finish_timeout=FINISH_SECONDS, console="off", silent=True,
         disable_code=True, disable_git=True, save_code=False, x_save_requirements=False,
@@ -183,7 +185,7 @@ def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> 
         entity=config.tracking.entity,
         name=config.name,
         id=config.tracking.id,
-        resume="allow" if mode == "online" else None,
+        resume="allow",  # offline too: it is written into the record, and `wandb sync` appends instead of overwriting
         tags=config.tracking.tags,
         config=configs.to_dict(config),
         dir=run_dir,
@@ -198,4 +200,8 @@ def _has_account() -> bool:
         return False
     import wandb
 
-    return bool(wandb.login(prompt=False, verify=False))
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.Error as error:
+        logger.warning("the W&B account can't be used: %s", str(error).partition("\n")[0])
+        return False

@@ -115,7 +115,8 @@ class Update:
         self._accelerator = runtime.accelerator(config.train.precision)
         # The learning rate is a tensor: it moves with the step without the optimizer being another one.
         optimizer = torch.optim.Adam(self._parameters, lr=torch.tensor(config.optim.learning_rate), fused=True)
-        self.optimizer = self._accelerator.prepare(optimizer)
+        # Accelerate's wrapper is there for the loss scale of fp16; elsewhere it would only cost time at every step.
+        self.optimizer = self._accelerator.prepare(optimizer) if self._accelerator.scaler is not None else optimizer
 
     def __call__(self, images: Tensor, noise: Tensor, learning_rate: float, beta: float) -> Tensor:
         """Update the weights from images `(b, C, H, W)` and noise `(b, L)`.
@@ -184,8 +185,8 @@ def _recording(
 
 def _announce(config: Config, run_dir: Path, world: World, start: int, last_step: int, plan: Plan) -> None:
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
-    threads = f" ({config.train.threads} threads each)" if world.device.type == "cpu" else ""
-    logger.info("%s: %s on %s%s, %s", run_dir, processes, world.device, threads, config.train.precision)
+    threads = f" (threads: {config.train.threads})" if world.device.type == "cpu" else ""
+    logger.info("%s: %s on %s%s, %s", run_dir, processes, world.device.type, threads, config.train.precision)
     logger.info(
         "%s: %d training images, binarize=%s, %d steps an epoch", config.data.name, plan.images, config.data.binarize,
         plan.steps_per_epoch,

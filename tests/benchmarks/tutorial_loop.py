@@ -2,8 +2,8 @@
 
     python tests/benchmarks/tutorial_loop.py [DATA_ROOT]
 
-Both are run as a whole process, imports and test included, in turn, REPEATS times; the ratio of each pair is printed and
-their median at the end. DATA_ROOT holds MNIST (default: data).
+Both are run as whole processes, imports and test included, in turn, REPEATS times; the ratio of each pair is printed,
+and their median at the end. DATA_ROOT holds MNIST (default: data).
 """
 
 import argparse

@@ -1,0 +1,160 @@
+"""The claims about several processes, over real ones: one `torchrun` a world size, and a plain call for one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import worker
+from tests.conftest import REPOSITORY
+from vae_dist import checkpoint
+
+WORLD_SIZES = [2, 3]
+STEPS_AN_EPOCH = 20
+CUT = ["name=went_on", "train.log_every=7"]
+
+
+def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, list[str]]]:
+    """What every world size does: the same arguments, its own folder of runs."""
+    common = [*smoke, f"runs_dir={root / 'runs'}", "train.log_every=1"]
+    return [
+        ("batches", str(root / "batches"), [*common, "data.binarize=dynamic", "optim.warmup_steps=10"]),
+        ("train", "", [*common, "name=fp64", "train.precision=fp64", "train.epochs=1", "data.binarize=dynamic"]),
+        ("train", "", [*common, "name=split", "train.precision=fp64", "train.epochs=1", "train.accumulate=3"]),
+        ("train", "", [*common, "name=fp32", "train.steps=50"]),
+        ("train", "", [*common, "name=never_stopped", "train.log_every=7", "checkpoint.every=13"]),
+        ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=13"]),
+        ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=26"]),
+        ("train", "", [*common, *CUT, "checkpoint.every=13"]),
+        ("evaluate", str(reference), [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1"]),
+        (
+            "sample",
+            str(reference),
+            [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1", "sample.count=101"],
+        ),
+        ("refusal", str(root / "refusal"), [*common, "train.batch_size=2", "train.accumulate=2"]),
+        ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
+    ]
+
+
+def torchrun(world_size: int, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return subprocess.run(
+        [sys.executable, *launcher, *command],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) -> dict[int, Path]:
+    """The folder of each world size, with all that its jobs left there."""
+    base = tmp_path_factory.mktemp("worlds")
+    reference = base / "1/runs/fp32"
+    folders = {}
+    for world_size in [1, *WORLD_SIZES]:
+        root = folders[world_size] = base / str(world_size)
+        root.mkdir()
+        listed = jobs(root, reference, smoke_arguments)
+        if world_size == 1:
+            worker.main([job for job in listed if job[0] != "refusal"])
+            continue
+        (root / "jobs.json").write_text(json.dumps(listed))
+        result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
+        assert result.returncode == 0, result.stderr[-4000:]
+        (root / "log").write_text(result.stdout + result.stderr)
+    return folders
+
+
+def rows(run_dir: Path, name: str) -> dict[int, float]:
+    table = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[name] for row in table if name in row}
+
+
+def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[step] - theirs[step]) for step in ours)
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint.newest(run_dir)
+    assert folder is not None
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_any_number_of_processes_sees_the_same_images_noise_and_learning_rate(
+    world_size: int, roots: dict[int, Path]
+) -> None:
+    ours, theirs = load_file(roots[world_size] / "batches"), load_file(roots[1] / "batches")
+    for name in ("images", "noise", "learning_rate"):
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_in_float64_an_epoch_is_the_same_to_a_billionth(world_size: int, roots: dict[int, Path]) -> None:
+    runs = [roots[size] / "runs/fp64" for size in (world_size, 1)]
+    for name in ("train/loss", "train/kl", "train/grad_norm", "validation/negative_elbo"):
+        assert largest_difference(*(rows(run, name) for run in runs)) < 1e-9
+    ours, theirs = (tensors(run) for run in runs)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_splitting_each_share_in_three_changes_nothing_but_rounding(world_size: int, roots: dict[int, Path]) -> None:
+    split = rows(roots[world_size] / "runs/split", "train/loss")
+    assert largest_difference(split, rows(roots[1] / "runs/split", "train/loss")) < 1e-9
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_in_float32_fifty_steps_are_the_same_to_a_ten_thousandth(world_size: int, roots: dict[int, Path]) -> None:
+    ours, theirs = (rows(roots[size] / "runs/fp32", "train/loss") for size in (world_size, 1))
+    assert len(ours) == 50
+    # A tenth of what the digits' scale would allow MNIST's: a loss here is three times as large.
+    assert largest_difference(ours, theirs) < 3e-4
+
+
+@pytest.mark.parametrize("world_size", [1, *WORLD_SIZES])
+def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(world_size: int, roots: dict[int, Path]) -> None:
+    runs = roots[world_size] / "runs"
+    ours, theirs = tensors(runs / "went_on"), tensors(runs / "never_stopped")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_evaluation_is_bitwise_the_same(world_size: int, roots: dict[int, Path]) -> None:
+    ours, theirs = (json.loads((roots[size] / "out/evaluation.json").read_text()) for size in (world_size, 1))
+    assert ours == theirs and ours["images"] == 200
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_samples_are_bitwise_the_same(world_size: int, roots: dict[int, Path]) -> None:
+    paths = [next((roots[size] / "out/samples").glob("*/samples.safetensors")) for size in (world_size, 1)]
+    ours, theirs = (load_file(path) for path in paths)
+    assert len(ours["images"]) == 101
+    assert torch.equal(ours["images"], theirs["images"]) and torch.equal(ours["latents"], theirs["latents"])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_process_is_refused_with_the_same_words(world_size: int, roots: dict[int, Path]) -> None:
+    for name, expected in ("refusal", f"it must be at least {2 * world_size}"), ("no_data", "data.download=false"):
+        said = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
+        assert len(said) == 1 and expected in said.pop()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_only_the_main_process_speaks_and_writes(world_size: int, roots: dict[int, Path]) -> None:
+    log = (roots[world_size] / "log").read_text()
+    assert log.count("runs/fp32: ") == 1 and f"{world_size} processes on cpu" in log
+    steps: list[Any] = list(rows(roots[world_size] / "runs/fp32", "train/loss"))
+    assert steps == sorted(set(steps))

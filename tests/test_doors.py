@@ -1,0 +1,148 @@
+"""The commands as a user types them: real processes, real exit codes, what they print and where."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from vae_dist import checkpoint
+
+TRAIN, EVALUATE, SAMPLE = (str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample"))
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TINY = ["data.synthetic_images=600", "data.validation_images=100", "train.steps=4", "tracking.wandb=disabled"]
+
+Result = subprocess.CompletedProcess[str]
+
+
+def run(*command: str, cwd: Path | None = None, **environment: str) -> Result:
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    outside |= {"GLOO_SOCKET_IFNAME": "lo", **environment}
+    return subprocess.run(command, cwd=cwd, env=outside, capture_output=True, text=True, timeout=120)
+
+
+def test_train_evaluate_and_sample_from_any_folder_uninstalled(smoke_arguments: list[str], tmp_path: Path) -> None:
+    trained = run(*LAUNCH, TRAIN, *smoke_arguments)
+    assert trained.returncode == 0, trained.stderr
+    assert "step 40/40" in trained.stderr and trained.stdout == ""
+    assert "\x1b" not in trained.stderr and "\r" not in trained.stderr  # it is no terminal
+    run_dir = next((tmp_path / "runs").iterdir())
+
+    evaluated = run(sys.executable, EVALUATE)
+    assert evaluated.returncode == 0, evaluated.stderr
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert f"{result['negative_elbo']:.4f}" in evaluated.stdout
+
+    sampled = run(sys.executable, "-P", SAMPLE, "runs", "sample.count=4")
+    assert sampled.returncode == 2 and "runs has no checkpoint yet" in sampled.stderr
+    sampled = run(sys.executable, "-P", SAMPLE, str(run_dir), "sample.count=4")
+    assert sampled.returncode == 0, sampled.stderr
+    assert (run_dir / "samples/step_00000040_prior_seed_0/grid.png").exists()
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    arguments = [*TINY, "data.name=synthetic_digits", f"data.root={tmp_path}", f"runs_dir={tmp_path}/runs", "name=a"]
+    trained = run(sys.executable, "-m", "vae_dist.train", *arguments, cwd=REPOSITORY)
+    assert trained.returncode == 0, trained.stderr
+    assert checkpoint.newest(tmp_path / "runs/a") is not None
+
+
+def test_without_data_and_network_the_first_command_trains_on_the_embedded_digits_and_says_so(tmp_path: Path) -> None:
+    trained = run(sys.executable, TRAIN, *TINY, "name=a", "data.mirror=http://127.0.0.1:9")
+    assert trained.returncode == 0, trained.stderr
+    assert "MNIST can't be had" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
+    assert "name: synthetic_digits" in (tmp_path / "runs/a/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("door", "argument", "expected"),
+    [
+        (TRAIN, "model.latnt_dim=3", "did you mean model.latent_dim"),
+        (TRAIN, "--help-me", "give a YAML file, or key=value"),
+        (EVALUATE, "nowhere", "there is no run at nowhere"),
+        (EVALUATE, "model.latent_dim=3", "there is no trained run in runs"),
+        (SAMPLE, "--seed", "unknown option --seed"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(door: str, argument: str, expected: str) -> None:
+    refused = run(sys.executable, door, argument)
+    assert refused.returncode == 2
+    assert expected in refused.stderr and refused.stderr.count("\n") == 1
+    assert refused.stdout == ""
+    assert not Path("runs").exists()
+
+
+def test_of_several_processes_one_gives_the_message() -> None:
+    refused = run(*TORCHRUN, TRAIN, "data.name=synthetic_digits", "train.batch_size=1", *TINY)
+    assert refused.returncode == 1  # the launcher's; each process's own is 2
+    assert refused.stderr.count("it must be at least 2") == 1
+    assert "exitcode  : 2" in refused.stderr and refused.stderr.count("Traceback") == 1  # the launcher's too
+    assert not Path("runs").exists()
+
+
+def test_help_and_print_config_need_no_torch() -> None:
+    helped = run(sys.executable, "-X", "importtime", TRAIN, "--help")
+    assert helped.returncode == 0 and "model.latent_dim=40   [int]" in helped.stdout
+    assert "accelerate launch vae_dist/train.py" in helped.stdout
+    assert " torch" not in helped.stderr and "wandb" not in helped.stderr
+    printed = run(sys.executable, TRAIN, "--print-config", "--model.latent_dim=7")
+    assert "latent_dim: 7" in printed.stdout and printed.stderr == ""
+    readable = run(sys.executable, EVALUATE, "--help").stdout
+    assert "evaluate.batch_size=" in readable and "model.latent_dim=" not in readable
+
+
+def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_arguments: list[str]) -> None:
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140"}
+    command = [sys.executable, TRAIN, *smoke_arguments]
+    process = subprocess.Popen(command, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(leader, 4096)
+        except OSError:
+            break
+        shown += chunk
+    os.close(leader)
+    assert process.wait() == 0
+    text = shown.decode()
+    for part in ("epoch 2/2", "step 40/40", "loss 3", "images/s", "0:00:00", "\x1b["):
+        assert part in text
+    assert " left" not in text  # the plain lines are for where there is no terminal
+
+
+def test_a_killed_training_goes_on_to_bitwise_the_same_weights(smoke_arguments: list[str], tmp_path: Path) -> None:
+    settings = [*smoke_arguments, "train.epochs=20", "checkpoint.every=17", "train.validate_every=1000"]
+    whole = run(sys.executable, TRAIN, *settings, "name=whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = subprocess.Popen([sys.executable, TRAIN, *settings, "name=killed"], stderr=subprocess.DEVNULL)
+    saved = tmp_path / "runs/killed/checkpoints"
+    deadline = time.monotonic() + 60
+    while not (saved.exists() and any(path.name > "step_00000100" for path in saved.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    newest = checkpoint.newest(tmp_path / "runs/killed")
+    assert newest is not None and newest.name < "step_00000400"
+    went_on = run(sys.executable, TRAIN, *settings, "name=killed")
+    assert went_on.returncode == 0 and f"going on after step {int(newest.name[5:])} of 400" in went_on.stderr
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (tmp_path / f"runs/{kind}/checkpoints/step_00000400/{name}" for kind in ("killed", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_make_lists_its_commands() -> None:
+    helped = run("make", "-C", str(REPOSITORY), "help")
+    for command in ("train", "eval", "sample", "runs", "test", "test-all", "check", "bench", "help"):
+        assert f"make {command} " in helped.stdout
+    for variable in ("CONFIG", "LAUNCH", "RUN", "ARGS", "PYTHON"):
+        assert variable in helped.stdout

@@ -1,0 +1,74 @@
+"""What test_distributed runs under torchrun: several commands in one group of processes.
+
+    torchrun --nproc-per-node N tests/worker.py JOBS.json
+
+JOBS.json is a list of [command, output, arguments]. One launch serves many claims, because a launch takes seconds.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from safetensors.torch import save_file
+
+from vae_dist import config, data, runtime
+from vae_dist.errors import UserError
+from vae_dist.evaluation import evaluate
+from vae_dist.objective import schedule
+from vae_dist.plan import Plan
+from vae_dist.sampling import sample
+from vae_dist.start import settle
+from vae_dist.trainer import Batches, train
+
+
+def record_batches(output: str, arguments: list[str]) -> None:
+    """Write what the processes of a group see together in the first 25 steps: images, noise, learning rate."""
+    with runtime.join(config.load(arguments)) as world:
+        asked, _, _ = world.decide(lambda: settle(config.load(arguments), world))
+        training, _ = data.load_training(asked.data)
+        plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
+        batches = Batches(training, plan, asked, world)
+        size = plan.batch_size
+        rows = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
+        seen: dict[str, list[torch.Tensor]] = {"images": [], "noise": [], "learning_rate": []}
+        for step in range(25):
+            images, noise = batches(step)
+            seen["images"].append(world.gather_rows([rows], [images], size))
+            seen["noise"].append(world.gather_rows([rows], [noise], size))
+            seen["learning_rate"].append(torch.tensor(schedule(asked, step, 25).learning_rate))
+        if world.is_main:
+            save_file({name: torch.stack(values) for name, values in seen.items()}, output)
+
+
+def record_refusal(output: str, arguments: list[str]) -> None:
+    """Write how each process is refused a training."""
+    try:
+        train(config.load(arguments))
+    except UserError as error:
+        Path(f"{output}.{os.environ.get('RANK', 0)}").write_text(str(error))
+
+
+COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
+    "batches": record_batches,
+    "refusal": record_refusal,
+    "train": lambda output, arguments: train(config.load(arguments)),
+    "evaluate": lambda output, arguments: evaluate(Path(output), arguments),
+    "sample": lambda output, arguments: sample(Path(output), arguments),
+}
+
+
+def main(jobs: list[tuple[str, str, list[str]]]) -> None:
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")  # one group for all jobs: a launch can't make a second one
+    for command, output, arguments in jobs:
+        COMMANDS[command](output, arguments)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
