@@ -16,6 +16,12 @@ from tests.conftest import REPOSITORY
 from vae_dist import checkpoint
 
 WORLD_SIZES = [2, 3]
+DISAGREEMENTS = {
+    "config": "do not agree on seed: 0 on process 0, 17 on process",
+    "code": "do not agree on the code: ",
+    "data": "do not agree on the training images: ",
+    "weights": "do not agree on the weights after step 2: ",
+}
 STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
 
@@ -27,7 +33,8 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         ("batches", str(root / "batches"), [*common, "data.binarize=dynamic", "optim.warmup_steps=10"]),
         ("train", "", [*common, "name=fp64", "train.precision=fp64", "train.epochs=1", "data.binarize=dynamic"]),
         ("train", "", [*common, "name=split", "train.precision=fp64", "train.epochs=1", "train.accumulate=3"]),
-        ("train", "", [*common, "name=fp32", "train.steps=50"]),
+        ("train", "", [*common, "name=fp32", "train.steps=50", "runtime.verify_every=1"]),
+        ("train", "", [*common, "name=one_step", "train.steps=1"]),
         ("train", "", [*common, "name=never_stopped", "train.log_every=7", "checkpoint.every=13"]),
         ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=13"]),
         ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=26"]),
@@ -39,6 +46,10 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1", "sample.count=101"],
         ),
         ("refusal", str(root / "refusal"), [*common, "train.batch_size=2", "train.accumulate=2"]),
+        *[
+            (f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5", "runtime.verify_every=2"])
+            for what in DISAGREEMENTS
+        ],
         ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
     ]
 
@@ -65,7 +76,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) 
         root.mkdir()
         listed = jobs(root, reference, smoke_arguments)
         if world_size == 1:
-            worker.main([job for job in listed if job[0] != "refusal"])
+            worker.main([job for job in listed if not job[0].startswith(("refusal", "disagree"))])
             continue
         (root / "jobs.json").write_text(json.dumps(listed))
         result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
@@ -113,6 +124,28 @@ def test_in_float64_an_epoch_is_the_same_to_a_billionth(world_size: int, roots: 
 def test_splitting_each_share_in_three_changes_nothing_but_rounding(world_size: int, roots: dict[int, Path]) -> None:
     split = rows(roots[world_size] / "runs/split", "train/loss")
     assert largest_difference(split, rows(roots[1] / "runs/split", "train/loss")) < 1e-9
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradients_agree_tensor_by_tensor(world_size: int, roots: dict[int, Path]) -> None:
+    """After one step Adam's first moment is a tenth of the gradient."""
+    ours, theirs = (tensors(roots[size] / "runs/one_step") for size in (world_size, 1))
+    moments = [name for name in theirs if name.endswith(".exp_avg")]
+    assert len(moments) == 8
+    for name in moments:
+        assert (ours[name] - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("what", DISAGREEMENTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_processes_that_do_not_agree_all_end_with_the_same_message(
+    world_size: int, what: str, roots: dict[int, Path]
+) -> None:
+    said = {(roots[world_size] / f"{what}.{rank}").read_text() for rank in range(world_size)}
+    assert len(said) == 1
+    message = said.pop()
+    assert DISAGREEMENTS[what] in message
+    assert message.startswith("RuntimeError" if what == "weights" else "UserError")
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -175,7 +175,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     run_dir = train(make_config("name=a", "train.steps=10"))
     before = final(run_dir), timeless(run_dir)
     train(make_config("name=a", "train.steps=10"))
-    assert "this run is finished" in capsys.readouterr().err
+    assert "is finished: 10 steps of 10" in capsys.readouterr().err
     assert (final(run_dir), timeless(run_dir)) == before
 
 

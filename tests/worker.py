@@ -9,22 +9,26 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
 
 if __name__ == "__main__":  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from vae_dist import config, data, runtime
+from vae_dist.config import DataConfig
+from vae_dist.data import Images
 from vae_dist.errors import UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.objective import schedule
 from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.start import settle
-from vae_dist.trainer import Batches, train
+from vae_dist.trainer import Batches, Update, train
 
 
 def record_batches(output: str, arguments: list[str]) -> None:
@@ -50,13 +54,47 @@ def record_refusal(output: str, arguments: list[str]) -> None:
     """Write how each process is refused a training."""
     try:
         train(config.load(arguments))
-    except UserError as error:
-        Path(f"{output}.{os.environ.get('RANK', 0)}").write_text(str(error))
+    except (UserError, RuntimeError) as error:
+        Path(f"{output}.{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+
+
+def disagree(what: str) -> Callable[[str, list[str]], None]:
+    """A refusal where the last process differs from the others in `what`."""
+
+    def record(output: str, arguments: list[str]) -> None:
+        if int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) - 1:
+            return record_refusal(output, arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            if what == "config":
+                arguments = [*arguments, "seed=17"]
+            elif what == "code":
+                patch.setattr(runtime, "code_fingerprint", lambda: "another")
+            elif what == "data":
+                patch.setattr(data, "load_training", partial(without_a_pixel, data.load_training))
+            elif what == "weights":
+                patch.setattr(Update, "_clip", partialmethod(nudge, Update._clip))
+            return record_refusal(output, arguments)
+
+    return record
+
+
+def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: DataConfig) -> tuple[Images, Images]:
+    training, validation = load(asked)
+    training.pixels[0, 0, 0, 0] += 1
+    return training, validation
+
+
+def nudge(update: Update, clip: Callable[[Update], torch.Tensor]) -> torch.Tensor:
+    """Let one weight of this process go its own way."""
+    with torch.no_grad():
+        next(update._vae.parameters()).view(-1)[0] += 1e-6
+    return clip(update)
 
 
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
     "refusal": record_refusal,
+    **{f"disagree_{what}": disagree(what) for what in ("config", "code", "data", "weights")},
     "train": lambda output, arguments: train(config.load(arguments)),
     "evaluate": lambda output, arguments: evaluate(Path(output), arguments),
     "sample": lambda output, arguments: sample(Path(output), arguments),

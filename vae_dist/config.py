@@ -112,7 +112,13 @@ class TrackingConfig:
 
 @dataclass
 class RuntimeConfig:
-    timeout: float = knob(600.0, "seconds that processes wait for one another before they give up", above=0)
+    start_timeout: float = knob(600.0, "seconds that processes wait for one another until the run has begun", above=0)
+    timeout: float = knob(600.0, "seconds that they wait for one another from then on", above=0)
+    verify_every: int | None = knob(
+        None,
+        "optimizer steps between checks that all processes hold the same weights; null: at the end alone",
+        at_least=1,
+    )
 
 
 @dataclass

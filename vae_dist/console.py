@@ -63,8 +63,14 @@ def table(title: str, rows: Mapping[str, object]) -> None:
     """Print results, one a row."""
     result = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
-        result.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        result.add_row(name, _figure(value))
     _results.print(result)
+
+
+def _figure(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 class TrainingProgress:
@@ -76,6 +82,8 @@ class TrainingProgress:
         self._steps_per_epoch = steps_per_epoch
         self._started = time.monotonic()
         self._line_due = 0.0
+        self._last: dict[str, float] = {}
+        self._is_main = is_main
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -100,8 +108,10 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def show(self, step: int, loss: float, images_per_second: float) -> None:
-        epoch = self._epoch(step)
+    def show(self, step: int, row: Mapping[str, float]) -> None:
+        """Bring bar or lines up to a row of training figures."""
+        self._last |= row
+        epoch, loss, images_per_second = self._epoch(step), row["train/loss"], row["train/images_per_second"]
         self._bar.update(self._task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
         now = time.monotonic()
         if now >= self._line_due or step == self._last_step:
@@ -115,8 +125,14 @@ class TrainingProgress:
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """A line about a validation."""
+        self._last |= figures
         if figures:
             logger.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+
+    def table(self, title: str) -> None:
+        """The run's last figures, once it is done."""
+        if self._is_main:
+            table(f"{title} (nats per image)", self._last)
 
     def _epoch(self, step: int) -> str:
         epochs = -(-self._last_step // self._steps_per_epoch)

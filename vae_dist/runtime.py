@@ -3,10 +3,12 @@
 One process is the main process; what only one may decide (a name, a download) it decides, and the others are told.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -15,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from vae_dist.config import Config, Precision
 from vae_dist.errors import UserError
@@ -48,6 +51,26 @@ class World:
         if isinstance(result, UserError):
             raise result
         return result
+
+    def require_agreement(self, facts: Mapping[str, object], error: type[Exception] = UserError) -> None:
+        """Raise `error` on every process where these facts are not the same on all of them. All must call this."""
+        if self.size == 1:
+            return
+        known: list[Mapping[str, object]] = [facts] * self.size
+        torch.distributed.all_gather_object(known, facts)
+        for name in dict.fromkeys(name for theirs in known for name in theirs):
+            values = [theirs.get(name) for theirs in known]
+            others = [rank for rank, value in enumerate(values) if value != values[0]]
+            if others:
+                raise error(
+                    f"the processes do not agree on {name}: {values[0]} on process 0, {values[others[0]]} on process "
+                    f"{others[0]}; start all of them alike, with the same code and data"
+                )
+
+    def expect_answers_within(self, seconds: float) -> None:
+        """Give up on the other processes after this long from now on; until the run has begun they get more time."""
+        if self.size > 1:
+            set_timeout(timedelta(seconds=seconds), torch.distributed.group.WORLD)
 
     def main_first(self, load: Callable[[], T]) -> T:
         """What `load` returns, on every process; the main one goes first, and the others find what it downloaded."""
@@ -95,7 +118,7 @@ def join(config: Config) -> Iterator[World]:
     device = _device(config.device)
     # A launcher sets one thread per process on a CPU where the user said nothing, so the environment tells nothing.
     set_threads(config)
-    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.runtime.timeout)).to_kwargs()
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.runtime.start_timeout)).to_kwargs()
     joined_before = torch.distributed.is_initialized()  # by a caller, who then goes on using the processes
     try:
         _require_launcher()
@@ -182,6 +205,22 @@ def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def code_fingerprint() -> str:
+    """A hash of this package's source and of the version of torch that runs it."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A hash of the tensors' bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def set_threads(config: Config) -> None:

@@ -4,6 +4,7 @@ B is the global batch, b a process's share of it, L latents, C, H, W image.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -38,34 +39,42 @@ def train(asked: Config) -> Path:
     """
     with runtime.join(asked) as world:
         console.start(is_main=world.is_main)
+        world.require_agreement({**configs.flatten(asked), "the code": runtime.code_fingerprint()})
         config, run_dir, resumed_from = world.decide(lambda: settle(asked, world))
         runtime.set_threads(config)
         training, validation = data.load_training(config.data)
+        world.require_agreement({"the training images": runtime.fingerprint([training.pixels])})
         plan = Plan(config.seed, len(training.labels), config.train.batch_size)
         last_step = config.train.steps or config.train.epochs * plan.steps_per_epoch
         validate_every = config.train.validate_every or plan.steps_per_epoch
         save_every = config.checkpoint.every or plan.steps_per_epoch
-
+        verify_every = config.runtime.verify_every or math.inf
         vae = build_vae(config, training.pixels.shape[1:]).to(world.device, runtime.dtype(config.train.precision))
         update = Update(vae, config, world)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         batches = Batches(training, plan, config, world)
         meter = Meter(world, plan.batch_size, state.window)
+        if state.step >= last_step:
+            logger.info("run %s is finished: %d steps of %d; train.epochs=... goes on", run_dir, state.step, last_step)
+            return run_dir
+        world.expect_answers_within(config.runtime.timeout)
         with _recording(config, run_dir, world, state.step, last_step, plan) as (tracker, progress):
             for step in range(state.step, last_step):
                 now = objective.schedule(config, step, last_step)
                 meter.add(update(*batches(step), now.learning_rate, now.beta))
                 done = step + 1
                 if due(done, config.train.log_every, last_step):
-                    row = meter.read(done)
-                    tracker.scalars(done, {**row, "train/learning_rate": now.learning_rate, "train/beta": now.beta})
-                    progress.show(done, row["train/loss"], row["train/images_per_second"])
+                    row = {**meter.read(done), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
+                    tracker.scalars(done, row)
+                    progress.show(done, row)
                 if due(done, validate_every, last_step):
                     with meter.paused():
                         figures = score(vae, validation.pixels, world, config).figures("validation")
                         tracker.scalars(done, figures)
                         tracker.pictures(done, partial(_pictures, vae, training, validation, config, done))
                         progress.note(done, figures)
+                if due(done, verify_every, last_step):
+                    world.require_agreement({f"the weights after step {done}": update.fingerprint()}, RuntimeError)
                 if due(done, save_every, last_step):
                     with meter.paused():
                         state = update.state(done, meter.fold())
@@ -73,7 +82,7 @@ def train(asked: Config) -> Path:
     return run_dir
 
 
-def due(done: int, every: int, last_step: int) -> bool:
+def due(done: int, every: float, last_step: int) -> bool:
     """Whether something that happens every so many steps happens after `done` of them. It always does at the end."""
     return done % every == 0 or done == last_step
 
@@ -114,7 +123,8 @@ class Update:
         self._share_size = config.train.batch_size / world.size
         self._accelerator = runtime.accelerator(config.train.precision)
         # The learning rate is a tensor: it moves with the step without the optimizer being another one.
-        optimizer = torch.optim.Adam(self._parameters, lr=torch.tensor(config.optim.learning_rate), fused=True)
+        learning_rate = torch.tensor(config.optim.learning_rate, device=world.device)
+        optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
         # Accelerate's wrapper is there for the loss scale of fp16; elsewhere it would only cost time at every step.
         self.optimizer = self._accelerator.prepare(optimizer) if self._accelerator.scaler is not None else optimizer
 
@@ -149,6 +159,10 @@ class Update:
         self._accelerator.unscale_gradients()
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
+    def fingerprint(self) -> str:
+        """A hash of the weights' bits: the same on all processes, always."""
+        return runtime.fingerprint(self._parameters)
+
     def state(self, step: int, window: dict[str, float]) -> TrainingState:
         """What a checkpoint after `step` steps holds beside the tensors."""
         scaler = self._accelerator.scaler
@@ -181,6 +195,7 @@ def _recording(
         tracker = recording.enter_context(tracking.track(config, run_dir, is_main=world.is_main, start=start))
         progress = TrainingProgress(world.is_main, start, last_step, plan.steps_per_epoch)
         yield tracker, recording.enter_context(progress)
+    progress.table(f"{run_dir}, step {last_step}")
 
 
 def _announce(config: Config, run_dir: Path, world: World, start: int, last_step: int, plan: Plan) -> None:
@@ -191,9 +206,7 @@ def _announce(config: Config, run_dir: Path, world: World, start: int, last_step
         "%s: %d training images, binarize=%s, %d steps an epoch", config.data.name, plan.images, config.data.binarize,
         plan.steps_per_epoch,
     )  # fmt: skip
-    if start >= last_step:
-        logger.info("this run is finished: it has done %d steps of %d; train.epochs makes it longer", start, last_step)
-    elif start:
+    if start:
         logger.info("going on after step %d of %d", start, last_step)
     else:
         logger.info("to continue after a stop: name=%s", config.name)
