@@ -15,7 +15,7 @@ from tests import worker
 from tests.conftest import REPOSITORY
 from vae_dist import checkpoint
 
-WORLD_SIZES = [2, 3]
+WORLD_SIZES = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 DISAGREEMENTS = {
     "config": "do not agree on seed: 0 on process 0, 17 on process",
     "code": "do not agree on the code: ",
@@ -67,22 +67,28 @@ def torchrun(world_size: int, *command: str, **environment: str) -> subprocess.C
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) -> dict[int, Path]:
-    """The folder of each world size, with all that its jobs left there."""
+    """The folder of each world size, with all that its jobs left there; made when it is first asked for."""
     base = tmp_path_factory.mktemp("worlds")
     reference = base / "1/runs/fp32"
-    folders = {}
-    for world_size in [1, *WORLD_SIZES]:
-        root = folders[world_size] = base / str(world_size)
-        root.mkdir()
-        listed = jobs(root, reference, smoke_arguments)
-        if world_size == 1:
-            worker.main([job for job in listed if not job[0].startswith(("refusal", "disagree"))])
-            continue
-        (root / "jobs.json").write_text(json.dumps(listed))
-        result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
-        assert result.returncode == 0, result.stderr[-4000:]
-        (root / "log").write_text(result.stdout + result.stderr)
-    return folders
+
+    class Roots(dict[int, Path]):
+        def __missing__(self, world_size: int) -> Path:
+            root = base / str(world_size)
+            root.mkdir()
+            listed = jobs(root, reference, smoke_arguments)
+            if world_size == 1:
+                worker.main([job for job in listed if not job[0].startswith(("refusal", "disagree"))])
+            else:
+                (root / "jobs.json").write_text(json.dumps(listed))
+                result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
+                assert result.returncode == 0, result.stderr[-4000:]
+                (root / "log").write_text(result.stdout + result.stderr)
+            self[world_size] = root
+            return root
+
+    roots = Roots()
+    roots[1]  # first: the others look at its checkpoint
+    return roots
 
 
 def rows(run_dir: Path, name: str) -> dict[int, float]:

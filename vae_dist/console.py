@@ -148,5 +148,7 @@ def run(door: Callable[[], None]) -> NoReturn:
             _messages.print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(2)
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            _messages.print("interrupted")
         sys.exit(130)
     sys.exit(0)

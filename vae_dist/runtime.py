@@ -15,7 +15,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
@@ -116,13 +116,14 @@ def join(config: Config) -> Iterator[World]:
     # always black decay into denormal numbers, which a CPU computes with many times slower.
     torch.set_flush_denormal(True)
     device = _device(config.device)
+    if device == "cuda":
+        _make_cuda_repeat_itself()
     # A launcher sets one thread per process on a CPU where the user said nothing, so the environment tells nothing.
     set_threads(config)
-    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.runtime.start_timeout)).to_kwargs()
     joined_before = torch.distributed.is_initialized()  # by a caller, who then goes on using the processes
     try:
         _require_launcher()
-        state = PartialState(cpu=device == "cpu", **timeout)
+        state = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=config.runtime.start_timeout))
         expected = int(os.environ.get("WORLD_SIZE", 1))
         if state.num_processes != expected or state.device.type != device:
             raise UserError(
@@ -136,6 +137,14 @@ def join(config: Config) -> Iterator[World]:
         # Accelerate keeps its state for the life of a process; the next run in this one may want another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+def _make_cuda_repeat_itself() -> None:
+    """Let the same operations on the same GPU give bitwise the same results. To be called before CUDA's first use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it guards against bugs, at a price for every tensor
+    torch.backends.cudnn.benchmark = False
 
 
 def _require_launcher() -> None:

@@ -155,9 +155,13 @@ class Update:
     def _clip(self) -> Tensor:
         """Bound the gradient's norm where the config says so; the norm before that."""
         if self._max_grad_norm is not None:
-            return self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        self._accelerator.unscale_gradients()
-        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            norm: Tensor = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        else:
+            self._accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._accelerator.scaler is None:
+            return norm
+        return torch.where(norm.isfinite(), norm, 0.0)  # fp16's loss scale was too large: this update is left out
 
     def fingerprint(self) -> str:
         """A hash of the weights' bits: the same on all processes, always."""

@@ -1,0 +1,131 @@
+"""Several machines, simulated: torchrun agents on the loopback interface that find one another by a c10d rendezvous."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY
+from vae_dist import checkpoint
+
+TRAIN = str(REPOSITORY / "vae_dist/train.py")
+
+
+def agent(port: int, options: list[str], arguments: list[str]) -> subprocess.Popen[str]:
+    """One machine's torchrun."""
+    rendezvous = [
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=job-17",
+        "--local-addr=127.0.0.1",
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *rendezvous, *options, TRAIN, *arguments],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> str:
+    _, said = process.communicate(timeout=seconds)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+@pytest.mark.slow
+def test_two_machines_train_bitwise_what_one_with_two_processes_trains(
+    smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    port = unused_port()
+    options = ["--nnodes=2", "--nproc-per-node=1"]
+    machines = [agent(port, options, [*smoke_arguments, "name=two_machines"]) for _ in range(2)]
+    said = [finish(machine) for machine in machines]
+    assert sum("2 processes on cpu" in text for text in said) == 1
+    finish(agent(unused_port(), ["--nnodes=1", "--nproc-per-node=2"], [*smoke_arguments, "name=one_machine"]))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (
+            (tmp_path / f"runs/{run}/checkpoints/step_00000040/{name}").read_bytes()
+            for run in ("two_machines", "one_machine")
+        )
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_when_a_machine_is_lost_the_other_goes_on_alone_with_the_same_images(
+    smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    settings = [
+        *smoke_arguments,
+        "train.precision=fp64",
+        "train.steps=4000",
+        "train.log_every=1",
+        "train.validate_every=4000",
+        "checkpoint.every=100",
+    ]
+    port = unused_port()
+    elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=1"]
+    conf = "last_call_timeout=3,join_timeout=60"
+    machines = []
+    for is_host in (1, 0):
+        machines.append(agent(port, [*elastic, f"--rdzv-conf=is_host={is_host},{conf}"], settings))
+        time.sleep(0.5)
+
+    saved: list[Path] = []
+    deadline = time.monotonic() + 90
+    while not saved or max(saved) < Path("step_00000300"):
+        assert time.monotonic() < deadline and machines[0].poll() is None
+        saved = [Path(path.name) for path in (tmp_path / "runs").glob("*/checkpoints/step_*")]
+        time.sleep(0.02)
+    lost = psutil.Process(machines[1].pid)
+    for process in [*lost.children(recursive=True), lost]:
+        process.kill()
+    said = finish(machines[0])
+
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert "2 processes on cpu" in said and "1 process on cpu" in said and "going on after step" in said
+    newest = checkpoint.newest(run_dir)
+    assert newest is not None and newest.name == "step_00004000"
+    undisturbed = subprocess.run([sys.executable, TRAIN, *settings, "name=undisturbed"], capture_output=True, text=True)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    ours, theirs = losses(run_dir), losses(tmp_path / "runs/undisturbed")
+    assert [step for step, _ in ours] == list(range(1, 4001))
+    # Each step's loss is that of its own images and noise: others would be nats away.
+    assert max(abs(ours[step][1] - theirs[step][1]) for step in range(4000)) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_within_the_timeout(smoke_arguments: list[str], tmp_path: Path) -> None:
+    settings = [*smoke_arguments, "train.steps=100000", "runtime.timeout=4", "train.validate_every=100000", "name=hang"]
+    machine = agent(unused_port(), ["--nnodes=1", "--nproc-per-node=2"], [*settings, "checkpoint.every=50"])
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs/hang/checkpoints").glob("step_*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = sorted(psutil.Process(machine.pid).children(), key=lambda worker: worker.create_time())
+    workers[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    workers[0].wait(timeout=20)
+    assert 3 < time.monotonic() - stopped < 15
+    workers[1].send_signal(signal.SIGKILL)
+    _, said = machine.communicate(timeout=60)
+    assert machine.returncode == 1 and "Timed out waiting 4000ms" in said
