@@ -4,12 +4,14 @@
 #   LAUNCH   where it runs                       make train LAUNCH=launch/cpu.yaml
 #   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine
 #   ARGS     key=value settings                  make train ARGS="model.latent_dim=20 name=mine"
+#   DATA     the folder of MNIST for `make bench`
 #   PYTHON   an environment of your own, with its own build of torch, in place of .venv
 
 CONFIG ?=
 LAUNCH ?= launch/one_process.yaml
 RUN ?=
 ARGS ?=
+DATA ?= data
 
 # The environment is ready when this file is newer than the lock file.
 ifdef PYTHON
@@ -47,8 +49,9 @@ test: $(READY) ## run the tests
 test-all: $(READY) ## run the tests, and the proofs that take long
 	$(PYTHON) -m pytest -q $(ARGS)
 
-bench: $(READY) ## measure the first command against a plain PyTorch loop (ARGS=folder of MNIST, unless data)
-	$(PYTHON) tests/benchmarks/tutorial_loop.py $(ARGS)
+bench: $(READY) ## measure: against a plain PyTorch loop (on MNIST in DATA), and on two processes
+	$(PYTHON) tests/benchmarks/tutorial_loop.py $(DATA)
+	$(PYTHON) tests/benchmarks/distribution.py $(ARGS)
 
 check: $(READY) ## lint, formatting and types
 	$(PYTHON) -m ruff check .

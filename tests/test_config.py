@@ -155,9 +155,9 @@ def resumed(before: list[str], now: list[str]) -> Config:
 
 
 def test_a_resumed_run_keeps_what_was_settled_before() -> None:
-    before = ["data.name=synthetic_digits", "train.precision=bf16", "tracking.id=abc", "data.image_shape=[1,28,28]"]
+    before = ["data.name=synthetic_digits", "train.precision=bf16", "data.image_shape=[1,28,28]"]
     merged = resumed(before, [])
-    assert (merged.data.name, merged.train.precision, merged.tracking.id) == ("synthetic_digits", "bf16", "abc")
+    assert (merged.data.name, merged.train.precision) == ("synthetic_digits", "bf16")
     assert resumed(before, ["train.precision=fp32"]).train.precision == "fp32"
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
@@ -55,8 +56,10 @@ def test_as_a_module(tmp_path: Path) -> None:
 
 
 def test_without_data_and_network_the_first_command_trains_on_the_embedded_digits_and_says_so(tmp_path: Path) -> None:
-    trained = run(sys.executable, TRAIN, *TINY, "name=a", "data.mirror=http://127.0.0.1:9")
+    trained = run(*LAUNCH, TRAIN, *TINY, "name=a", "data.mirror=http://127.0.0.1:9")
     assert trained.returncode == 0, trained.stderr
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+    assert f"(threads: {cores})" in trained.stderr  # though the launcher sets one
     assert "MNIST can't be had" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
     assert "name: synthetic_digits" in (tmp_path / "runs/a/config.yaml").read_text()
 

@@ -99,6 +99,7 @@ def test_when_a_machine_is_lost_the_other_goes_on_alone_with_the_same_images(
     lost = psutil.Process(machines[1].pid)
     for process in [*lost.children(recursive=True), lost]:
         process.kill()
+    machines[1].communicate()
     said = finish(machines[0])
 
     (run_dir,) = (tmp_path / "runs").iterdir()

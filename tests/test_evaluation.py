@@ -91,6 +91,25 @@ def test_scores_do_not_depend_on_the_order_of_the_blocks(run_dir: Path) -> None:
     assert torch.equal(whole.reconstruction[:100], first.reconstruction)
 
 
+def test_other_blocks_and_threads_move_an_images_figure_by_less_than_a_ten_thousandth(run_dir: Path) -> None:
+    scores = []
+    for arguments in (
+        ["evaluate.batch_size=200"],
+        ["evaluate.batch_size=37"],
+        ["train.threads=1"],
+        ["train.threads=2"],
+    ):
+        opened = checkpoint.open_for_reading(run_dir, arguments)
+        test = data.load_test(opened.config.data)
+        with runtime.join(opened.config) as world:
+            vae = checkpoint.load_vae(opened.folder, opened.config, world.device)
+            found = score(vae, test.pixels, world, opened.config)
+            scores.append(found.reconstruction + found.kl)
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=0, atol=1e-3)
+        assert abs(other.mean() - scores[0].mean()) < 1e-4
+
+
 def test_samples_come_from_the_seed_and_more_of_them_begin_alike(run_dir: Path) -> None:
     few = load_file(sample(run_dir, ["sample.count=5"]) / "samples.safetensors")
     many = load_file(sample(run_dir, ["sample.count=700"]) / "samples.safetensors")

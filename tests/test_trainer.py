@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from tests.conftest import MakeConfig
 from vae_dist import checkpoint, config, data, images, objective, runtime, tracking, trainer
 from vae_dist.errors import UserError
+from vae_dist.evaluation import evaluate
 from vae_dist.images import Picture
 from vae_dist.model import build_vae
 from vae_dist.plan import Plan
+from vae_dist.sampling import sample
 from vae_dist.trainer import train
 
 
@@ -201,6 +203,8 @@ def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
     with pytest.raises(UserError, match="choose another name"):
         train(make_config("name=a", "checkpoint.resume=never"))
     branch = train(make_config("name=b", "train.steps=9", f"checkpoint.resume={first}"))
+    identities = {config.read(run / "config.yaml").tracking.id for run in (first, branch)}
+    assert len(identities) == 2  # a branch is another run
     straight = train(make_config("name=c", "train.steps=9"))
     assert final(branch)["model.safetensors"] == final(straight)["model.safetensors"]
 
@@ -228,6 +232,16 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=expected):
         train(asked)
     assert not Path(asked.runs_dir).exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"can't write to .*; choose another runs_dir"):
+        train(make_config(f"runs_dir={tmp_path / 'file'}", "name=a"))
+    run_dir = train(make_config("name=a", "train.steps=1"))
+    for look in (evaluate, sample):
+        with pytest.raises(UserError, match=r"can't write to .*; output=FOLDER writes elsewhere"):
+            look(run_dir, [f"output={tmp_path / 'file'}"])
 
 
 def test_the_launchers_precision_holds_unless_the_config_says_otherwise(

@@ -254,7 +254,6 @@ def resume(config: Config, stored: Config) -> Config:
     Raises UserError where the two differ in what is learned.
     """
     merged = dataclasses.replace(config, data=dataclasses.replace(config.data), train=dataclasses.replace(config.train))
-    merged.tracking = dataclasses.replace(config.tracking, id=config.tracking.id or stored.tracking.id)
     if config.data.name == "auto":
         merged.data.name = stored.data.name
     merged.data.image_shape = config.data.image_shape or stored.data.image_shape

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+from torch.distributed import distributed_c10d
 
 from vae_dist.config import Config, Precision
 from vae_dist.errors import UserError
@@ -70,6 +70,8 @@ class World:
     def expect_answers_within(self, seconds: float) -> None:
         """Give up on the other processes after this long from now on; until the run has begun they get more time."""
         if self.size > 1:
+            # Public since torch 2.14; before that it had another name.
+            set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(timedelta(seconds=seconds), torch.distributed.group.WORLD)
 
     def main_first(self, load: Callable[[], T]) -> T:
@@ -234,7 +236,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def set_threads(config: Config) -> None:
     """Compute with the config's number of CPU threads, or with this process's even share of the machine's cores."""
-    torch.set_num_threads(config.train.threads or _fair_threads())
+    threads = config.train.threads or _fair_threads()
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # where it is missing Accelerate sets what it thinks best
 
 
 def _fair_threads() -> int:

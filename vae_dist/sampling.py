@@ -12,7 +12,7 @@ from torch import Tensor
 from vae_dist import checkpoint, console, images, runtime
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.files import write_atomically
+from vae_dist.files import make_folder, write_atomically
 from vae_dist.images import Picture
 from vae_dist.model.vae import VAE
 from vae_dist.plan import Stream, standard_normal
@@ -68,7 +68,7 @@ def _latents(config: Config) -> Tensor:
 
 
 def _write(target: Path, decoded: Tensor, latents: Tensor, config: Config, step: int) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target, "output=FOLDER writes elsewhere")
     content = save({"images": decoded.contiguous(), "latents": latents.contiguous()})
     write_atomically(target / "samples.safetensors", content)
     shown = decoded[:GRID_IMAGES]

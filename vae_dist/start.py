@@ -13,6 +13,7 @@ from vae_dist import checkpoint, data, runtime, tracking
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import UserError
+from vae_dist.files import make_folder
 from vae_dist.model import check_names
 from vae_dist.runtime import World
 
@@ -28,7 +29,7 @@ class Start(NamedTuple):
 def settle(config: Config, world: World) -> Start:
     """Decide all that the config leaves open. The main process does this, and the others are told.
 
-    Raises UserError for whatever can't be had. Nothing of the run is written before that.
+    Raises UserError for whatever can't be had; only then is the run's directory made.
     """
     data.check_name(config.data.name)
     check_names(config)
@@ -42,22 +43,25 @@ def settle(config: Config, world: World) -> Start:
     config = replace(config, name=_name(config))
     run_dir = Path(config.runs_dir) / str(config.name)
     resumed_from = _resumed_from(config, run_dir)
-    threads = config.train.threads
+    threads, identity = config.train.threads, config.tracking.id
     if resumed_from is not None:
         stored = configs.read(resumed_from / "config.yaml")
         config = configs.resume(config, stored)
+        if resumed_from.is_relative_to(run_dir):  # otherwise this is a branch: another run, on a page of its own
+            identity = identity or stored.tracking.id
         # The thread count is a part of what makes a restart bitwise exact; on other processes it can't be anyway.
         if checkpoint.read_state(resumed_from).world_size == world.size:
             threads = threads or stored.train.threads
     precision = runtime.resolve_precision(config.train.precision, world.device)
     name, image_count, image_shape = data.prepare(config.data)
     _check_sizes(config, image_count)
+    make_folder(run_dir, "choose another runs_dir")
     return Start(
         replace(
             config,
             data=replace(config.data, name=name, image_shape=image_shape),
             train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
-            tracking=replace(config.tracking, id=config.tracking.id or tracking.new_id()),
+            tracking=replace(config.tracking, id=identity or tracking.new_id()),
         ),
         run_dir,
         resumed_from,

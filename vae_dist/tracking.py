@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from vae_dist import config as configs
 from vae_dist.config import Config, TrackingConfig
 from vae_dist.errors import UserError
-from vae_dist.files import write_atomically
+from vae_dist.files import make_folder, write_atomically
 from vae_dist.images import Picture, with_caption
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class RunDirectory:
     def __init__(self, run_dir: Path, start: int | None) -> None:
         self._run_dir = run_dir
         self._file = run_dir / METRICS
-        (run_dir / "images").mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir / "images", "output=FOLDER writes elsewhere")
         if start is not None:
             kept = [row for row in self._rows() if row["step"] <= start]
             write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -72,6 +72,9 @@ def seconds(command: list[str]) -> float:
 
 
 def compare(root: str) -> None:
+    if not (Path(root) / "MNIST").is_dir():
+        print(f"there is no MNIST in {root}, so the plain loop is not measured; `make train` downloads it")
+        return
     ratios = []
     for number in range(1, REPEATS + 1):
         theirs = seconds([sys.executable, __file__, "--plain", root])
