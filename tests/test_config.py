@@ -39,6 +39,9 @@ def test_later_layers_win(tmp_path: Path) -> None:
     asked = config.load(["seed=3", str(first), str(second)])
     assert (asked.seed, asked.model.latent_dim, asked.train.epochs) == (3, 4, 7)
     assert asked.name == "second-{time}"
+    odd = tmp_path / "my run (2).yaml"
+    odd.write_text("")
+    assert config.load([str(odd)]).name == "my_run__2_-{time}"
 
 
 def test_arguments_may_begin_with_dashes() -> None:

@@ -211,7 +211,8 @@ def load(arguments: Sequence[str]) -> Config:
     layers += [_override(argument) for argument in arguments if "=" in argument]
     config = _merge(Config(), layers)
     if config.name is None:
-        config.name = f"{Path(files[-1]).stem if files else 'tutorial'}-{{time}}"
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(files[-1]).stem) if files else "tutorial"
+        config.name = f"{stem}-{{time}}"
     check(config)
     return config
 

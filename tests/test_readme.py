@@ -1,0 +1,44 @@
+"""What the README promises is there: its tests, files, commands and keys."""
+
+import re
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from vae_dist import config
+
+README = (REPOSITORY / "README.md").read_text()
+PAGES = {"README.md": README, "docs/scaling.md": (REPOSITORY / "docs/scaling.md").read_text()}
+
+
+def test_every_test_that_backs_a_promise_exists() -> None:
+    sources = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 5
+    assert not {name for name in named if f"def {name}(" not in sources}
+
+
+def test_the_map_names_every_module_and_no_other() -> None:
+    listed = set(re.findall(r"\b(\w+\.py)\b", README.partition("## The house")[2].partition("| to change")[0]))
+    package = REPOSITORY / "vae_dist"
+    assert {path.name for path in package.glob("*.py")} - {"__init__.py"} <= listed
+    assert not {name for name in listed if not list(package.rglob(name))}
+
+
+def test_every_make_command_is_a_target() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_and_every_link_leads_somewhere(page: str) -> None:
+    keys = {knob.key for knob in config.knobs()}
+    for key in re.findall(
+        r"\b((?:data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample)\.\w+)=", PAGES[page]
+    ):
+        assert key in keys
+    for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
+        if not link.startswith("https://"):
+            assert (REPOSITORY / page).parent.joinpath(link).exists(), link
+    for path in re.findall(r"\b((?:configs|launch|docs)/[\w/]+\.(?:yaml|sh|md|png))", PAGES[page]):
+        assert (REPOSITORY / path).exists(), path
