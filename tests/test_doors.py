@@ -82,6 +82,14 @@ def test_bad_input_is_one_message_and_exit_code_2(door: str, argument: str, expe
     assert not Path("runs").exists()
 
 
+def test_the_launch_file_for_cpus_starts_processes_that_train_together(tmp_path: Path) -> None:
+    launch = [*LAUNCH, "--config_file", str(REPOSITORY / "launch/cpu.yaml")]
+    trained = run(*launch, TRAIN, *TINY, "data.name=synthetic_digits", "device=cpu", "name=a")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.count("runs/a: 2 processes on cpu") == 1 and "Warning" not in trained.stderr
+    assert checkpoint.newest(tmp_path / "runs/a") is not None
+
+
 def test_of_several_processes_one_gives_the_message() -> None:
     refused = run(*TORCHRUN, TRAIN, "data.name=synthetic_digits", "train.batch_size=1", *TINY)
     assert refused.returncode == 1  # the launcher's; each process's own is 2

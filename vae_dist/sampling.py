@@ -73,7 +73,10 @@ def _write(target: Path, decoded: Tensor, latents: Tensor, config: Config, step:
     write_atomically(target / "samples.safetensors", content)
     shown = decoded[:GRID_IMAGES]
     columns = math.ceil(math.sqrt(len(shown)))
-    images.with_caption(Picture(images.grid(shown, columns), _caption(config, step))).save(target / "grid.png")
+    caption = _caption(config, step)
+    if len(shown) < len(decoded):
+        caption += f"; the first {len(shown)} of {len(decoded)}, all are in samples.safetensors"
+    images.with_caption(Picture(images.grid(shown, columns), caption)).save(target / "grid.png")
     for index, image in enumerate(decoded if config.sample.files else []):
         images.grid(image.unsqueeze(0), 1).save(target / f"{index:06d}.png")
 
