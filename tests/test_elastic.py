@@ -60,7 +60,8 @@ def test_two_machines_train_bitwise_what_one_with_two_processes_trains(
     options = ["--nnodes=2", "--nproc-per-node=1"]
     machines = [agent(port, options, [*smoke_arguments, "name=two_machines"]) for _ in range(2)]
     said = [finish(machine) for machine in machines]
-    assert sum("2 processes on cpu" in text for text in said) == 1
+    assert sum("2 processes on cpu (threads: 1)" in text for text in said) == 1
+    assert not [text for text in said if "OMP_NUM_THREADS" in text]  # Accelerate did not choose the threads instead
     finish(agent(unused_port(), ["--nnodes=1", "--nproc-per-node=2"], [*smoke_arguments, "name=one_machine"]))
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (

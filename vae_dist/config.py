@@ -407,7 +407,7 @@ def _merge(config: Config, layers: Sequence[tuple[str, Any]]) -> Config:
 
 
 def _explain(source: str, values: Any, error: Exception) -> str:
-    """One line for a value that does not fit its key. OmegaConf names the key for most, so the others are searched."""
+    """One line for a value that does not fit its key, with the type that would; OmegaConf names nearly every key."""
     types = {knob.key: knob.type for knob in knobs()}
     key = re.sub(r"\[\d+\]$", "", str(getattr(error, "full_key", None)))
     if key not in types:

@@ -62,24 +62,23 @@ def prepare(config: DataConfig) -> Prepared:
 
     Raises UserError where a set that was named can't be had, and where a file is damaged.
     """
-    name = _settle_name(config)
-    pixels = DATASETS[name](config, "train").pixels
+    name, (pixels, _) = _first_to_be_had(config)
     image_shape = list(pixels.shape[1:])
     if config.image_shape not in (None, image_shape):
         raise UserError(f"data.image_shape={config.image_shape} but the images of {name} are {image_shape}")
     return Prepared(name, len(pixels), image_shape)
 
 
-def _settle_name(config: DataConfig) -> str:
+def _first_to_be_had(config: DataConfig) -> tuple[str, Images]:
+    """The name and the training images of the set that was named; for `auto`, of MNIST or of the embedded digits."""
     if config.name != "auto":
-        return config.name
+        return config.name, DATASETS[config.name](config, "train")
     try:
-        DATASETS["mnist"](config, "train")
+        return "mnist", DATASETS["mnist"](config, "train")
     except mnist.UnreachableError as error:
         logger.warning("MNIST can't be had: %s", error)
         logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): figures do not compare with MNIST's", FALLBACK)
-        return FALLBACK
-    return "mnist"
+    return FALLBACK, DATASETS[FALLBACK](config, "train")
 
 
 def load_training(config: DataConfig) -> tuple[Images, Images]:

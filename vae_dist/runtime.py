@@ -145,7 +145,8 @@ def _make_cuda_repeat_itself() -> None:
     """Let the same operations on the same GPU give bitwise the same results. To be called before CUDA's first use."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it guards against bugs, at a price for every tensor
+    # It would write to every new tensor, to make bugs repeat themselves too.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
