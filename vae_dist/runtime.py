@@ -52,11 +52,12 @@ class World:
             raise result
         return result
 
-    def require_agreement(self, facts: Mapping[str, object], error: type[Exception] = UserError) -> None:
-        """Raise `error` on every process where these facts are not the same on all of them. All must call this."""
+    def require_agreement(self, find: Callable[[], Mapping[str, object]], error: type[Exception] = UserError) -> None:
+        """Raise `error` on every process where the facts that each finds are not the same. All must call this."""
         if self.size == 1:
             return
-        known: list[Mapping[str, object]] = [facts] * self.size
+        facts = find()
+        known = [facts] * self.size
         torch.distributed.all_gather_object(known, facts)
         for name in dict.fromkeys(name for theirs in known for name in theirs):
             values = [theirs.get(name) for theirs in known]

@@ -39,11 +39,11 @@ def train(asked: Config) -> Path:
     """
     with runtime.join(asked) as world:
         console.start(is_main=world.is_main)
-        world.require_agreement({**configs.flatten(asked), "the code": runtime.code_fingerprint()})
+        world.require_agreement(lambda: {**configs.flatten(asked), "the code": runtime.code_fingerprint()})
         config, run_dir, resumed_from = world.decide(lambda: settle(asked, world))
         runtime.set_threads(config)
         training, validation = data.load_training(config.data)
-        world.require_agreement({"the training images": runtime.fingerprint([training.pixels])})
+        world.require_agreement(lambda: {"the training images": runtime.fingerprint([training.pixels])})
         plan = Plan(config.seed, len(training.labels), config.train.batch_size)
         last_step = config.train.steps or config.train.epochs * plan.steps_per_epoch
         validate_every = config.train.validate_every or plan.steps_per_epoch
@@ -74,7 +74,7 @@ def train(asked: Config) -> Path:
                         tracker.pictures(done, partial(_pictures, vae, training, validation, config, done))
                         progress.note(done, figures)
                 if due(done, verify_every, last_step):
-                    world.require_agreement({f"the weights after step {done}": update.fingerprint()}, RuntimeError)
+                    world.require_agreement(partial(update.facts, done), RuntimeError)
                 if due(done, save_every, last_step):
                     with meter.paused():
                         state = update.state(done, meter.fold())
@@ -163,9 +163,9 @@ class Update:
             return norm
         return torch.where(norm.isfinite(), norm, 0.0)  # fp16's loss scale was too large: this update is left out
 
-    def fingerprint(self) -> str:
-        """A hash of the weights' bits: the same on all processes, always."""
-        return runtime.fingerprint(self._parameters)
+    def facts(self, step: int) -> dict[str, object]:
+        """What is the same on all processes, always: a hash of the weights' bits."""
+        return {f"the weights after step {step}": runtime.fingerprint(self._parameters)}
 
     def state(self, step: int, window: dict[str, float]) -> TrainingState:
         """What a checkpoint after `step` steps holds beside the tensors."""
