@@ -1,12 +1,13 @@
 """What the tests share: a small config over embedded digits that are drawn once, and a clean environment."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from vae_dist import config
+from vae_dist import checkpoint, config
+from vae_dist.checkpoint import Opened
 from vae_dist.config import Config
 
 # Before wandb is imported anywhere: no account, no server, nothing reported.
@@ -46,6 +47,12 @@ def make_config(smoke_arguments: list[str], tmp_path: Path) -> MakeConfig:
         return config.load([*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", *arguments])
 
     return make
+
+
+def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:
+    """A checkpoint to be looked at by a test that is alone with it."""
+    with checkpoint.open_for_reading(path, arguments) as found:
+        return found
 
 
 @pytest.fixture(autouse=True)

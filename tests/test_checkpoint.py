@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, opened
 from vae_dist import checkpoint
-from vae_dist.checkpoint import BadCheckpointError, TrainingState
+from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.errors import UserError
+from vae_dist.manifest import BadCheckpointError
 from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
 
@@ -68,9 +69,9 @@ def test_weights_and_config_are_enough_to_look_at_a_model(make_config: MakeConfi
     vae, optimizer = trained(config)
     folder = checkpoint.write(tmp_path / "run", config, vae, optimizer, TrainingState(1))
     moved = folder.rename(tmp_path / "elsewhere")
-    opened = checkpoint.open_for_reading(moved, [])
-    loaded = checkpoint.load_vae(moved, opened.config, torch.device("cpu"))
-    assert opened.output == moved
+    found = opened(moved)
+    loaded = checkpoint.load_vae(moved, found.config, torch.device("cpu"))
+    assert found.output == moved
     latents = torch.randn(3, vae.latent_dim)
     assert torch.equal(loaded.decode(latents).mean, vae.decode(latents).mean)
 
@@ -172,6 +173,6 @@ def test_tensors_of_another_shape_are_refused_though_their_hash_holds(make_confi
     manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.verify(folder) == 1
-    config = checkpoint.open_for_reading(folder, []).config
+    config = opened(folder).config
     with pytest.raises(BadCheckpointError, match=r"does not fit the config's model: decoder.layers.0.bias"):
         checkpoint.load_vae(folder, config, torch.device("cpu"))

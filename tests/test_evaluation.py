@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, opened
 from vae_dist import checkpoint, data, runtime
 from vae_dist.errors import UserError
 from vae_dist.evaluation import evaluate, score
@@ -27,9 +27,9 @@ def test_every_test_image_counts_once_also_when_the_last_block_is_ragged(
     result = evaluate(run_dir, ["evaluate.batch_size=64"])  # 200 images: three blocks and a ragged one
     assert result["images"] == 200 and result["split"] == "test" and result["step"] == 10
 
-    opened = checkpoint.open_for_reading(run_dir, [])
-    vae = checkpoint.load_vae(opened.folder, opened.config, torch.device("cpu"))
-    test = data.load_test(opened.config.data)
+    found = opened(run_dir)
+    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    test = data.load_test(found.config.data)
     expected = []
     for index in range(200):
         image = data.to_unit(test.pixels[index : index + 1])
@@ -81,12 +81,12 @@ def test_binarised_test_images_are_scored_as_they_were_drawn_once(make_config: M
 
 
 def test_scores_do_not_depend_on_the_order_of_the_blocks(run_dir: Path) -> None:
-    opened = checkpoint.open_for_reading(run_dir, ["evaluate.batch_size=50"])
-    test = data.load_test(opened.config.data)
-    with runtime.join(opened.config) as world:
-        vae = checkpoint.load_vae(opened.folder, opened.config, world.device)
-        whole = score(vae, test.pixels, world, opened.config)
-        first = score(vae, test.pixels[:100], world, opened.config)
+    found = opened(run_dir, ["evaluate.batch_size=50"])
+    test = data.load_test(found.config.data)
+    with runtime.join(found.config) as world:
+        vae = checkpoint.load_vae(found.folder, found.config, world.device)
+        whole = score(vae, test.pixels, world, found.config)
+        first = score(vae, test.pixels[:100], world, found.config)
     assert torch.equal(whole.kl[:100], first.kl)
     assert torch.equal(whole.reconstruction[:100], first.reconstruction)
 
@@ -99,12 +99,12 @@ def test_other_blocks_and_threads_move_an_images_figure_by_less_than_a_ten_thous
         ["train.threads=1"],
         ["train.threads=2"],
     ):
-        opened = checkpoint.open_for_reading(run_dir, arguments)
-        test = data.load_test(opened.config.data)
-        with runtime.join(opened.config) as world:
-            vae = checkpoint.load_vae(opened.folder, opened.config, world.device)
-            found = score(vae, test.pixels, world, opened.config)
-            scores.append(found.reconstruction + found.kl)
+        found = opened(run_dir, arguments)
+        test = data.load_test(found.config.data)
+        with runtime.join(found.config) as world:
+            vae = checkpoint.load_vae(found.folder, found.config, world.device)
+            result = score(vae, test.pixels, world, found.config)
+            scores.append(result.reconstruction + result.kl)
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=0, atol=1e-3)
         assert abs(other.mean() - scores[0].mean()) < 1e-4
@@ -123,8 +123,8 @@ def test_samples_come_from_the_seed_and_more_of_them_begin_alike(run_dir: Path) 
 
 def test_samples_are_the_means_of_the_likelihood(run_dir: Path) -> None:
     tensors = load_file(sample(run_dir, ["sample.count=5"]) / "samples.safetensors")
-    opened = checkpoint.open_for_reading(run_dir, [])
-    vae = checkpoint.load_vae(opened.folder, opened.config, torch.device("cpu"))
+    found = opened(run_dir)
+    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
     torch.testing.assert_close(vae.decode(tensors["latents"]).mean, tensors["images"])
 
 

@@ -15,10 +15,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each floor imports from its own and from those below it.
 FLOORS = [
     ["train", "evaluate", "sample"],
-    ["trainer", "evaluation", "sampling", "start", "meter"],
-    ["checkpoint", "tracking", "console", "images", "data", "mnist", "digits", "runtime"],
+    ["trainer", "milestones", "update", "evaluation", "sampling", "start", "meter"],
+    ["checkpoint", "tracking", "console", "images", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "model"],
-    ["plan", "config", "files", "errors"],
+    ["plan", "config", "manifest", "files", "errors"],
 ]
 ONLY_IN = {
     "accelerate": {"runtime", "trainer", "evaluation", "checkpoint"},

@@ -15,7 +15,7 @@ from tests.conftest import MakeConfig
 from tests.wandb_server import Run, WandbServer
 from vae_dist import config as configs
 from vae_dist import tracking
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.trainer import train
 
@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_keeps_its_identity(make_config: MakeConfig) -> None:
 
 
 def test_a_failed_run_is_marked_as_failed(make_config: MakeConfig) -> None:
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(RunError):
         train(make_config("name=mine", "tracking.wandb=offline", "optim.learning_rate=1e30"))
     record = next(Path("runs/mine/wandb").glob("offline-run-*"))
     assert json.loads(inspect(record, "--summary"))["exit_code"] == 1

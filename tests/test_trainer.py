@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 
 from tests.conftest import MakeConfig
 from vae_dist import checkpoint, config, data, images, objective, runtime, tracking, trainer
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.images import Picture
 from vae_dist.model import build_vae
 from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.trainer import train
+from vae_dist.update import Batches
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -41,7 +42,7 @@ def test_a_run_leaves_what_the_readme_says(make_config: MakeConfig) -> None:
     pictures = {f"images/{kind}_step_{step:08d}.png" for kind in ("reconstructions", "samples") for step in (20, 40)}
     parts = ("config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
     saved = {f"checkpoints/step_{step:08d}/{part}" for step in (20, 40) for part in parts}
-    assert found == {"config.yaml", "metrics.jsonl", "log.txt", *pictures, *saved}
+    assert found == {".lock", "config.yaml", "metrics.jsonl", "log.txt", *pictures, *saved}
     for picture in pictures:
         Image.open(run_dir / picture).verify()
     log = (run_dir / "log.txt").read_text()
@@ -144,7 +145,7 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
     training, _ = data.load_training(asked.data)
     seen = []
     with runtime.join(asked) as world:
-        batches = trainer.Batches(training, Plan(0, 1000, 1000), asked, world)
+        batches = Batches(training, Plan(0, 1000, 1000), asked, world)
         for step in (0, 1):
             images, _ = batches(step)
             assert set(images.unique().tolist()) == {0.0, 1.0}
@@ -259,10 +260,13 @@ def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
         precision()
 
 
-def test_a_loss_gone_bad_stops_the_run_and_names_the_steps(make_config: MakeConfig) -> None:
+def test_a_loss_gone_bad_stops_the_run_and_names_the_step(make_config: MakeConfig) -> None:
     asked = make_config("name=a", "optim.learning_rate=1e30", "checkpoint.every=1")
-    with pytest.raises(FloatingPointError, match=r"between steps 0 and 5; try a lower optim.learning_rate"):
+    with pytest.raises(
+        RunError, match=r"not finite in step 2 \(learning rate 1e\+30\).* Try a lower optim.learning_rate"
+    ):
         train(asked)
+    assert "not finite in step 2" in Path("runs/a/log.txt").read_text()
 
 
 def test_a_process_that_cannot_find_the_others_does_not_train_alone(

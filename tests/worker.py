@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from vae_dist.objective import schedule
 from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.start import settle
-from vae_dist.trainer import Batches, Update, train
+from vae_dist.trainer import train
+from vae_dist.update import Batches, Update
 
 
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write what the processes of a group see together in the first 25 steps: images, noise, learning rate."""
-    with runtime.join(config.load(arguments)) as world:
-        asked, _, _ = world.decide(lambda: settle(config.load(arguments), world))
+    with ExitStack() as held, runtime.join(config.load(arguments)) as world:
+        asked, _, _ = world.decide(lambda: settle(config.load(arguments), world, held))
         training, _ = data.load_training(asked.data)
         plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
         batches = Batches(training, plan, asked, world)
@@ -87,7 +89,7 @@ def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: 
 def nudge(update: Update, clip: Callable[[Update], torch.Tensor]) -> torch.Tensor:
     """Let one weight of this process go its own way."""
     with torch.no_grad():
-        next(update._vae.parameters()).view(-1)[0] += 1e-6
+        next(update.vae.parameters()).view(-1)[0] += 1e-6
     return clip(update)
 
 

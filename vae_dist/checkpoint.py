@@ -6,45 +6,60 @@ runs/<name>/checkpoints/step_00001200/
     state.json              the step, and what the rows of the metrics file still to come depend on
     config.yaml             the resolved config: with the weights, all that evaluation and sampling need
     manifest.json           sizes and sha256 of the others, and versions; written last
+
+Whatever else is in the folder is no checkpoint: `.writing-*` and `.pruned-*` are on their way in and out and are
+removed when a training starts, `set_aside-*` is what a training left behind when it went back to an older step.
+
+A checkpoint may come from a stranger: see manifest.py. Tensors are loaded only where they fit the config's model.
 """
 
-import hashlib
-import json
+import fcntl
 import logging
+import math
 import os
-import platform
 import re
+import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import vae_dist
 from vae_dist import config as configs
-from vae_dist import runtime
+from vae_dist import manifest, runtime
 from vae_dist.config import Config
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, UserError
 from vae_dist.files import write_atomically
+from vae_dist.manifest import MANIFEST, BadCheckpointError
 from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+LOCK_SECONDS = 10.0  # for a training that was asked to stop to leave the directory to the next one
+VISIBLE_SECONDS = 60.0  # for a network file system to show on one machine what another has renamed
+READ_ATTEMPTS = 5  # to catch a checkpoint of a live training before it is pruned
+
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-_LIBRARIES = ("accelerate", "numpy", "safetensors", "torch")
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class BadCheckpointError(UserError):
-    """A checkpoint that is not what its manifest says."""
+@dataclass
+class Best:
+    """The best validation so far."""
+
+    step: int
+    negative_elbo: float  # nats per image
 
 
 @dataclass
@@ -55,44 +70,90 @@ class TrainingState:
     world_size: int = 1
     window: dict[str, float] = field(default_factory=dict)  # sums of the metrics row that is being gathered
     loss_scale: dict[str, Any] | None = None  # fp16's
+    best: Best | None = None
+    skipped_updates: int = 0  # left out because the loss or the gradient was not finite
+    validation_pending: bool = False  # the run was stopped inside the validation of this step
     features: dict[str, Any] = field(default_factory=dict)  # by name: what a feature has to remember
 
 
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's directory. Raises UserError where one is in it."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(
+            f"another training is writing {run_dir}; wait for its end, or choose another name for a run of its own"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        logger.warning("%s can't be locked (%s); take care that no second training writes there", run_dir, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_being_trained(run_dir: Path) -> bool:
+    """Whether a training holds the directory."""
+    return _is_held(run_dir / ".lock", "rb", fcntl.LOCK_SH)
+
+
 def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> Path:
-    """Publish a checkpoint under `run_dir` and prune the oldest ones. One process calls this."""
-    contents = {
-        "model.safetensors": save(_plain(model.state_dict())),
-        "optimizer.safetensors": save(_plain(_moments(model, optimizer))),
-        "state.json": _json(asdict(state)),
-        "config.yaml": configs.to_yaml(config).encode(),
-    }
-    manifest = {
-        "format": FORMAT,
-        "step": state.step,
-        "files": {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in contents.items()
-        },
-        "versions": {
-            "vae_dist": vae_dist.__version__,
-            "python": platform.python_version(),
-            **{library: version(library) for library in _LIBRARIES},
-        },
-    }
+    """Publish a checkpoint under `run_dir`, then prune older ones. One process calls this.
+
+    Raises RunError where it can't be written and where a number in it is not finite; what was there before stays.
+    """
     folder = run_dir / "checkpoints"
     target = folder / f"step_{state.step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    for name, content in {**contents, MANIFEST: _json(manifest)}.items():
-        write_atomically(temporary / name, content)
-    _sync_folder(temporary)
-    if target.exists():  # a run that went back to an older checkpoint comes by here again
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _sync_folder(folder)
-    for old in _step_folders(run_dir)[config.checkpoint.keep :]:
-        shutil.rmtree(old, ignore_errors=True)
+    temporary = folder / f".writing-{target.name}-{secrets.token_hex(4)}"
+    weights, moments = _plain(model.state_dict()), _plain(_moments(model, optimizer))
+    if not _all_finite([*weights.values(), *moments.values()]):
+        raise RunError(f"the weights or moments after step {state.step} are not finite; they are not saved")
+    try:
+        temporary.mkdir(parents=True)
+        contents = {
+            "model.safetensors": save(weights),
+            "optimizer.safetensors": save(moments),
+            "state.json": manifest.to_json(asdict(state)),
+            "config.yaml": configs.to_yaml(config).encode(),
+        }
+        for name, content in {**contents, MANIFEST: manifest.to_json(manifest.seal(contents, state.step))}.items():
+            write_atomically(temporary / name, content)
+        _sync_folder(temporary)
+        if target.exists():  # if this process dies between the two renames, `recover` does the second
+            _remove(target)
+        temporary.rename(target)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"step {state.step} can't be saved in {folder}: {error.strerror or error}; mend that, then the same "
+            f"command with name={config.name} goes on from the newest checkpoint"
+        ) from error
+    _prune(run_dir, config.checkpoint.keep, state.best)
     return target
+
+
+def recover(run_dir: Path) -> None:
+    """Finish what a killed training was publishing, where all of it is there; remove what is half written or half
+    pruned. Whoever calls this holds the directory.
+    """
+    for leftover in run_dir.glob("checkpoints/.writing-*"):
+        target = leftover.with_name(leftover.name.removeprefix(".writing-").rpartition("-")[0])
+        if not target.exists() and _is_whole(leftover):
+            leftover.rename(target)
+    for leftover in [*run_dir.glob("checkpoints/.writing-*"), *run_dir.glob("checkpoints/.pruned-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def go_back(run_dir: Path, step: int) -> None:
+    """Set checkpoints of later steps aside. A training that goes on after `step` comes by there again; if it is stopped
+    before, it must not go on from those.
+    """
+    for folder in _step_folders(run_dir):
+        if int(folder.name.removeprefix("step_")) > step:
+            logger.warning("set aside: %s", _set_aside(folder))
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -103,14 +164,15 @@ def newest(run_dir: Path) -> Path | None:
             verify(folder)
             return folder
         except BadCheckpointError as error:
-            logger.warning("passing over a checkpoint: %s", error)
+            if folder.exists():  # otherwise it was pruned in this very moment
+                logger.warning("passing over a checkpoint: %s", error)
     if folders:
         raise UserError(f"all checkpoints in {run_dir / 'checkpoints'} are damaged; nothing was started or changed")
     return None
 
 
 def find(path: Path | None, runs_dir: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of the run; the newest run's when left out."""
+    """The checkpoint that `path` means: itself, RUN/best, or the newest of the run; the newest run's when left out."""
     if path is None:
         found = sorted(runs_dir.glob("*/checkpoints/step_*/" + MANIFEST), key=lambda file: file.stat().st_mtime)
         if not found:
@@ -119,6 +181,8 @@ def find(path: Path | None, runs_dir: Path) -> Path:
     if (path / MANIFEST).exists():
         verify(path)
         return path
+    if path.name == "best" and not path.exists():
+        return _best(path.parent)
     if not path.is_dir():
         raise UserError(f"there is no run at {path}; give a run's directory or one of its checkpoints")
     checkpoint = newest(path)
@@ -127,17 +191,32 @@ def find(path: Path | None, runs_dir: Path) -> Path:
     return checkpoint
 
 
+def _best(run_dir: Path) -> Path:
+    best = read_state(find(run_dir, run_dir)).best
+    if best is None:
+        raise UserError(f"{run_dir} has no validation yet, so no best checkpoint; give {run_dir} for its newest")
+    folder = run_dir / "checkpoints" / f"step_{best.step:08d}"
+    verify(folder)
+    return folder
+
+
 def verify(folder: Path) -> int:
     """The step of a checkpoint whose files are what its manifest says. Raises BadCheckpointError for another one."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            raise BadCheckpointError(f"{folder} has format {manifest['format']}; this version reads {FORMAT}")
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"):
-            _read(folder, name, manifest)
-        return int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadCheckpointError(f"{folder / MANIFEST} can't be read ({error})") from error
+    step = read_state(folder).step
+    if manifest.verify(folder) != step:
+        raise BadCheckpointError(f"{folder} is damaged: its manifest and its state are of different steps")
+    return step
+
+
+def await_visible(folder: Path) -> None:
+    """Wait for a checkpoint that another process has seen. Raises RunError where it does not come into sight."""
+    give_up = time.monotonic() + VISIBLE_SECONDS
+    while not (folder / MANIFEST).exists():
+        if time.monotonic() > give_up:
+            raise RunError(f"{folder} can't be seen by all processes; they need a file system that they share")
+        time.sleep(0.1)
+        if folder.parent.is_dir():
+            list(folder.parent.iterdir())  # a network file system then asks its server anew
 
 
 class Opened(NamedTuple):
@@ -149,52 +228,128 @@ class Opened(NamedTuple):
     output: Path  # where what is made from it goes
 
 
-def open_for_reading(path: Path | None, arguments: Sequence[str]) -> Opened:
-    """The checkpoint that `path` means (see `find`), with its config and `key=value` arguments."""
+@contextmanager
+def open_for_reading(path: Path | None, arguments: Sequence[str]) -> Iterator[Opened]:
+    """The checkpoint that `path` means (see `find`), with its config and `key=value` arguments.
+
+    While the context lasts, no training prunes it.
+    """
     runs_dir, rest = configs.take(arguments, "runs_dir")
-    folder = find(path, Path(runs_dir))
-    config = configs.load_reader(configs.read(folder / "config.yaml"), rest)
-    home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-    return Opened(folder, config, read_state(folder).step, Path(config.output) if config.output else home)
+    with _keep(path, Path(runs_dir)) as folder:
+        config = configs.load_reader(read_config(folder), rest)
+        home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+        yield Opened(folder, config, read_state(folder).step, Path(config.output) if config.output else home)
+
+
+@contextmanager
+def _keep(path: Path | None, runs_dir: Path) -> Iterator[Path]:
+    """`find`, and a lock that all may share and that keeps the pruner off."""
+    for _ in range(READ_ATTEMPTS):
+        folder = find(path, runs_dir)
+        try:
+            file = manifest.open_small(folder / MANIFEST)
+        except BadCheckpointError:
+            continue  # pruned since it was found
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                logger.info("%s can't be locked (%s)", folder, error.strerror)
+            if (folder / MANIFEST).exists():
+                yield folder
+                return
+    raise UserError(f"{path or runs_dir}: its checkpoints are pruned faster than they can be opened; try again")
+
+
+def read_config(folder: Path) -> Config:
+    """The config in a checkpoint. Raises UserError for one that can't be used."""
+    manifest.content(folder, "config.yaml")  # is what the manifest says
+    return configs.read(folder / "config.yaml")
 
 
 def load_vae(folder: Path, config: Config, device: torch.device) -> VAE:
     """The model in a checkpoint, in float32 (float64 for a run in fp64), for looking at and not for training."""
-    if config.data.image_shape is None:
-        raise BadCheckpointError(f"{folder / 'config.yaml'} does not state data.image_shape")
-    vae = build_vae(config, config.data.image_shape).to(runtime.dtype(config.train.precision))
+    shape, dtype = config.data.image_shape, runtime.dtype(config.train.precision)
+    if shape is None or len(shape) != 3 or min(shape) < 1:
+        raise BadCheckpointError(f"{folder / 'config.yaml'} does not state a data.image_shape of three sizes")
+    try:
+        with torch.device("meta"):
+            skeleton = build_vae(config, shape).to(dtype)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise BadCheckpointError(f"{folder / 'config.yaml'} describes a model that can't be built") from error
+    _require_fitting(folder, "model.safetensors", skeleton.state_dict())
+    vae = build_vae(config, shape).to(dtype)
     load_model(folder, vae)
     return vae.to(device).eval().requires_grad_(False)
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights into `model`; nothing is changed unless all of them fit."""
-    tensors = load(_read(folder, "model.safetensors"))
-    _require_same(tensors, model.state_dict(), folder / "model.safetensors")
-    model.load_state_dict(tensors)
-
-
-def read_state(folder: Path) -> TrainingState:
-    return TrainingState(**json.loads(_read(folder, "state.json")))
+    model.load_state_dict(_tensors(folder, "model.safetensors", model.state_dict()))
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> TrainingState:
     """Put a checkpoint into `model` and `optimizer`, and return the rest; nothing is changed unless all of it fits."""
     state = read_state(folder)
-    moments = load(_read(folder, "optimizer.safetensors"))
     expected = {
         f"{name}.{moment}": parameter if moment != "step" else torch.zeros(())
         for name, parameter in model.named_parameters()
-        for moment in ("step", "exp_avg", "exp_avg_sq")
+        for moment in _MOMENTS
     }
-    _require_same(moments, expected, folder / "optimizer.safetensors")
+    moments = _tensors(folder, "optimizer.safetensors", expected)
     load_model(folder, model)
     by_parameter = {
-        index: {moment: moments[f"{name}.{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+        index: {moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}
         for index, (name, _) in enumerate(model.named_parameters())
     }
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
+
+
+def read_state(folder: Path) -> TrainingState:
+    """What a checkpoint remembers beside its tensors. Raises BadCheckpointError for what no run would have written."""
+    values = manifest.parse(manifest.content(folder, "state.json"), folder / "state.json")
+    try:
+        best = values.get("best")
+        state = TrainingState(**{**values, "best": None if best is None else Best(**best)})
+    except TypeError as error:
+        raise BadCheckpointError(f"{folder / 'state.json'} is not a training's state ({error})") from error
+    counts = [state.step, state.world_size, state.skipped_updates, *([state.best.step] if state.best else [])]
+    numbers = [*state.window.values(), *([state.best.negative_elbo] if state.best else [])]
+    if (
+        not all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        or type(state.validation_pending) is not bool
+        or not isinstance(state.features, dict)
+        or not isinstance(state.loss_scale, dict | None)
+    ):
+        raise BadCheckpointError(f"{folder / 'state.json'} is not a training's state")
+    return state
+
+
+def _tensors(folder: Path, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors, by the names, shapes and types that are expected; all of their numbers are finite."""
+    _require_fitting(folder, name, expected)
+    tensors = load(manifest.content(folder, name))
+    if not _all_finite(tensors.values()):
+        raise BadCheckpointError(f"{folder / name} holds numbers that are not finite")
+    return tensors
+
+
+def _require_fitting(folder: Path, name: str, expected: Mapping[str, Tensor]) -> None:
+    """Compare what a file says that it holds, before any of it is loaded."""
+    path = folder / name
+    manifest.open_promised(folder, name).close()
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpointError(f"{path} can't be read ({error})") from error
+    wanted = {name: (_DTYPES.get(tensor.dtype), tuple(tensor.shape)) for name, tensor in expected.items()}
+    differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if differing:
+        raise BadCheckpointError(f"{path} does not fit the config's model: {', '.join(differing[:3])} differ")
 
 
 def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -209,30 +364,50 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _require_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    differing = sorted(
-        name
-        for name in found.keys() | expected.keys()
-        if name not in found or name not in expected or found[name].shape != expected[name].shape
-    )
-    if differing:
-        raise BadCheckpointError(f"{path} does not fit the config's model: {', '.join(differing[:3])} differ")
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _read(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -> bytes:
-    """A checkpoint's file, equal to what the manifest promises."""
-    manifest = manifest or json.loads((folder / MANIFEST).read_bytes())
-    promised = manifest["files"][name]
-    path = folder / name
+def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
+    """Remove all checkpoints but the newest, the best, and those that somebody is reading."""
+    for folder in _step_folders(run_dir)[keep:]:
+        if (best is not None and folder.name == f"step_{best.step:08d}") or _is_held(
+            folder / MANIFEST, "r+b", fcntl.LOCK_EX
+        ):
+            continue
+        try:
+            _remove(folder)
+        except OSError as error:
+            logger.warning("%s can't be removed (%s); the training goes on", folder, error.strerror)
+
+
+def _remove(folder: Path) -> None:
+    """From the rename on it is no checkpoint, however long the removal takes."""
+    shutil.rmtree(folder.rename(folder.with_name(f".pruned-{folder.name}-{secrets.token_hex(4)}")))
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(folder.with_name(f"set_aside-{folder.name}-{secrets.token_hex(4)}"))
+
+
+def _is_held(path: Path, mode: str, lock: int) -> bool:
+    """Whether somebody's lock on a file excludes this one; on a file system without locks none ever does."""
     try:
-        if path.stat().st_size != promised["bytes"]:
-            raise BadCheckpointError(f"{path} has {path.stat().st_size} bytes, not {promised['bytes']}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadCheckpointError(f"{path} can't be read ({error.strerror})") from error
-    if hashlib.sha256(content).hexdigest() != promised["sha256"]:
-        raise BadCheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
-    return content
+        with open(path, mode) as file:
+            fcntl.flock(file, lock | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except BadCheckpointError:
+        return False
+    return True
 
 
 def _step_folders(run_dir: Path) -> list[Path]:
@@ -248,7 +423,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

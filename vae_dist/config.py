@@ -90,12 +90,16 @@ class TrainConfig:
     validate_every: int | None = knob(
         None, "optimizer steps between validations and pictures; null: an epoch", at_least=1
     )
+    nonfinite: Literal["stop", "skip"] = knob(
+        "stop", "when loss or gradient are not finite: stop the run, or skip that update; it is never taken"
+    )
+    max_skipped: int = knob(10, "updates that may be skipped before the run stops", at_least=0)
 
 
 @dataclass
 class CheckpointConfig:
     every: int | None = knob(None, "optimizer steps between checkpoints; null: an epoch", at_least=1)
-    keep: int = knob(2, "newest checkpoints to keep", at_least=2)
+    keep: int = knob(2, "newest checkpoints to keep; the best by validation is kept beside them", at_least=2)
     resume: str = knob("auto", "auto: go on where a run of this name stopped; must; never; or a checkpoint's path")
 
 
@@ -162,7 +166,7 @@ READER_KEYS = (
 # What may differ when a run goes on: none of it changes what is learned. The length is the schedule's business.
 _RESUMABLE_KEYS = (
     *READER_KEYS, "name", "train.epochs", "train.steps", "train.accumulate", "train.precision",
-    "train.log_every", "train.validate_every", "checkpoint.",
+    "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._{}-]{0,127}")

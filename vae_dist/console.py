@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, StoppedError, UserError
 
 logger = logging.getLogger("vae_dist")
 progress_logger = logging.getLogger("vae_dist.progress")
@@ -54,6 +54,9 @@ def logged_to(path: Path) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
+    except (RunError, StoppedError) as error:  # the door says it on the terminal
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, str(error), (), None))
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()
@@ -140,15 +143,23 @@ class TrainingProgress:
 
 
 def run(door: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 when it is done, 2 with one message and no traceback when the user's input is wrong."""
+    """Run a command and exit: 0 when it is done, 2 for input that can't be used, 1 for a run that can't go on, and 130
+    or 143 when it was asked to stop. Each has one message and no traceback.
+    """
     try:
         door()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            _messages.print(Text.assemble(("error: ", "bold red"), str(error)))
-        sys.exit(2)
+        _end(("error: ", "bold red"), str(error), 2)
+    except RunError as error:
+        _end(("the run has ended: ", "bold red"), str(error), 1, speaker=error.speaker)
+    except StoppedError as error:
+        _end("", str(error), error.exit_code)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            _messages.print("interrupted")
-        sys.exit(130)
+        _end("", "interrupted", 130)
     sys.exit(0)
+
+
+def _end(title: str | tuple[str, str], message: str, code: int, speaker: int = 0) -> NoReturn:
+    if os.environ.get("RANK", "0") == str(speaker):
+        _messages.print(Text.assemble(title, message))
+    sys.exit(code)

@@ -6,7 +6,7 @@ float64. N images, B a block, L latents, C, H, W image.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.runtime import World
 
 logger = logging.getLogger(__name__)
+
+GLANCE_TURNS = 4  # blocks of each process between two glances
 
 
 class Scores(NamedTuple):
@@ -40,10 +42,11 @@ class Scores(NamedTuple):
         }
 
 
-def score(vae: VAE, pixels: Tensor, world: World, config: Config) -> Scores:
+def score(vae: VAE, pixels: Tensor, world: World, config: Config, glance: Callable[[], None] = lambda: None) -> Scores:
     """The ELBO terms of images `(N, C, H, W)` uint8, with one posterior sample each. Every process calls this.
 
     The noise belongs to the image's index, not to the run: the same images meet the same noise whatever is scored.
+    `glance` is called every few blocks, as often on every process; what it raises ends the scoring.
     """
     if len(pixels) == 0:
         return Scores(torch.empty(0), torch.empty(0))
@@ -51,11 +54,14 @@ def score(vae: VAE, pixels: Tensor, world: World, config: Config) -> Scores:
     blocks = world.blocks(len(pixels), config.evaluate.batch_size)
     values = []
     with torch.inference_mode():
-        for block in blocks:
-            batch = data.to_unit(pixels[block.start : block.stop].to(parameter.device), parameter.dtype)
-            noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, block, vae.latent_dim)
-            terms = objective.elbo_terms(vae(batch, noise.to(parameter.device, parameter.dtype)), batch)
-            values.append(torch.stack(terms, dim=1).cpu())
+        for turn in range(-(-len(pixels) // (config.evaluate.batch_size * world.size))):
+            if turn % GLANCE_TURNS == 0:
+                glance()
+            for block in blocks[turn : turn + 1]:
+                batch = data.to_unit(pixels[block.start : block.stop].to(parameter.device), parameter.dtype)
+                noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, block, vae.latent_dim)
+                terms = objective.elbo_terms(vae(batch, noise.to(parameter.device, parameter.dtype)), batch)
+                values.append(torch.stack(terms, dim=1).cpu())
     reconstruction, kl = world.gather_rows(blocks, values, len(pixels)).double().unbind(1)
     return Scores(reconstruction, kl)
 
@@ -65,9 +71,9 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
 
     Returns what it writes to `evaluation.json`. Raises UserError where there is nothing to evaluate or no data.
     """
-    folder, config, step, output = checkpoint.open_for_reading(run, arguments)
-    with runtime.join(config) as world:
+    with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(is_main=world.is_main)
+        folder, config, step, output = world.decide(lambda: opened)
         vae = checkpoint.load_vae(folder, config, world.device)
         test = world.main_first(lambda: data.load_test(config.data))
         figures = score(vae, test.pixels, world, config).figures("test")

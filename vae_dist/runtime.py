@@ -5,11 +5,12 @@ One process is the main process; what only one may decide (a name, a download) i
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from vae_dist.config import Config, Precision
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, UserError
 
 T = TypeVar("T")
+
+ANSWER_SECONDS = 5  # after a failed exchange, for the others to say that they are there
 
 _LAUNCHER_PRECISIONS: dict[str, Precision] = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _ACCELERATE_PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "fp16": "fp16", "bf16": "bf16"}
@@ -38,17 +41,22 @@ class World:
         self.is_main: bool = state.is_main_process
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` returns on the main process, on every process; its UserError is raised on all of them."""
+        """What `choose` returns on the main process, on every process; what it raises there, all of them raise."""
         if self.size == 1:
             return choose()
-        outcome: list[T | UserError | None] = [None]
+        outcome: list[T | Exception | None] = [None]
         if self.is_main:
             try:
                 outcome[0] = choose()
-            except UserError as error:
+            except (UserError, RunError) as error:
                 outcome[0] = error
-        result = broadcast_object_list(outcome)[0]
-        if isinstance(result, UserError):
+            except Exception as error:
+                with self._answers():
+                    broadcast_object_list([RunError(f"process 0 has failed: {type(error).__name__}: {error}")])
+                raise
+        with self._answers():
+            result = broadcast_object_list(outcome)[0]
+        if isinstance(result, (UserError, RunError)):
             raise result
         return result
 
@@ -58,7 +66,8 @@ class World:
             return
         facts = find()
         known = [facts] * self.size
-        torch.distributed.all_gather_object(known, facts)
+        with self._answers():
+            torch.distributed.all_gather_object(known, facts)
         for name in dict.fromkeys(name for theirs in known for name in theirs):
             values = [theirs.get(name) for theirs in known]
             others = [rank for rank, value in enumerate(values) if value != values[0]]
@@ -85,8 +94,20 @@ class World:
         """The sum of the processes' tensors, on the CPU."""
         if self.size > 1:
             values = values.clone()
-            torch.distributed.all_reduce(values)
+            self.all_reduce(values)
         return values.cpu()
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The elementwise maximum of the processes' tensors, on the CPU."""
+        if self.size > 1:
+            values = values.to(self.device, copy=True)
+            self.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return values.cpu()
+
+    def all_reduce(self, values: Tensor, operation: Any = torch.distributed.ReduceOp.SUM) -> None:
+        """Replace `values` by the sum of the processes' tensors. Raises RunError where one of them does not answer."""
+        with self._answers():
+            torch.distributed.all_reduce(values, operation)
 
     def blocks(self, count: int, size: int) -> list[range]:
         """This process's blocks of `range(count)`: cut the same way for any number of processes, then dealt in turn."""
@@ -102,11 +123,44 @@ class World:
         parts = [mine]
         if self.size > 1:
             parts = [mine] * self.size
-            torch.distributed.all_gather_object(parts, mine)
+            with self._answers():
+                torch.distributed.all_gather_object(parts, mine)
         by_start = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0].start)
         rows = torch.cat([value for _, value in by_start])
         assert len(rows) == count, f"{len(rows)} rows were gathered, {count} were dealt"
         return rows
+
+    @contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Around an exchange: where it fails, RunError names the processes that have not taken part."""
+        try:
+            yield
+        except RuntimeError as error:
+            missing = self._missing()
+            reason = str(error).strip().partition("\n")[0]
+            if not missing:
+                raise RunError(f"an exchange between the processes failed: {reason}") from error
+            gone = RunError(
+                f"process {', '.join(map(str, missing))} of {self.size} died or hangs ({reason}); the run goes on "
+                "from its newest checkpoint when it is started again"
+            )
+            gone.speaker = next(rank for rank in range(self.size) if rank not in missing)
+            raise gone from error
+
+    def _missing(self) -> list[int]:
+        """The processes that do not say within some seconds that they too wait for another one."""
+        try:
+            store = distributed_c10d._get_default_store()
+            store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+            store.set(f"vae_dist/waits/{self.rank}", "yes")
+            missing = [rank for rank in range(self.size) if rank != self.rank]
+            give_up = time.monotonic() + ANSWER_SECONDS
+            while missing and time.monotonic() < give_up:
+                time.sleep(0.1)
+                missing = [rank for rank in missing if not store.check([f"vae_dist/waits/{rank}"])]
+            return missing
+        except RuntimeError:
+            return [0]  # without a launcher the main process keeps the store
 
 
 @contextmanager
@@ -203,21 +257,22 @@ def place(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device)
 
 
-def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
-    """Replace each process's gradients by their mean over the processes.
+def average_gradients(parameters: Sequence[Tensor], loss: Tensor, world: World) -> Tensor:
+    """Replace each process's gradients by their mean over the processes; the mean of their losses `()` comes back.
 
     One all-reduce of all gradients in a fixed layout. DistributedDataParallel lays its buckets out anew after its first
     backward, so that on three processes and more a restarted run would add in another order than one never stopped.
     """
     if world.size == 1:
-        return
+        return loss
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1)])
+    world.all_reduce(flat)
     flat /= world.size
-    parts = flat.split([gradient.numel() for gradient in gradients])
+    *parts, mean_loss = flat.split([*(gradient.numel() for gradient in gradients), 1])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+    return mean_loss.view(())
 
 
 def code_fingerprint() -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vae_dist import checkpoint, console, images, runtime
+from vae_dist.checkpoint import Opened
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, write_atomically
@@ -30,17 +31,22 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     Returns the folder of `grid.png`, `samples.safetensors` (`images` and `latents`) and, on request, a file per image.
     Raises UserError where there is nothing to sample from, and for codes of another size than the model's latents.
     """
-    folder, config, step, output = checkpoint.open_for_reading(run, arguments)
-    latents = _latents(config)
-    with runtime.join(config) as world:
-        console.start(is_main=world.is_main)
-        vae = checkpoint.load_vae(folder, config, world.device)
-        decoded = decode(vae, latents, world, config.evaluate.batch_size)
-        kind = f"prior_seed_{config.sample.seed}" if config.sample.codes is None else "codes"
-        target = output / "samples" / f"step_{step:08d}_{kind}"
-        if world.is_main:
-            _write(target, decoded, latents, config, step)
-            logger.info("%d images in %s", len(decoded), target)
+    with checkpoint.open_for_reading(run, arguments) as opened:
+        latents = _latents(opened.config)
+        with runtime.join(opened.config) as world:
+            return _sample(latents, world, world.decide(lambda: opened))
+
+
+def _sample(latents: Tensor, world: World, opened: Opened) -> Path:
+    folder, config, step, output = opened
+    console.start(is_main=world.is_main)
+    vae = checkpoint.load_vae(folder, config, world.device)
+    decoded = decode(vae, latents, world, config.evaluate.batch_size)
+    kind = f"prior_seed_{config.sample.seed}" if config.sample.codes is None else "codes"
+    target = output / "samples" / f"step_{step:08d}_{kind}"
+    if world.is_main:
+        _write(target, decoded, latents, config, step)
+        logger.info("%d images in %s", len(decoded), target)
     return target
 
 

@@ -1,8 +1,10 @@
 """What a run decides before it starts: its name, where it goes on from, and all that its config left open."""
 
 import hashlib
+import logging
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from vae_dist.files import make_folder
 from vae_dist.model import check_names
 from vae_dist.runtime import World
 
+logger = logging.getLogger(__name__)
+
 
 class Start(NamedTuple):
     """How a run begins, the same on every process."""
@@ -26,10 +30,11 @@ class Start(NamedTuple):
     resumed_from: Path | None
 
 
-def settle(config: Config, world: World) -> Start:
+def settle(config: Config, world: World, held: ExitStack) -> Start:
     """Decide all that the config leaves open. The main process does this, and the others are told.
 
-    Raises UserError for whatever can't be had; only then is the run's directory made.
+    `held` keeps the run's directory for this training. Raises UserError for whatever can't be had; only then is the
+    directory made.
     """
     data.check_name(config.data.name)
     check_names(config)
@@ -42,12 +47,17 @@ def settle(config: Config, world: World) -> Start:
         )
     config = replace(config, name=_name(config))
     run_dir = Path(config.runs_dir) / str(config.name)
+    is_new = not run_dir.exists()
+    if not is_new:
+        _hold(run_dir, held)
     resumed_from = _resumed_from(config, run_dir)
     threads, identity = config.train.threads, config.tracking.id
     if resumed_from is not None:
-        stored = configs.read(resumed_from / "config.yaml")
+        stored = checkpoint.read_config(resumed_from)
         config = configs.resume(config, stored)
-        if resumed_from.is_relative_to(run_dir):  # otherwise this is a branch: another run, on a page of its own
+        if resumed_from.resolve().is_relative_to(
+            run_dir.resolve()
+        ):  # otherwise this is a branch: another run, on a page of its own
             identity = identity or stored.tracking.id
         # The thread count is a part of what makes a restart bitwise exact; on other processes it can't be anyway.
         if checkpoint.read_state(resumed_from).world_size == world.size:
@@ -55,7 +65,10 @@ def settle(config: Config, world: World) -> Start:
     precision = runtime.resolve_precision(config.train.precision, world.device)
     name, image_count, image_shape = data.prepare(config.data)
     _check_sizes(config, image_count)
-    make_folder(run_dir, "choose another runs_dir")
+    if is_new:
+        _hold(run_dir, held)
+        if checkpoint.newest(run_dir) is not None:
+            raise UserError(f"another training has just written {run_dir}; start this one again to go on from it")
     return Start(
         replace(
             config,
@@ -92,11 +105,21 @@ def _name(config: Config) -> str:
     return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
+def _hold(run_dir: Path, held: ExitStack) -> None:
+    """Take the run's directory for this training alone, and finish or remove what a killed one left half done."""
+    make_folder(run_dir, "choose another runs_dir")
+    held.enter_context(checkpoint.locked(run_dir))
+    checkpoint.recover(run_dir)
+
+
 def _resumed_from(config: Config, run_dir: Path) -> Path | None:
     resume = config.checkpoint.resume
-    if resume not in ("auto", "must", "never"):
-        return checkpoint.find(Path(resume), Path(config.runs_dir))
     newest = checkpoint.newest(run_dir)
+    if resume not in ("auto", "must", "never"):
+        asked = checkpoint.find(Path(resume), Path(config.runs_dir))
+        if newest is None or asked.resolve().is_relative_to(run_dir.resolve()):
+            return asked
+        logger.warning("%s has checkpoints of its own and goes on from them, not from %s", run_dir, resume)
     if resume == "never" and newest is not None:
         raise UserError(f"{run_dir} has checkpoints and checkpoint.resume=never; choose another name")
     if resume == "must" and newest is None:

@@ -47,7 +47,8 @@ from vae_dist.model import build_vae
 from vae_dist.model.distributions import Bernoulli
 from vae_dist.plan import Plan
 from vae_dist.runtime import World
-from vae_dist.trainer import Batches, Update, due
+from vae_dist.trainer import due
+from vae_dist.update import Batches, Update
 
 RESULT = Path(__file__).resolve().parents[2] / "docs/distribution.md"
 BATCH_SIZES = (128, 1024, 8192)
@@ -94,7 +95,7 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
         now = objective.schedule(config, number, LAST_STEP)
         meter.add(update(*batches(number), now.learning_rate, now.beta))
         if due(number + 1, config.train.log_every, LAST_STEP):
-            tracker.scalars(number + 1, meter.read(number + 1))
+            tracker.scalars(number + 1, meter.read())
 
     return step
 
@@ -123,9 +124,10 @@ def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> S
         reconstruction = F.binary_cross_entropy_with_logits(likelihood.logits, images, reduction="sum")
         mean, log_variance = posterior
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
-        ((reconstruction + kl) / share).backward()
+        loss = (reconstruction + kl) / share
+        loss.backward()
         if not ddp:
-            runtime.average_gradients(parameters, world)
+            runtime.average_gradients(parameters, loss.detach(), world)
         optimizer.step()
 
     return step

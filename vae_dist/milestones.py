@@ -1,0 +1,153 @@
+"""What happens between steps: rows of figures, validations, checkpoints, and the end of a run that is to stop."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from vae_dist import checkpoint, images, objective
+from vae_dist.checkpoint import Best, TrainingState
+from vae_dist.console import TrainingProgress
+from vae_dist.data import Images
+from vae_dist.errors import RunError, StoppedError
+from vae_dist.evaluation import score
+from vae_dist.images import Picture
+from vae_dist.meter import Meter
+from vae_dist.objective import Schedule
+from vae_dist.runtime import World
+from vae_dist.start import Start
+from vae_dist.stopping import Watch
+from vae_dist.tracking import Tracker
+from vae_dist.update import NotFiniteError, Update
+
+
+class Recording(NamedTuple):
+    """Where a run is seen while it trains, and what sees that it should stop."""
+
+    tracker: Tracker
+    progress: TrainingProgress
+    watch: Watch
+
+
+class Milestones:
+    """Everything that a run does after some of its steps. All processes call each method after the same steps.
+
+    The main process writes; what goes wrong there ends all of them with the same RunError.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        world: World,
+        update: Update,
+        meter: Meter,
+        recording: Recording,
+        images: tuple[Images, Images],
+        state: TrainingState,
+        last_step: int,
+    ) -> None:
+        self._config, self._run_dir, _ = start
+        self._world = world
+        self._update = update
+        self._meter = meter
+        self._tracker, self._progress, self._watch = recording
+        self._training, self._validation = images
+        self._last_step = last_step
+        self._step = self._saved_step = state.step
+        self._best = state.best
+        self._validation_pending = state.validation_pending
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save what there is when the run is asked to stop inside the context, and say how it goes on."""
+        try:
+            if self._validation_pending:
+                self.validate(self._step)
+                self.save(self._step)
+            yield
+        except StoppedError as stopped:
+            if self._step > self._saved_step:
+                self.save(self._step)
+            raise StoppedError(
+                f"{stopped}; step {self._step} of {self._last_step} is saved, the same command with "
+                f"name={self._config.name} goes on",
+                stopped.exit_code,
+            ) from None
+
+    def row(self, step: int, now: Schedule) -> None:
+        """Write the figures of the steps since the last row."""
+        skipped = self._require_sound(step)
+        row = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
+        if self._config.train.nonfinite == "skip":
+            row["train/skipped_updates"] = skipped
+        self._world.decide(partial(self._tracker.scalars, step, row))
+        self._progress.show(step, row)
+
+    def validate(self, step: int) -> bool:
+        """Score the validation images and draw the pictures; whether this validation is the best so far."""
+        self._require_sound(step)
+        self._validation_pending = True  # until it is through
+        with self._meter.paused():
+            scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.glance)
+            figures = scores.figures("validation")
+            self._world.decide(partial(self._tracker.scalars, step, figures))
+            self._world.decide(partial(self._tracker.pictures, step, partial(self._pictures, step)))
+            self._progress.note(step, figures)
+        self._validation_pending = False
+        found = figures.get("validation/negative_elbo", math.nan)
+        if not (self._best is None or found < self._best.negative_elbo) or not math.isfinite(found):
+            return False
+        self._best = Best(step, found)
+        return True
+
+    def save(self, step: int) -> None:
+        """Publish a checkpoint."""
+        skipped = self._require_sound(step)
+        with self._meter.paused():
+            state = TrainingState(
+                step=step,
+                world_size=self._world.size,
+                window=self._meter.fold(),
+                loss_scale=self._update.loss_scale(),
+                best=self._best,
+                skipped_updates=skipped,
+                validation_pending=self._validation_pending,
+            )
+            self._world.decide(partial(self._publish, state))
+        self._saved_step = step
+
+    def look(self, step: int) -> None:
+        """Raise RunError where an update was not finite, and StoppedError where a process was asked to stop."""
+        self._require_sound(step)
+        self._watch.look(step)
+
+    def _publish(self, state: TrainingState) -> Path:
+        self._tracker.flush()  # a checkpoint is never ahead of the rows
+        return checkpoint.write(self._run_dir, self._config, self._update.vae, self._update.optimizer, state)
+
+    def _require_sound(self, step: int) -> int:
+        """`Update.require_sound`, with all that the message needs."""
+        self._step = step
+        try:
+            return self._update.require_sound(step)
+        except NotFiniteError as error:
+            now = objective.schedule(self._config, error.step, self._last_step)
+            raise RunError(
+                f"the loss or the gradient is not finite in step {error.step + 1} (learning rate "
+                f"{now.learning_rate:g}), and the weights are still those of the step before. Try a lower "
+                "optim.learning_rate, optim.max_grad_norm=100, optim.warmup_steps=500, train.precision=fp32, or leave "
+                "single steps out by train.nonfinite=skip"
+            ) from None
+
+    def _pictures(self, step: int) -> dict[str, Picture]:
+        """The grids of a validation. Without validation images training images are shown, and the caption says so."""
+        held_out = len(self._validation.labels) > 0
+        name = self._config.data.name
+        subject = f"{name}, {'validation' if held_out else 'TRAINING'} images, step {step}"
+        shown = self._validation if held_out else self._training
+        return {
+            "reconstructions": images.reconstructions(self._update.vae, shown.pixels, subject),
+            "samples": images.samples(self._update.vae, f"model of {name}, step {step}"),
+        }

@@ -1,0 +1,161 @@
+"""One optimizer step on a process's share of a batch, and where that share comes from.
+
+B is the global batch, b a process's share of it, L latents, C, H, W image.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vae_dist import checkpoint, data, manifest, objective, runtime
+from vae_dist.checkpoint import TrainingState
+from vae_dist.config import Config
+from vae_dist.data import Images
+from vae_dist.errors import RunError
+from vae_dist.model.vae import VAE
+from vae_dist.plan import Plan, bernoulli_pixels, share
+from vae_dist.runtime import World
+
+
+class Batches:
+    """A process's share of each step's batch and of its noise, as the plan has them."""
+
+    def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
+        self._pixels = runtime.place(training.pixels, world.device)
+        self._plan = plan
+        self._rows = share(plan.batch_size, world.rank, world.size)
+        self._latent_dim = config.model.latent_dim
+        self._dynamic = config.data.binarize == "dynamic"
+        self._device = world.device
+        self._dtype = runtime.dtype(config.train.precision)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images `(b, C, H, W)` in [0, 1] and standard normal noise `(b, L)` of step `step`."""
+        indices = self._plan.batch(step)[self._rows.start : self._rows.stop]
+        pixels = self._pixels[indices.to(self._pixels.device)].to(self._device)
+        if self._dynamic:
+            pixels = bernoulli_pixels(pixels, self._plan.seed, step, self._rows)
+        noise = self._plan.noise(step, self._rows, self._latent_dim)
+        return data.to_unit(pixels, self._dtype), noise.to(self._device, self._dtype)
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient of a step is not finite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"step {step}")
+        self.step = step  # 0 is the first
+
+
+class Update:
+    """One optimizer step from a process's share of a batch. It draws nothing and decides nothing by itself.
+
+    An update whose loss or gradient is not finite, on whichever process, is never taken. The device sees to that,
+    without the host looking; nor are later ones, unless the config says to skip such updates. `require_sound` is where
+    the host looks.
+    """
+
+    def __init__(self, vae: VAE, config: Config, world: World) -> None:
+        self.vae = vae
+        self._parameters = list(vae.parameters())
+        self._world = world
+        self._config = config
+        self._accumulate = config.train.accumulate
+        self._max_grad_norm = config.optim.max_grad_norm
+        # What this process's loss is divided by, so that the mean over the processes is the batch's mean, however
+        # unevenly the batch is shared.
+        self._share_size = config.train.batch_size / world.size
+        self._accelerator = runtime.accelerator(config.train.precision)
+        # The learning rate is a tensor: it moves with the step without the optimizer being another one.
+        learning_rate = torch.tensor(config.optim.learning_rate, device=world.device)
+        self._adam = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
+        # Accelerate's wrapper is there for the loss scale of fp16; elsewhere it would only cost time at every step.
+        self._scaled = self._accelerator.scaler is not None
+        self.optimizer = self._accelerator.prepare(self._adam) if self._scaled else self._adam
+        self._first_step = self._skipped_before = 0
+        self._sound = torch.ones((), dtype=torch.bool, device=world.device)
+        self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
+
+    def __call__(self, images: Tensor, noise: Tensor, learning_rate: float, beta: float) -> Tensor:
+        """Update the weights from images `(b, C, H, W)` and noise `(b, L)`.
+
+        Returns what the `Meter` adds up, `(5,)`: the sums over these images of loss, reconstruction and KL (nats), and
+        this process's part of the gradient's norm before clipping and of 1 update; zeros where it was not taken.
+        """
+        sums = []
+        for part in range(self._accumulate):
+            rows = share(len(images), part, self._accumulate)
+            part_images = images[rows.start : rows.stop]
+            with self._accelerator.autocast():
+                output = self.vae(part_images, noise[rows.start : rows.stop])
+            terms = objective.elbo_terms(output, part_images)
+            loss = objective.training_loss(terms, beta, self._share_size)
+            self._accelerator.backward(loss)
+            sums.append(torch.stack([loss * self._share_size, terms.reconstruction.sum(), terms.kl.sum()]).detach())
+        totals = torch.stack(sums).sum(0)
+        mean_loss = runtime.average_gradients(self._parameters, totals[0], self._world)
+        grad_norm = self._clip()
+        taken = self._judge(mean_loss + grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        parts = torch.stack([grad_norm, torch.ones_like(grad_norm)]) / self._world.size
+        return torch.where(taken, torch.cat([totals, parts]), 0.0)
+
+    def _clip(self) -> Tensor:
+        """Bound the gradient's norm where the config says so; the norm before that."""
+        if self._max_grad_norm is not None:
+            norm: Tensor = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        else:
+            self._accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        # fp16's loss scale was too large: its scaler leaves this update out and tries a smaller one.
+        return torch.where(norm.isfinite(), norm, 0.0) if self._scaled else norm
+
+    def _judge(self, evidence: Tensor) -> Tensor:
+        """Whether this update is taken, on the device: Adam leaves weights and moments alone where it is not."""
+        taken = evidence.isfinite()
+        if self._config.train.nonfinite == "stop":
+            taken = self._sound.logical_and_(taken)
+        self._taken += taken
+        if not self._scaled:
+            self._adam.found_inf = taken.logical_not().float()  # type: ignore[attr-defined]
+        return taken
+
+    def require_sound(self, step: int) -> int:
+        """The number of updates skipped so far. After `step` steps; all processes call this and find the same.
+
+        Raises RunError where an update was not finite and the config does not say to skip it, or skipped too many.
+        """
+        taken = int(self._taken)
+        missed = step - self._first_step - taken
+        if missed and self._config.train.nonfinite == "stop":
+            raise NotFiniteError(self._first_step + taken)
+        skipped = self._skipped_before + missed
+        if skipped > self._config.train.max_skipped:
+            raise RunError(
+                f"{skipped} updates up to step {step} were skipped because loss or gradient were not finite; "
+                f"train.max_skipped={self._config.train.max_skipped}"
+            )
+        return skipped
+
+    def facts(self, step: int) -> dict[str, object]:
+        """What is the same on all processes, always: a hash of the weights' bits."""
+        return {f"the weights after step {step}": runtime.fingerprint(self._parameters)}
+
+    def loss_scale(self) -> dict[str, object] | None:
+        """fp16's, None elsewhere."""
+        scaler = self._accelerator.scaler
+        return scaler.state_dict() if scaler is not None else None
+
+    def restore(self, folder: Path) -> TrainingState:
+        """Take weights, moments and loss scale from a checkpoint."""
+        checkpoint.await_visible(folder)
+        self._world.require_agreement(lambda: {"the checkpoint": manifest.fingerprint(folder)})
+        state = checkpoint.load_training(folder, self.vae, self.optimizer)
+        if self._accelerator.scaler is not None and state.loss_scale is not None:
+            self._accelerator.scaler.load_state_dict(state.loss_scale)
+        self._first_step, self._skipped_before = state.step, state.skipped_updates
+        return state
