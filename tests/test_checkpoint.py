@@ -1,22 +1,29 @@
 import hashlib
 import json
+import logging
 import os
+import resource
 import stat
+import subprocess
+import sys
+import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import MakeConfig, opened
+from tests.conftest import REPOSITORY, MakeConfig, opened
 from vae_dist import checkpoint
-from vae_dist.checkpoint import TrainingState
+from vae_dist.checkpoint import Best, TrainingState
 from vae_dist.config import Config
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, UserError
 from vae_dist.manifest import BadCheckpointError
 from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
 
+CRASH = str(REPOSITORY / "tests/crash.py")
 SHAPE = [1, 6, 6]
 FILES = ["config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -43,7 +50,7 @@ def written(config: Config, tmp_path: Path, *steps: int) -> Path:
 def test_what_is_written_comes_back_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     vae, optimizer = trained(config, steps=3)
-    state = TrainingState(12, window={"loss": 0.1 + 0.2, "steps": 3.0}, features={"ema": {"decay": 0.9}})
+    state = TrainingState(12, window=[{"loss": 0.1 + 0.2, "updates": 3.0}], features={"ema": {"decay": 0.9}})
     folder = checkpoint.write(tmp_path / "run", config, vae, optimizer, state)
     assert sorted(path.name for path in folder.iterdir()) == FILES
 
@@ -76,13 +83,17 @@ def test_weights_and_config_are_enough_to_look_at_a_model(make_config: MakeConfi
     assert torch.equal(loaded.decode(latents).mean, vae.decode(latents).mean)
 
 
-def test_files_can_be_read_by_whom_the_umask_lets(make_config: MakeConfig, tmp_path: Path) -> None:
-    before = os.umask(0o022)
+@pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_files_can_be_read_by_whom_the_umask_lets(
+    umask: int, files: int, folders: int, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
     try:
         folder = written(make_config(), tmp_path, 1)
     finally:
         os.umask(before)
-    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in FILES} == {0o644}
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in FILES} == {files}
+    assert stat.S_IMODE(folder.stat().st_mode) == folders
 
 
 def test_the_newest_are_kept(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -91,12 +102,170 @@ def test_the_newest_are_kept(make_config: MakeConfig, tmp_path: Path) -> None:
     assert left == ["step_00000009", "step_00000010", "step_100000000"]
 
 
+def test_the_best_by_validation_is_kept_beside_the_newest(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    vae, optimizer = trained(config)
+    for step in range(1, 6):
+        state = TrainingState(step, best=Best(min(step, 2), 100.0))
+        checkpoint.write(tmp_path / "run", config, vae, optimizer, state)
+    left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert left == ["step_00000002", "step_00000004", "step_00000005"]
+    assert checkpoint.find(tmp_path / "run/best", tmp_path).name == "step_00000002"
+    assert checkpoint.find(tmp_path / "run", tmp_path).name == "step_00000005"
+
+
+def test_without_a_validation_there_is_no_best(make_config: MakeConfig, tmp_path: Path) -> None:
+    written(make_config(), tmp_path, 1)
+    with pytest.raises(UserError, match="has no validation yet, so no best checkpoint"):
+        checkpoint.find(tmp_path / "run/best", tmp_path)
+
+
+def test_a_checkpoint_that_is_open_is_not_pruned_until_it_is_closed(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    with checkpoint.open_for_reading(folder, []) as found:
+        written(make_config(), tmp_path, 2, 3, 4)
+        assert checkpoint.verify(found.folder) == 1
+    written(make_config(), tmp_path, 5)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["step_00000004", "step_00000005"]
+
+
+def test_a_reader_of_a_run_that_prunes_all_the_time_always_gets_a_whole_checkpoint(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config()
+    written(config, tmp_path, 1, 2)
+    stop = threading.Event()
+
+    def keep_saving() -> None:
+        for step in count(3):
+            if stop.is_set():
+                return
+            written(config, tmp_path, step)
+
+    writer = threading.Thread(target=keep_saving)
+    writer.start()
+    try:
+        for _ in range(20):
+            with checkpoint.open_for_reading(tmp_path / "run", []) as found:
+                checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_pruning_that_fails_warns_and_the_run_goes_on(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", refuse)
+        written(make_config(), tmp_path, 1, 2, 3)
+    assert "can't be removed (Permission denied); the training goes on" in caplog.text
+    assert checkpoint.find(tmp_path / "run", tmp_path).name == "step_00000003"
+    checkpoint.recover(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A real limit of the operating system, on the size of files."""
+    good = written(make_config(), tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"step 2 can't be saved in .*: File too large; mend that, then the same"):
+            written(make_config("name=mine"), tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in good.parent.iterdir()] == ["step_00000001"]
+    assert checkpoint.newest(tmp_path / "run") == good
+
+
+def test_numbers_that_are_not_finite_are_never_published(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    vae, optimizer = trained(config)
+    next(iter(optimizer.state.values()))["exp_avg"].view(-1)[0] = torch.nan
+    with pytest.raises(RunError, match="after step 7 are not finite; they are not saved"):
+        checkpoint.write(tmp_path / "run", config, vae, optimizer, TrainingState(7))
+    assert checkpoint.newest(tmp_path / "run") is None
+
+
 def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path) -> None:
-    folder = written(make_config(), tmp_path, 1, 1)
+    config = make_config()
+    vae, optimizer = trained(config)
+    for pending in (True, False):
+        folder = checkpoint.write(
+            tmp_path / "run", config, vae, optimizer, TrainingState(1, validation_pending=pending)
+        )
+    assert not checkpoint.read_state(folder).validation_pending
+    assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
+
+
+def test_a_save_that_is_killed_at_any_point_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Before and after every file, the manifest, the renames and the pruning: wherever a save touches the disk."""
+    result = subprocess.run([sys.executable, CRASH, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    points = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(points) > 40
+    for point in points:
+        assert point["step"] == 2 or (point["step"] == 3 and not point["again"]), point
+        assert len(point["after"]) == 2, point  # nothing is left of the killed save, and pruning works again
+    assert {point["step"] for point in points if not point["again"]} == {2, 3}
+    touched = " ".join(point["touched"] for point in points)
+    for stage in (*FILES, ".writing-step_00000003", "os.rename", "shutil.rmtree", ".pruned-step_00000001"):
+        assert stage in touched
+    replaced = [point for point in points if point["again"] and "step_00000002" not in point["left"]]
+    assert replaced, "a kill between the two renames of a replacement was tried"
+
+
+def test_later_checkpoints_are_set_aside_when_a_run_goes_back(make_config: MakeConfig, tmp_path: Path) -> None:
+    written(make_config("checkpoint.keep=9"), tmp_path, 1, 2, 3)
+    checkpoint.go_back(tmp_path / "run", 1)
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
+    assert len(list((tmp_path / "run/checkpoints").glob("set_aside-step_*"))) == 2
+
+
+def test_a_directory_belongs_to_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.1)
+    assert not checkpoint.is_being_trained(tmp_path)
+    with checkpoint.locked(tmp_path):
+        assert checkpoint.is_being_trained(tmp_path)
+        with pytest.raises(UserError, match="another training is writing"), checkpoint.locked(tmp_path):
+            pass
+    assert not checkpoint.is_being_trained(tmp_path)
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    hold = "import pathlib, sys, time; from vae_dist import checkpoint\n"
+    hold += "with checkpoint.locked(pathlib.Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    assert checkpoint.is_being_trained(tmp_path)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not checkpoint.is_being_trained(tmp_path)
+
+
+def test_a_checkpoint_that_comes_into_sight_late_is_waited_for(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system, which shows on one machine later what another has renamed."""
+    folder = written(make_config(), tmp_path, 1)
+    hidden = folder.rename(tmp_path / "hidden")
+    threading.Timer(0.5, lambda: hidden.rename(folder)).start()
+    checkpoint.await_visible(folder)
     assert checkpoint.verify(folder) == 1
+    monkeypatch.setattr(checkpoint, "VISIBLE_SECONDS", 0.3)
+    with pytest.raises(RunError, match="can't be seen by all processes"):
+        checkpoint.await_visible(tmp_path / "never")
 
 
-DAMAGES = [(name, damage) for name in FILES for damage in ("cut", "flip", "delete")]
+DAMAGES = [(name, damage) for name in FILES for damage in ("cut", "flip", "delete", "swap", "link", "pipe")]
 DAMAGES.remove(("manifest.json", "flip"))  # hashed by nobody: a flipped bit in a version's number goes unnoticed
 
 
@@ -105,11 +274,18 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, make_config
     written(make_config(), tmp_path, 1, 2)
     path = tmp_path / "run/checkpoints/step_00000002" / name
     content = bytearray(path.read_bytes())
-    if damage == "delete":
+    if damage in ("delete", "link", "pipe"):
         path.unlink()
+    if damage == "swap":
+        path.write_bytes((written(make_config("seed=1"), tmp_path / "other", 3) / name).read_bytes())
+    elif damage == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        path.symlink_to(tmp_path / "elsewhere")
+    elif damage == "pipe":
+        os.mkfifo(path)
     elif damage == "cut":
         path.write_bytes(content[:-10])
-    else:
+    elif damage == "flip":
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     newest = checkpoint.newest(tmp_path / "run")
@@ -176,3 +352,124 @@ def test_tensors_of_another_shape_are_refused_though_their_hash_holds(make_confi
     config = opened(folder).config
     with pytest.raises(BadCheckpointError, match=r"does not fit the config's model: decoder.layers.0.bias"):
         checkpoint.load_vae(folder, config, torch.device("cpu"))
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest promise what is there, as somebody would who means harm."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_nothing_is_allocated_for_a_model_that_only_a_config_claims(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    for claim in ("[100000,100000]", f"[{10**15}]"):
+        text = (folder / "config.yaml").read_text()
+        hidden = text.partition("hidden_dims:")[2].partition("\nobjective")[0]
+        (folder / "config.yaml").write_text(text.replace(hidden, f" {claim}"))
+        reseal(folder)
+        config = opened(folder).config
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(BadCheckpointError, match=r"does not fit the config's model|can't be built"):
+            checkpoint.load_vae(folder, config, torch.device("cpu"))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes; it would be 40 GB
+
+
+def test_a_file_of_another_size_than_promised_is_not_read(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    for name in FILES:
+        content = (folder / name).read_bytes()
+        os.truncate(folder / name, 2**40)  # a terabyte that takes no room on the disk
+        with pytest.raises(BadCheckpointError, match=r"bytes, not|too much for what it is"):
+            checkpoint.verify(folder)
+        (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"]["bytes"] = 2**40
+    os.truncate(folder / "state.json", 2**40)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadCheckpointError, match="too much for what it is"):
+        checkpoint.verify(folder)
+
+
+STATES = [
+    {"step": -1}, {"step": True}, {"step": 1.5}, {"step": 10**30}, {"step": "1"}, {"step": None}, {"unknown": 1},
+    {"window": [{"loss": "high"}]}, {"window": [1]}, {"window": {"loss": 1.0}}, {"window": None},
+    {"best": {"step": 1}}, {"best": 7},
+    {"best": {"step": 1, "negative_elbo": None}}, {"validation_pending": "no"}, {"features": []}, {"loss_scale": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", STATES, ids=str)
+def test_a_state_that_no_run_would_have_written_is_refused(
+    values: dict[str, object], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | values))
+    reseal(folder)
+    with pytest.raises(BadCheckpointError):
+        checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"{}", b"[]", b"null", b"1" * 10_000, b"\xff\xfe", b'{"format": NaN}', b""],
+    ids=range(8),
+)
+def test_a_manifest_or_state_that_is_none_is_refused(content: bytes, make_config: MakeConfig, tmp_path: Path) -> None:
+    for name in ("manifest.json", "state.json"):
+        folder = written(make_config(), tmp_path / name, 1)
+        (folder / name).write_bytes(content)
+        if name == "state.json":
+            reseal(folder)
+        if (name, content) != ("state.json", b"{}"):
+            with pytest.raises(BadCheckpointError):
+                checkpoint.verify(folder)
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_loaded(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["decoder.layers.0.bias"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    reseal(folder)
+    with pytest.raises(BadCheckpointError, match="holds numbers that are not finite"):
+        checkpoint.load_vae(folder, opened(folder).config, torch.device("cpu"))
+
+
+class Malicious:
+    """What a pickle of this would do when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("touched",)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"])
+def test_a_pickle_in_a_checkpoint_is_never_run(name: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    torch.save(Malicious(), folder / name)
+    reseal(folder)
+    config = make_config()
+    vae, optimizer = trained(config)
+    with pytest.raises(UserError):
+        found = opened(folder)
+        checkpoint.load_training(found.folder, vae, optimizer)
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["${oc.env:HOME}", "${oc.coerce:this.x,1}", "${oc.create:{}}", "${seed}", "!!python/object/apply:os.mkdir [x]"],
+)
+def test_a_config_of_a_stranger_reaches_nothing(line: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(
+        text.replace("runs_dir:", f"output: {line}\nruns_dir:").replace("output: null\n", "")
+    )
+    reseal(folder)
+    with pytest.raises(UserError):
+        opened(folder)
+    assert not Path("x").exists() and "this" not in sys.modules

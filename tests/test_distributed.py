@@ -24,6 +24,7 @@ DISAGREEMENTS = {
 }
 STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
+WHOLE = ["train.log_every=7", "checkpoint.every=13"]
 
 
 def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, list[str]]]:
@@ -50,6 +51,17 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             (f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5", "runtime.verify_every=2"])
             for what in DISAGREEMENTS
         ],
+        ("stop", str(root / "stop"), [*common, "name=stopped", *WHOLE]),
+        ("train", "", [*common, "name=stopped", *WHOLE]),
+        (
+            "stop_in_validation",
+            str(root / "stop_in_validation"),
+            [*common, "name=cut", *WHOLE, "evaluate.batch_size=9"],
+        ),
+        ("train", "", [*common, "name=cut", *WHOLE, "evaluate.batch_size=9"]),
+        ("spoil", str(root / "spoil"), [*common, "name=spoiled", "train.log_every=50", "train.steps=20"]),
+        ("spoil", "", [*common, "name=skipped", "train.nonfinite=skip", "train.steps=20", "train.log_every=5"]),
+        ("full_disk", str(root / "full_disk"), [*common, "name=full"]),
         ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
     ]
 
@@ -77,7 +89,9 @@ def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) 
             root.mkdir()
             listed = jobs(root, reference, smoke_arguments)
             if world_size == 1:
-                worker.main([job for job in listed if not job[0].startswith(("refusal", "disagree"))])
+                worker.main(
+                    [job for job in listed if not job[0].startswith(("refusal", "disagree", "stop", "spoil", "full"))]
+                )
             else:
                 (root / "jobs.json").write_text(json.dumps(listed))
                 result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
@@ -188,6 +202,50 @@ def test_every_process_is_refused_with_the_same_words(world_size: int, roots: di
     for name, expected in ("refusal", f"it must be at least {2 * world_size}"), ("no_data", "data.download=false"):
         said = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
         assert len(said) == 1 and expected in said.pop()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_when_one_process_is_asked_to_stop_all_stop_after_the_same_step(
+    world_size: int, roots: dict[int, Path]
+) -> None:
+    """And the run that goes on is bitwise the one that never stopped, also where it was stopped inside a validation."""
+    runs = roots[world_size] / "runs"
+    for name, step, run in ("stop", 33, "stopped"), ("stop_in_validation", 20, "cut"):
+        said = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
+        assert len(said) == 1
+        assert said.pop().startswith(f"StoppedError: SIGTERM: asked to stop; step {step} of 40 is saved")
+        ours, theirs = tensors(runs / run), tensors(runs / "never_stopped")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        for figure in ("train/loss", "train/grad_norm", "validation/negative_elbo"):
+            assert rows(runs / run, figure).keys() == rows(runs / "never_stopped", figure).keys()
+    for figure in ("train/loss", "train/kl", "train/grad_norm", "validation/kl"):
+        assert rows(runs / "stopped", figure) == rows(runs / "never_stopped", figure)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_numbers_gone_bad_on_one_process_alone_stop_all_before_the_step_is_taken(
+    world_size: int, roots: dict[int, Path]
+) -> None:
+    said = {(roots[world_size] / f"spoil.{rank}").read_text() for rank in range(world_size)}
+    assert len(said) == 1
+    assert said.pop().startswith("RunError: the loss or the gradient is not finite in step 8 (learning rate 0.001)")
+    assert checkpoint.newest(roots[world_size] / "runs/spoiled") is None
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_or_all_of_them_skip_that_update(world_size: int, roots: dict[int, Path]) -> None:
+    run_dir = roots[world_size] / "runs/skipped"
+    assert rows(run_dir, "train/skipped_updates") == {5: 0, 10: 1, 15: 1, 20: 1}
+    moments = tensors(run_dir)
+    assert {value.item() for name, value in moments.items() if name.endswith(".step")} == {19.0}
+    assert all(value.isfinite().all() for value in moments.values())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_save_that_fails_ends_all_processes_with_the_same_message(world_size: int, roots: dict[int, Path]) -> None:
+    said = {(roots[world_size] / f"full_disk.{rank}").read_text() for rank in range(world_size)}
+    assert len(said) == 1
+    assert "step 20 can't be saved in " in (message := said.pop()) and "File too large; mend that" in message
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

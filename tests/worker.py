@@ -7,11 +7,15 @@ JOBS.json is a list of [command, output, arguments]. One launch serves many clai
 
 import json
 import os
+import resource
+import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,10 +24,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae_dist import config, data, runtime
+from vae_dist import config, data, evaluation, milestones, runtime, stopping
 from vae_dist.config import DataConfig
 from vae_dist.data import Images
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.objective import schedule
 from vae_dist.plan import Plan
@@ -56,7 +60,7 @@ def record_refusal(output: str, arguments: list[str]) -> None:
     """Write how each process is refused a training."""
     try:
         train(config.load(arguments))
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError, RunError, StoppedError) as error:
         Path(f"{output}.{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
 
 
@@ -80,6 +84,64 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
     return record
 
 
+def on_last_process(fault: Callable[[pytest.MonkeyPatch], None]) -> Callable[[str, list[str]], None]:
+    """A training in which something happens to the last process alone, and how each process ends."""
+
+    def record(output: str, arguments: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stopping, "LOOK_SECONDS", 0.0)  # after every step
+            if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                fault(patch)
+            record_refusal(output, arguments)
+
+    return record
+
+
+def ask_to_stop(patch: pytest.MonkeyPatch) -> None:
+    """A signal in the middle of step 33."""
+    draw = Batches.__call__
+
+    def with_signal(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if step == 32:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return draw(batches, step)
+
+    patch.setattr(Batches, "__call__", with_signal)
+
+
+def ask_to_stop_in_validation(patch: pytest.MonkeyPatch) -> None:
+    score = evaluation.score
+
+    def with_signal(*arguments: Any) -> evaluation.Scores:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return score(*arguments)
+
+    patch.setattr(milestones, "score", with_signal)
+
+
+def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
+    """Noise that is not a number, at a step after which nothing is logged."""
+    draw = Batches.__call__
+
+    def spoiled(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, noise = draw(batches, step)
+        return images, noise * torch.nan if step == 7 else noise
+
+    patch.setattr(Batches, "__call__", spoiled)
+
+
+def fill_the_disk(output: str, arguments: list[str]) -> None:
+    """A limit on the size of files, which the main process meets when it saves."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        record_refusal(output, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: DataConfig) -> tuple[Images, Images]:
     training, validation = load(asked)
     training.pixels[0, 0, 0, 0] += 1
@@ -97,6 +159,10 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
     "refusal": record_refusal,
     **{f"disagree_{what}": disagree(what) for what in ("config", "code", "data", "weights")},
+    "stop": on_last_process(ask_to_stop),
+    "stop_in_validation": on_last_process(ask_to_stop_in_validation),
+    "spoil": on_last_process(spoil_step_8),
+    "full_disk": fill_the_disk,
     "train": lambda output, arguments: train(config.load(arguments)),
     "evaluate": lambda output, arguments: evaluate(Path(output), arguments),
     "sample": lambda output, arguments: sample(Path(output), arguments),

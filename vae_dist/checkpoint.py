@@ -68,7 +68,7 @@ class TrainingState:
 
     step: int = 0  # optimizer steps done
     world_size: int = 1
-    window: dict[str, float] = field(default_factory=dict)  # sums of the metrics row that is being gathered
+    window: list[dict[str, float]] = field(default_factory=list)  # each process's sums of the row to come
     loss_scale: dict[str, Any] | None = None  # fp16's
     best: Best | None = None
     skipped_updates: int = 0  # left out because the loss or the gradient was not finite
@@ -315,7 +315,10 @@ def read_state(folder: Path) -> TrainingState:
     except TypeError as error:
         raise BadCheckpointError(f"{folder / 'state.json'} is not a training's state ({error})") from error
     counts = [state.step, state.world_size, state.skipped_updates, *([state.best.step] if state.best else [])]
-    numbers = [*state.window.values(), *([state.best.negative_elbo] if state.best else [])]
+    if not isinstance(state.window, list) or not all(isinstance(sums, dict) for sums in state.window):
+        raise BadCheckpointError(f"{folder / 'state.json'} is not a training's state")
+    numbers = [number for sums in state.window for number in sums.values()]
+    numbers += [state.best.negative_elbo] if state.best else []
     if (
         not all(type(count) is int and 0 <= count < 2**63 for count in counts)
         or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)

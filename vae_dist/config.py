@@ -343,6 +343,8 @@ def _read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"can't read the config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the config file {path} is no text: {error}") from error
     return _parse_yaml(text, str(path))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import vae_dist
 from vae_dist.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
 SMALL_FILE_BYTES = 2**20  # manifest, state and config are far below this

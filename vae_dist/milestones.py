@@ -109,7 +109,7 @@ class Milestones:
             state = TrainingState(
                 step=step,
                 world_size=self._world.size,
-                window=self._meter.fold(),
+                window=self._meter.window(),
                 loss_scale=self._update.loss_scale(),
                 best=self._best,
                 skipped_updates=skipped,

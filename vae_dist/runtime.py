@@ -97,6 +97,14 @@ class World:
             self.all_reduce(values)
         return values.cpu()
 
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' tensors, stacked in the order of their ranks, on the CPU."""
+        parts = [torch.empty_like(values) for _ in range(self.size)] if self.size > 1 else [values]
+        if self.size > 1:
+            with self._answers():
+                torch.distributed.all_gather(parts, values)
+        return torch.stack(parts).cpu()
+
     def largest(self, values: Tensor) -> Tensor:
         """The elementwise maximum of the processes' tensors, on the CPU."""
         if self.size > 1:
@@ -248,6 +256,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 def dtype(precision: Precision) -> torch.dtype:
     """What weights, images and noise are kept in; the lower precisions are autocast's."""
     return torch.float64 if precision == "fp64" else torch.float32
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """What sums over many images are kept in."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def place(pixels: Tensor, device: torch.device) -> Tensor:

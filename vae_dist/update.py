@@ -73,6 +73,7 @@ class Update:
         # Accelerate's wrapper is there for the loss scale of fp16; elsewhere it would only cost time at every step.
         self._scaled = self._accelerator.scaler is not None
         self.optimizer = self._accelerator.prepare(self._adam) if self._scaled else self._adam
+        self._precise = runtime.precise(world.device)
         self._first_step = self._skipped_before = 0
         self._sound = torch.ones((), dtype=torch.bool, device=world.device)
         self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -83,7 +84,7 @@ class Update:
         Returns what the `Meter` adds up, `(5,)`: the sums over these images of loss, reconstruction and KL (nats), and
         this process's part of the gradient's norm before clipping and of 1 update; zeros where it was not taken.
         """
-        sums = []
+        losses, sums = [], []
         for part in range(self._accumulate):
             rows = share(len(images), part, self._accumulate)
             part_images = images[rows.start : rows.stop]
@@ -92,16 +93,19 @@ class Update:
             terms = objective.elbo_terms(output, part_images)
             loss = objective.training_loss(terms, beta, self._share_size)
             self._accelerator.backward(loss)
-            sums.append(torch.stack([loss * self._share_size, terms.reconstruction.sum(), terms.kl.sum()]).detach())
-        totals = torch.stack(sums).sum(0)
-        mean_loss = runtime.average_gradients(self._parameters, totals[0], self._world)
+            losses.append(loss.detach())
+            sums.append(torch.stack([term.detach().sum(dtype=self._precise) for term in terms]))
+        reconstruction, kl = torch.stack(sums).sum(0)
+        mean_loss = runtime.average_gradients(self._parameters, torch.stack(losses).sum(), self._world)
         grad_norm = self._clip()
         taken = self._judge(mean_loss + grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        parts = torch.stack([grad_norm, torch.ones_like(grad_norm)]) / self._world.size
+        norm = grad_norm.to(self._precise)
+        parts = torch.stack([norm, torch.ones_like(norm)]) / self._world.size
+        totals = torch.stack([reconstruction + beta * kl, reconstruction, kl])
         return torch.where(taken, torch.cat([totals, parts]), 0.0)
 
     def _clip(self) -> Tensor:

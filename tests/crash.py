@@ -1,0 +1,86 @@
+"""What test_checkpoint runs: saves that are killed before every single thing that they do to the file system.
+
+    python tests/crash.py FOLDER
+
+A child process is forked for each of these points and ends there, as by SIGKILL. Prints one JSON object a point.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from vae_dist import checkpoint, config
+from vae_dist.checkpoint import Best, TrainingState
+from vae_dist.model import build_vae
+
+TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.chmod", "os.listdir"}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # slow, and only a power cut would tell
+    asked = config.load(["model.hidden_dims=[8]", "model.latent_dim=2", "name=a", "checkpoint.keep=2"])
+    asked.data.image_shape = [1, 6, 6]
+    vae = build_vae(asked, [1, 6, 6])
+    optimizer = torch.optim.Adam(vae.parameters(), lr=torch.tensor(1e-3), fused=True)
+    vae(torch.rand(4, 1, 6, 6), torch.randn(4, 2)).likelihood.mean.sum().backward()
+    optimizer.step()
+
+    def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
+        state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)
+        checkpoint.write(run_dir, asked, vae, optimizer, state)
+
+    for again in (False, True):  # a new step, and one that replaces a checkpoint of the same step
+        for point in count(1):
+            run_dir = folder / "run"
+            shutil.rmtree(run_dir, ignore_errors=True)
+            save(run_dir, 1)
+            save(run_dir, 2, pending=True)
+            touched = crash_at(point, run_dir, lambda: save(run_dir, 2 if again else 3))  # noqa: B023
+            if touched is None:
+                break
+            left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+            checkpoint.recover(run_dir)
+            newest = checkpoint.newest(run_dir)
+            assert newest is not None
+            other = build_vae(asked, [1, 6, 6])
+            state = checkpoint.load_training(newest, other, torch.optim.Adam(other.parameters(), lr=torch.tensor(1e-3)))
+            save(run_dir, 4)  # and it goes on
+            after = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+            print(json.dumps({"again": again, "touched": touched, "left": left, "step": state.step, "after": after}))
+
+
+def crash_at(point: int, run_dir: Path, work: Callable[[], None]) -> str | None:
+    """Do `work` in a child process that ends just before it touches the run's directory for the `point`th time."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        seen = count(1)
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            if event in TOUCHING and str(run_dir) in str(arguments) and next(seen) == point:
+                os.write(writer, f"{event} {arguments[0]}".encode())
+                os._exit(137)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    touched = os.read(reader, 1000).decode()
+    os.close(reader)
+    assert os.waitstatus_to_exitcode(status) == (137 if touched else 0)
+    return touched or None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,190 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, MakeConfig
+from tests.test_trainer import final, timeless
+from vae_dist import checkpoint, evaluation, milestones, trainer
+from vae_dist.config import Config
+from vae_dist.errors import StoppedError
+from vae_dist.evaluation import Scores
+from vae_dist.stopping import StopRequests
+from vae_dist.trainer import train
+
+TRAIN = str(REPOSITORY / "vae_dist/train.py")
+
+
+def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Train, with a signal to this process after `step` steps; the exit code that the run ends with."""
+    due = trainer.due
+
+    def with_signal(done: int, every: float, last_step: int) -> bool:
+        if done == step and every == asked.train.log_every:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # for the thread that takes it
+        return due(done, every, last_step)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="asked to stop; step") as stopped:
+        patch.setattr(trainer, "due", with_signal)
+        patch.setattr("vae_dist.stopping.LOOK_SECONDS", 0)  # after every step
+        train(asked)
+    return stopped.value.exit_code
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)]
+)
+def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_as_if_nothing_was(
+    number: signal.Signals, exit_code: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["train.log_every=7", "data.binarize=dynamic"]
+    whole = train(make_config("name=whole", *settings))
+    asked = make_config("name=stopped", *settings)
+    assert train_with_signal(asked, number, 33, monkeypatch) == exit_code
+    stopped = checkpoint.find(Path("runs/stopped"), Path("runs"))
+    assert stopped.name == "step_00000033"
+    assert "step 33 of 40 is saved" in Path("runs/stopped/log.txt").read_text()
+    run_dir = train(asked)
+    assert final(run_dir) == final(whole)
+    assert timeless(run_dir) == timeless(whole)
+
+
+def interrupted(score: Callable[..., Scores], call: int) -> Callable[..., Scores]:
+    """`score`, with a signal to this process as it is called for this time."""
+    calls = count(1)
+
+    def with_signal(*arguments: Any) -> Scores:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return score(*arguments)
+
+    return with_signal
+
+
+def test_a_stop_inside_a_validation_leaves_it_to_the_run_that_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["evaluate.batch_size=10", "checkpoint.every=1000"]
+    whole = train(make_config("name=whole", *settings))
+    for step, name in ((20, "halfway"), (40, "at_the_end")):
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            patch.setattr(milestones, "score", interrupted(evaluation.score, step // 20))
+            train(make_config(f"name={name}", *settings))
+        folder = checkpoint.find(Path("runs") / name, Path("runs"))
+        assert checkpoint.read_state(folder).step == step and checkpoint.read_state(folder).validation_pending
+        assert not [row for row in timeless(Path("runs") / name) if row["step"] == step and "validation/kl" in row]
+        run_dir = train(make_config(f"name={name}", *settings))
+        assert final(run_dir) == final(whole)
+        assert timeless(run_dir) == timeless(whole)
+
+
+def test_handlers_are_what_they_were_afterwards() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with StopRequests():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_outside_the_main_thread_a_training_runs_without_them(make_config: MakeConfig) -> None:
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train(make_config("name=a", "train.steps=3"))))
+    thread.start()
+    thread.join()
+    assert done and checkpoint.newest(done[0]) is not None
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert requests.poll() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+BLOCKED = """
+import ctypes, sys
+from vae_dist.stopping import StopRequests
+with StopRequests():
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(60)  # as in an exchange with a process that does not answer
+    ctypes.CDLL(None).sleep(60)  # the first is cut short by the signal
+    ctypes.CDLL(None).sleep(60)
+"""
+
+
+def test_a_second_signal_ends_a_process_at_once_also_where_it_is_stuck() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # the same request, by the scheduler and by the launcher
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 143
+    process.stdout.close()
+
+
+def wait_for(folder: Path, pattern: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.05)
+
+
+def test_a_worker_whose_launcher_is_killed_saves_and_ends(smoke_arguments: list[str], tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", TRAIN, *smoke_arguments, "name=orphan",
+         "train.steps=1000000", "checkpoint.every=100", "train.validate_every=1000000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(tmp_path, "runs/orphan/checkpoints/step_*")
+    (worker,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs([worker], timeout=20)
+    assert not alive
+    assert "SIGTERM: asked to stop; step" in (tmp_path / "runs/orphan/log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_torchrun_passes_signals_on_and_three_processes_stop_after_the_same_step(
+    number: signal.Signals, smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+               "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", TRAIN, *smoke_arguments, "name=a", "train.steps=1000000",
+               "checkpoint.every=50", "train.log_every=50"]  # fmt: skip
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path, "runs/a/checkpoints/step_*")
+    workers = psutil.Process(launcher.pid).children()
+    asked = time.monotonic()
+    launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=30)
+    assert time.monotonic() - asked < 15 and launcher.returncode == 1
+    assert not [worker for worker in workers if worker.is_running()]
+    (step,) = {line.split("; step ")[1].split(" of ")[0] for line in said.splitlines() if "asked to stop; step" in line}
+    assert checkpoint.find(Path("runs/a"), Path("runs")).name == f"step_{int(step):08d}"
+
+
+def test_the_tracker_is_closed_when_a_run_is_stopped(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = make_config("name=a", "tracking.wandb=offline")
+    assert train_with_signal(asked, signal.SIGTERM, 7, monkeypatch) == 143
+    record = next(Path("runs/a/wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(record)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["exit_code"] != 0
