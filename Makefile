@@ -5,6 +5,7 @@
 #   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine
 #   ARGS     key=value settings                  make train ARGS="model.latent_dim=20 name=mine"
 #   DATA     the folder of MNIST for `make bench`
+#   KILLS    how often `make chaos` kills
 #   PYTHON   an environment of your own, with its own build of torch, in place of .venv
 
 CONFIG ?=
@@ -12,6 +13,7 @@ LAUNCH ?= launch/one_process.yaml
 RUN ?=
 ARGS ?=
 DATA ?= data
+KILLS ?= 20
 
 # The environment is ready when this file is newer than the lock file.
 ifdef PYTHON
@@ -22,7 +24,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample runs test test-all bench check format lock clean
+.PHONY: help train eval sample runs test test-all bench chaos check format lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -48,6 +50,9 @@ test: $(READY) ## run the tests
 
 test-all: $(READY) ## run the tests, and the proofs that take long
 	$(PYTHON) -m pytest -q $(ARGS)
+
+chaos: $(READY) ## kill real trainings at KILLS random moments, on 1 and on 3 processes; nothing may be lost
+	$(PYTHON) tests/chaos.py --kills $(KILLS) $(ARGS)
 
 bench: $(READY) ## measure: against a plain PyTorch loop (on MNIST in DATA), and on two processes
 	$(PYTHON) tests/benchmarks/tutorial_loop.py $(DATA)

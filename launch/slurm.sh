@@ -7,8 +7,9 @@
 # The arguments are those of vae_dist/train.py. The run is called slurm-<job id>, unless name=... says otherwise.
 #
 # The job goes back into the queue before its time limit, and when it is preempted or loses a node. It keeps its id, so
-# the run keeps its name and goes on from its newest checkpoint. The signal doesn't make the run save first: what came
-# after that checkpoint is done again, so choose checkpoint.every for as many steps as you can bear to repeat.
+# the run keeps its name and goes on. Before its time limit and at a preemption with a grace time the run saves first;
+# where a node is lost it goes on from its newest checkpoint, so choose checkpoint.every for as many steps as you can
+# bear to repeat.
 #
 # runs/ and data/ are on a file system that all nodes share. Nodes without internet: start a run of one step on a node
 # that has it (train.steps=1), then the images are there. Say data.name=mnist, or embedded digits may take its place.

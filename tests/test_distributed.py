@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from tests import worker
 from tests.conftest import REPOSITORY
-from vae_dist import checkpoint
+from vae_dist import checkpoint, config
+from vae_dist.trainer import train
 
 WORLD_SIZES = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 DISAGREEMENTS = {
@@ -24,6 +25,8 @@ DISAGREEMENTS = {
 }
 STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
+HALF = ["train.precision=fp64", "train.steps=20", "checkpoint.every=13"]
+MOVED = ["train.precision=fp64", "train.steps=40", "train.accumulate=3"]
 WHOLE = ["train.log_every=7", "checkpoint.every=13"]
 
 
@@ -51,6 +54,8 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             (f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5", "runtime.verify_every=2"])
             for what in DISAGREEMENTS
         ],
+        ("train", "", [*common, *HALF, "name=half"]),
+        ("train", "", [*common, *MOVED, "name=moved", f"checkpoint.resume={reference.parent / 'half'}"]),
         ("stop", str(root / "stop"), [*common, "name=stopped", *WHOLE]),
         ("train", "", [*common, "name=stopped", *WHOLE]),
         (
@@ -181,6 +186,22 @@ def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(world_size: in
     ours, theirs = tensors(runs / "went_on"), tensors(runs / "never_stopped")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_run_goes_on_with_another_number_of_processes_and_parts(
+    world_size: int, roots: dict[int, Path], smoke_arguments: list[str]
+) -> None:
+    """From one process to several, and from several to one: rounding alone tells it from a run that never moved."""
+    straight = roots[1] / "runs/moved"
+    from_many = [f"runs_dir={roots[world_size] / 'runs'}", f"checkpoint.resume={roots[world_size] / 'runs/half'}"]
+    back = train(config.load([*smoke_arguments, "train.log_every=1", *MOVED, *from_many, "name=back"]))
+    for run in (roots[world_size] / "runs/moved", back):
+        for name in ("train/loss", "train/grad_norm", "validation/negative_elbo"):
+            assert largest_difference(rows(run, name), rows(straight, name)) < 1e-9
+        ours, theirs = tensors(run), tensors(straight)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -131,3 +131,4 @@ def test_a_process_that_hangs_ends_the_others_within_the_timeout(smoke_arguments
     workers[1].send_signal(signal.SIGKILL)
     _, said = machine.communicate(timeout=60)
     assert machine.returncode == 1 and "Timed out waiting 4000ms" in said
+    assert said.count("the run has ended: process 1 of 2 died or hangs") == 1

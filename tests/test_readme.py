@@ -8,12 +8,13 @@ from tests.conftest import REPOSITORY
 from vae_dist import config
 
 README = (REPOSITORY / "README.md").read_text()
-PAGES = {"README.md": README, "docs/scaling.md": (REPOSITORY / "docs/scaling.md").read_text()}
+PAGES = {"README.md": README, **{f"docs/{path.name}": path.read_text() for path in (REPOSITORY / "docs").glob("*.md")}}
 
 
-def test_every_test_that_backs_a_promise_exists() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/promises.md"])
+def test_every_test_that_backs_a_promise_exists(page: str) -> None:
     sources = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("*.py"))
-    named = set(re.findall(r"`(test_\w+)`", README))
+    named = set(re.findall(r"`(test_\w+)`", PAGES[page]))
     assert len(named) > 5
     assert not {name for name in named if f"def {name}(" not in sources}
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,103 @@ def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
     assert len(identities) == 2  # a branch is another run
     straight = train(make_config("name=c", "train.steps=9"))
     assert final(branch)["model.safetensors"] == final(straight)["model.safetensors"]
+
+
+def test_an_explicit_path_never_falls_back(make_config: MakeConfig) -> None:
+    first = train(make_config("name=a", "train.steps=10", "checkpoint.every=5"))
+    (first / "checkpoints/step_00000010/state.json").unlink()
+    for resume in (first / "checkpoints/step_00000010", first / "checkpoints/step_00000007"):
+        with pytest.raises(UserError, match=r"can't be read|there is no run at"):
+            train(make_config("name=b", f"checkpoint.resume={resume}"))
+    assert not Path("runs/b").exists()
+
+
+def test_a_bad_checkpoint_is_named_and_passed_over(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train(make_config("name=whole", "checkpoint.every=5", "train.steps=15"))
+    run_dir = train(make_config("name=a", "checkpoint.every=5", "train.steps=10"))
+    damaged = run_dir / "checkpoints/step_00000010/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(make_config("name=a", "checkpoint.every=5", "train.steps=15"))
+    said = capsys.readouterr().err
+    assert "passing over a checkpoint" in said and f"{damaged} has " in said and "going on after step 5 of 15" in said
+    assert final(run_dir) == final(whole) and timeless(run_dir) == timeless(whole)
+    for part in ("step_00000010", "step_00000015"):
+        (run_dir / "checkpoints" / part / "manifest.json").write_text("{}")
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(UserError, match="are damaged; nothing was started or changed"):
+        train(make_config("name=a", "train.steps=20"))
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_a_run_that_goes_back_forgets_what_came_later(make_config: MakeConfig) -> None:
+    settings = ["name=a", "checkpoint.every=5", "checkpoint.keep=9"]
+    run_dir = train(make_config(*settings, "train.steps=20"))
+    again = train(make_config(*settings, "train.steps=10", f"checkpoint.resume={run_dir}/checkpoints/step_00000005"))
+    steps = [row["step"] for row in rows(again) if "train/loss" in row]
+    assert steps == [5, 10]
+    found = checkpoint.newest(run_dir)
+    assert found is not None and found.name == "step_00000010"
+    assert len(list((run_dir / "checkpoints").glob("set_aside-*"))) == 3
+
+
+def test_a_branch_that_is_started_again_goes_on_from_its_own_checkpoints(make_config: MakeConfig) -> None:
+    first = train(make_config("name=a", "train.steps=5"))
+    settings = ["name=b", f"checkpoint.resume={first}", "checkpoint.every=5"]
+    train(make_config(*settings, "train.steps=10"))
+    branch = train(make_config(*settings, "train.steps=15"))
+    assert "going on after step 10 of 15" in (branch / "log.txt").read_text()
+
+
+def test_two_trainings_never_write_one_directory(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.1)
+    run_dir = train(make_config("name=a", "train.steps=5"))
+    with (
+        checkpoint.locked(run_dir),
+        pytest.raises(UserError, match=r"another training is writing .*; wait for its end"),
+    ):
+        train(make_config("name=a", "train.steps=10"))
+    train(make_config("name=a", "train.steps=10"))
+
+
+def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a run whose step 8 is spoiled and skipped are those of one that has no step 8."""
+    draw = Batches.__call__
+
+    def spoiled(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, noise = draw(batches, step)
+        return images, noise * torch.nan if step == 7 else noise
+
+    monkeypatch.setattr(Batches, "__call__", spoiled)
+    asked = make_config("name=a", "train.steps=8", "train.nonfinite=skip", "optim.max_grad_norm=10")
+    skipped = load_file(checkpoint.find(train(asked), Path()) / "model.safetensors")
+    without = load_file(
+        checkpoint.find(train(make_config("name=b", "train.steps=7", "optim.max_grad_norm=10")), Path())
+        / "model.safetensors"
+    )
+    assert all(torch.equal(skipped[name], without[name]) for name in without)
+    with pytest.raises(RunError, match=r"1 updates up to step 8 were skipped .* train.max_skipped=0"):
+        train(make_config("name=c", "train.steps=8", "train.nonfinite=skip", "train.max_skipped=0"))
+    # Stopped by default; and what was saved before can go on another way.
+    with pytest.raises(RunError, match="not finite in step 8"):
+        train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.log_every=1000"))
+    went_on = train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.nonfinite=skip"))
+    assert checkpoint.read_state(went_on / "checkpoints/step_00000020").skipped_updates == 1
+
+
+def test_a_directory_that_is_deleted_during_the_run_is_said(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_due = trainer.due
+
+    def delete_after_step_7(done: int, every: float, last_step: int) -> bool:
+        if done == 7:
+            shutil.rmtree("runs/a", ignore_errors=True)
+        return plain_due(done, every, last_step)
+
+    monkeypatch.setattr(trainer, "due", delete_after_step_7)
+    with pytest.raises(RunError, match="runs/a"):
+        train(make_config("name=a", "train.steps=10"))
+    assert not Path("runs/a/checkpoints").exists()
 
 
 @pytest.mark.parametrize(

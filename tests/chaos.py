@@ -1,0 +1,166 @@
+"""Kills real trainings at random moments until they are done, and compares them with one that nobody disturbed.
+
+    python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER]
+
+Every process of the training gets SIGKILL, its launcher first, so that nobody has the time to tidy up. Half of the
+moments are drawn evenly over a start of the training, from its imports to its end; the others are in the middle of a
+save. Then the same command is given again. Exits with 0 when nothing was lost: bitwise the same weights and moments,
+one gapless series of rows that are equal but for the timings, and no half checkpoint after any kill.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import psutil
+
+from vae_dist import checkpoint
+from vae_dist.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TRAIN = str(REPOSITORY / "vae_dist/train.py")
+SETTINGS = [
+    str(REPOSITORY / "configs/smoke.yaml"), "tracking.wandb=disabled", "device=cpu", "train.threads=1",
+    "train.log_every=7", "checkpoint.every=11", "train.validate_every=40", "data.binarize=dynamic",
+]  # fmt: skip
+AIMED = 0.5  # of the kills: while a checkpoint is being written
+
+
+def command(processes: int, arguments: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), TRAIN, *SETTINGS, *arguments]
+
+
+def kill_all(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a launcher and all that it started, its workers' own children too."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.suspend()  # so that none can react to the end of another
+    family += [late for member in family for late in member.children(recursive=True) if late not in family]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def train(processes: int, arguments: list[str]) -> float:
+    """Train to the end; the seconds that it took."""
+    started = time.monotonic()
+    result = subprocess.run(command(processes, arguments), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return time.monotonic() - started
+
+
+def disturb(
+    processes: int, arguments: list[str], run_dir: Path, kills: int, seconds: float, draw: random.Random
+) -> int:
+    """Start, kill, start again, so many times; the number of kills that came while a checkpoint was being written."""
+    saved, done, in_a_save, last_seen = -1, 0, 0, time.monotonic()
+    while done < kills:
+        process = subprocess.Popen(command(processes, arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if draw.random() < AIMED:
+            for _ in range(draw.randrange(1, 4)):
+                wait_for_a_save(process, run_dir)
+        else:
+            time.sleep(draw.uniform(0, seconds))
+        if process.poll() is not None:  # it has come to its end: begin anew, for there are kills left
+            assert process.returncode == 0, f"a training that was started again has failed with {process.returncode}"
+            restart(run_dir)
+            saved = -1
+            continue
+        kill_all(process)
+        done += 1
+        in_a_save += bool(list(run_dir.glob("checkpoints/.writing-*")))
+        found = newest_step(run_dir)
+        assert found >= saved, f"after kill {done} the newest checkpoint is {found}, and it was {saved} before"
+        saved = found
+        if time.monotonic() - last_seen > 10:
+            last_seen = time.monotonic()
+            print(f"  {done} of {kills} kills, step {saved}", flush=True)
+    return in_a_save
+
+
+def wait_for_a_save(process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
+    """Return in the middle of the training's next save, or at its end."""
+    seen = set(run_dir.glob("checkpoints/.writing-*"))
+    while process.poll() is None:
+        if set(run_dir.glob("checkpoints/.writing-*")) - seen:
+            return
+        time.sleep(0.001)
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step that a run would go on from, -1 where it has not saved yet; half a checkpoint would raise."""
+    folder = checkpoint.newest(run_dir)
+    for path in run_dir.glob("checkpoints/step_*"):
+        checkpoint.verify(path)
+    return checkpoint.read_state(folder).step if folder else -1
+
+
+def restart(run_dir: Path) -> None:
+    """Put a run that came to its end away, so that it begins anew."""
+    run_dir.rename(run_dir.with_name(f"{run_dir.name}-{time.monotonic_ns()}"))
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics without what the clock says."""
+    table = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "per_second" not in key} for row in table]
+
+
+def compare(run_dir: Path, undisturbed: Path) -> None:
+    for path in [run_dir, undisturbed]:
+        assert checkpoint.newest(path) is not None
+    ours, theirs = (max((path / "checkpoints").glob("step_*")) for path in (run_dir, undisturbed))
+    assert ours.name == theirs.name
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), f"{name} differs"
+    assert rows(run_dir) == rows(undisturbed), "the rows differ"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    asked = parser.parse_args(arguments)
+    folder = asked.folder or Path(tempfile.mkdtemp())
+    for processes in asked.processes:
+        draw = random.Random(asked.seed)
+        runs = folder / f"{processes}_processes"
+        settings = [f"runs_dir={runs}", f"data.root={folder / 'data'}", f"train.epochs={asked.epochs}"]
+        train(processes, [*settings, "name=warm_up", "train.steps=1"])  # draws the digits
+        seconds = train(processes, [*settings, "name=undisturbed"])
+        started = time.monotonic()
+        run_dir = runs / "killed"
+        in_a_save = disturb(processes, [*settings, "name=killed"], run_dir, asked.kills, seconds, draw)
+        train(processes, [*settings, "name=killed"])
+        for path in [run_dir, *runs.glob("killed-*")]:  # also those that came to their end between two kills
+            compare(path, runs / "undisturbed")
+        ends = 1 + len(list(runs.glob("killed-*")))
+        print(
+            f"{processes} process(es): {asked.kills} kills, {in_a_save} of them inside a save, in "
+            f"{time.monotonic() - started:.0f} s; {ends} end(s) of the run, bitwise as undisturbed, the rows too",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        main(sys.argv[1:])
+    except (AssertionError, UserError) as error:
+        sys.exit(f"something was lost: {error}")
