@@ -55,7 +55,8 @@ def logged_to(path: Path) -> Iterator[None]:
     try:
         yield
     except (RunError, StoppedError) as error:  # the door says it on the terminal
-        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, str(error), (), None))
+        level = logging.WARNING if isinstance(error, StoppedError) else logging.ERROR
+        handler.handle(logger.makeRecord(logger.name, level, "", 0, str(error), (), None))
         raise
     finally:
         logger.removeHandler(handler)
