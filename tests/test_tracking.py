@@ -111,6 +111,17 @@ def test_rows_beyond_the_checkpoint_are_cut_and_half_a_row_does_no_harm(tmp_path
     assert kept == [*rows[:2], {"step": 15, "train/loss": 1.5}]
 
 
+@pytest.mark.parametrize("identity", ["../other", "a b", "", "a" * 65, "a\n", "é"])
+def test_an_identity_is_a_plain_word(identity: str, tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config()
+    config.tracking.id = identity
+    configs.save(config, tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"tracking\.id="):
+        configs.read(tmp_path / "config.yaml")
+    config.tracking.id = "Aa0_-" + "x" * 59
+    configs.check(config)
+
+
 def test_other_processes_write_nothing_and_draw_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
     with tracking.track(make_config(), tmp_path / "run", is_main=False, start=0) as tracker:
         tracker.scalars(1, {"train/loss": 1.0})

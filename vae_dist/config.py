@@ -170,6 +170,7 @@ _RESUMABLE_KEYS = (
 )  # fmt: skip
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._{}-]{0,127}")
+_WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,11 @@ def check(config: Config) -> None:
     if config.name is not None and not _RUN_NAME.fullmatch(config.name):
         raise UserError(
             f"name={config.name!r} can't be a folder's name: use letters, digits, '.', '_' and '-', up to 128 of them"
+        )
+    if config.tracking.id is not None and not _WANDB_ID.fullmatch(config.tracking.id):
+        raise UserError(
+            f"tracking.id={config.tracking.id!r} can't be the identity of a W&B run: use letters, digits, '_' and '-', "
+            "up to 64 of them"
         )
 
 
