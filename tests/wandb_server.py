@@ -1,17 +1,28 @@
 """A stand-in for the Weights & Biases server on a loopback port: enough of it for the real client, online and syncing.
 
 It keeps what it is sent as the real one does: lines go to where the client says, so that a resumed run which says it
-wrong is seen to have lost some, and a client that resumes is told what there is. It checks and refuses nothing.
+wrong is seen to have lost some, and a client that resumes is told what there is. It checks nothing, and refuses what a
+test tells it to.
 """
 
 import json
+import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 ENTITY = "somebody"
+
+Fault = Literal[
+    "error",  # answers with 500, which the client takes for passing
+    "forbidden",  # answers with 403, which it takes for final
+    "reset",  # cuts the connection
+    "hang",  # accepts the connection and never answers
+    "refuse",  # accepts no connection
+]
 
 
 @dataclass
@@ -26,7 +37,9 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.streams.get("wandb-history.jsonl", [])]
+        """One row for each `_step`: a row that is uploaded again is the same row."""
+        rows = [json.loads(line) for line in self.streams.get("wandb-history.jsonl", [])]
+        return list({row["_step"]: row for row in rows}.values())
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -39,19 +52,55 @@ class Run:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Runs by their id, and the bodies of all requests as they came. Serves until it is closed."""
+    """Runs by their id, and the headers and bodies of all requests as they came. Serves until it is closed."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.runs: dict[str, Run] = {}
+        self.headers: list[dict[str, str]] = []
         self.bodies: list[bytes] = []
         self.operations: list[str] = []  # of GraphQL
         self.lock = threading.Lock()
+        self.recovered = threading.Event()
+        self._fault: Fault | None = None
+        self._answers_left = 0
+        self._serve()
+
+    def fail(self, fault: Fault, after: int = 0) -> None:
+        """Do this to every request from now on, or after so many that are still answered."""
+        self.recovered.clear()
+        self._fault, self._answers_left = fault, after
+        if fault == "refuse":
+            self._stop()
+
+    def recover(self) -> None:
+        """Answer again. What has waited for an answer until now gets none."""
+        refused = self._fault == "refuse"
+        self._fault = None
+        self.recovered.set()
+        if refused:
+            self.socket = socket.socket(self.address_family, self.socket_type)
+            self.server_bind()
+            self.server_activate()
+            self._serve()
+
+    def close(self) -> None:
+        self.recovered.set()
+        if self._fault != "refuse":
+            self._stop()
+
+    def fault(self) -> Fault | None:
+        """What is to be done to the request that is here now."""
+        with self.lock:
+            self._answers_left -= 1
+            return self._fault if self._answers_left < 0 else None
+
+    def _serve(self) -> None:
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         self.shutdown()
         self._thread.join()
         self.server_close()
@@ -108,7 +157,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         assert isinstance(self.server, WandbServer)
+        fault = self.server.fault()
+        if fault in ("error", "forbidden"):
+            self.send_error(500 if fault == "error" else 403)
+            return
+        if fault is not None:
+            if fault == "hang":
+                self.server.recovered.wait()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+            return
         with self.server.lock:
+            self.server.headers.append(dict(self.headers))
             answer = json.dumps(self.server.answer(self.path, body)).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
