@@ -1,10 +1,13 @@
 """What the tests share: a small config over embedded digits that are drawn once, and a clean environment."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from vae_dist import checkpoint, config
 from vae_dist.checkpoint import Opened
@@ -16,6 +19,13 @@ os.environ.update(
 )
 for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
+
+# The same examples every time, and nothing kept of them.
+set_hypothesis_home_dir(tempfile.gettempdir())
+settings.register_profile(
+    "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

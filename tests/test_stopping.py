@@ -85,6 +85,8 @@ def test_a_stop_inside_a_validation_leaves_it_to_the_run_that_goes_on(
         folder = checkpoint.find(Path("runs") / name, Path("runs"))
         assert checkpoint.read_state(folder).step == step and checkpoint.read_state(folder).validation_pending
         assert not [row for row in timeless(Path("runs") / name) if row["step"] == step and "validation/kl" in row]
+        with open(f"runs/{name}/metrics.jsonl", "a") as file:  # as if the next start had been killed after validating
+            file.write(json.dumps({"step": step, "validation/kl": 1.0}) + "\n")
         run_dir = train(make_config(f"name={name}", *settings))
         assert final(run_dir) == final(whole)
         assert timeless(run_dir) == timeless(whole)

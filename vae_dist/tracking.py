@@ -87,11 +87,14 @@ class Tracker:
             sink.close(error)
 
 
-def track(config: Config, run_dir: Path, *, is_main: bool, start: int | None = None) -> Tracker:
-    """The tracker of a run. A training gives the step that it starts from, and rows beyond it are cut off."""
+def track(config: Config, run_dir: Path, *, is_main: bool, start: int | None = None, again: str = "") -> Tracker:
+    """The tracker of a run. A training gives the step that it starts from, and rows beyond it are cut off.
+
+    So are rows of that very step in the group `again`, such as `validation`: the training writes them once more.
+    """
     if not is_main:
         return Tracker([])
-    sinks: list[Sink] = [RunDirectory(run_dir, start)]
+    sinks: list[Sink] = [RunDirectory(run_dir, start, again)]
     if (wandb_run := _start(config, run_dir)) is not None:
         sinks.append(wandb_run)
     return Tracker(sinks)
@@ -113,7 +116,7 @@ def check_wandb(config: TrackingConfig) -> None:
 class RunDirectory:
     """`metrics.jsonl`, one JSON object a row, and `images/*.png`."""
 
-    def __init__(self, run_dir: Path, start: int | None) -> None:
+    def __init__(self, run_dir: Path, start: int | None, again: str = "") -> None:
         self._run_dir = run_dir
         self._file = run_dir / METRICS
         self._remedy = "make room, or put the folder back; then give the same command again" + (
@@ -125,16 +128,17 @@ class RunDirectory:
         make_folder(run_dir / "images", "output=FOLDER writes elsewhere")
         if start is not None:
             with self._writing(self._file):
-                content = "".join(json.dumps(row) + "\n" for row in self._rows(start)).encode()
+                content = "".join(json.dumps(row) + "\n" for row in self._rows(start, again)).encode()
                 write_atomically(self._file, content)
 
-    def _rows(self, start: int) -> list[dict[str, Any]]:
+    def _rows(self, start: int, again: str) -> list[dict[str, Any]]:
         """The rows up to a step, as far as they are whole: a run that was killed can leave half a row at the end."""
         rows = []
         for line in self._file.read_bytes().splitlines() if self._file.exists() else []:
             try:
                 row = json.loads(line)
-                if row["step"] <= start:
+                is_cut = again and row["step"] == start and any(name.startswith(f"{again}/") for name in row)
+                if row["step"] <= start and not is_cut:
                     rows.append(row)
             except (ValueError, TypeError, KeyError):
                 break

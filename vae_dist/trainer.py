@@ -87,9 +87,10 @@ def _recording(start: Start, world: World, state: TrainingState, last_step: int,
             configs.save(config, run_dir / "config.yaml")
             kept.enter_context(console.logged_to(run_dir / "log.txt"))
         _announce(start, world, state.step, last_step, plan)
-        tracker = kept.enter_context(tracking.track(config, run_dir, is_main=world.is_main, start=state.step))
+        again = "validation" if state.validation_pending else ""
+        tracker = tracking.track(config, run_dir, is_main=world.is_main, start=state.step, again=again)
         progress = TrainingProgress(world.is_main, state.step, last_step, plan.steps_per_epoch)
-        yield Recording(tracker, kept.enter_context(progress), Watch(requests, world, state.step))
+        yield Recording(kept.enter_context(tracker), kept.enter_context(progress), Watch(requests, world, state.step))
     progress.table(f"{run_dir}, step {last_step}")
 
 
