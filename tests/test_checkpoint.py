@@ -365,7 +365,7 @@ def reseal(folder: Path) -> None:
 
 def test_nothing_is_allocated_for_a_model_that_only_a_config_claims(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
-    for claim in ("[100000,100000]", f"[{10**15}]"):
+    for claim in ("[20000,20000]", "[3000,7,3000]"):
         text = (folder / "config.yaml").read_text()
         hidden = text.partition("hidden_dims:")[2].partition("\nobjective")[0]
         (folder / "config.yaml").write_text(text.replace(hidden, f" {claim}"))
@@ -473,3 +473,16 @@ def test_a_config_of_a_stranger_reaches_nothing(line: str, make_config: MakeConf
     with pytest.raises(UserError):
         opened(folder)
     assert not Path("x").exists() and "this" not in sys.modules
+
+
+def test_a_run_of_a_stranger_leads_no_file_out_of_it(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_dir = written(make_config(), tmp_path, 1).parents[1]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("samples", "images", "evaluations", "evaluation.json", "metrics.jsonl", "wandb", "log.txt"):
+        (run_dir / name).symlink_to(mine)
+        with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+            opened(run_dir)
+        opened(run_dir, [f"output={tmp_path / 'out'}"])  # looked at, with the files elsewhere
+        (run_dir / name).unlink()
+    assert not list(mine.iterdir())

@@ -1,9 +1,12 @@
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
-from vae_dist import data
+from vae_dist import data, digits
 from vae_dist.config import DataConfig
 from vae_dist.errors import UserError
 
@@ -75,6 +78,106 @@ def test_digits_are_kept_under_the_root_and_drawn_again_when_damaged(tmp_path: P
     assert cache.stat().st_size > 1000
 
 
+def change(pixel: int = 0, **tensors: torch.Tensor) -> Callable[[bytes], bytes]:
+    """The kept digits with another first pixel, and with other tensors of these names."""
+
+    def changed(content: bytes) -> bytes:
+        kept = load(content)
+        kept["test_pixels"][0, 0, 0, 0] += pixel
+        return save(kept | tensors)
+
+    return changed
+
+
+def rehashed(content: bytes) -> bytes:
+    """With a digest that fits whatever else is there, as somebody would write it who knows how."""
+    kept = load(content)
+    kept.pop("sha256")
+    return save({**kept, "sha256": data._digest(kept)})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content + b"x",
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content.replace(b'"U8"', b'"F4"'),
+        change(pixel=1),
+        change(test_pixels=torch.zeros(100, 1, 28, 28, dtype=torch.uint8)),
+        change(sha256=torch.zeros(32, dtype=torch.uint8)),
+        change(sha256=torch.zeros(0, dtype=torch.uint8)),
+        change(more=torch.zeros(1)),
+        lambda content: rehashed(change(test_pixels=torch.zeros(99, 1, 28, 28, dtype=torch.uint8))(content)),
+        lambda content: rehashed(change(test_pixels=torch.zeros(100, 1, 14, 14, dtype=torch.uint8))(content)),
+        lambda content: rehashed(change(test_pixels=torch.zeros(100, 1, 28, 28))(content)),
+        lambda content: rehashed(change(test_labels=torch.zeros(100, dtype=torch.int32))(content)),
+        lambda content: rehashed(change(more=torch.zeros(1))(content)),
+        lambda content: save({name: tensor for name, tensor in load(content).items() if name != "train_labels"}),
+        lambda content: save({name: tensor for name, tensor in load(content).items() if name != "sha256"}),
+    ],
+)
+def test_kept_digits_that_are_not_as_they_were_written_are_not_believed(
+    damage: Callable[[bytes], bytes], data_root: Path, tmp_path: Path
+) -> None:
+    true = data.load_test(settings(data_root))
+    (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
+    cache = tmp_path / "synthetic_digits" / good.name
+    cache.parent.mkdir()
+    cache.write_bytes(damage(good.read_bytes()))
+    found = data.load_test(settings(tmp_path))
+    assert torch.equal(found.pixels, true.pixels) and torch.equal(found.labels, true.labels)
+    assert cache.read_bytes() == good.read_bytes()
+
+
+def test_kept_digits_are_read_and_not_drawn(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = data.load_test(settings(data_root))
+    monkeypatch.delattr(data, "_draw_digits")
+    assert torch.equal(data.load_test(settings(data_root)).pixels, true.pixels)
+
+
+def test_digits_of_another_drawing_are_not_believed_under_this_ones_name(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(digits, "drawing_version", lambda: "another")
+        data.load_test(settings(tmp_path))
+    true = data.load_test(settings(data_root))
+    (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
+    other = tmp_path / "synthetic_digits/600_another.safetensors"
+    assert torch.equal(load(other.read_bytes())["test_pixels"], true.pixels)
+    other.rename(other.with_name(good.name))
+    data.load_test(settings(tmp_path))
+    assert other.with_name(good.name).read_bytes() == good.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "sparse", "dangling"])
+def test_what_lies_in_the_place_of_the_digits_is_not_waited_for(kind: str, data_root: Path, tmp_path: Path) -> None:
+    true = data.load_test(settings(data_root))
+    (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
+    cache = tmp_path / "synthetic_digits" / good.name
+    cache.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(cache)
+    elif kind == "folder":
+        cache.mkdir()
+    elif kind == "sparse":
+        cache.touch()
+        os.truncate(cache, 2**36)
+    else:
+        cache.symlink_to("/dev/zero" if kind == "device" else tmp_path / "nowhere")
+    assert torch.equal(data.load_test(settings(tmp_path)).pixels, true.pixels)
+    assert not (tmp_path / "nowhere").exists()
+    if kind != "folder":
+        assert not cache.is_symlink() and cache.read_bytes() == good.read_bytes()
+
+
+def test_more_digits_than_fit_into_memory_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.synthetic_images=4000000000 would take .* GiB"):
+        data.prepare(settings(tmp_path, synthetic_images=4_000_000_000))
+
+
 def test_digits_need_no_folder_that_can_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert len(data.load_test(settings(tmp_path / "file")).labels) == 100
@@ -88,3 +191,19 @@ def test_more_validation_images_than_there_are_is_refused(data_root: Path) -> No
 def test_an_unknown_name_lists_the_choices() -> None:
     with pytest.raises(UserError, match="unknown dataset 'mnits'; choose from fashion_mnist, kmnist, mnist"):
         data.check_name("mnits")
+
+
+def test_a_set_that_is_evaluated_on_has_a_name_that_there_is_and_the_models_shape(data_root: Path) -> None:
+    for load_part in (data.load_test, data.load_training):
+        with pytest.raises(UserError, match="unknown dataset 'mnits'"):
+            load_part(settings(data_root, name="mnits"))
+        with pytest.raises(UserError, match="name the data set"):
+            load_part(settings(data_root, name="auto"))
+        with pytest.raises(UserError, match=r"data.image_shape=\[3, 2, 2\] but the images of synthetic_digits are"):
+            load_part(settings(data_root, image_shape=[3, 2, 2]))
+
+
+def test_a_root_in_the_home_of_a_user_that_there_is_none_of_is_refused() -> None:
+    for name in ("synthetic_digits", "kmnist"):
+        with pytest.raises(UserError, match=r"data.root=~nobody-of-that-name/data can't be found"):
+            data.load_test(settings(Path("~nobody-of-that-name/data"), name=name))

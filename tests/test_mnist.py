@@ -1,9 +1,15 @@
+import fcntl
 import gzip
 import hashlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -42,6 +48,7 @@ class Server:
     def __init__(self) -> None:
         self.archives = {f"{name}.gz": gzip.compress(content) for name, content in small_files().items()}
         self.behaviour = "serve"
+        self.elsewhere = ""
         self.requests: list[str] = []
         outer = self
 
@@ -49,25 +56,50 @@ class Server:
             def do_GET(self) -> None:
                 outer.requests.append(self.path)
                 content = outer.archives.get(self.path.rpartition("/")[2])
+                try:
+                    self.misbehave(content)
+                except ConnectionError:  # given up on
+                    self.close_connection = True
+
+            def misbehave(self, content: bytes | None) -> None:
                 if outer.behaviour == "hang":
                     time.sleep(3)
+                if outer.behaviour == "redirect" and not self.path.startswith("/new/"):
+                    self.send_response(302)
+                    self.send_header("Location", outer.elsewhere or f"/new{self.path}")
+                    self.send_header("Content-Length", str(10**11))  # nobody wants to read it
+                    self.end_headers()
+                    return
+                if outer.behaviour == "trickle head":
+                    self.trickle(b"HTTP/1.1 200 OK\r\nX: ")
                 if content is None:
                     self.send_error(404)
                     return
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                length = "many" if outer.behaviour == "unlikely length" else str(len(content))
+                self.send_header("Content-Length", length)
                 self.end_headers()
+                if outer.behaviour == "trickle body":
+                    self.trickle(b"")
                 if outer.behaviour == "truncate":
                     content = content[: len(content) // 2]
                 if outer.behaviour == "corrupt":
                     content = content[:-9] + bytes(9)
+                if outer.behaviour == "longer":
+                    content += b"more than was promised" * 1000
                 self.wfile.write(content)
+
+            def trickle(self, start: bytes) -> None:
+                self.wfile.write(start)
+                for _ in range(30):
+                    self.wfile.write(b"a")
+                    time.sleep(0.1)
 
             def log_message(self, format: str, *args: object) -> None: ...
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/kmnist/"
 
     def close(self) -> None:
@@ -146,6 +178,122 @@ def test_a_silent_mirror_is_given_up(server: Server, tmp_path: Path, monkeypatch
     assert time.monotonic() - started < 2.5
 
 
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_mirror_that_is_slow_and_never_silent_is_given_up(
+    part: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "ARCHIVE_SECONDS", 0.5)
+    server.behaviour = f"trickle {part}"
+    started = time.monotonic()
+    message = refusal(config(tmp_path))
+    assert "takes more than 0.5 s" in message or "exceeds 0.5 s" in message
+    assert time.monotonic() - started < 2.5
+
+
+def test_more_than_was_promised_is_not_read(server: Server, tmp_path: Path) -> None:
+    server.behaviour = "longer"
+    assert data.prepare(config(tmp_path)).training_images == 30
+
+
+def test_a_promise_that_is_no_number_is_no_promise(server: Server, tmp_path: Path) -> None:
+    server.behaviour = "unlikely length"
+    assert data.prepare(config(tmp_path)).training_images == 30
+
+
+def test_an_archive_without_end_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mnist, "ARCHIVE_BYTES", 100)
+    assert "exceeds 300 s or 100 bytes" in refusal(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "expected"),
+    [
+        ("file:///etc/passwd", "it has moved to file:///etc/passwd, which is not followed"),
+        ("ftp://127.0.0.1:9/", "it has moved to ftp://127.0.0.1:9/, which is not followed"),
+        ("data:,x", "it has moved to data:,x, which is not followed"),
+        ("file:///\x1bc", "file:///?c"),
+        ("http://a..b/", "encod"),
+        ("http://[", "Invalid IPv6 URL"),
+        ("/again", "it moves on and on, at last to http://127.0.0.1"),
+    ],
+)
+def test_a_mirror_that_sends_us_elsewhere_gets_us_nowhere(
+    elsewhere: str, expected: str, server: Server, tmp_path: Path
+) -> None:
+    server.behaviour, server.elsewhere = "redirect", elsewhere
+    message = refusal(config(tmp_path))
+    assert expected in message and message.isprintable()
+
+
+def test_a_mirror_that_has_moved_is_followed_and_its_farewell_not_read(server: Server, tmp_path: Path) -> None:
+    server.behaviour = "redirect"
+    assert data.prepare(config(tmp_path)).training_images == 30
+    assert len(server.requests) == 8
+
+
+def serve_archive(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this in the place of the training images, as if it were what is expected."""
+    server.archives["train-images-idx3-ubyte.gz"] = content
+    digests = [(name, hashlib.md5(content).hexdigest()) for name, content in server.archives.items()]
+    monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", digests)
+
+
+@pytest.mark.parametrize("archive", [gzip.compress(b"abc")[:-1], gzip.compress(b"abc") + b"x", b"PK\3\4", b"\x1f\x8b"])
+def test_what_is_no_whole_archive_is_not_unpacked(
+    archive: bytes, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_archive(server, archive, monkeypatch)
+    assert "train-images-idx3-ubyte.gz is no whole gzip archive" in refusal(config(tmp_path))
+    assert [path.name for path in (tmp_path / "data/KMNIST/raw").iterdir()] == [".lock"]
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_archive(server, gzip.compress(bytes(2**26)) * 64, monkeypatch)
+    tracemalloc.start()
+    try:
+        assert f"holds more than {mnist.FILE_BYTES} bytes" in refusal(config(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 3 * mnist.FILE_BYTES
+    finally:
+        tracemalloc.stop()
+    assert [path.name for path in (tmp_path / "data/KMNIST/raw").iterdir()] == [".lock"]
+
+
+def test_two_processes_at_once_download_each_archive_once(server: Server, tmp_path: Path) -> None:
+    program = f"""
+import torchvision
+from vae_dist import data
+from vae_dist.config import DataConfig
+torchvision.datasets.KMNIST.mirrors = [{server.url!r}]
+torchvision.datasets.KMNIST.resources = {torchvision.datasets.KMNIST.resources!r}
+print(data.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).training_images)
+"""
+    command = [sys.executable, "-c", program]
+    both = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in both] == ["30\n", "30\n"]
+    assert len(server.requests) == 4
+
+
+def test_a_lock_that_is_never_given_back_is_not_waited_for_for_ever(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "LOCK_SECONDS", 0.2)
+    folder = tmp_path / "data/KMNIST/raw"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process has held" in refusal(config(tmp_path))
+
+
+def test_a_lock_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "data/KMNIST/raw"
+    folder.mkdir(parents=True)
+    (folder / ".lock").symlink_to(tmp_path / "victim")
+    assert "can't download into" in refusal(config(tmp_path))
+    assert not (tmp_path / "victim").exists() and not server.requests
+
+
 def test_no_server_at_all_is_said_with_the_ways_out(tmp_path: Path) -> None:
     message = refusal(config(tmp_path, mirror=f"http://127.0.0.1:{unused_port()}"))
     assert "Connection refused" in message and "data.name=synthetic_digits" in message
@@ -167,6 +315,11 @@ def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Pa
         (lambda content: content + b"x", "has 23537 bytes"),
         (lambda content: b"PK" + content[2:], "first bytes"),
         (lambda content: b"", "first bytes"),
+        (lambda content: content[:9], "has 9 bytes where its header promises"),
+        (lambda content: content[:4] + b"\xff" * 12, f"has 16 bytes where its header promises {16 + (2**32 - 1) ** 3}"),
+        (lambda content: content[:4] + b"\xff" * 8 + bytes(4), "is empty: 4294967295 x 4294967295 x 0 bytes"),
+        (lambda content: content[:2] + b"\x0d" + content[3:], "first bytes"),
+        (lambda content: idx(np.zeros((29, 28, 28), np.uint8)), "29 train images but 30 labels"),
     ],
 )
 def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -174,7 +327,72 @@ def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Serv
     path = tmp_path / "data/KMNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
     message = refusal(config(tmp_path))
-    assert expected in message and str(path) in message and "delete it" in message
+    assert expected in message and str(path.parent) in message and "delete it" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("folder", "Is a directory"),
+        ("pipe", "Is not a regular file"),
+        ("device", "Is not a regular file"),
+        ("sparse", f"Has more than {mnist.FILE_BYTES} bytes"),
+    ],
+)
+def test_what_lies_in_a_files_place_is_named_and_not_waited_for(
+    kind: str, expected: str, server: Server, tmp_path: Path
+) -> None:
+    data.prepare(config(tmp_path))
+    path = tmp_path / "data/KMNIST/raw/train-labels-idx1-ubyte"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2**36)
+    message = refusal(config(tmp_path))
+    assert expected in message and str(path) in message
+
+
+def test_a_link_to_a_file_is_followed_as_data_sets_are_often_kept_elsewhere(server: Server, tmp_path: Path) -> None:
+    data.prepare(config(tmp_path))
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    (tmp_path / "data").symlink_to("elsewhere")
+    assert data.prepare(config(tmp_path, download=False)).training_images == 30
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Nobody's rights, where these tests are run by root, whom no permission stops."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(server: Server, tmp_path: Path) -> None:
+    data.prepare(config(tmp_path))
+    folder = tmp_path / "data/KMNIST/raw"
+    folder.parent.chmod(0)
+    try:
+        with without_privileges():
+            message = refusal(config(tmp_path))
+    finally:
+        folder.parent.chmod(0o700)
+    assert f"can't look into {folder} (Permission denied)" in message or "can't download into" in message
+
+
+def test_a_root_that_is_too_long_for_a_path_is_refused(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.root = "a" * 300
+    assert "(File name too long); choose another data.root" in refusal(settings)
 
 
 def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from vae_dist import config as configs
 from vae_dist import manifest, runtime
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
-from vae_dist.files import write_atomically
+from vae_dist.files import require_no_links, write_atomically
 from vae_dist.manifest import MANIFEST, BadCheckpointError
 from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
@@ -238,6 +238,8 @@ def open_for_reading(path: Path | None, arguments: Sequence[str]) -> Iterator[Op
     with _keep(path, Path(runs_dir)) as folder:
         config = configs.load_reader(read_config(folder), rest)
         home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+        if config.output is None:
+            require_no_links(home)
         yield Opened(folder, config, read_state(folder).step, Path(config.output) if config.output else home)
 
 

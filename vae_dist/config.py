@@ -1,34 +1,52 @@
 """Every knob of a run, and how files and arguments become one.
 
 A config is built in three layers, later ones winning: the defaults below, YAML files, `key=value` arguments. OmegaConf
-merges and checks the types; what leaves this module are plain dataclasses.
+checks the types; what leaves this module are plain dataclasses.
 
 Scalars reach their field as the text that the user typed, and the field's type decides what they mean. YAML's own
-guesses never apply: `name: 007` stays `007` and `tags: [on]` stays `on`.
+guesses never apply: `name: 007` stays `007` and `tags: [on]` stays `on`. In a text, `${model.latent_dim}` stands for
+the value of that key.
+
+Files and arguments may come from anybody. They hold keys, lists and text, within bounds; what else YAML and OmegaConf
+can do (tags, aliases, resolvers that read the environment or import) never gets to run.
 """
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, get_type_hints
+from urllib.parse import urlsplit
 
+import psutil
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.errors import UserError
+from vae_dist.files import read_bounded
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 
 
-def knob(default: Any, help: str, *, above: float | None = None, at_least: float | None = None) -> Any:
+def knob(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
     """A dataclass field with its meaning and its bounds; a list's bounds hold for each item."""
-    metadata = {"help": help, "above": above, "at_least": at_least}
+    metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,8 +66,10 @@ class DataConfig:
         "none",
         "none: grey pixels; threshold: 1 from 128 up; dynamic: training pixels drawn afresh at every step, others once",
     )
-    image_shape: list[int] | None = knob(None, "channels, height and width; null: as the data has them")
-    synthetic_images: int = knob(60_000, "training images of synthetic_digits; a sixth as many test images", at_least=6)
+    image_shape: list[int] | None = knob(None, "channels, height and width; null: as the data has them", at_least=1)
+    synthetic_images: int = knob(
+        60_000, "training images of synthetic_digits; a sixth as many test images", at_least=6, at_most=2**32
+    )
 
 
 @dataclass
@@ -85,7 +105,9 @@ class TrainConfig:
     batch_size: int = knob(100, "images per optimizer step, over all processes", at_least=1)
     accumulate: int = knob(1, "parts that each process splits its share of a batch into, to save memory", at_least=1)
     precision: Precision = knob("auto", "auto: what the launcher says; tf32 and fp16 need CUDA; fp64 is for checking")
-    threads: int | None = knob(None, "CPU threads of each process; null: the machine's cores shared evenly", at_least=1)
+    threads: int | None = knob(
+        None, "CPU threads of each process; null: the machine's cores shared evenly", at_least=1, at_most=1024
+    )
     log_every: int = knob(100, "optimizer steps between rows of training metrics", at_least=1)
     validate_every: int | None = knob(
         None, "optimizer steps between validations and pictures; null: an epoch", at_least=1
@@ -116,8 +138,10 @@ class TrackingConfig:
 
 @dataclass
 class RuntimeConfig:
-    start_timeout: float = knob(600.0, "seconds that processes wait for one another until the run has begun", above=0)
-    timeout: float = knob(600.0, "seconds that they wait for one another from then on", above=0)
+    start_timeout: float = knob(
+        600.0, "seconds that processes wait for one another until the run has begun", above=0, at_most=10**9
+    )
+    timeout: float = knob(600.0, "seconds that they wait for one another from then on", above=0, at_most=10**9)
     verify_every: int | None = knob(
         None,
         "optimizer steps between checks that all processes hold the same weights; null: at the end alone",
@@ -169,8 +193,23 @@ _RESUMABLE_KEYS = (
     "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
+# More than any run needs, and little enough to be read within seconds.
+MAX_BYTES = 2**20  # of a file
+MAX_VALUES = 20_000  # of a file, of an argument, of a config; a list counts, and each of its items
+MAX_TEXT = 2048  # bytes of a value
+_MAX_DEPTH = 8  # of lists and keys in one another
+
+_PATHS = ("runs_dir", "output", "data.root", "checkpoint.resume")
+_MAX_NAME = 255  # bytes between two slashes, on any file system
+
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._{}-]{0,127}")
 _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NULL = re.compile(r"~|null|Null|NULL|")
+_REFERENCE = re.compile(r"\$\{([a-z_.]+)\}")
+
+# Controls, halves of characters that are not UTF-8, line ends, and marks that turn the direction of writing: no path or
+# name needs them, and a terminal that shows them obeys them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -183,6 +222,8 @@ class Knob:
     help: str
     above: float | None
     at_least: float | None
+    at_most: float | None
+    depth: int  # 0 for a scalar, 1 for a list, 2 for a list of lists
 
 
 def knobs(section: Any = Config, prefix: str = "") -> Iterator[Knob]:
@@ -195,13 +236,19 @@ def knobs(section: Any = Config, prefix: str = "") -> Iterator[Knob]:
             continue
         has_factory = item.default_factory is not dataclasses.MISSING
         default = item.default_factory() if has_factory else item.default  # type: ignore[operator]
-        yield Knob(f"{prefix}{item.name}", _type_name(hint), default, **item.metadata)
+        depth = str(hint).count("list[")
+        yield Knob(f"{prefix}{item.name}", _type_name(hint), default, depth=depth, **item.metadata)
+
+
+@cache
+def _knobs() -> dict[str, Knob]:
+    return {knob.key: knob for knob in knobs()}
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """The config as `{"model.latent_dim": 40, ...}`."""
     values = {}
-    for key in (knob.key for knob in knobs()):
+    for key in _knobs():
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
@@ -211,45 +258,51 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def load(arguments: Sequence[str]) -> Config:
     """The config that `[FILE.yaml ...] [key=value ...]` asks for. Raises UserError for what can't be used."""
-    files = [argument for argument in arguments if "=" not in argument]
-    layers = [(path, _read_yaml(Path(path))) for path in files]
-    layers += [_override(argument) for argument in arguments if "=" in argument]
-    config = _merge(Config(), layers)
+    files = [Path(argument) for argument in arguments if "=" not in argument]
+    settings = [setting for path in files for setting in _read_yaml(path)]
+    settings += [_parse_argument(argument) for argument in arguments if "=" in argument]
+    config = _apply(Config(), settings)
     if config.name is None:
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(files[-1]).stem) if files else "tutorial"
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", files[-1].stem) if files else "tutorial"
         config.name = f"{stem}-{{time}}"
     check(config)
     return config
 
 
 def load_reader(config: Config, arguments: Sequence[str]) -> Config:
-    """The config of a finished run with the `key=value` arguments of an evaluation or a sampling."""
+    """The config of a finished run with the `key=value` arguments of an evaluation or a sampling.
+
+    Where these write and whom they ask is for their user to say: the training's `output`, `runs_dir` and `data.mirror`
+    don't count.
+    """
     for key in (_split(argument)[0] for argument in arguments):
         if not key.startswith(READER_KEYS):
-            _require_known(key, argument=key)
+            _require_known(key)
             allowed = ", ".join(f"{key}*" if key.endswith(".") else key for key in READER_KEYS)
             raise UserError(f"{key} belongs to the training and can't be changed here; what can: {allowed}")
     # This machine's own number of threads, not that of the one that trained.
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=None))
-    config = _merge(config, [_override(argument) for argument in arguments])
+    train = dataclasses.replace(config.train, threads=None)
+    data = dataclasses.replace(config.data, mirror=None)
+    config = dataclasses.replace(config, output=None, runs_dir=Config().runs_dir, data=data, train=train)
+    config = _apply(config, [_parse_argument(argument) for argument in arguments])
     check(config)
     return config
 
 
 def take(arguments: Sequence[str], key: str) -> tuple[str, list[str]]:
     """The last value that the arguments give to a text key, or its default; and the other arguments."""
-    pairs = [(_split(argument), argument) for argument in arguments]
-    values = [value for (name, value), _ in pairs if name == key]
-    default = next(knob.default for knob in knobs() if knob.key == key)
-    return values[-1] if values else default, [argument for (name, _), argument in pairs if name != key]
+    own = [argument for argument in arguments if _split(argument)[0] == key]
+    config = _apply(Config(), [_parse_argument(argument) for argument in own])
+    check(config)
+    return flatten(config)[key], [argument for argument in arguments if argument not in own]
 
 
 def read(path: Path) -> Config:
-    """The config that `save` wrote. It is data: nothing in it is interpolated."""
-    values = _read_yaml(path)
-    if "${" in path.read_text(encoding="utf-8"):
+    """The config that `save` wrote. It is data: nothing in it stands for anything else."""
+    settings = _read_yaml(path)
+    if any("${" in text for setting in settings for text in _leaves(setting.value) if isinstance(text, str)):
         raise UserError(f"{path} holds an interpolation, which a saved config never does; it is not to be trusted")
-    config = _merge(Config(), [(str(path), values)])
+    config = _apply(Config(), settings)
     check(config)
     return config
 
@@ -289,35 +342,90 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for the first value that no run can have."""
+    """Raise UserError for the first value that no run can have, or none on this machine."""
     values = flatten(config)
-    for knob in knobs():
-        value = values[knob.key]
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, float) and not math.isfinite(item):
-                raise UserError(f"{knob.key} must be a finite number, not {item}")
-            if knob.at_least is not None and item is not None and item < knob.at_least:
-                raise UserError(f"{knob.key} must be at least {knob.at_least}, not {item}")
-            if knob.above is not None and item is not None and item <= knob.above:
-                raise UserError(f"{knob.key} must be above {knob.above}, not {item}")
+    for knob in _knobs().values():
+        for item in _leaves(values[knob.key]):
+            _check_value(knob, item)
+    for key in _PATHS:
+        if max(len(part.encode()) for part in (values[key] or "").split("/")) > _MAX_NAME:
+            raise UserError(f"{key} is no path: a name in it has more than {_MAX_NAME} bytes")
+    if config.data.image_shape is not None and len(config.data.image_shape) != 3:
+        raise UserError(f"data.image_shape must be channels, height and width, not {_as_text(config.data.image_shape)}")
+    if config.data.mirror is not None:
+        _check_mirror(config.data.mirror)
     if config.name is not None and not _RUN_NAME.fullmatch(config.name):
         raise UserError(
-            f"name={config.name!r} can't be a folder's name: use letters, digits, '.', '_' and '-', up to 128 of them"
+            f"name={_short(repr(config.name))} can't be a folder's name: use letters, digits, '.', '_' and '-', "
+            "up to 128 of them"
         )
     if config.tracking.id is not None and not _WANDB_ID.fullmatch(config.tracking.id):
         raise UserError(
             f"tracking.id={config.tracking.id!r} can't be the identity of a W&B run: use letters, digits, '_' and '-', "
             "up to 64 of them"
         )
+    nested = to_dict(config)
+    # What a run saves has to be readable again; YAML takes less than twice the room of JSON.
+    if _count(nested) > MAX_VALUES or len(json.dumps(nested)) > MAX_BYTES // 2:
+        raise UserError(f"the config is too large: {MAX_VALUES} values and {MAX_BYTES // 2} characters are the most")
+    _check_memory(config)
+
+
+def _check_value(knob: Knob, item: Any) -> None:
+    if isinstance(item, float) and not math.isfinite(item):
+        raise UserError(f"{knob.key} must be a finite number, not {item}")
+    if isinstance(item, str):
+        _require_text(item, knob.key)
+    if isinstance(item, int | float):
+        if knob.at_least is not None and item < knob.at_least:
+            raise UserError(f"{knob.key} must be at least {knob.at_least}, not {_as_text(item)}")
+        if knob.above is not None and item <= knob.above:
+            raise UserError(f"{knob.key} must be above {knob.above}, not {_as_text(item)}")
+        if knob.at_most is not None and item > knob.at_most:
+            raise UserError(f"{knob.key} must be at most {knob.at_most}, not {_as_text(item)}")
+    if isinstance(item, int) and abs(item) >= 2**63:
+        raise UserError(f"{knob.key} must be below 2^63, not {_as_text(item)}")
+
+
+def _check_mirror(mirror: str) -> None:
+    """Raise UserError, which does not repeat it, for a mirror that can't be asked or has a secret in it."""
+    try:
+        parts = urlsplit(mirror)
+        secret = "@" in parts.netloc or bool(parts.query or parts.fragment)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        secret, good = False, False
+    if secret:
+        raise UserError("data.mirror must hold no user, password or token: it is saved with the run and sent to W&B")
+    if not good or not mirror.isascii() or " " in mirror:
+        raise UserError("data.mirror must be like https://host/folder")
+
+
+def _check_memory(config: Config) -> None:
+    """Raise UserError for sizes whose numbers alone, without any of the rest, would not fit this machine."""
+    memory = psutil.virtual_memory().total
+    # A layer between two sizes has at least as many weights as their product; the encoder has it, and the decoder.
+    sizes = [math.prod(config.data.image_shape or [1]), *config.model.hidden_dims, config.model.latent_dim]
+    bytes_of = {
+        "the model's weights (model.hidden_dims, model.latent_dim)": 8 * sum(a * b for a, b in pairwise(sizes)),
+        "the latents of sample.count images": 4 * config.sample.count * config.model.latent_dim,
+    }
+    for what, needed in bytes_of.items():
+        if needed > memory:
+            raise UserError(
+                f"{what} would take {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}; use less"
+            )
 
 
 def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """`[RUN] [key=value ...]` as the run's path, None where it is left out, and the rest."""
     paths = [argument for argument in arguments if "=" not in argument]
+    for path in paths:
+        _require_text(path, "the run's path")
     if len(paths) > 1:
-        raise UserError(f"one run at a time, not {', '.join(paths)}")
+        raise UserError(f"one run at a time, not {_short(', '.join(paths))}")
     if paths and paths[0].startswith("-"):
-        raise UserError(f"unknown option {paths[0]}; give a run's directory and key=value (--help lists the keys)")
+        raise UserError(f"unknown option {_short(paths[0])}; give a run's directory and key=value (--help lists them)")
     return Path(paths[0]) if paths else None, [argument for argument in arguments if "=" in argument]
 
 
@@ -325,65 +433,146 @@ def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
     """What `--help` prints: the usage, then every key under `prefixes` with its type, default and meaning."""
     lines = [usage.rstrip(), "", "Keys, with their types and defaults:"]
     for knob in (knob for knob in knobs() if knob.key.startswith(prefixes)):
-        bounds = [f"at least {knob.at_least}"] * (knob.at_least is not None) + [f"above {knob.above}"] * (
-            knob.above is not None
-        )
-        meaning = knob.help + (f" ({bounds[0]})" if bounds else "")
+        limits = {"at least": knob.at_least, "above": knob.above, "at most": knob.at_most}
+        bounds = ", ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+        meaning = knob.help + (f" ({bounds})" if bounds else "")
         lines.append(f"  {knob.key}={_as_text(knob.default)}   [{knob.type}]")
         lines.extend(textwrap.wrap(meaning, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)
 
 
-class _TextLoader(yaml.BaseLoader):
-    """YAML whose scalars are text, except for a null that is not in quotes."""
+class _Setting(NamedTuple):
+    """One key, what a file or an argument gives it (None, text, or lists of these), and where that was said."""
+
+    key: str
+    value: Any
+    source: str  # "some.yaml: ", or nothing for an argument, which names its key itself
 
 
-_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-
-
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> list[_Setting]:
+    _require_text(str(path), "a file's name")
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"can't use {str(path)!r}: give a YAML file, or key=value (--help lists the keys)")
+        raise UserError(f"can't use {_short(repr(str(path)))}: give a YAML file, or key=value (--help lists the keys)")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"can't read the config file {path}: {error.strerror}") from error
+        raise UserError(f"can't read the config file {_short(str(path))}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the config file {path} is no text: {error}") from error
-    return _parse_yaml(text, str(path))
+        raise UserError(f"can't read the config file {path}: byte {error.start} is not UTF-8 text") from error
+    settings = list(_settings(_parse_yaml(text, str(path)), f"{path}: "))
+    if twice := [key for key, count in Counter(setting.key for setting in settings).items() if count > 1]:
+        raise UserError(f"{path}: {twice[0]} is given twice")
+    return settings
 
 
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_TextLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark and mark.line else ""
-        raise UserError(f"{source}{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+def _settings(values: Any, source: str, prefix: str = "") -> Iterator[_Setting]:
+    """The keys that a file's nested `values` set. Raises UserError for keys that there are none of."""
+    if values is None:  # an empty file or group
+        return
+    if not isinstance(values, dict):
+        raise UserError(f"{source}{prefix.rstrip('.') or 'it'} must hold keys and values, not {_as_text(values)}")
+    for name, value in values.items():
+        key = prefix + name
+        if any(other.startswith(f"{key}.") for other in _knobs()):
+            yield from _settings(value, source, f"{key}.")
+        else:
+            _require_known(key, source)
+            yield _Setting(key, value, source)
 
 
 def _split(argument: str) -> tuple[str, str]:
+    _require_text(argument, "an argument", limit=None)
     key, separator, value = argument.partition("=")
     key = key.removeprefix("--")
     if not separator:
-        raise UserError(f"can't use {argument!r}: give key=value (--help lists the keys)")
+        raise UserError(f"can't use {_short(repr(argument))}: give key=value (--help lists the keys)")
     return key, value
 
 
-def _override(argument: str) -> tuple[str, Any]:
-    """`a.b=value` as a layer `{"a": {"b": value}}` with the argument as its source."""
-    key, value = _split(argument)
-    _require_known(key, argument)
-    # A value without brackets is text whatever it looks like: `name=a: b` is no mapping and `name=#1` no comment.
-    layer: Any = _parse_yaml(value, argument) if value[:1] in tuple("[{\"'~") or value in ("null", "") else value
-    for part in reversed(key.split(".")):
-        layer = {part: layer}
-    return argument, layer
+def _parse_argument(argument: str) -> _Setting:
+    """`a.b=value`. A value without brackets is text whatever it looks like: `name=a: b` and `name=#1` are."""
+    key, text = _split(argument)
+    _require_known(key)
+    value = _parse_yaml(text, key) if text[:1] in ("[", "{", '"', "'") or text in ("~", "null", "") else text
+    return _Setting(key, value, "")
 
 
-def _require_known(key: str, argument: str) -> None:
-    known = [knob.key for knob in knobs()]
+def _parse_yaml(text: str, source: str) -> Any:
+    """What a YAML document holds, as dictionaries, lists, text and None. Raises UserError for all else.
+
+    Read from the parser's events. What YAML has beyond these (tags, aliases, merges) is refused, not constructed.
+    """
+    try:
+        parser: Any = yaml.BaseLoader(text)
+        parser.get_event()  # the stream begins
+        if parser.check_event(yaml.StreamEndEvent):
+            return None
+        parser.get_event()  # the document begins
+        value = _build(parser, iter(range(MAX_VALUES)), depth=0)
+        parser.get_event()  # the document ends
+        if not parser.check_event(yaml.StreamEndEvent):
+            raise _UnusedYAMLError(problem="it goes on after its end", problem_mark=parser.peek_event().start_mark)
+        return value
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: numbers in escapes and directives
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark and mark.line else ""
+        verdict = "can't be used" if isinstance(error, _UnusedYAMLError) else "is not valid YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "a number in it is too large")
+        raise UserError(f"{source}{where} {verdict}: {_short(str(problem))}") from error
+
+
+class _UnusedYAMLError(yaml.MarkedYAMLError):
+    """YAML, but nothing that a config needs."""
+
+
+def _build(parser: Any, budget: Iterator[int], depth: int) -> Any:
+    """The value that the parser's next event begins."""
+    event = parser.get_event()
+
+    def refuse(problem: str) -> NoReturn:
+        raise _UnusedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+    if next(budget, None) is None:
+        refuse(f"it has more than {MAX_VALUES} values")
+    if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+        refuse("'&' and '*' make aliases, which configs do without; write the value out, or quote text that begins so")
+    if event.tag is not None:
+        refuse("'!' makes a tag, which configs do without; quote text that begins so")
+    if isinstance(event, yaml.ScalarEvent):
+        if found := _UNPRINTABLE.search(event.value):
+            refuse(f"it holds {found[0]!a}, which no path or name can have")
+        return None if event.implicit[0] and _NULL.fullmatch(event.value) else event.value
+    if depth == _MAX_DEPTH:
+        refuse("it is nested too deeply")
+    if isinstance(event, yaml.SequenceStartEvent):
+        items = []
+        while not parser.check_event(yaml.SequenceEndEvent):
+            items.append(_build(parser, budget, depth + 1))
+        parser.get_event()
+        return items
+    values: dict[str, Any] = {}
+    while not parser.check_event(yaml.MappingEndEvent):
+        event = parser.peek_event()
+        key = _build(parser, iter((0,)), depth + 1) if isinstance(event, yaml.ScalarEvent) else None
+        if not isinstance(key, str):
+            refuse("a key must be text")
+        if key in values:
+            refuse(f"{_short(repr(key))} is given twice")
+        values[key] = _build(parser, budget, depth + 1)
+    parser.get_event()
+    return values
+
+
+def _require_text(text: str, what: str, limit: int | None = MAX_TEXT) -> None:
+    """Raise UserError for text that no path and no name can be."""
+    if found := _UNPRINTABLE.search(text):
+        raise UserError(f"{what} holds a character that can't be used, {found[0]!a}: {_short(ascii(text))}")
+    if limit is not None and len(text.encode()) > limit:
+        raise UserError(f"{what} has {len(text.encode())} bytes; {limit} are the most: {_short(text)}")
+
+
+def _require_known(key: str, source: str = "") -> None:
+    known = _knobs()
     if key in known:
         return
     inside = [other for other in known if other.startswith(f"{key}.")]
@@ -393,42 +582,68 @@ def _require_known(key: str, argument: str) -> None:
     same_last = [other for other in known if other.rpartition(".")[2] == last]
     guesses = same_last or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help lists the keys"
-    raise UserError(f"unknown key {key!r}{'' if argument.startswith(key) else f' in {argument}'}; {hint}")
+    raise UserError(f"{source}unknown key {_short(repr(key))}; {hint}")
 
 
-def _merge(config: Config, layers: Sequence[tuple[str, Any]]) -> Config:
-    for resolver in ("oc.env", "oc.coerce", "oc.create", "oc.decode", "oc.deprecated"):
-        OmegaConf.clear_resolver(resolver)  # a config names values; it neither reads the environment nor imports
-    merged = OmegaConf.structured(config)
-    for source, values in layers:
-        if values is not None and not isinstance(values, dict):
-            raise UserError(f"{source} must hold keys and values, not {type(values).__name__}")
+def _apply(config: Config, settings: Sequence[_Setting]) -> Config:
+    """`config` with `settings`, later ones winning. Raises UserError for a value that does not fit its key."""
+    final = {**flatten(config), **{setting.key: setting.value for setting in settings}}
+    result = OmegaConf.structured(config)
+    for key, value, source in settings:
+        value = _fill_in(value, final, f"{source}{key}")
         try:
-            merged = OmegaConf.merge(merged, values or {})
-        except ConfigKeyError as error:
-            _require_known(str(error.full_key), argument=source)
-            raise
+            if value is not None and not _fits(value, _knobs()[key].depth):
+                raise TypeError
+            OmegaConf.update(result, key, value)
         except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(_explain(source, values, error)) from error
-    try:
-        result = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config can't be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(result, Config)
-    return result
+            raise UserError(f"{source}{key} must be {_knobs()[key].type}, not {_as_text(value)}") from error
+    built = OmegaConf.to_object(result)
+    assert isinstance(built, Config)
+    return built
 
 
-def _explain(source: str, values: Any, error: Exception) -> str:
-    """One line for a value that does not fit its key, with the type that would; OmegaConf names nearly every key."""
-    types = {knob.key: knob.type for knob in knobs()}
-    key = re.sub(r"\[\d+\]$", "", str(getattr(error, "full_key", None)))
-    if key not in types:
-        return f"{source}: a value has the wrong form: {str(error).splitlines()[0]}"
-    value = values
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else value
-    where = "" if source.removeprefix("--").startswith(key) else f"{source}: "
-    return f"{where}{key} must be {types[key]}, not {_as_text(value)}"
+def _fits(value: Any, depth: int) -> bool:
+    """Whether `value` is text in `depth` lists. OmegaConf takes a list for text, and `???` for no value yet."""
+    if isinstance(value, list):
+        return depth > 0 and all(_fits(item, depth - 1) for item in value)
+    return depth == 0 and isinstance(value, str) and value != "???"
+
+
+def _fill_in(value: Any, values: Mapping[str, Any], where: str) -> Any:
+    """`value` with `${key}` in its text replaced by what `values` has for that key."""
+    if isinstance(value, list):
+        return [_fill_in(item, values, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def referenced(match: re.Match[str]) -> str:
+        _require_known(match[1], f"{where}: ")
+        other = values[match[1]]
+        if other is None or isinstance(other, list | dict):
+            raise UserError(f"{where}: {match[0]} stands for no text; {match[1]} is {_as_text(other)}")
+        return other if isinstance(other, str) else _as_text(other)
+
+    _require_text(value, where)
+    filled = _REFERENCE.sub(referenced, value)
+    _require_text(filled, where)
+    if "${" in filled:
+        raise UserError(f"{where}: ${{...}} can hold the name of a key whose value has none itself: {_short(value)}")
+    return filled
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The scalars in a value, in lists or not."""
+    if isinstance(value, list | dict):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _count(value: Any) -> int:
+    """How many values there are, as `_parse_yaml` counts them."""
+    inside: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(_count(item) for item in inside)
 
 
 def _type_name(hint: Any) -> str:
@@ -442,6 +657,11 @@ def _type_name(hint: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
+    """A value as a user would type it, in one line."""
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return _short(str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."

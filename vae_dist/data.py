@@ -3,21 +3,24 @@
 Shapes: N images of a set, B of a batch, C, H, W image.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from vae_dist import digits, mnist
 from vae_dist.config import DataConfig
 from vae_dist.errors import UserError
-from vae_dist.files import write_atomically
+from vae_dist.files import read_bounded, write_atomically
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, permutation
 
 logger = logging.getLogger(__name__)
@@ -63,27 +66,36 @@ def prepare(config: DataConfig) -> Prepared:
     Raises UserError where a set that was named can't be had, and where a file is damaged.
     """
     name, (pixels, _) = _first_to_be_had(config)
-    image_shape = list(pixels.shape[1:])
-    if config.image_shape not in (None, image_shape):
-        raise UserError(f"data.image_shape={config.image_shape} but the images of {name} are {image_shape}")
-    return Prepared(name, len(pixels), image_shape)
+    return Prepared(name, len(pixels), list(pixels.shape[1:]))
 
 
 def _first_to_be_had(config: DataConfig) -> tuple[str, Images]:
     """The name and the training images of the set that was named; for `auto`, of MNIST or of the embedded digits."""
     if config.name != "auto":
-        return config.name, DATASETS[config.name](config, "train")
+        return config.name, _load(config, "train")
     try:
-        return "mnist", DATASETS["mnist"](config, "train")
+        return "mnist", _load(replace(config, name="mnist"), "train")
     except mnist.UnreachableError as error:
         logger.warning("MNIST can't be had: %s", error)
         logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): figures do not compare with MNIST's", FALLBACK)
-    return FALLBACK, DATASETS[FALLBACK](config, "train")
+    return FALLBACK, _load(replace(config, name=FALLBACK), "train")
+
+
+def _load(config: DataConfig, part: Part) -> Images:
+    """One part of the set that is named. Raises UserError where its images are not what the config says."""
+    check_name(config.name)
+    if config.name == "auto":
+        raise UserError("data.name=auto is settled when a training starts; name the data set here")
+    images = DATASETS[config.name](config, part)
+    image_shape = list(images.pixels.shape[1:])
+    if config.image_shape not in (None, image_shape):
+        raise UserError(f"data.image_shape={config.image_shape} but the images of {config.name} are {image_shape}")
+    return images
 
 
 def load_training(config: DataConfig) -> tuple[Images, Images]:
     """The training images, and the validation images that are held out of them: the same for every seed."""
-    images = DATASETS[config.name](config, "train")
+    images = _load(config, "train")
     count, held_out = len(images.labels), config.validation_images
     if held_out >= count:
         raise UserError(f"data.validation_images={held_out} leaves nothing of {count} training images; use fewer")
@@ -97,7 +109,7 @@ def load_training(config: DataConfig) -> tuple[Images, Images]:
 
 def load_test(config: DataConfig) -> Images:
     """The test images. Training never asks for them."""
-    return _binarize_once(DATASETS[config.name](config, "test"), config, step=1)
+    return _binarize_once(_load(config, "test"), config, step=1)
 
 
 def _binarize_once(images: Images, config: DataConfig, step: int) -> Images:
@@ -113,25 +125,70 @@ def _threshold(images: Images) -> Images:
 
 
 def _load_mnist(config: DataConfig, part: Part, name: str) -> Images:
-    root = Path(config.root).expanduser()
-    return Images(*mnist.load(name, root, part, download=config.download, mirror=config.mirror))
+    return Images(*mnist.load(name, _root(config), part, download=config.download, mirror=config.mirror))
+
+
+def _root(config: DataConfig) -> Path:
+    try:
+        return Path(config.root).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"data.root={config.root} can't be found: {error}") from error
 
 
 def _load_digits(config: DataConfig, part: Part) -> Images:
     """The embedded digits: drawn once, then kept under `data.root` where that can be written to."""
     count = config.synthetic_images
-    folder = Path(config.root).expanduser() / FALLBACK
+    folder = _root(config) / FALLBACK
     cache = folder / f"{count}_{digits.drawing_version()}.safetensors"
-    try:
-        tensors = load_file(cache)
-    except (OSError, SafetensorError):
+    tensors = _read_digits(cache, count)
+    if tensors is None:
         tensors = _draw_digits(count)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, save(tensors))
+            write_atomically(cache, save({**tensors, "sha256": _digest(tensors)}))
         except OSError as error:
             logger.info("the digits are not kept: can't write to %s (%s)", folder, error.strerror)
     return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"])
+
+
+def _read_digits(cache: Path, count: int) -> dict[str, Tensor] | None:
+    """The digits that were kept, None where there are none that are whole and of this very drawing.
+
+    The digest finds damage and what was meant for something else. Against those who may write to `data.root` it is no
+    help, as they could have it fit: they choose the images.
+    """
+    like = dict(zip(("pixels", "labels"), digits.draw_digits(range(0)), strict=True))
+    expected = {
+        f"{part}_{kind}": ((images, *tensor.shape[1:]), tensor.dtype)
+        for part, images in (("train", count), ("test", count // 6))
+        for kind, tensor in like.items()
+    } | {"sha256": ((hashlib.sha256().digest_size,), torch.uint8)}
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+    if size > (memory := psutil.virtual_memory().total):
+        raise UserError(
+            f"data.synthetic_images={count} would take {size / 2**30:.3g} GiB, and this machine has "
+            f"{memory / 2**30:.3g} GiB; use fewer"
+        )
+    try:
+        tensors = load(read_bounded(cache, size + 2**12))
+    except OSError:
+        return None
+    except Exception:  # whatever a foreign file does to the parser
+        tensors = {}
+    if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected:
+        digest = tensors.pop("sha256")
+        if torch.equal(digest, _digest(tensors)):
+            return tensors
+    logger.warning("%s is damaged; the digits are drawn anew", cache)
+    return None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A hash of the drawing that these digits are of, and of their bits: uint8 `(32,)`."""
+    digest = hashlib.sha256(digits.drawing_version().encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 @lru_cache(maxsize=1)

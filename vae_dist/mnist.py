@@ -7,21 +7,26 @@ where HTTPS fails.
 
 import gzip
 import hashlib
+import io
 import logging
 import math
+import threading
 import time
-import urllib.error
 import urllib.request
-from http.client import HTTPException
+import zlib
+from concurrent.futures import Future, wait
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urljoin
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vae_dist.errors import UserError
-from vae_dist.files import write_atomically
+from vae_dist.files import read_bounded, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +34,19 @@ TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist"
 
 SILENCE_SECONDS = 5  # per address of a host, and hosts have up to eight: dead mirrors are given up within a minute
 ARCHIVE_SECONDS = 300
+LOCK_SECONDS = 3600  # for another process, which downloads what we want, to be done
 ARCHIVE_BYTES = 64 * 2**20  # the largest has 26 MB
+REDIRECTS = 5
+FILE_BYTES = 48 * 2**20  # the largest has 45 MiB
+
+_HANDLERS = (
+    urllib.request.ProxyHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPErrorProcessor,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.UnknownHandler,
+)
 
 # torchvision knows the archives' digests; these are of the files themselves, which is what lies on the disk.
 _SHA256 = {
@@ -55,7 +72,10 @@ def load(name: str, root: Path, split: str, *, download: bool, mirror: str | Non
     """
     folder = root / TORCHVISION_NAMES[name] / "raw"
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    missing = [file for file in names if not (folder / file).exists()]
+    try:
+        missing = [file for file in names if not (folder / file).exists()]
+    except OSError as error:
+        raise UnreachableError(f"can't look into {folder} ({error.strerror}); choose another data.root") from error
     if missing and not download:
         raise UnreachableError(f"{name} is not in {folder}: {', '.join(missing)} missing, and data.download=false")
     if missing:
@@ -71,9 +91,9 @@ def load(name: str, root: Path, split: str, *, download: bool, mirror: str | Non
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """A file in the IDX format: two zeros, a type (8 is uint8), the number of dimensions, their sizes, the bytes."""
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, FILE_BYTES)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror})") from error
+        raise UserError(f"{path} can't be read ({error.strerror}); delete it or choose another data.root") from error
     header = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
     known = _SHA256.get("/".join(path.parts[-3:]))
@@ -81,6 +101,8 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         problem = "its first bytes are not those of such a file"
     elif len(content) != header + math.prod(sizes):
         problem = f"it has {len(content)} bytes where its header promises {header + math.prod(sizes)}"
+    elif 0 in sizes:
+        problem = f"it is empty: {' x '.join(map(str, sizes))} bytes"
     elif known is not None and hashlib.sha256(content).hexdigest() != known:
         problem = "its sha256 is not the published one"
     else:
@@ -94,8 +116,11 @@ def _download(name: str, folder: Path, mirrors: list[str] | None) -> None:
     dataset = getattr(torchvision.datasets, TORCHVISION_NAMES[name])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # other processes and other runs wait, then find the files
+        # Other processes and other runs wait, then find the files.
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
             _fetch_from_any(mirrors or dataset.mirrors, dict(dataset.resources), folder)
+    except Timeout as error:
+        raise UnreachableError(f"another process has held {folder / '.lock'} for {LOCK_SECONDS} s; stop it") from error
     except OSError as error:
         raise UnreachableError(f"can't download into {folder} ({error.strerror}); choose another data.root") from error
 
@@ -109,10 +134,10 @@ def _fetch_from_any(mirrors: list[str], md5_by_archive: dict[str, str], folder: 
                 if not target.exists():
                     url = f"{mirror.rstrip('/')}/{archive}"
                     logger.info("downloading %s", url)
-                    write_atomically(target, gzip.decompress(_fetch(url, md5)))
+                    write_atomically(target, _extract(_fetch(url, md5), url))
             return
-        except (_BadCopyError, HTTPException, urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            failures.append(f"{mirror}: {getattr(error, 'reason', None) or error or type(error).__name__}")
+        except _BadCopyError as error:
+            failures.append(str(error))
     raise UnreachableError(
         f"no mirror gave what is missing in {folder} ({'; '.join(failures)}); "
         "try again, put the files there by hand, or use data.name=synthetic_digits, which needs none"
@@ -120,16 +145,75 @@ def _fetch_from_any(mirrors: list[str], md5_by_archive: dict[str, str], folder: 
 
 
 def _fetch(url: str, md5: str) -> bytes:
+    """The archive at `url`, within ARCHIVE_SECONDS: a server can also be slow without ever being silent."""
+    received: Future[bytes] = Future()
+
+    def receive() -> None:
+        try:
+            received.set_result(_receive(url))
+        except BaseException as error:
+            received.set_exception(error)
+
+    threading.Thread(target=receive, daemon=True).start()
+    wait([received], ARCHIVE_SECONDS)
+    if not received.done():
+        raise _BadCopyError(f"{url} takes more than {ARCHIVE_SECONDS} s")
+    try:
+        content = received.result()
+    except (_BadCopyError, OSError, HTTPException, ValueError) as error:
+        reason = str(getattr(error, "reason", None) or error or type(error).__name__)
+        code = f"{error.code} " if isinstance(error, HTTPError) else ""
+        # The server has a say in this text, and a terminal obeys what is not printable.
+        text = "".join(letter if letter.isprintable() else "?" for letter in reason[:200])
+        raise _BadCopyError(f"{url}: {code}{text}") from error
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise _BadCopyError(f"{url} is corrupt: its md5 is not {md5}")
+    return content
+
+
+def _receive(url: str) -> bytes:
     deadline = time.monotonic() + ARCHIVE_SECONDS
     content = bytearray()
-    with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as response:
+    with _open(url) as response:
         while chunk := response.read1(2**16):
             content += chunk
             if time.monotonic() > deadline or len(content) > ARCHIVE_BYTES:
-                raise _BadCopyError(f"{url} exceeds {ARCHIVE_SECONDS} s or {ARCHIVE_BYTES} bytes")
-        expected = response.headers.get("Content-Length")
-    if expected is not None and len(content) != int(expected):
-        raise _BadCopyError(f"{url} is truncated: {len(content)} of {expected} bytes came")
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise _BadCopyError(f"{url} is corrupt: its md5 is not {md5}")
+                raise _BadCopyError(f"it exceeds {ARCHIVE_SECONDS} s or {ARCHIVE_BYTES} bytes")
+        if response.length:  # what is still to come
+            raise _BadCopyError(f"it is truncated: {len(content)} of {len(content) + response.length} bytes came")
     return bytes(content)
+
+
+def _open(url: str) -> HTTPResponse:
+    """The answer at `url`, or where it has moved to: over HTTP again, and no less safely.
+
+    urllib would follow a redirect by itself, but not before it has read all of its body, however long that is.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in _HANDLERS:
+        opener.add_handler(handler())
+    for _ in range(REDIRECTS + 1):
+        try:
+            response: HTTPResponse = opener.open(url, timeout=SILENCE_SECONDS)
+            return response
+        except HTTPError as error:
+            error.close()
+            place = error.headers.get("Location")
+            if error.code not in (301, 302, 303, 307, 308) or place is None:
+                raise
+            secure = url.startswith("https:")
+            url = urljoin(url, place)
+            if not url.startswith("https:" if secure else ("https:", "http:")):
+                raise _BadCopyError(f"it has moved to {url}, which is not followed") from error
+    raise _BadCopyError(f"it moves on and on, at last to {url}")
+
+
+def _extract(archive: bytes, url: str) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(archive)) as file:
+            content = file.read(FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _BadCopyError(f"{url} is no whole gzip archive ({error})") from error
+    if len(content) > FILE_BYTES:
+        raise _BadCopyError(f"{url} holds more than {FILE_BYTES} bytes")
+    return content

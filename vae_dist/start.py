@@ -15,7 +15,7 @@ from vae_dist import checkpoint, data, runtime, tracking
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder
+from vae_dist.files import make_folder, require_no_links
 from vae_dist.model import check_names
 from vae_dist.runtime import World
 
@@ -108,6 +108,7 @@ def _name(config: Config) -> str:
 def _hold(run_dir: Path, held: ExitStack) -> None:
     """Take the run's directory for this training alone, and finish or remove what a killed one left half done."""
     make_folder(run_dir, "choose another runs_dir")
+    require_no_links(run_dir)
     held.enter_context(checkpoint.locked(run_dir))
     checkpoint.recover(run_dir)
 

@@ -1,0 +1,454 @@
+"""Hostile and broken input: whatever comes, there is an answer of ours or a refusal in one line, and nothing else."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import math
+import os
+import socket
+import struct
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import REPOSITORY
+from vae_dist import config, data, mnist
+from vae_dist.config import Config, DataConfig
+from vae_dist.errors import UserError
+
+KEYS = [knob.key for knob in config.knobs()]
+GROUPS = sorted({key.rpartition(".")[0] for key in KEYS} - {""})
+SECRET = "hunter2-which-only-the-environment-knows"
+
+
+@pytest.fixture(params=[1, pytest.param(20, marks=pytest.mark.slow)], ids=["quick", "deep"])
+def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What the number of examples is multiplied with."""
+    monkeypatch.setenv("SECRET", SECRET)
+    return int(request.param)
+
+
+# What is done beside the answer.
+
+_done: list[str] | None = None
+_TELLING = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    first = arguments[0] if arguments else ""
+    opened = event == "open" and (isinstance(first, int) or first == "/proc/meminfo")  # a descriptor; what psutil asks
+    if _done is not None and event.startswith(_TELLING) and not opened:
+        _done.append(f"{event} {first}")
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def touching_only(path: Path | None) -> Iterator[None]:
+    """Hold the block to opening `path` and doing nothing else that Python's audit events tell of."""
+    global _done
+    _done = []
+    try:
+        yield
+        done = [what for what in _done if path is None or what != f"open {path}"]
+    finally:
+        _done = None
+    assert not done
+
+
+def answer(ask: Callable[[], Config], path: Path | None = None) -> Config | None:
+    """The config that is asked for, None where it is refused in a line that a terminal can show."""
+    try:
+        with touching_only(path):
+            asked = ask()
+    except UserError as error:
+        assert_short_line(str(error))
+        assert SECRET not in str(error)
+        return None
+    assert_sound(asked)
+    return asked
+
+
+def assert_short_line(message: str) -> None:
+    """That a terminal shows what the message says, and obeys nothing in it."""
+    assert 10 < len(message) < 3000
+    assert not {unicodedata.category(letter) for letter in message} & {"Cc", "Cs", "Zl", "Zp"}
+    assert not {unicodedata.bidirectional(letter) for letter in message} & {"LRE", "RLE", "LRO", "RLO", "LRI", "RLI"}
+
+
+def assert_sound(asked: Config) -> None:
+    """Every value has its type, within what a run can have, and comes back from where it is saved."""
+    assert_typed(asked)
+    for value in leaves(dataclasses.asdict(asked)):
+        if isinstance(value, str):
+            assert "${" not in value and value != "???" and SECRET not in value
+            assert len(os.fsencode(value)) < 4096 and "\0" not in value and len(value.splitlines()) < 2
+        if isinstance(value, float):
+            assert math.isfinite(value)
+        if isinstance(value, int):
+            assert torch.tensor(value).item() == value
+    saved = Path("saved.yaml")
+    config.save(asked, saved)
+    assert config.read(saved) == asked
+
+
+def assert_typed(section: Any) -> None:
+    hints = get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        value, hint = getattr(section, item.name), hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            assert_typed(value)
+        elif str(hint).startswith("typing.Literal"):
+            assert value in hint.__args__
+        else:
+            assert has_type(value, str(hint).removeprefix("<class '").removesuffix("'>")), (item.name, value)
+
+
+def has_type(value: Any, hint: str) -> bool:
+    if hint.endswith(" | None"):
+        return value is None or has_type(value, hint.removesuffix(" | None"))
+    if hint.startswith("list["):
+        return type(value) is list and all(has_type(item, hint[5:-1]) for item in value)
+    return type(value).__name__ == hint
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+# Texts that somebody who wants to break in, or has only slipped, would write.
+
+SNIPPETS = [
+    "", " ", "null", "~", "???", "nan", "-inf", "1e999", "1e5", "-0", "0x10", "007", "no", "true", "1_000", "٣",
+    "1" * 400, "1" * 5000, str(2**63), str(-(2**63)), str(2**64), str(10**18), "3", "[]", "{}", "[[]]", "[1,2]",
+    "[[0,1],[2,3]]", "[a", "{a: b}", "'", '"', '"\\x00"', '"\\ud800"', '"\\UFFFFFFFF"', '"\\e[2J"', "\x00", "\x1b[2J",
+    "\ud800", "\u2028", "\u202e", "\ufeff", "é", "😀", "a: b", "a #b", "a\nb", "\t", "---", "...", "%YAML 9.9",
+    "%TAG ! x", "!", "!!", "!x", "!!python/object/apply:os.system [id]", "!!binary aGk=", "!!float 1", "&a", "*a",
+    "&a [*a]", "<<", "<<: *a", "? ", ": ", "- ", "|", ">", "@", "`", "$", "${", "${}", "${name}",
+    "${model.latent_dim}", "${data.root}", "${model}", "${nothing}", "${oc.env:SECRET}", "${oc.env:HOME,x}",
+    "${oc.coerce:this.x,1}", "${oc.create:{a: 1}}", "${oc.decode:1}", "${oc.select:name}", "${oc.dict.keys:model}",
+    "${oc.dict.values:model}", "\\${name}", "$${name}", "${${name}}", "${.name}", "${..name}", "${name",
+    "${model[latent_dim]}", "../..", "/etc/passwd", "~root", "~nobody-there", "a" * 300, "https://user:token@host/",
+    "https://host/data", "file:///etc", "http://[", "http://host:99999", "{time}", "mnist", "[" * 2000, "{a: " * 2000,
+    "x" * 5000,
+]  # fmt: skip
+snippets = st.sampled_from(SNIPPETS)
+scalars = st.one_of(
+    snippets, st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(KEYS),
+    st.lists(snippets, max_size=4).map("".join),
+)  # fmt: skip
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(scalars, inner, max_size=3),
+    max_leaves=8,
+)
+known = st.sampled_from(KEYS)
+keys = known | st.sampled_from(GROUPS) | scalars
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, last = key.split(".")
+        inside = nested
+        for group in groups:
+            inside = inside.setdefault(group, {})
+            if not isinstance(inside, dict):
+                break
+        else:
+            inside[last] = value
+    return nested
+
+
+documents = st.dictionaries(known, values, max_size=4).map(nest) | st.dictionaries(keys, values, max_size=4) | values
+files = documents.map(lambda document: json.dumps(document).encode("utf-8", "surrogatepass")) | documents.map(
+    lambda document: yaml.safe_dump(document, allow_unicode=True).encode("utf-8", "surrogatepass")
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, contents: st.SearchStrategy[bytes], pieces: st.SearchStrategy[bytes]) -> bytes:
+    """Some content with a few places overwritten, cut out or added to."""
+    content = draw(contents)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(content)))
+        stop = min(start + draw(st.integers(0, 20)), len(content))
+        content = content[:start] + draw(pieces) + content[stop:]
+    return content
+
+
+own = [path.read_bytes() for path in sorted((REPOSITORY / "configs").glob("*.yaml"))]
+own += [config.to_yaml(config.load([])).encode()]
+own += [config.to_yaml(config.load(["tracking.tags=[a,b]", "sample.codes=[[0,1]]", "name=a"])).encode()]
+changed = mutated(st.sampled_from(own), (snippets | st.text(max_size=3)).map(lambda s: s.encode("utf-8", "replace")))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "structured", "changed"])
+def test_any_config_file_is_taken_or_refused(kind: str, depth: int, tmp_path: Path) -> None:
+    contents = {"bytes": st.binary(max_size=100), "structured": files, "changed": changed}[kind]
+    path = tmp_path / "any.yaml"
+
+    @settings(max_examples=60 * depth)
+    @given(contents)
+    def claim(content: bytes) -> None:
+        path.write_bytes(content)
+        answer(lambda: config.load([str(path)]), path)
+        answer(lambda: config.read(path), path)
+
+    claim()
+
+
+def test_any_arguments_are_taken_or_refused(depth: int) -> None:
+    arguments = st.tuples(keys, scalars).map("=".join) | scalars.filter(lambda text: "/" not in text)
+
+    @settings(max_examples=60 * depth)
+    @given(st.lists(arguments, min_size=1, max_size=4))
+    def claim(asked: list[str]) -> None:
+        if all("=" in argument for argument in asked):
+            answer(lambda: config.load(asked))
+        stored = config.load(["name=stored"])
+        answer(lambda: config.load_reader(stored, asked))
+        answer(lambda: dataclasses.replace(stored, runs_dir=config.take(asked, "runs_dir")[0]))
+        answer(lambda: (config.split_run(asked), stored)[1])
+
+    claim()
+
+
+def test_a_text_that_is_taken_is_what_was_typed(depth: int) -> None:
+    plain = scalars.filter(lambda text: "${" not in text and text[:1] not in ("[", "{", '"', "'", "~"))
+
+    @settings(max_examples=40 * depth)
+    @given(plain)
+    def claim(text: str) -> None:
+        asked = answer(lambda: config.load([f"tracking.project={text}"]))
+        assert asked is None or asked.tracking.project == text
+
+    claim()
+
+
+# Data sets in the IDX format, their archives, and who serves them.
+
+
+def idx(*sizes: int, kind: int = 8) -> bytes:
+    return bytes([0, 0, kind, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+
+
+def good_files() -> dict[str, bytes]:
+    random = np.random.default_rng(0)
+    files = {}
+    for part, count in ("train", 30), ("t10k", 10):
+        files[f"{part}-images-idx3-ubyte"] = idx(count, 4, 3) + random.bytes(count * 12)
+        files[f"{part}-labels-idx1-ubyte"] = idx(count) + random.bytes(count)
+    return files
+
+
+GOOD = good_files()
+FILES = sorted(GOOD)
+numbers = st.sampled_from([0, 1, 2, 3, 4, 10, 30, 31, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1])
+headers = st.builds(
+    lambda kind, sizes: idx(*sizes, kind=kind),
+    st.sampled_from([8, 8, 8, 0, 9, 11, 13, 14, 255]),
+    st.lists(numbers, max_size=5),
+)
+idx_files = st.builds(lambda header, size: header + bytes(size), headers, st.integers(0, 400)) | mutated(
+    st.sampled_from(sorted(GOOD.values())), headers | st.binary(max_size=4)
+)
+
+
+def asked_for(root: Path, **changes: Any) -> DataConfig:
+    return DataConfig(name="kmnist", root=str(root), validation_images=5, **changes)
+
+
+def lay_out(root: Path, contents: dict[str, bytes]) -> Path:
+    folder = root / "KMNIST/raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def refusal(ask: Callable[[], object]) -> str | None:
+    try:
+        ask()
+    except UserError as error:
+        assert_short_line(str(error))
+        return str(error)
+    return None
+
+
+def test_any_idx_file_is_read_for_what_it_says_or_named(depth: int, tmp_path: Path) -> None:
+    @settings(max_examples=150 * depth)
+    @given(st.sampled_from(FILES), idx_files)
+    def claim(name: str, content: bytes) -> None:
+        folder = lay_out(tmp_path, GOOD | {name: content})
+        read: list[tuple[torch.Tensor, torch.Tensor]] = []
+        split = "train" if name.startswith("train") else "test"
+        message = refusal(lambda: read.append(mnist.load("kmnist", tmp_path, split, download=False, mirror=None)))
+        if message is None:
+            images, labels = read[0]
+            which = images if "images" in name else labels
+            assert len(images) == len(labels) == int.from_bytes(content[4:8], "big")
+            assert which.to(torch.uint8).numpy().tobytes() == content[4 + 4 * content[3] :]
+        else:
+            assert str(folder) in message and (name in message or "labels; delete" in message)
+
+    claim()
+
+
+class RawServer:
+    """Answers every connection with the same bytes, whatever these are, and hangs up."""
+
+    def __init__(self) -> None:
+        self.reply = b""
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.recv(2**16)
+                    connection.sendall(self.reply)
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+@pytest.fixture
+def raw_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RawServer]:
+    server = RawServer()
+    monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", [f"http://127.0.0.1:{server.port}/"])
+    monkeypatch.setattr(mnist, "SILENCE_SECONDS", 0.5)
+    yield server
+    server.close()
+
+
+status_lines = st.sampled_from(
+    [f"HTTP/1.1 {status}".encode() for status in ("200 OK", "206 x", "304 x", "404 \x1b[2J", "999 x", "100 x\r\n")]
+    + [b"HTTP/1.1 302 x"] * 3
+    + [b"HTTP/1.0 200", b"HTTP/9 x", b"ICY 200 OK", b""]
+)
+fields = st.sampled_from(
+    [f"Content-Length: {length}".encode() for length in (0, 5, -1, "abc", 10**11, "1" * 5000)]
+    + [f"Location: {place}".encode("latin-1") for place in ("file:///etc/passwd", "", "http://[", "/x", "http://\xff/")]
+    + [f"Location: {place}".encode() for place in ("ftp://127.0.0.1:9/", "data:,x", "http://a b/", "javascript:x")]
+    + [b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"no colon", b": ", b"A: " + b"a" * 70_000]
+    + [b"A: b\r\n" * 200]
+)
+bodies = st.binary(max_size=50) | st.sampled_from(
+    [b"", b"5\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello", b"zz\r\n", b"f" * 100, b"ffffffffff\r\n", b"1;" + b"x" * 70_000]
+)
+replies = st.builds(
+    lambda status, fields, end, body: b"\r\n".join([status, *fields]) + end + body,
+    status_lines,
+    st.lists(fields, max_size=4),
+    st.sampled_from([b"\r\n\r\n", b"\n\n", b"\r\n", b""]),
+    bodies,
+)
+
+
+def test_any_answer_of_a_mirror_is_a_refusal_that_leaves_nothing(
+    depth: int, raw_server: RawServer, tmp_path: Path
+) -> None:
+    @settings(max_examples=200 * depth)
+    @given(mutated(replies, st.binary(max_size=3)) | replies)
+    def claim(reply: bytes) -> None:
+        raw_server.reply = reply
+        message = refusal(lambda: data.prepare(asked_for(tmp_path)))
+        assert message is not None and "no mirror gave" in message
+        assert [path.name for path in (tmp_path / "KMNIST/raw").iterdir()] == [".lock"]
+
+    claim()
+
+
+def test_any_archive_with_the_right_digest_is_unpacked_whole_or_refused(
+    depth: int, raw_server: RawServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = gzip.compress(bytes(range(200)), mtime=0)
+    archives = st.binary(max_size=30) | mutated(st.just(good) | st.just(good + good), st.binary(max_size=4))
+
+    @settings(max_examples=150 * depth)
+    @given(archives)
+    def claim(archive: bytes) -> None:
+        digest = hashlib.md5(archive).hexdigest()
+        monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", [(f"{name}.gz", digest) for name in FILES])
+        raw_server.reply = b"HTTP/1.1 200 OK\r\n\r\n" + archive
+        message = refusal(lambda: data.prepare(asked_for(tmp_path)))
+        assert message is not None
+        for path in (tmp_path / "KMNIST/raw").iterdir():
+            assert path.name == ".lock" or gzip.decompress(archive) == path.read_bytes()
+            path.unlink()
+
+    claim()
+
+
+# The digits that are kept.
+
+DIGITS = 12
+
+
+def digits_in(root: Path) -> data.Images:
+    return data.load_test(DataConfig(name="synthetic_digits", root=str(root), synthetic_images=DIGITS))
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    (size,) = struct.unpack("<Q", content[:8])
+    return dict(json.loads(content[8 : 8 + size]))
+
+
+def with_header(header: Any, body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def test_any_file_in_the_place_of_the_digits_is_not_believed(depth: int, tmp_path: Path) -> None:
+    true = digits_in(tmp_path)
+    (cache,) = (tmp_path / "synthetic_digits").iterdir()
+    good = cache.read_bytes()
+    header = header_of(good)
+    body = good[8 + struct.unpack("<Q", good[:8])[0] :]
+    dtypes = st.sampled_from(["U8", "I64", "F32", "F4", "F8_E8M0", "BOOL", "C64", "BF16", "nothing", ""])
+    shapes = st.lists(numbers | st.sampled_from([-1, 2**63, 2**64, DIGITS]), max_size=5)
+    offsets = st.lists(st.sampled_from([0, 1, len(body), len(body) + 1, -1, 2**63]) | numbers, max_size=3)
+    entry = st.fixed_dictionaries({"dtype": dtypes, "shape": shapes, "data_offsets": offsets}) | values
+    names = st.sampled_from([*header, "__metadata__", "more"])
+    headers = st.dictionaries(names, entry, max_size=3).map(lambda changes: with_header(header | changes, body))
+    left_out = st.sets(names, max_size=2).map(
+        lambda gone: with_header({name: header[name] for name in header if name not in gone}, body)
+    )
+
+    @settings(max_examples=150 * depth)
+    @given(st.binary(max_size=40) | mutated(st.just(good), st.binary(max_size=9)) | headers | left_out)
+    def claim(content: bytes) -> None:
+        cache.write_bytes(content)
+        images = digits_in(tmp_path)
+        assert torch.equal(images.pixels, true.pixels) and torch.equal(images.labels, true.labels)
+        assert torch.equal(digits_in(tmp_path).pixels, true.pixels)
+
+    claim()
