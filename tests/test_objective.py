@@ -1,12 +1,22 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 from vae_dist import config
 from vae_dist.model import build_vae
-from vae_dist.objective import ElboTerms, elbo_terms, schedule, training_loss
+from vae_dist.model.distributions import DiagonalGaussian
+from vae_dist.objective import (
+    ElboTerms,
+    active_units,
+    bits_per_dimension,
+    elbo_terms,
+    log_weights,
+    schedule,
+    training_loss,
+)
 from vae_dist.plan import share
 
 
@@ -21,6 +31,47 @@ def test_terms_match_torch_distributions_image_by_image() -> None:
     torch.testing.assert_close(terms.reconstruction, -Independent(pixels, 3).log_prob(images))
     torch.testing.assert_close(terms.kl, kl_divergence(Normal(posterior.mean, scale), Normal(0.0, 1.0)).sum(1))
     torch.testing.assert_close(terms.negative_elbo, terms.reconstruction + terms.kl)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_log_weights_match_torch_distributions(likelihood: str) -> None:
+    """Sample by sample and image by image, grey pixels too."""
+    asked = config.load(["model.latent_dim=5", "model.hidden_dims=[16]", f"objective.reconstruction={likelihood}"])
+    vae = build_vae(asked, (2, 9, 13)).double()  # 234 pixels: neither a multiple nor a divisor of anything
+    images, noise = torch.rand(4, 2, 9, 13).double().round(decimals=1), torch.randn(3, 4, 5).double()
+    posterior = vae.encode(images)
+    found = log_weights(vae, posterior, images, noise)
+    q = Normal(posterior.mean, (0.5 * posterior.log_variance).exp())
+    for sample in range(3):
+        latents = q.mean + q.stddev * noise[sample]
+        mean = vae.decoder(latents)
+        bernoulli, gaussian = Bernoulli(logits=mean, validate_args=False), Normal(mean, 1.0)
+        pixels = bernoulli.log_prob(images) if likelihood == "bernoulli" else gaussian.log_prob(images)
+        joint = pixels.sum((1, 2, 3)) + Normal(0.0, 1.0).log_prob(latents).sum(1)
+        torch.testing.assert_close(found[sample], joint - q.log_prob(latents).sum(1))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
+def test_log_weights_in_float32_are_those_of_float64_to_a_ten_thousandth(scale: float) -> None:
+    """The posterior is the prior here, so that p(x|z) is the whole weight."""
+    vae = build_vae(config.load(["model.hidden_dims=[]"]), (1, 28, 28))
+    next(vae.decoder.parameters()).data.mul_(scale)
+    images, noise = torch.randint(0, 2, (50, 1, 28, 28)).float(), torch.randn(1, 50, 40)
+    prior = DiagonalGaussian(torch.zeros(50, 40), torch.zeros(50, 40))
+    found = log_weights(vae, prior, images, noise)[0]
+    logits = vae.decoder(noise[0]).double()
+    expected = Bernoulli(logits=logits).log_prob(images.double()).sum((1, 2, 3))
+    torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=1e-4)
+
+
+def test_a_latent_is_active_whose_posterior_mean_varies_by_more_than_a_hundredth() -> None:
+    deviations = torch.tensor([1.0, 0.101, 0.099, 0.0])  # their squares: 1, 0.0102, 0.0098, 0
+    means = 7 + deviations * torch.tensor([1.0, -1.0]).repeat(500).unsqueeze(1)
+    assert active_units(means) == int((np.var(means.double().numpy(), axis=0) > 0.01).sum()) == 2
+
+
+def test_bits_per_dimension_of_a_coin_for_each_pixel_is_one() -> None:
+    assert bits_per_dimension(784 * math.log(2), 784) == pytest.approx(1.0)
 
 
 def test_beta_weighs_the_loss_and_never_the_reported_bound() -> None:

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from vae_dist.plan import Plan, Stream, bernoulli_pixels, permutation, random_words, share, standard_normal
+from vae_dist.plan import (
+    Plan,
+    Stream,
+    bernoulli_pixels,
+    permutation,
+    random_words,
+    share,
+    standard_normal,
+    standard_normals,
+)
 
 
 @pytest.mark.parametrize("total", [1, 7, 100, 8192])
@@ -43,6 +52,21 @@ def test_noise_differs_by_seed_stream_step_and_row() -> None:
         first(0, Stream.POSTERIOR, 0, 1),
     ]
     assert len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 13, 40])
+def test_noise_of_many_steps_is_that_of_each(latent_dim: int) -> None:
+    many = standard_normals(3, Stream.IMPORTANCE, range(5, 25), range(100, 600), latent_dim)
+    each = [standard_normal(3, Stream.IMPORTANCE, step, range(100, 600), latent_dim) for step in range(5, 25)]
+    torch.testing.assert_close(many, torch.stack(each), rtol=0, atol=1e-6)
+    assert (many == torch.stack(each)).double().mean() > 0.9999  # two libraries' logarithms, rounded to float32
+
+
+def test_noise_of_many_steps_does_not_depend_on_how_they_are_cut() -> None:
+    whole = standard_normals(0, Stream.IMPORTANCE, range(130), range(500), 40)
+    for steps, rows in (range(1), range(500)), (range(7, 130), range(3, 4)), (range(128), range(11, 499)):
+        part = standard_normals(0, Stream.IMPORTANCE, steps, rows, 40)
+        assert torch.equal(part, whole[steps.start : steps.stop, rows.start : rows.stop])
 
 
 def test_words_are_numpys_philox_at_that_counter() -> None:

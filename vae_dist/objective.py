@@ -1,6 +1,7 @@
 """The objective: ELBO terms per image, the loss that training minimises, and what moves with the step.
 
-All values are nats per image, summed over an image's pixels and latents and never averaged over them. B is the batch.
+All values are nats per image, summed over an image's pixels and latents and never averaged over them. B batch, N images
+of a set, K importance samples, L latents, C, H, W image.
 """
 
 import math
@@ -9,8 +10,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vae_dist.config import Config
-from vae_dist.model.distributions import at_least_float32
-from vae_dist.model.vae import VAEOutput
+from vae_dist.model.distributions import Bernoulli, DiagonalGaussian, at_least_float32
+from vae_dist.model.vae import VAE, VAEOutput
+
+ACTIVE_VARIANCE = 0.01  # of Burda et al. (2016), section 5.2
 
 
 class ElboTerms(NamedTuple):
@@ -31,6 +34,31 @@ def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
         reconstruction=-output.likelihood.log_prob(at_least_float32(images)),
         kl=output.posterior.kl().sum(1),
     )
+
+
+def log_weights(vae: VAE, posterior: DiagonalGaussian, images: Tensor, noise: Tensor) -> Tensor:
+    """Importance weights log p(x, z) - log q(z|x) of K latents each: `(K, B)`, in float32 at least; for figures alone.
+
+    The latents are what noise `(K, B, L)` makes of the posterior `(B, L)` of images `(B, C, H, W)`. The logarithm of an
+    image's mean weight is on average at most log p(x), and rises to it with K (Burda et al. 2016, equation 8).
+    """
+    likelihood = vae.decode(posterior.sample(noise).flatten(0, 1))
+    log_prob = likelihood.log_prob_no_grad if isinstance(likelihood, Bernoulli) else likelihood.log_prob
+    log_likelihood = log_prob(at_least_float32(images).repeat(len(noise), 1, 1, 1))
+    return log_likelihood.unflatten(0, noise.shape[:2]) + posterior.log_prior_ratio(noise)
+
+
+def active_units(posterior_means: Tensor) -> int:
+    """How many latents carry something: those whose posterior mean `(N, L)` varies over the images by more than 0.01.
+
+    The measure and the threshold are of Burda et al. (2016), section 5.2.
+    """
+    return int((posterior_means.double().var(0, correction=0) > ACTIVE_VARIANCE).sum())
+
+
+def bits_per_dimension(nats: float, dimensions: int) -> float:
+    """Nats per image as bits for each of its `dimensions` pixel values."""
+    return nats / (dimensions * math.log(2))
 
 
 def training_loss(terms: ElboTerms, beta: float | Tensor, batch_size: float) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in every precision, float16 too
 
+_FACTORS = 112  # 2^-112 is not yet denormal in float32
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -38,6 +40,13 @@ class DiagonalGaussian(NamedTuple):
         """Latents `(B, L)` from standard normal noise `(B, L)`: the reparameterisation of Kingma and Welling (2013)."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
+    def log_prior_ratio(self, noise: Tensor) -> Tensor:
+        """log p(z) - log q(z|x) of the latents z that `sample` makes of noise `(..., B, L)`: `(..., B)`, nats.
+
+        The constants of the two densities cancel, and the noise is how many deviations z lies from the mean.
+        """
+        return 0.5 * (self.log_variance + noise.square() - self.sample(noise).square()).sum(-1)
+
     def kl(self) -> Tensor:
         """KL(q(z|x) || N(0, I)) of each latent `(B, L)`, nats, at least 0 (Kingma and Welling 2013, appendix B)."""
         mean, log_variance = at_least_float32(self.mean), at_least_float32(self.log_variance)
@@ -55,6 +64,17 @@ class Bernoulli(NamedTuple):
         # From the logits, which is finite for any of them; a sigmoid followed by a logarithm is not.
         cross_entropy = F.binary_cross_entropy_with_logits(logits, images.to(logits.dtype), reduction="none")
         return -cross_entropy.flatten(1).sum(1)
+
+    def log_prob_no_grad(self, images: Tensor) -> Tensor:
+        """`log_prob` in a tenth of the time, for figures: its gradient would be slow.
+
+        One logarithm serves many pixels: log p(x|z) = sum of x l - relu(l) + log sigmoid(|l|) over the logits l, and
+        the sigmoids, at least 1/2 each, can be multiplied with one another first.
+        """
+        logits = at_least_float32(self.logits).flatten(1)
+        linear = (images.to(logits.dtype).flatten(1) * logits).sub_(logits.relu()).sum(1)
+        products = [part.prod(1) for part in logits.abs().sigmoid_().split(_FACTORS, dim=1)]
+        return linear + torch.stack(products).log_().sum(0)
 
     @property
     def mean(self) -> Tensor:
