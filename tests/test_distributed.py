@@ -43,7 +43,17 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=13"]),
         ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=26"]),
         ("train", "", [*common, *CUT, "checkpoint.every=13"]),
-        ("evaluate", str(reference), [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1"]),
+        *[
+            (
+                "evaluate",
+                str(reference),
+                [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1", *arguments],
+            )
+            for arguments in (
+                ["evaluate.split=validation", "evaluate.importance_samples=7"],
+                ["evaluate.chunk=1000"],  # of 128 samples 20 at a time
+            )
+        ],
         (
             "sample",
             str(reference),
@@ -206,8 +216,11 @@ def test_a_run_goes_on_with_another_number_of_processes_and_parts(
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_evaluation_is_bitwise_the_same(world_size: int, roots: dict[int, Path]) -> None:
-    ours, theirs = (json.loads((roots[size] / "out/evaluation.json").read_text()) for size in (world_size, 1))
-    assert ours == theirs and ours["images"] == 200
+    for name, samples in ("step_00000050_test_k128", 128), ("step_00000050_validation_k7", 7):
+        paths = [roots[size] / f"out/evaluations/{name}.json" for size in (world_size, 1)]
+        ours, theirs = (json.loads(path.read_text()) for path in paths)
+        assert ours == theirs and ours["images"] == 200 and ours["importance_samples"] == samples
+        assert ours["negative_log_likelihood"] < ours["negative_elbo"]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

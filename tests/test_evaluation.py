@@ -1,15 +1,22 @@
 import json
+import math
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, MultivariateNormal, Normal
 
 from tests.conftest import MakeConfig, opened
-from vae_dist import checkpoint, data, runtime
+from vae_dist import checkpoint, config, console, data, runtime
 from vae_dist.errors import UserError
-from vae_dist.evaluation import evaluate, score
-from vae_dist.objective import elbo_terms
+from vae_dist.evaluation import encode, evaluate, negative_log_likelihood, score
+from vae_dist.model.distributions import LOG_VARIANCE_BOUND, Gaussian
+from vae_dist.model.vae import VAE
+from vae_dist.objective import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.sampling import sample
 from vae_dist.trainer import train
@@ -18,6 +25,255 @@ from vae_dist.trainer import train
 @pytest.fixture
 def run_dir(make_config: MakeConfig) -> Path:
     return train(make_config("name=a", "train.steps=10"))
+
+
+@pytest.fixture
+def binary_run(make_config: MakeConfig) -> Path:
+    return train(make_config("name=binary", "train.steps=40", "data.binarize=dynamic"))
+
+
+def estimate(vae: VAE, pixels: Tensor, *arguments: str) -> Tensor:
+    """The negative log-likelihood of each image, by one process."""
+    asked = config.load(["device=cpu", "train.threads=1", *arguments])
+    with runtime.join(asked) as world:
+        return negative_log_likelihood(vae, pixels, world, asked)
+
+
+def estimate_of_run(run_dir: Path, *arguments: str) -> Tensor:
+    found = opened(run_dir, arguments)
+    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    return estimate(vae, data.load_test(found.config.data).pixels, *arguments)
+
+
+PIXELS = torch.randint(0, 256, (300, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+SIGMA = 0.3
+
+
+def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Tensor]:
+    """A VAE whose p(x) is known, and log p(x) of `PIXELS`.
+
+    x = W z + b + sigma e with orthogonal columns in W, so that the exact posterior is a diagonal Gaussian; the encoder
+    gives its mean plus `shift` and its log-variance plus `widen`. The fourth latent is dead: its column is 0.
+    """
+    generator = torch.Generator().manual_seed(1)
+    columns = torch.linalg.qr(torch.randn(12, 3, generator=generator).double()).Q * torch.tensor([1.0, 0.5, 0.2])
+    weight, bias = torch.cat([columns, torch.zeros(12, 1)], 1).double(), torch.full((12,), 0.5).double()
+    variance = 1 / (1 + weight.square().sum(0) / SIGMA**2)
+    encoder, decoder = nn.Linear(12, 8).double(), nn.Linear(4, 12).double()
+    with torch.no_grad():
+        decoder.weight.copy_(weight)
+        decoder.bias.copy_(bias)
+        to_mean = (variance / SIGMA**2).unsqueeze(1) * weight.T
+        raw = LOG_VARIANCE_BOUND * torch.atanh((variance.log() + widen) / LOG_VARIANCE_BOUND)
+        encoder.weight.copy_(torch.cat([to_mean, torch.zeros(4, 12)]))
+        encoder.bias.copy_(torch.cat([shift - to_mean @ bias, raw]))
+    vae = VAE(
+        nn.Sequential(nn.Flatten(), encoder), nn.Sequential(decoder, nn.Unflatten(1, (1, 3, 4))),
+        partial(Gaussian, sigma=SIGMA), 4,
+    ).eval()  # fmt: skip
+    marginal = MultivariateNormal(bias, weight @ weight.T + SIGMA**2 * torch.eye(12).double())
+    return vae, marginal.log_prob(data.to_unit(PIXELS, torch.float64).flatten(1))
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_with_the_exact_posterior_the_log_likelihood_is_exact_for_any_number_of_samples(count: int) -> None:
+    vae, log_likelihood = linear_gaussian_vae()
+    found = estimate(vae, PIXELS, f"evaluate.importance_samples={count}", "evaluate.chunk=700")
+    torch.testing.assert_close(found, -log_likelihood, rtol=0, atol=1e-9)
+
+
+def test_with_another_posterior_the_estimate_falls_to_the_exact_value_from_above() -> None:
+    vae, log_likelihood = linear_gaussian_vae(shift=0.3, widen=0.5)
+    excess = [
+        (estimate(vae, PIXELS, f"evaluate.importance_samples={count}") + log_likelihood).mean().item()
+        for count in (1, 10, 100, 5000)
+    ]
+    assert excess == sorted(excess, reverse=True)
+    assert excess[0] > 0.3 and 0 < excess[2] < 0.02 and abs(excess[3]) < 1e-3
+
+
+def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: Path) -> None:
+    """The oracle: one image and one sample at a time, in float64."""
+    found = opened(binary_run)
+    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu")).double()
+    pixels = data.load_test(found.config.data).pixels[:5]
+    expected = []
+    for index, image in enumerate(data.to_unit(pixels, torch.float64)):
+        mean, log_variance = vae.encode(image.unsqueeze(0))
+        q, weights = Normal(mean, (0.5 * log_variance).exp()), []
+        for number in range(9):
+            row = range(index, index + 1)
+            noise = standard_normal(FIXED_SEED, Stream.IMPORTANCE, number, row, vae.latent_dim)
+            latents = q.mean + q.stddev * noise
+            log_prob = Bernoulli(logits=vae.decoder(latents)[0]).log_prob(image).sum()
+            ratio = (Normal(0.0, 1.0).log_prob(latents) - q.log_prob(latents)).sum()
+            weights.append((log_prob + ratio).item())
+        expected.append(-np.logaddexp.reduce(weights) + np.log(9))
+    single = estimate(vae.float(), pixels, "evaluate.importance_samples=9", "evaluate.chunk=20")
+    np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_estimate_is_the_same_to_a_ten_thousandth_however_the_work_is_cut(binary_run: Path) -> None:
+    cuts = [
+        ["evaluate.chunk=1"],
+        ["evaluate.chunk=640", "evaluate.batch_size=64"],
+        ["evaluate.chunk=1000000"],
+        ["evaluate.batch_size=7"],
+        ["train.threads=2"],
+    ]
+    whole = estimate_of_run(binary_run, "evaluate.importance_samples=50")
+    for cut in cuts:
+        part = estimate_of_run(binary_run, "evaluate.importance_samples=50", *cut)
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-4)
+
+
+def test_more_samples_begin_with_the_same_ones_and_tighten_the_bound(binary_run: Path) -> None:
+    estimates = {count: estimate_of_run(binary_run, f"evaluate.importance_samples={count}") for count in (1, 9, 90)}
+    means = [value.mean().item() for value in estimates.values()]
+    assert means == sorted(means, reverse=True) and means[0] > means[2] + 1
+    for count in (9, 90):  # the first weight alone is a share of 1 / count of the mean weight
+        assert (estimates[count] <= estimates[1] + math.log(count) + 1e-4).all()
+    result = evaluate(binary_run, ["evaluate.importance_samples=90"])
+    assert result["negative_log_likelihood"] == pytest.approx(means[2], abs=1e-4) and means[2] < result["negative_elbo"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_does_not_hide_among_the_others(bad: float) -> None:
+    """A weight of zero, which -inf is the logarithm of, would be passed over by the sum."""
+    vae, _ = linear_gaussian_vae()
+
+    class Spoiled(Gaussian):
+        def log_prob(self, images: Tensor) -> Tensor:
+            values = super().log_prob(images)
+            values[33] = bad  # of 1200: four samples of each of the 300 images
+            return values
+
+    vae.likelihood = partial(Spoiled, sigma=SIGMA)
+    found = estimate(vae, PIXELS, "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200")
+    assert found[33].isnan() and found.isfinite().sum() == 299
+
+
+def test_a_model_that_has_gone_bad_is_refused(run_dir: Path) -> None:
+    found = opened(run_dir)
+    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    optimizer = torch.optim.Adam(vae.requires_grad_().parameters())
+    sum(parameter.sum() for parameter in vae.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
+    state = checkpoint.read_state(found.folder)
+    state.step = 11
+    checkpoint.write(run_dir, found.config, vae, optimizer, state)
+    with pytest.raises(UserError, match=r"negative_elbo is not finite for 200 of 200 images .* evaluate an earlier"):
+        evaluate(run_dir)
+    assert not (run_dir / "evaluation.json").exists()
+    assert evaluate(run_dir / "checkpoints/step_00000010")["step"] == 10
+
+
+def test_latents_that_carry_nothing_are_neither_active_nor_cost_a_nat() -> None:
+    vae, _ = linear_gaussian_vae()
+    asked = config.load(["device=cpu", "evaluate.batch_size=70"])
+    with runtime.join(asked) as world:
+        codes = encode(vae, PIXELS, world, asked)
+    assert active_units(codes.mean) == 3
+    assert codes.kl[:, 3].abs().max() < 1e-12 and (codes.kl[:, :3].mean(0) > 0.01).all()
+    decoded = vae.decode(codes.mean).mean.detach().numpy()
+    expected = ((decoded - PIXELS.numpy() / 255.0) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(codes.squared_error.numpy(), expected)
+
+
+def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
+    arguments = ["evaluate.importance_samples=5"]
+    result, found = evaluate(binary_run, arguments), opened(binary_run, arguments)
+    test = data.load_test(found.config.data)
+    with runtime.join(found.config) as world:
+        vae = checkpoint.load_vae(found.folder, found.config, world.device)
+        scores = score(vae, test.pixels, world, found.config)
+        codes = encode(vae, test.pixels, world, found.config)
+        nll = negative_log_likelihood(vae, test.pixels, world, found.config)
+    by_image = {
+        "negative_elbo": (scores.reconstruction + scores.kl).numpy(),
+        "reconstruction": scores.reconstruction.numpy(),
+        "kl": scores.kl.numpy(),
+        "negative_log_likelihood": nll.numpy(),
+        "mean_squared_error": codes.squared_error.numpy(),
+    }
+    assert result["standard_errors"].keys() == by_image.keys()
+    for name, values in by_image.items():
+        assert result[name] == pytest.approx(np.mean(values))
+        assert result["standard_errors"][name] == pytest.approx(np.std(values, ddof=1) / np.sqrt(200))
+    assert result["bits_per_dimension"] == pytest.approx(np.mean(nll.numpy()) / (28 * 28 * np.log(2)))
+    assert sum(result["kl_per_latent"]) == pytest.approx(result["kl"], rel=1e-5) and len(result["kl_per_latent"]) == 8
+
+    without = evaluate(binary_run, ["evaluate.importance_samples=0"])
+    assert without["negative_log_likelihood"] is None and without["importance_samples"] == 0
+    assert without["bits_per_dimension"] == pytest.approx(result["negative_elbo"] / (28 * 28 * np.log(2)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warning"),
+    [
+        (["data.binarize=dynamic"], None),
+        (["data.binarize=none"], "grey pixels under a Bernoulli are not a likelihood"),
+        (["data.binarize=threshold"], "cut at half of white"),
+        (["objective.reconstruction=gaussian"], "a density, of which sigma decides the size"),
+    ],
+)
+def test_figures_that_do_not_compare_with_published_ones_say_so(
+    arguments: list[str], warning: str | None, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(train(make_config("name=a", "train.steps=1", *arguments)), ["evaluate.importance_samples=2"])
+    assert result["comparable"] is (warning is None)
+    assert (warning or "") in (result["warning"] or "") and (result["warning"] or "") in capsys.readouterr().out
+    is_probability = arguments[0] in ("data.binarize=dynamic", "data.binarize=threshold")
+    assert (result["bits_per_dimension"] is not None) is is_probability
+    assert math.isfinite(result["negative_log_likelihood"])
+
+
+def test_the_protocol_says_how_the_figures_were_come_by(binary_run: Path) -> None:
+    protocol = evaluate(binary_run, ["evaluate.importance_samples=3", "train.threads=1"])["protocol"]
+    expected = {
+        "dataset": "synthetic_digits", "split": "test", "images": 200, "image_shape": [1, 28, 28],
+        "likelihood": "bernoulli", "posterior_samples": 1, "importance_samples": 3, "noise_seed": 0,
+        "precision": "fp32", "training_precision": "fp32", "device": "cpu", "threads": 1, "batch_size": 500,
+    }  # fmt: skip
+    assert expected.items() <= protocol.items()
+    assert "drawn once with seed 0" in protocol["pixels"] and protocol["versions"]["torch"] == torch.__version__
+
+
+def test_each_split_and_number_of_samples_is_kept(run_dir: Path) -> None:
+    kept = run_dir / "evaluations"
+    few = evaluate(run_dir, ["evaluate.importance_samples=2"])
+    held_out = evaluate(run_dir, ["evaluate.split=validation", "evaluate.importance_samples=2"])
+    latest = evaluate(run_dir, ["evaluate.importance_samples=null"])
+    names = ["step_00000010_test.json", "step_00000010_test_k2.json", "step_00000010_validation_k2.json"]
+    assert sorted(path.name for path in kept.iterdir()) == names
+    assert [json.loads((kept / name).read_text()) for name in names] == [latest, few, held_out]
+    assert json.loads((run_dir / "evaluation.json").read_text()) == latest
+
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = next(row for row in rows if "validation/negative_elbo" in row)
+    assert held_out["negative_elbo"] == trained["validation/negative_elbo"]
+    assert rows[-2]["validation/negative_log_likelihood"] == held_out["negative_log_likelihood"]
+    assert rows[-3]["test/active_units"] == few["active_units"] and rows[-3]["test/importance_samples"] == 2
+    assert "test/negative_log_likelihood" not in rows[-1]
+
+
+def test_a_run_without_validation_images_can_not_be_evaluated_on_them(make_config: MakeConfig) -> None:
+    run_dir = train(make_config("name=a", "train.steps=1", "data.validation_images=0"))
+    with pytest.raises(UserError, match=r"use evaluate\.split=test"):
+        evaluate(run_dir, ["evaluate.split=validation"])
+
+
+def test_a_long_estimate_shows_how_far_it_is(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(run_dir)
+    assert "left" not in capsys.readouterr().err  # it is done before there is anything to say
+    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+    evaluate(run_dir, ["evaluate.importance_samples=100", "evaluate.chunk=5000"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("negative log-likelihood: ")]
+    assert [line.split()[2] for line in lines] == ["25%,", "50%,", "75%,", "100%,"]
+    assert lines[-1].endswith("0:00 left")
 
 
 def test_every_test_image_counts_once_also_when_the_last_block_is_ragged(
@@ -46,9 +302,9 @@ def test_an_evaluation_repeats_itself_bitwise_whatever_the_training_seed(run_dir
 def test_figures_are_written_where_the_contract_says(run_dir: Path) -> None:
     result = evaluate(run_dir)
     assert json.loads((run_dir / "evaluation.json").read_text()) == result
-    assert json.loads((run_dir / "evaluations/step_00000010_test.json").read_text()) == result
+    assert json.loads((run_dir / "evaluations/step_00000010_test_k128.json").read_text()) == result
     names = {"dataset", "split", "images", "step", "negative_elbo", "reconstruction", "kl"}
-    assert names <= result.keys()
+    assert names | {"negative_log_likelihood", "importance_samples", "active_units"} <= result.keys()
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["test/negative_elbo"] == result["negative_elbo"] and last["step"] == 10
     assert (run_dir / "images/test_step_00000010.png").exists()

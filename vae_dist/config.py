@@ -152,6 +152,13 @@ class RuntimeConfig:
 @dataclass
 class EvaluateConfig:
     batch_size: int = knob(500, "images per block; the blocks are the same on any number of processes", at_least=1)
+    split: Literal["test", "validation"] = knob("test", "images to evaluate on: test, or validation")
+    importance_samples: int | None = knob(
+        128, "latents per image for the estimate of the negative log-likelihood; 0 or null: none is made", at_least=0
+    )
+    chunk: int = knob(
+        2000, "images x importance samples decoded at a time, to bound memory; a block's images at least", at_least=1
+    )
 
 
 @dataclass

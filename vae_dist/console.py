@@ -4,11 +4,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -24,6 +24,7 @@ _messages = Console(stderr=True, soft_wrap=True, highlight=False)
 _results = Console(soft_wrap=True, highlight=False)
 
 LINE_SECONDS = 10  # between two progress lines where there is no terminal
+PATIENCE_SECONDS = 2  # before a bar shows up
 
 
 class _ConsoleHandler(logging.Handler):
@@ -69,6 +70,72 @@ def table(title: str, rows: Mapping[str, object]) -> None:
     for name, value in rows.items():
         result.add_row(name, _figure(value))
     _results.print(result)
+
+
+class Figure(NamedTuple):
+    """A row of a table of results; none where there is no value."""
+
+    name: str
+    value: float | None
+    standard_error: float | None = None
+    remark: str = ""
+
+
+def figures(title: str, rows: Sequence[Figure], note: str, warning: str | None = None) -> None:
+    """Print results with their standard errors, below them how they were come by, and what speaks against them."""
+    result = Table(title=title, title_justify="left", show_header=False)
+    for justify in ("left", "right", "left", "left"):
+        result.add_column(justify=justify)
+    for row in rows:
+        if row.value is not None:
+            error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
+            result.add_row(row.name, _figure(row.value), error, row.remark)
+    _results.print(result)
+    _results.print(Text(note))
+    if warning is not None:
+        _results.print(Text(warning, style="bold yellow"))
+
+
+@contextmanager
+def progress(subject: str, total: int, is_main: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far a computation is, by what is called with the parts that are done; nothing is shown of a short one.
+
+    A bar on a terminal, which goes when it is done; plain lines, some seconds apart, anywhere else.
+    """
+    bar = Progress(
+        TextColumn(subject),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=_messages,
+        transient=True,
+        disable=not (is_main and _messages.is_terminal),
+    )
+    task = bar.add_task("", total=total)
+    started = time.monotonic()
+    done, line_due = 0, started + LINE_SECONDS
+
+    def advance(parts: int) -> None:
+        nonlocal done, line_due
+        done += parts
+        bar.advance(task, parts)
+        now = time.monotonic()
+        if now > started + PATIENCE_SECONDS:
+            bar.start()
+        if is_main and now > line_due:
+            line_due = now + LINE_SECONDS
+            left = (now - started) / done * (total - done)
+            progress_logger.info("%s: %d%%, %s left", subject, 100 * done // total, _minutes(left))
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _figure(value: object) -> str:
