@@ -399,3 +399,17 @@ def test_codes_of_the_wrong_size_are_refused(run_dir: Path) -> None:
         sample(run_dir, ["sample.codes=[[0,0]]"])
     with pytest.raises(UserError, match="codes of 1 or 8 numbers"):
         sample(run_dir, ["sample.codes=[[0],[0,0,0,0,0,0,0,0]]"])
+
+
+def test_an_evaluation_beside_a_live_training_writes_files_alone_and_says_so(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train(make_config("name=a", "train.steps=10", "tracking.wandb=offline"))
+    records = sorted((run_dir / "wandb").iterdir())
+    with checkpoint.locked(run_dir):
+        evaluate(run_dir, ["evaluate.importance_samples=0"])
+    assert "a training is writing" in capsys.readouterr().err
+    assert sorted((run_dir / "wandb").iterdir()) == records
+    assert "test/negative_elbo" in (run_dir / "metrics.jsonl").read_text()
+    evaluate(run_dir, ["evaluate.importance_samples=0"])
+    assert len(sorted((run_dir / "wandb").iterdir())) > len(records)

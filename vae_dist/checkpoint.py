@@ -226,6 +226,7 @@ class Opened(NamedTuple):
     config: Config  # the run's, with what may be changed for looking at it
     step: int
     output: Path  # where what is made from it goes
+    live: bool  # whether a training is writing there now
 
 
 @contextmanager
@@ -238,9 +239,10 @@ def open_for_reading(path: Path | None, arguments: Sequence[str]) -> Iterator[Op
     with _keep(path, Path(runs_dir)) as folder:
         config = configs.load_reader(read_config(folder), rest)
         home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-        if config.output is None:
+        output = Path(config.output) if config.output else home
+        if output == home:
             require_no_links(home)
-        yield Opened(folder, config, read_state(folder).step, Path(config.output) if config.output else home)
+        yield Opened(folder, config, read_state(folder).step, output, is_being_trained(output))
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(is_main=world.is_main)
-        folder, config, step, output = world.decide(lambda: opened)
+        folder, config, step, output, live = world.decide(lambda: opened)
         kept = output / "evaluations"
         world.decide(lambda: make_folder(kept, "output=FOLDER writes elsewhere"))
         vae = checkpoint.load_vae(folder, config, world.device)
@@ -160,7 +160,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             "protocol": _protocol(config, pixels, world),
         }
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
-        with tracking.track(config, output, is_main=world.is_main) as tracker:
+        with tracking.track(config, output, is_main=world.is_main, live=live) as tracker:
             tracker.scalars(step, _scalars(result))
             tracker.pictures(step, lambda: {config.evaluate.split: images.reconstructions(vae, pixels, subject)})
         if world.is_main:

@@ -38,7 +38,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
 
 def _sample(latents: Tensor, world: World, opened: Opened) -> Path:
-    folder, config, step, output = opened
+    folder, config, step, output, _ = opened
     console.start(is_main=world.is_main)
     vae = checkpoint.load_vae(folder, config, world.device)
     decoded = decode(vae, latents, world, config.evaluate.batch_size)

@@ -87,13 +87,19 @@ class Tracker:
             sink.close(error)
 
 
-def track(config: Config, run_dir: Path, *, is_main: bool, start: int | None = None, again: str = "") -> Tracker:
+def track(
+    config: Config, run_dir: Path, *, is_main: bool, start: int | None = None, again: str = "", live: bool = False
+) -> Tracker:
     """The tracker of a run. A training gives the step that it starts from, and rows beyond it are cut off.
 
-    So are rows of that very step in the group `again`, such as `validation`: the training writes them once more.
+    So are rows of that very step in the group `again`, such as `validation`: the training writes them once more. What
+    looks at a run while it is `live`, that is in training, leaves W&B to the training: two writers would lose rows.
     """
     if not is_main:
         return Tracker([])
+    if live:
+        logger.info("a training is writing %s: this goes to files alone, and not to W&B", run_dir)
+        return Tracker([RunDirectory(run_dir, None)])
     sinks: list[Sink] = [RunDirectory(run_dir, start, again)]
     if (wandb_run := _start(config, run_dir)) is not None:
         sinks.append(wandb_run)
