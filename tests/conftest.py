@@ -21,7 +21,8 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
 
 # The same examples every time, and nothing kept of them.
-set_hypothesis_home_dir(tempfile.gettempdir())
+hypothesis_home = tempfile.TemporaryDirectory()  # otherwise it makes one in the folder that the tests are run from
+set_hypothesis_home_dir(hypothesis_home.name)
 settings.register_profile(
     "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -38,19 +38,23 @@ SECRET = "hunter2-which-only-the-environment-knows"
 def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """What the number of examples is multiplied with."""
     monkeypatch.setenv("SECRET", SECRET)
+    Path("first.yaml").write_text("seed: 1")
+    config.load(["first.yaml"])  # what Python imports when it is first needed is none of the input's doing
     return int(request.param)
 
 
 # What is done beside the answer.
 
 _done: list[str] | None = None
+_doer = threading.get_ident()
 _TELLING = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _done is None or not event.startswith(_TELLING) or threading.get_ident() != _doer:
+        return
     first = arguments[0] if arguments else ""
-    opened = event == "open" and (isinstance(first, int) or first == "/proc/meminfo")  # a descriptor; what psutil asks
-    if _done is not None and event.startswith(_TELLING) and not opened:
+    if not (event == "open" and (isinstance(first, int) or first == "/proc/meminfo")):  # a descriptor; what psutil asks
         _done.append(f"{event} {first}")
 
 
@@ -64,10 +68,9 @@ def touching_only(path: Path | None) -> Iterator[None]:
     _done = []
     try:
         yield
-        done = [what for what in _done if path is None or what != f"open {path}"]
     finally:
-        _done = None
-    assert not done
+        done, _done = _done, None
+        assert not [what for what in done if path is None or what != f"open {path}"]
 
 
 def answer(ask: Callable[[], Config], path: Path | None = None) -> Config | None:
