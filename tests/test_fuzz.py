@@ -29,6 +29,8 @@ from vae_dist import config, data, mnist
 from vae_dist.config import Config, DataConfig
 from vae_dist.errors import UserError
 
+pytestmark = pytest.mark.timeout(900)  # the deep ones take minutes
+
 KEYS = [knob.key for knob in config.knobs()]
 GROUPS = sorted({key.rpartition(".")[0] for key in KEYS} - {""})
 SECRET = "hunter2-which-only-the-environment-knows"
