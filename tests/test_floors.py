@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["train", "evaluate", "sample"],
     ["trainer", "milestones", "update", "evaluation", "sampling", "start", "meter"],
-    ["checkpoint", "tracking", "console", "images", "data", "mnist", "digits", "stopping", "runtime"],
+    ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "model"],
     ["plan", "config", "manifest", "files", "errors"],
 ]

@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from vae_dist.images import PADDING, SMALL, Picture, grid, with_caption
+from vae_dist.images import NARROWEST, PADDING, SMALL, WIDEST, Picture, grid, labelled_grid, with_caption
 
 
 def test_a_grid_holds_the_images_row_by_row() -> None:
@@ -23,11 +26,96 @@ def test_small_images_are_enlarged_and_colour_is_kept() -> None:
     assert picture.getpixel((30, 30)) == (255, 0, 0)
 
 
+def test_wide_rows_are_not_enlarged_and_the_longer_side_decides() -> None:
+    assert grid(torch.zeros(20, 1, 28, 28), columns=20).width <= WIDEST
+    assert grid(torch.zeros(40, 1, 28, 28), columns=40).size == (40 * 30, 30)
+    assert grid(torch.zeros(1, 1, 7, 28), columns=1).size == (2 * 30, 2 * 9)
+
+
+def boxes(picture: Image.Image, level: int) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of each rectangle of one grey level, in reading order."""
+    found, left = [], np.array(picture.convert("L")) == level
+    while left.any():
+        y, x = (int(index) for index in np.argwhere(left)[0])
+        right = x + int(np.argmin([*left[y, x:], False]))
+        bottom = y + int(np.argmin([*left[y:, x], False]))
+        is_whole = left[y:bottom, x:right].all()
+        left[y:bottom, x:right] = False
+        if (bottom - y) * (right - x) > 50:  # otherwise a pixel of a letter's edge
+            assert is_whole
+            found.append((x, y, right, bottom))
+    return found
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (20, 64), (64, 20)])
+def test_a_labelled_grid_holds_every_image_whole_in_rows_on_white(channels: int, height: int, width: int) -> None:
+    """Ten images, each of its own grey, with every kind of label."""
+    levels = range(131, 141)
+    pictures = (torch.tensor(levels) / 255).view(10, 1, 1, 1).expand(10, channels, height, width)
+    drawn = labelled_grid(
+        pictures, 5, left=["a row", "b"], right=["", "far right"], top=["x"] * 5, below=["(0, 0)"] * 10, gaps=[2]
+    )
+    found = [box for level in levels for box in boxes(drawn, level)]
+    scale = (found[0][2] - found[0][0]) // width
+    assert len(found) == 10
+    assert {(right - left, bottom - top) for left, top, right, bottom in found} == {(width * scale, height * scale)}
+    lefts = [left for left, _, _, _ in found[:5]]
+    steps = [after - before for before, after in itertools.pairwise(lefts)]
+    assert steps[0] == steps[2] == steps[3] < steps[1]  # the third column keeps a distance
+    assert [left for left, _, _, _ in found[5:]] == lefts
+    assert len({top for _, top, _, _ in found[:5]}) == 1 and found[5][1] > found[0][3]
+    assert drawn.mode == ("L" if channels == 1 else "RGB")
+
+
+def ink(picture: Image.Image, box: tuple[int, int, int, int]) -> bool:
+    return bool((np.asarray(picture.convert("L").crop(box)) < 128).any())
+
+
+def test_labels_stand_where_they_belong_and_are_not_cut() -> None:
+    pictures = torch.ones(4, 1, 64, 64)
+
+    def white_around(picture: Image.Image) -> bool:
+        pixels = np.asarray(picture)
+        return bool((pixels[[0, -1]] == 255).all() and (pixels[:, [0, -1]] == 255).all())
+
+    plain = labelled_grid(pictures, 2)
+    assert not ink(plain, (0, 0, *plain.size))
+    left = labelled_grid(pictures, 2, left=["", "a long label with g"])
+    width, height = left.size
+    assert width > plain.width + 100 and height == plain.height
+    assert ink(left, (0, height // 2, width, height)) and not ink(left, (0, 0, width, height // 2))
+    right = labelled_grid(pictures, 2, right=["a long label with g", ""])
+    assert ink(right, (plain.width, 0, right.width, height // 2)) and not ink(right, (0, 0, plain.width, height))
+    top = labelled_grid(pictures, 2, top=["", "g"])
+    assert ink(top, (top.width // 2, 0, top.width, top.height - plain.height))
+    assert not ink(top, (0, 0, top.width // 2, top.height))
+    below = labelled_grid(pictures, 2, below=["", "", "", "(-0.25, -0.25)"])
+    assert ink(below, (below.width // 2, below.height - 20, below.width, below.height))
+    assert not ink(below, (0, 0, below.width, below.height - 20))
+    assert all(white_around(picture) for picture in (left, right, top, below))
+
+
+def test_words_above_narrow_columns_are_left_out_evenly() -> None:
+    drawn = labelled_grid(torch.full((1, 1, 28, 28), 0.5).expand(40, -1, -1, -1), 40, top=["-1.96"] * 40)
+    columns = np.asarray((np.asarray(drawn)[:16] < 128).any(0))
+    starts = [left for left, _, _, _ in boxes(drawn, 128)]
+    written = [columns[start : start + 28].any() for start in starts]
+    assert written[0] and written[2] and not columns[starts[0] + 34 : starts[2] - 3].any()
+
+
 def test_a_caption_lies_below_the_picture_and_within_its_width() -> None:
-    picture = Picture(Image.new("L", (200, 50)), "a caption that is far too long for a single line of this picture")
-    captioned = np.asarray(with_caption(picture).convert("L"))
-    assert captioned.shape[1] == 200 and captioned.shape[0] > 50 + 2 * 13
+    caption = "a caption that is far too long for a single line of this picture, which is not wide enough for all of it"
+    captioned = np.asarray(with_caption(Picture(Image.new("L", (400, 50)), caption)).convert("L"))
+    assert captioned.shape[1] == 400 and captioned.shape[0] > 50 + 2 * 13
     assert (captioned[:50] == 0).all()
     strip = captioned[50:]
     assert (strip < 128).any()
     assert (strip[:, -2:] == 255).all()  # no letter is cut off at the right
+
+
+def test_a_caption_of_a_narrow_picture_or_with_a_long_word_is_not_cut() -> None:
+    narrow = with_caption(Picture(Image.new("L", (60, 60)), "samples from the prior"))
+    assert narrow.width == NARROWEST and narrow.getpixel((59, 59)) == 0 and narrow.getpixel((60, 59)) == 255
+    long = np.asarray(with_caption(Picture(Image.new("RGB", (60, 60)), "w" * 120)))
+    assert long.shape[1] > 1000 and (long[60:, -4:] == 255).all() and (long[60:] < 128).any()

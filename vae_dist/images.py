@@ -1,5 +1,7 @@
 """Pictures: grids of images with a caption. N images, L latents, C, H, W image."""
 
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +14,19 @@ from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 
 PADDING = 2  # pixels between the images of a grid
 CAPTION_SIZE = 13
+LABEL_SIZE = 12
+LABEL_SPACE = 6  # pixels between a label and what it belongs to
+COLUMN_GAP = 10
+FEW = 8  # columns; the images of fewer are twice as large
 SMALL = 56  # images smaller than this are enlarged by a whole factor, or one could not see them
+WIDEST = 1000  # pixels of a row of enlarged images
+NARROWEST = 360  # pixels, for a caption
 
 PROGRESS_COLUMNS = 8
 PROGRESS_IMAGES = 64
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Picture(NamedTuple):
@@ -32,28 +43,88 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), 0.5)
     canvas[:count, :, PADDING:, PADDING:] = images.detach().float().cpu()
     joined = canvas.view(rows, columns, channels, height + PADDING, width + PADDING).permute(0, 3, 1, 4, 2)
-    pixels = joined.reshape(rows * (height + PADDING), columns * (width + PADDING), channels)
+    picture = _to_picture(joined.reshape(rows * (height + PADDING), columns * (width + PADDING), channels))
+    return _enlarged(picture, _scale(height, width, columns))
+
+
+def labelled_grid(
+    images: Tensor,
+    columns: int,
+    *,
+    left: Sequence[str] = (),
+    right: Sequence[str] = (),
+    top: Sequence[str] = (),
+    below: Sequence[str] = (),
+    gaps: Collection[int] = (),
+) -> Image.Image:
+    """Images `(N, C, H, W)` in [0, 1], C 1 or 3, as rows of `columns` images on white, with words.
+
+    `left` and `right` stand beside the rows, `top` above the columns, `below` under the images; the columns in `gaps`
+    keep a distance from those before them. Words above columns that are too narrow for them are left out evenly.
+    """
+    count, channels, height, width = images.shape
+    font = ImageFont.load_default(size=LABEL_SIZE)
+    scale = _scale(height, width, columns) * (1 if columns > FEW else 2)
+    margins = [_widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
+    column = max(width * scale, _widest(below, font)) + PADDING
+    row = height * scale + PADDING + (LABEL_SIZE + LABEL_SPACE) * bool(below)
+    head = (LABEL_SIZE + LABEL_SPACE) * bool(top) + PADDING
+    starts = [margins[0] + index * column + COLUMN_GAP * sum(gap <= index for gap in gaps) for index in range(columns)]
+    end = starts[-1] + column
+    result = Image.new("L" if channels == 1 else "RGB", (end + margins[1], head + row * -(-count // columns)), "white")
+    draw = ImageDraw.Draw(result)
+    for index, image in enumerate(images.detach().float().cpu()):
+        x, y = starts[index % columns] + (column - width * scale) // 2, head + index // columns * row
+        result.paste(_enlarged(_to_picture(image.permute(1, 2, 0)), scale), (x, y))
+        if below:
+            bottom = y + height * scale + LABEL_SPACE // 2
+            draw.text((x + width * scale / 2, bottom), below[index], fill="black", font=font, anchor="ma")
+    for x, anchor, texts in (margins[0] - LABEL_SPACE, "rm", left), (end + LABEL_SPACE, "lm", right):
+        for index, text in enumerate(texts):
+            draw.text((x, head + index * row + height * scale / 2), text, fill="black", font=font, anchor=anchor)
+    every = -(-(_widest(top, font) + LABEL_SPACE) // column)
+    for x, text in list(zip(starts, top, strict=False))[::every]:
+        draw.text((x + column / 2, LABEL_SPACE // 2), text, fill="black", font=font, anchor="ma")
+    return result
+
+
+def _scale(height: int, width: int, columns: int) -> int:
+    """The whole factor that makes small images large enough, while their row stays narrow enough."""
+    return max(1, min(-(-SMALL // max(height, width)), WIDEST // (columns * (width + PADDING))))
+
+
+def _to_picture(pixels: Tensor) -> Image.Image:
+    """From pixels `(H, W, C)` in [0, 1], C 1 or 3."""
     array = pixels.mul(255).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(array[:, :, 0] if channels == 1 else array)
-    scale = max(1, -(-SMALL // height))
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _widest(texts: Sequence[str], font: Font) -> int:
+    return max((math.ceil(font.getlength(text)) for text in texts), default=0)
 
 
 def with_caption(picture: Picture) -> Image.Image:
     """The picture with its caption in a strip below, broken into lines that fit."""
     font = ImageFont.load_default(size=CAPTION_SIZE)
+    words = picture.caption.split()
+    width = max(picture.image.width, NARROWEST, _widest(words, font) + 2 * LABEL_SPACE)
     lines, line = [], ""
-    for word in picture.caption.split():
+    for word in words:
         longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > picture.image.width - 2 * PADDING:
+        if line and font.getlength(longer) > width - 2 * LABEL_SPACE:
             lines.append(line)
             longer = word
         line = longer
     text = "\n".join([*lines, line])
-    strip = (CAPTION_SIZE + 6) * (len(lines) + 1) + PADDING
-    result = Image.new("RGB", (picture.image.width, picture.image.height + strip), "white")
+    strip = (CAPTION_SIZE + 6) * (len(lines) + 1) + LABEL_SPACE
+    result = Image.new(picture.image.mode, (width, picture.image.height + strip), "white")
     result.paste(picture.image, (0, 0))
-    ImageDraw.Draw(result).multiline_text((PADDING, picture.image.height + PADDING), text, fill="black", font=font)
+    corner = LABEL_SPACE, picture.image.height + LABEL_SPACE
+    ImageDraw.Draw(result).multiline_text(corner, text, fill="black", font=font)
     return result
 
 
