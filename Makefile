@@ -2,7 +2,7 @@
 #
 #   CONFIG   settings of the training            make train CONFIG=configs/tutorial_2d.yaml
 #   LAUNCH   where it runs                       make train LAUNCH=launch/cpu.yaml
-#   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine
+#   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine; several for make compare
 #   ARGS     key=value settings                  make train ARGS="model.latent_dim=20 name=mine"
 #   DATA     the folder of MNIST for `make bench`
 #   KILLS    how often `make chaos` kills
@@ -24,7 +24,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample runs test test-all bench chaos check format lock clean
+.PHONY: help train eval sample compare study runs test test-all bench chaos check format lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -39,6 +39,12 @@ eval: $(READY) ## evaluate the newest run, or RUN, on the test images
 
 sample: $(READY) ## decode samples from the newest run, or from RUN
 	$(PYTHON) vae_dist/sample.py $(RUN) $(ARGS)
+
+compare: $(READY) ## put runs side by side: RUN="runs/mine runs/other"
+	$(PYTHON) vae_dist/compare.py $(RUN) $(ARGS)
+
+study: $(READY) ## train one VAE for each of 2, 5, 10, 20, 40 latents (or ARGS="KEY=V1,V2"), and compare them
+	$(PYTHON) -m accelerate.commands.accelerate_cli launch --quiet --config_file $(LAUNCH) vae_dist/study.py $(CONFIG) $(ARGS)
 
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account
 	@mkdir -p runs/.wandb && rm -f runs/.wandb/*run-*

@@ -14,7 +14,7 @@ from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+CONFIGS = sorted(set((REPOSITORY / "configs").glob("*.yaml")) - set((REPOSITORY / "configs").glob("sweep_*.yaml")))
 
 
 def refusal(*arguments: str) -> str:

@@ -13,7 +13,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from vae_dist import checkpoint
 
-TRAIN, EVALUATE, SAMPLE = (str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample"))
+TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY = (
+    str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample", "compare", "study")
+)
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ["data.synthetic_images=600", "data.validation_images=100", "train.steps=4", "tracking.wandb=disabled"]
@@ -70,6 +72,11 @@ def test_without_data_and_network_the_first_command_trains_on_the_embedded_digit
         (EVALUATE, "nowhere", "there is no run at nowhere"),
         (EVALUATE, "model.latent_dim=3", "there is no trained run in runs"),
         (SAMPLE, "--seed", "unknown option --seed"),
+        (COMPARE, "nowhere", "there is no run at nowhere"),
+        (COMPARE, "--seed", "unknown option --seed"),
+        (COMPARE, "evaluate.batch_size=7", "nothing to compare; name some runs"),
+        (STUDY, "model.latnt_dim=2,5", "did you mean model.latent_dim"),
+        (STUDY, "objective.reconstruction=bernoulli,gausian", "unknown reconstruction 'gausian'"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(door: str, argument: str, expected: str) -> None:
@@ -130,7 +137,8 @@ def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_argume
 
 def test_make_lists_its_commands() -> None:
     helped = run("make", "-C", str(REPOSITORY), "help")
-    for command in ("train", "eval", "sample", "runs", "test", "test-all", "check", "bench", "chaos", "help"):
+    use = ("train", "eval", "sample", "compare", "study", "runs")
+    for command in (*use, "test", "test-all", "check", "bench", "chaos", "help"):
         assert f"make {command} " in helped.stdout
     for variable in ("CONFIG", "LAUNCH", "RUN", "ARGS", "KILLS", "PYTHON"):
         assert variable in helped.stdout

@@ -14,8 +14,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor imports from its own and from those below it.
 FLOORS = [
-    ["train", "evaluate", "sample"],
-    ["trainer", "milestones", "update", "evaluation", "sampling", "start", "meter"],
+    ["train", "evaluate", "sample", "compare", "study"],
+    ["trainer", "milestones", "update", "evaluation", "sampling", "comparison", "start", "meter"],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "model"],
     ["plan", "config", "manifest", "files", "errors"],

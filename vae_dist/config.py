@@ -134,6 +134,7 @@ class TrackingConfig:
     entity: str | None = knob(None, "Weights & Biases user or team; null: the account's default")
     tags: list[str] = knob([], "tags of the Weights & Biases run")
     id: str | None = knob(None, "identity of the Weights & Biases run; null: made when the run starts")
+    group: str | None = knob(None, "Weights & Biases group of the run; a study's runs are in one")
 
 
 @dataclass
@@ -199,6 +200,14 @@ _RESUMABLE_KEYS = (
     *READER_KEYS, "name", "train.epochs", "train.steps", "train.accumulate", "train.precision",
     "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
+
+# What does not tell one run from another when they are compared.
+_SAME_RUN_KEYS = (
+    *READER_KEYS, "name", "data.image_shape", "train.accumulate", "train.log_every", "train.validate_every",
+    "train.nonfinite", "train.max_skipped", "checkpoint.",
+)  # fmt: skip
+
+DEFAULT_STUDY = "model.latent_dim=2,5,10,20,40"
 
 # More than any run needs, and little enough to be read within seconds.
 MAX_BYTES = 2**20  # of a file
@@ -330,7 +339,7 @@ def resume(config: Config, stored: Config) -> Config:
     if stored.optim.schedule == "cosine" and stored.optim.decay_steps is None:
         keys += [key for key in ("train.epochs", "train.steps") if ours[key] != theirs[key]]
     if keys:
-        changes = ", ".join(f"{key} (was {_as_text(theirs[key])}, now {_as_text(ours[key])})" for key in keys)
+        changes = ", ".join(f"{key} (was {as_text(theirs[key])}, now {as_text(ours[key])})" for key in keys)
         raise UserError(f"run {config.name} can't go on with another {changes}; choose another name for a new run")
     return merged
 
@@ -358,7 +367,7 @@ def check(config: Config) -> None:
         if max(len(part.encode()) for part in (values[key] or "").split("/")) > _MAX_NAME:
             raise UserError(f"{key} is no path: a name in it has more than {_MAX_NAME} bytes")
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
-        raise UserError(f"data.image_shape must be channels, height and width, not {_as_text(config.data.image_shape)}")
+        raise UserError(f"data.image_shape must be channels, height and width, not {as_text(config.data.image_shape)}")
     if config.data.mirror is not None:
         _check_mirror(config.data.mirror)
     if config.name is not None and not _RUN_NAME.fullmatch(config.name):
@@ -385,13 +394,13 @@ def _check_value(knob: Knob, item: Any) -> None:
         _require_text(item, knob.key)
     if isinstance(item, int | float):
         if knob.at_least is not None and item < knob.at_least:
-            raise UserError(f"{knob.key} must be at least {knob.at_least}, not {_as_text(item)}")
+            raise UserError(f"{knob.key} must be at least {knob.at_least}, not {as_text(item)}")
         if knob.above is not None and item <= knob.above:
-            raise UserError(f"{knob.key} must be above {knob.above}, not {_as_text(item)}")
+            raise UserError(f"{knob.key} must be above {knob.above}, not {as_text(item)}")
         if knob.at_most is not None and item > knob.at_most:
-            raise UserError(f"{knob.key} must be at most {knob.at_most}, not {_as_text(item)}")
+            raise UserError(f"{knob.key} must be at most {knob.at_most}, not {as_text(item)}")
     if isinstance(item, int) and abs(item) >= 2**63:
-        raise UserError(f"{knob.key} must be below 2^63, not {_as_text(item)}")
+        raise UserError(f"{knob.key} must be below 2^63, not {as_text(item)}")
 
 
 def _check_mirror(mirror: str) -> None:
@@ -426,14 +435,89 @@ def _check_memory(config: Config) -> None:
 
 def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """`[RUN] [key=value ...]` as the run's path, None where it is left out, and the rest."""
+    paths, rest = split_runs(arguments)
+    if len(paths) > 1:
+        raise UserError(f"one run at a time, not {_short(', '.join(map(str, paths)))}")
+    return paths[0] if paths else None, rest
+
+
+def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """`[RUN ...] [key=value ...]` as the runs' paths and the rest."""
     paths = [argument for argument in arguments if "=" not in argument]
     for path in paths:
-        _require_text(path, "the run's path")
-    if len(paths) > 1:
-        raise UserError(f"one run at a time, not {_short(', '.join(paths))}")
-    if paths and paths[0].startswith("-"):
-        raise UserError(f"unknown option {_short(paths[0])}; give a run's directory and key=value (--help lists them)")
-    return Path(paths[0]) if paths else None, [argument for argument in arguments if "=" in argument]
+        _require_text(path, "a run's path")
+        if path.startswith("-"):
+            raise UserError(f"unknown option {_short(path)}; give a run's directory and key=value (--help lists them)")
+    return [Path(path) for path in paths], [argument for argument in arguments if "=" in argument]
+
+
+def differing(configs: Sequence[Config]) -> list[str]:
+    """The keys in which these runs differ, of those that matter to what was learned."""
+    tables = [flatten(config) for config in configs]
+    keys = [knob.key for knob in knobs() if not knob.key.startswith(_SAME_RUN_KEYS)]
+    return [key for key in keys if any(table[key] != tables[0][key] for table in tables)]
+
+
+class Study(NamedTuple):
+    """Trainings that differ in one key."""
+
+    key: str
+    configs: list[Config]
+    output: Path  # for their comparison
+
+
+def load_study(arguments: Sequence[str]) -> Study:
+    """The study that `[FILE.yaml ...] KEY=V1,V2,... [key=value ...]` asks for; DEFAULT_STUDY where no key has several.
+
+    Commas inside brackets or quotes separate no values. The runs are named `<name>-<key>-<value>`, without a time, so
+    that the same command finds them again. Raises UserError for what can't be used.
+    """
+    several = [argument for argument in arguments if "=" in argument and len(_alternatives(argument)) > 1]
+    rest = [argument for argument in arguments if argument not in several]
+    varied = several[0] if several else DEFAULT_STUDY
+    key = _split(varied)[0]
+    if len(several) > 1:
+        raise UserError(f"a study varies one key, not {_short(' and '.join(several))}; quotes keep a comma in a value")
+    if any(argument.removeprefix("--").startswith(f"{key}=") for argument in rest):
+        raise UserError(f"a study needs several values of {key} in one argument, such as {DEFAULT_STUDY}")
+    if key in ("name", "runs_dir", "output"):
+        raise UserError(f"a study can't vary {key}: its runs get names and folders by what they differ in")
+    configs = [load([*rest, f"{key}={value}"]) for value in _alternatives(varied)]
+    stem = f"{str(configs[0].name).removesuffix('-{time}')}-{key.rpartition('.')[2]}"
+    output = Path(configs[0].output or f"{configs[0].runs_dir}/{stem}")
+    for config in configs:
+        config.name = f"{stem}-{_in_a_name(flatten(config)[key])}"
+        config.output = None
+        config.tracking.group = config.tracking.group or stem
+        check(config)
+    if "{time}" in stem:
+        raise UserError(f"a study is found again by its name; leave {{time}} out of {stem}")
+    if len({config.name for config in configs}) < len(configs):
+        raise UserError(f"two of the values are the same: {_short(varied)}")
+    return Study(key, configs, output)
+
+
+def _alternatives(argument: str) -> list[str]:
+    """The values of `key=value,value`."""
+    values, depth, quote = [""], 0, ""
+    for character in _split(argument)[1]:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'" and (depth or not values[-1]):
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quote:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
+
+
+def _in_a_name(value: Any) -> str:
+    """A value as a part of a folder's name: `[400, 400]` as `400-400`."""
+    text = re.sub(r"[\[\] ]", "", as_text(value)).replace(",", "-")
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text) or "empty"
 
 
 def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
@@ -443,7 +527,7 @@ def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
         limits = {"at least": knob.at_least, "above": knob.above, "at most": knob.at_most}
         bounds = ", ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         meaning = knob.help + (f" ({bounds})" if bounds else "")
-        lines.append(f"  {knob.key}={_as_text(knob.default)}   [{knob.type}]")
+        lines.append(f"  {knob.key}={as_text(knob.default)}   [{knob.type}]")
         lines.extend(textwrap.wrap(meaning, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)
 
@@ -477,7 +561,7 @@ def _settings(values: Any, source: str, prefix: str = "") -> Iterator[_Setting]:
     if values is None:  # an empty file or group
         return
     if not isinstance(values, dict):
-        raise UserError(f"{source}{prefix.rstrip('.') or 'it'} must hold keys and values, not {_as_text(values)}")
+        raise UserError(f"{source}{prefix.rstrip('.') or 'it'} must hold keys and values, not {as_text(values)}")
     for name, value in values.items():
         key = prefix + name
         if any(other.startswith(f"{key}.") for other in _knobs()):
@@ -603,7 +687,7 @@ def _apply(config: Config, settings: Sequence[_Setting]) -> Config:
                 raise TypeError
             OmegaConf.update(result, key, value)
         except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{source}{key} must be {_knobs()[key].type}, not {_as_text(value)}") from error
+            raise UserError(f"{source}{key} must be {_knobs()[key].type}, not {as_text(value)}") from error
     built = OmegaConf.to_object(result)
     assert isinstance(built, Config)
     return built
@@ -627,8 +711,8 @@ def _fill_in(value: Any, values: Mapping[str, Any], where: str) -> Any:
         _require_known(match[1], f"{where}: ")
         other = values[match[1]]
         if other is None or isinstance(other, list | dict):
-            raise UserError(f"{where}: {match[0]} stands for no text; {match[1]} is {_as_text(other)}")
-        return other if isinstance(other, str) else _as_text(other)
+            raise UserError(f"{where}: {match[0]} stands for no text; {match[1]} is {as_text(other)}")
+        return other if isinstance(other, str) else as_text(other)
 
     _require_text(value, where)
     filled = _REFERENCE.sub(referenced, value)
@@ -663,7 +747,7 @@ def _type_name(hint: Any) -> str:
     return text.replace(" | None", " or null").replace("str", "text")
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value as a user would type it, in one line."""
     if value is None:
         return "null"

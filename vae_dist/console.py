@@ -138,6 +138,18 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """Print results in columns, the last of them text, and below them what has to be said of them."""
+    result = Table(title=title, title_justify="left")
+    for name in names:
+        result.add_column(name, justify="left" if name == names[-1] else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*map(Text, row))
+    _results.print(result)
+    for note in notes:
+        _results.print(Text(note, style="bold yellow"))
+
+
 def _figure(value: object) -> str:
     if not isinstance(value, float):
         return str(value)

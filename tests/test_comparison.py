@@ -1,0 +1,573 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+import yaml
+from PIL import Image
+from wandb.sdk.launch.sweeps import utils as sweeps
+
+from tests.conftest import REPOSITORY, MakeConfig, opened
+from tests.test_trainer import final, timeless
+from tests.wandb_server import ENTITY, WandbServer
+from vae_dist import checkpoint, comparison, config, data, images, trainer
+from vae_dist.comparison import compare, curves, labels, reconstructions, study
+from vae_dist.config import DataConfig, Study
+from vae_dist.data import Images
+from vae_dist.errors import StoppedError, UserError
+from vae_dist.evaluation import evaluate
+from vae_dist.plots import COLOURS, Curve, lines
+from vae_dist.trainer import train
+
+CPU = torch.device("cpu")
+SWEEP = REPOSITORY / "configs/sweep_latent_dim.yaml"
+FIGURES = ("negative_elbo", "reconstruction", "kl", "negative_log_likelihood")
+
+MakeRun = Callable[..., Path]
+MakeStudy = Callable[..., Study]
+
+
+@pytest.fixture
+def make_run(make_config: MakeConfig) -> MakeRun:
+    return lambda *arguments: train(make_config("train.steps=10", "evaluate.importance_samples=2", *arguments))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) -> list[Path]:
+    runs_dir = tmp_path_factory.mktemp("trained")
+    settings = [*smoke_arguments, f"runs_dir={runs_dir}", "train.steps=10", "checkpoint.every=5"]
+    settings += ["evaluate.importance_samples=2"]
+    return [train(config.load([*settings, f"name=run_{size}", f"model.latent_dim={size}"])) for size in (2, 4)]
+
+
+@pytest.fixture
+def pair(trained: list[Path], tmp_path: Path) -> list[Path]:
+    """Two runs that differ in their latents, each with checkpoints of steps 5 and 10."""
+    return [shutil.copytree(run, tmp_path / "runs" / run.name) for run in trained]
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def compared(folder: Path) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = json.loads((folder / "comparison.json").read_text())["runs"]
+    return runs
+
+
+def state_of(folder: Path) -> dict[Path, int]:
+    """When each file of a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_runs_are_labelled_by_the_settings_that_differ(make_run: MakeRun, pair: list[Path]) -> None:
+    assert labels([opened(run) for run in pair]) == ["latent_dim=2", "latent_dim=4"]
+    other = make_run("name=other", "model.latent_dim=2", "model.hidden_dims=[9,9]", "train.batch_size=40", "seed=3")
+    assert labels([opened(run) for run in (pair[0], other)]) == [
+        "seed=0, hidden_dims=[32], train.batch_size=50",  # evaluations have a batch size too
+        "seed=3, hidden_dims=[9, 9], train.batch_size=40",
+    ]
+
+
+def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun, pair: list[Path]) -> None:
+    again = make_run("name=again", "model.latent_dim=2", "checkpoint.keep=7", "train.log_every=3", "device=auto")
+    run = opened(pair[0])
+    assert labels([run, opened(again)]) == ["run_2", "again"]
+    assert labels([opened(pair[0] / "checkpoints/step_00000005"), run]) == ["run_2, step 5", "run_2, step 10"]
+    assert labels([run]) == ["run_2"]
+    both = labels([run, opened(again), opened(pair[1])])
+    assert both == ["latent_dim=2, run_2", "latent_dim=2, again", "latent_dim=4, run_4"]
+
+
+def test_where_too_much_differs_figures_show_names(make_run: MakeRun, pair: list[Path], tmp_path: Path) -> None:
+    other = make_run("name=other", f"model.hidden_dims={list(range(8, 40))}")
+    assert labels([opened(run) for run in (pair[0], other)]) == ["run_2", "other"]
+    table = (compare([pair[0], other], [f"output={tmp_path / 'out'}"]) / "table.md").read_text()
+    assert "| latent_dim | hidden_dims | step |" in table and f"| {list(range(8, 40))} |" in table
+
+
+def test_curves_are_the_training_losses_of_the_metrics_file(pair: list[Path]) -> None:
+    drawn, axes = curves([opened(run) for run in pair])
+    assert axes == ("optimizer steps", "training loss, nats per image")
+    for curve, run, name in zip(drawn, pair, ("latent_dim=2", "latent_dim=4"), strict=True):
+        assert curve.name == name
+        assert curve.points.tolist() == [[row["step"], row["train/loss"]] for row in rows(run) if "train/loss" in row]
+    with open(pair[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "train/loss": NaN}\n{"step": 15, "train/loss": 1.0}\n{"step": 20, "tra')
+    assert torch.equal(curves([opened(pair[0])])[0][0].points, drawn[0].points)
+    early, _ = curves([opened(pair[0] / "checkpoints/step_00000005")])
+    assert torch.equal(early[0].points, drawn[0].points[:1])
+
+
+def test_runs_of_other_batches_and_betas_are_drawn_on_axes_that_they_share(make_run: MakeRun) -> None:
+    small = make_run("name=small", "train.batch_size=25")
+    large = make_run("name=large", "train.batch_size=50", "objective.beta=2")
+    drawn, axes = curves([opened(run) for run in (small, large)])
+    assert axes == ("training images seen", "training negative ELBO, nats per image")
+    for curve, run, size in zip(drawn, (small, large), (25, 50), strict=True):
+        expected = [[row["step"] * size, row["train/negative_elbo"]] for row in rows(run) if "train/loss" in row]
+        assert curve.points.tolist() == expected
+
+
+def cells(picture: Image.Image, columns: int) -> np.ndarray[Any, Any]:
+    """The pixels of a labelled grid of doubled 28x28 images: `(rows, columns, 28, 28)`."""
+    side = 2 * 28 + images.PADDING
+    pixels = np.asarray(picture.convert("L"))[images.PADDING :, -columns * side - images.PADDING :]
+    count = pixels.shape[0] // side
+    grid = pixels[: count * side, : columns * side].reshape(count, side, columns, side).transpose(0, 2, 1, 3)
+    return grid[:, :, :56:2, 1:57:2]
+
+
+def test_rows_of_images_are_the_originals_and_what_each_run_makes_of_them(pair: list[Path]) -> None:
+    found = [opened(run) for run in pair]
+    test = data.load_test(found[0].config.data)
+    shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
+    expected = [data.to_unit(test.pixels[shown])]
+    for run in found:
+        vae = checkpoint.load_vae(run.folder, run.config, CPU)
+        expected.append(vae.decode(vae.encode(expected[0]).mean).mean)
+    grid = cells(reconstructions(found, CPU).image, 10)
+    assert grid.shape == (3, 10, 28, 28)
+    assert np.array_equal(grid[0], test.pixels[shown].squeeze(1).numpy())
+    assert np.array_equal(grid, (torch.stack(expected).squeeze(2) * 255).round().byte().numpy())
+    assert not np.array_equal(grid[1], grid[2])
+
+
+def test_a_comparison_holds_the_figures_of_the_evaluations(pair: list[Path]) -> None:
+    folder = compare(pair, ["evaluate.batch_size=64"])
+    assert folder == Path("runs/comparisons/run_2_run_4")
+    assert {path.name for path in folder.iterdir()} == {
+        "losses.png", "reconstructions.png", "table.md", "comparison.json"
+    }  # fmt: skip
+    table = (folder / "table.md").read_text().splitlines()
+    assert "DO NOT COMPARE" not in (folder / "table.md").read_text()
+    head = "| latent_dim | step | negative ELBO | reconstruction | KL | NLL | NLL samples | active units | run |"
+    assert head in table
+    for run, entry, size in zip(pair, compared(folder), (2, 4), strict=True):
+        evaluation = json.loads((run / "evaluations/step_00000010_test_k2.json").read_text())
+        assert entry["evaluation"] == evaluation == evaluate(run, ["evaluate.batch_size=64"])
+        assert entry["label"] == f"latent_dim={size}" and entry["settings"] == {"model.latent_dim": size}
+        figures = " | ".join(f"{evaluation[name]:.2f}" for name in FIGURES)
+        assert f"| {size} | 10 | {figures} | 2 | {evaluation['active_units']} | {run.name} |" in table
+    picture = reconstructions([opened(run) for run in pair], CPU)
+    assert np.array_equal(
+        np.asarray(Image.open(folder / "reconstructions.png")), np.asarray(images.with_caption(picture))
+    )
+
+
+def test_nothing_else_in_the_runs_is_touched_and_what_is_evaluated_stays(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(pair[0])
+    before = {run: state_of(run) for run in pair}
+    first = compare(pair, [f"output={tmp_path / 'first'}"])
+    assert state_of(pair[0]) == before[pair[0]]
+    new = {path.relative_to(pair[1]) for path in state_of(pair[1]).keys() - before[pair[1]].keys()}
+    written = ("evaluation.json", "evaluations/step_00000010_test_k2.json", "images/test_step_00000010.png")
+    assert new == set(map(Path, written))
+    before = {run: state_of(run) for run in pair}
+    monkeypatch.setattr(comparison, "evaluate", lambda *arguments: pytest.fail("evaluated again"))
+    second = compare(pair, [f"output={tmp_path / 'second'}"])
+    assert {run: state_of(run) for run in pair} == before
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_only_an_evaluation_of_the_same_checkpoint_counts(pair: list[Path]) -> None:
+    run = pair[0]
+    evaluate(run)
+    older, newest = (entry["evaluation"] for entry in compared(compare([run / "checkpoints/step_00000005", run])))
+    assert (older["step"], newest["step"]) == (5, 10) and older["negative_elbo"] > newest["negative_elbo"]
+
+    kept = run / "evaluations/step_00000010_test_k2.json"
+    kept.write_text(json.dumps({**newest, "kl": -1.0}))
+    os.utime(kept, (time.time() + 1, time.time() + 1))
+    assert compared(compare([run]))[0]["evaluation"]["kl"] == -1
+    os.utime(kept, (0, 0))  # of a run that had the name before
+    assert compared(compare([run]))[0]["evaluation"] == newest
+    for content in ("{", json.dumps({**newest, "step": 5}), json.dumps({**newest, "kl": "none"})):
+        kept.write_text(content)
+        assert compared(compare([run]))[0]["evaluation"] == newest
+
+
+def test_the_newest_evaluation_counts_and_what_it_lacks_is_left_out(pair: list[Path]) -> None:
+    for run in pair:
+        evaluate(run)
+    evaluate(pair[1], ["evaluate.importance_samples=0"])
+    folder = compare(pair)
+    assert [entry["evaluation"]["importance_samples"] for entry in compared(folder)] == [2, 0]
+    table = (folder / "table.md").read_text()
+    assert "| KL | NLL | NLL samples | active units | run |" in table
+    assert "|  |  | 4 | run_4 |" in table and "| 2 | 1 | run_2 |" in table
+    assert "| KL | active units | run |" in (compare(pair[1:]) / "table.md").read_text()
+
+
+def test_other_held_out_images_can_be_compared(pair: list[Path]) -> None:
+    evaluate(pair[0])
+    folder = compare(pair, ["evaluate.split=validation"])
+    for entry, run in zip(compared(folder), pair, strict=True):
+        last = [row for row in rows(run) if "validation/active_units" in row][-1]
+        assert entry["evaluation"]["split"] == "validation" and entry["evaluation"]["images"] == 200
+        assert entry["evaluation"]["negative_elbo"] == last["validation/negative_elbo"]
+    assert (folder / "table.md").read_text().startswith("validation images of synthetic_digits, nats per image.")
+    _, validation = data.load_training(opened(pair[0]).config.data)
+    first = int((validation.labels == 0).nonzero()[0])
+    shown = cells(reconstructions([opened(pair[0], ["evaluate.split=validation"])], CPU).image, 10)[0, 0]
+    assert np.array_equal(shown, validation.pixels[first, 0].numpy())
+
+
+def test_what_a_file_of_somebody_else_says_is_not_printed(pair: list[Path]) -> None:
+    kept = pair[0] / "evaluations/step_00000010_test_k2.json"
+    odd = {**evaluate(pair[0]), "warning": "\x1b[2J", "active_units": "\x1b[2J", "importance_samples": [1]}
+    kept.write_text(json.dumps(odd))
+    (pair[0] / "metrics.jsonl").write_text("[" * 100_000)
+    folder = compare(pair[:1])
+    assert "\x1b" not in (folder / "table.md").read_text() and not (folder / "losses.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["data.binarize=threshold"], "data.binarize (none, threshold)"),
+        (["objective.reconstruction=gaussian"], "objective.reconstruction (bernoulli, gaussian)"),
+        (["data.synthetic_images=600"], "data.synthetic_images (1200, 600)"),
+    ],
+)
+def test_figures_that_do_not_compare_come_with_a_warning(
+    arguments: list[str], difference: str, make_run: MakeRun, pair: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = compare([*pair, make_run("name=odd", *arguments)])
+    warning = f"THE FIGURES OF THESE RUNS DO NOT COMPARE WITH ONE ANOTHER: they differ in {difference}"
+    assert json.loads((folder / "comparison.json").read_text())["warning"] == warning
+    assert warning in (folder / "table.md").read_text() and warning in capsys.readouterr().out
+
+
+def test_runs_that_are_tested_on_other_images_have_originals_of_their_own(make_run: MakeRun, pair: list[Path]) -> None:
+    binary = make_run("name=binary", "data.binarize=dynamic")
+    grid = cells(reconstructions([opened(run) for run in (pair[0], binary)], CPU).image, 10)
+    assert len(grid) == 4
+    test = data.load_test(opened(binary).config.data)
+    shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
+    assert np.array_equal(grid[2], test.pixels[shown].squeeze(1).numpy()) and set(np.unique(grid[2])) == {0, 255}
+    assert not np.array_equal(grid[0], grid[2])
+
+
+def small_images(config: DataConfig, part: data.Part) -> Images:
+    pixels, labels = data.DATASETS["synthetic_digits"](config, part)
+    return Images(pixels[:, :, ::2, ::2].contiguous(), labels)
+
+
+def test_runs_of_other_shapes_are_refused(make_run: MakeRun, pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.DATASETS, "small_digits", small_images)
+    small = make_run("name=small", "data.name=small_digits")
+    with pytest.raises(UserError, match=r"several shapes, .*: run_2 \[1, 28, 28\], small \[1, 14, 14\]"):
+        compare([pair[0], small])
+    assert not Path("runs/comparisons").exists()
+
+
+def test_what_is_no_run_is_refused_before_anything_is_written(pair: list[Path]) -> None:
+    before = state_of(pair[0])
+    for runs, message in (
+        ([], "nothing to compare"),
+        ([pair[0], Path("nowhere")], "there is no run at nowhere"),
+        ([pair[0], pair[1] / "images"], "has no checkpoint yet"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(runs)
+    with pytest.raises(UserError, match="seed belongs to the training"):
+        compare(pair, ["seed=1"])
+    assert state_of(pair[0]) == before and not Path("runs/comparisons").exists()
+
+
+def test_names_of_many_runs_make_a_folder_that_can_be_made(make_run: MakeRun, pair: list[Path]) -> None:
+    long = make_run(f"name={'n' * 128}")
+    folder = compare([*pair, long, long])
+    assert len(folder.name) == comparison.LONGEST_NAME and folder == compare([*pair, long])
+    assert len(compared(folder)) == 3  # a run that is named twice is there once
+
+
+def pixel(x: float, y: float, picture: Image.Image) -> str:
+    """A pixel of a plot, by its shares of the axes."""
+    red, green, blue = np.asarray(picture)[round(12 + 400 * (1 - y)), round(72 + 640 * x)]
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def test_curves_go_through_their_points() -> None:
+    falling = Curve("falling", torch.tensor([[0.0, 100.0], [100.0, 0.0]]))
+    level = Curve("level", torch.tensor([[0.0, 100.0], [50.0, 100.0]]))
+    picture = lines([falling, level], ("steps", "nats"))
+    share = 1 / 1.06  # above and below there is a margin
+    for x in (0.2, 0.4, 0.7):
+        assert pixel(x, 0.5 + (0.5 - x) * share, picture) == COLOURS[0]
+    assert pixel(0.3, 0.5 + 0.5 * share, picture) == COLOURS[1]
+    assert pixel(0.7, 0.5 + 0.5 * share, picture) != COLOURS[1]  # it has ended
+
+
+@pytest.mark.parametrize("points", [[[5.0, 3.0]], [[0.0, 0.0]], [[10.0, 1e-9], [20.0, 1e9]]])
+def test_any_curve_can_be_drawn(points: list[list[float]]) -> None:
+    picture = lines([Curve(f"run {number}", torch.tensor(points)) for number in range(30)], ("steps", "nats"))
+    assert len(picture.getcolors(10**6) or []) > 10
+
+
+@pytest.fixture
+def make_study(smoke_arguments: list[str], tmp_path: Path) -> MakeStudy:
+    """A study of small trainings, its runs below the test's own folder unless it is told another."""
+
+    def make(*arguments: str) -> Study:
+        small = [f"runs_dir={tmp_path / 'runs'}", "evaluate.importance_samples=2"]
+        return config.load_study([*smoke_arguments, *small, *arguments])
+
+    return make
+
+
+def names(asked: Study) -> list[str]:
+    return [str(run.name) for run in asked.configs]
+
+
+def test_a_study_varies_one_key_and_the_default_is_the_tutorials() -> None:
+    asked = config.load_study([])
+    assert [run.model.latent_dim for run in asked.configs] == [2, 5, 10, 20, 40]
+    assert names(asked)[:2] == ["tutorial-latent_dim-2", "tutorial-latent_dim-5"]
+    assert asked.output == Path("runs/tutorial-latent_dim")
+    assert {run.tracking.group for run in asked.configs} == {"tutorial-latent_dim"}
+    assert config.differing(asked.configs) == ["model.latent_dim"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("optim.learning_rate=1e-3,3e-4", {"learning_rate-0.001": 1e-3, "learning_rate-0.0003": 3e-4}),
+        ("--objective.beta=1,4", {"beta-1.0": 1.0, "beta-4.0": 4.0}),
+        (
+            "model.hidden_dims=[400],[400,400],[]",
+            {"hidden_dims-400": [400], "hidden_dims-400-400": [400, 400], "hidden_dims-empty": []},
+        ),
+        ("tracking.entity=\"a,b\",'c',null", {"entity-a-b": "a,b", "entity-c": "c", "entity-null": None}),
+        ("sample.codes=[[0,1],[2,3]],[[0,0]]", {"codes-0.0-1.0-2.0-3.0": [[0, 1], [2, 3]], "codes-0.0-0.0": [[0, 0]]}),
+    ],
+)
+def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(
+    argument: str, expected: dict[str, object]
+) -> None:
+    asked = config.load_study([argument, "name=mine-{time}", "tracking.group=ours", "output=there"])
+    assert dict(zip(names(asked), (config.flatten(run)[asked.key] for run in asked.configs), strict=True)) == {
+        f"mine-{name}": value for name, value in expected.items()
+    }
+    assert asked.output == Path("there") and {run.output for run in asked.configs} == {None}
+    assert {run.tracking.group for run in asked.configs} == {"ours"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.latent_dim=2,5", "seed=1,2"], "one key, not model.latent_dim=2,5 and seed=1,2"),
+        (["model.latnt_dim=2,5"], "unknown key 'model.latnt_dim'; did you mean model.latent_dim"),
+        (["model.latent_dim=7"], "needs several values of model.latent_dim in one argument"),
+        (["model.latent_dim=2,5", "--model.latent_dim=7"], "needs several values of model.latent_dim in one argument"),
+        (["model.latent_dim=2,two"], "model.latent_dim must be int, not two"),
+        (["model.latent_dim=2,0"], "model.latent_dim must be at least 1, not 0"),
+        (["optim.learning_rate=1e-3,0.001"], "two of the values are the same: optim.learning_rate=1e-3,0.001"),
+        (["name=a,b"], "a study can't vary name"),
+        (["name=a-{time}-b"], "leave {time} out of a-{time}-b-latent_dim"),
+        (["--verbose"], "can't use '--verbose': give a YAML file, or key=value"),
+    ],
+)
+def test_studies_that_can_not_be_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config.load_study(arguments)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_study_leaves_ordinary_runs_and_their_comparison(make_study: MakeStudy) -> None:
+    folder = study(make_study("optim.learning_rate=1e-3,3e-3", "train.steps=10"))
+    runs = [Path(f"runs/smoke-learning_rate-{rate}") for rate in ("0.001", "0.003")]
+    assert folder.resolve() == Path("runs/smoke-learning_rate").resolve()
+    assert [entry["label"] for entry in compared(folder)] == ["learning_rate=0.001", "learning_rate=0.003"]
+    assert [entry["evaluation"] for entry in compared(folder)] == [evaluate(run) for run in runs]
+    assert checkpoint.find(None, Path("runs")).parents[1] == runs[1]  # the newest run is no other than before
+
+
+def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to this process when a training is at this step for the so-many-eth time."""
+    due, seen = trainer.due, [0]
+
+    def with_signal(done: int, every: float, last_step: int) -> bool:
+        if done == step and every == 7:
+            seen[0] += 1
+            if seen[0] == occurrence:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)  # for the thread that takes it
+        return due(done, every, last_step)
+
+    monkeypatch.setattr(trainer, "due", with_signal)
+    monkeypatch.setattr("vae_dist.stopping.LOOK_SECONDS", 0)  # after every step
+
+
+def test_a_study_that_was_stopped_goes_on_and_ends_bitwise_as_one_that_was_not(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["model.latent_dim=2,4,6", "train.log_every=7", "train.steps=20", "data.binarize=dynamic"]
+    whole = study(make_study(*settings, "name=whole"))
+    asked = make_study(*settings, "name=cut")
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="in run 2 of 3, cut-") as stopped:
+        signal_in(2, 12, patch)
+        study(asked)
+    assert stopped.value.exit_code == 143
+    assert not Path("runs/cut-latent_dim-6").exists() and not Path("runs/cut-latent_dim").exists()
+    assert checkpoint.find(Path("runs/cut-latent_dim-4"), Path()).name == "step_00000012"
+    first = state_of(Path("runs/cut-latent_dim-2/checkpoints"))
+
+    cut = study(asked)
+    assert state_of(Path("runs/cut-latent_dim-2/checkpoints")) == first  # it was not trained again
+    for size in (2, 4, 6):
+        ours, theirs = (Path(f"runs/{name}-latent_dim-{size}") for name in ("cut", "whole"))
+        assert final(ours) == final(theirs) and timeless(ours)[:-1] == timeless(theirs)[:-1]
+    for name in ("losses.png", "reconstructions.png"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    for one, other in zip(compared(cut), compared(whole), strict=True):
+        assert {**one["evaluation"], "run": ""} == {**other["evaluation"], "run": ""}
+
+    before = state_of(Path("runs"))
+    study(asked)  # and once more, when all is done
+    after = state_of(Path("runs"))
+    assert {path.parent.name for path in after if after[path] != before.get(path)} == {cut.name}
+
+
+def test_a_study_is_refused_before_it_trains_anything(make_study: MakeStudy) -> None:
+    with pytest.raises(UserError, match="unknown reconstruction 'gausian'"):
+        study(make_study("objective.reconstruction=bernoulli,gausian"))
+    with pytest.raises(UserError, match="unknown dataset 'mnits'"):
+        study(make_study("data.name=synthetic_digits,mnits"))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_and_its_comparison(smoke_arguments: list[str], tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = ["name=both", "model.latent_dim=2,4", "train.steps=10", "evaluate.importance_samples=2"]
+    command = [*launch, str(REPOSITORY / "vae_dist/study.py"), *smoke_arguments, *asked]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    said = []
+    for _ in range(2):  # the second time there is nothing left to train
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        said.append(ended.stderr)
+    for size in (2, 4):
+        assert said[0].count(f"runs/both-latent_dim-{size}: 2 processes on cpu") == 1
+        assert said[1].count(f"run runs/both-latent_dim-{size} is finished") == 1
+    folder = Path("runs/both-latent_dim")
+    for entry, size in zip(compared(folder), (2, 4), strict=True):
+        alone = evaluate(Path(f"runs/both-latent_dim-{size}"), [f"output={tmp_path / 'alone'}", "train.threads=1"])
+        for name in FIGURES:
+            assert entry["evaluation"][name] == pytest.approx(alone[name], abs=1e-4)
+    assert {path.name for path in folder.iterdir()} >= {"losses.png", "reconstructions.png"}
+
+
+def sweep() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(SWEEP.read_text())  # as `wandb sweep` reads it
+    return loaded
+
+
+def agents_arguments(values: dict[str, object]) -> Sequence[str]:
+    """What an agent gives to the program for the values that it was sent."""
+    arguments: list[str] = sweeps.create_sweep_command_args({"args": {key: {"value": v} for key, v in values.items()}})[
+        "args"
+    ]
+    return arguments
+
+
+def test_the_sweep_asks_for_what_the_study_trains(make_run: MakeRun) -> None:
+    asked = sweep()
+    (key,) = asked["parameters"]
+    values = asked["parameters"][key]["values"]
+    trainings = [config.load(agents_arguments({key: value})) for value in values]
+    study_of_the_same = config.load_study([])
+    assert key == study_of_the_same.key and config.differing(trainings) == [key]
+    for ours, theirs in zip(trainings, study_of_the_same.configs, strict=True):
+        assert config.differing([ours, theirs]) == []
+    assert asked["command"] == ["${env}", "${interpreter}", "${program}", "${args}"]
+    assert (REPOSITORY / asked["program"]).exists()
+    assert any(asked["metric"]["name"] in row for row in rows(make_run()))
+
+
+class SweepServer(WandbServer):
+    """One sweep, whose first value an agent is sent."""
+
+    config = ""
+
+    def answer(self, path: str, body: bytes) -> dict[str, Any]:
+        if path == "/graphql":  # in what is about sweeps the client leaves the name to the query
+            asked = json.loads(body)
+            named = re.search(r"(?:query|mutation) (\w+)", asked["query"])
+            body = json.dumps({**asked, "operationName": named and named[1]}).encode()
+        return super().answer(path, body)
+
+    def _graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        if operation == "UpsertSweep":
+            self.config = variables["config"]
+            project = {"id": "1", "name": variables["projectName"], "entity": {"id": "1", "name": ENTITY}}
+            return {"upsertSweep": {"sweep": {"name": "grid", "project": project}, "configValidationWarnings": []}}
+        if operation == "SweepWithRuns":
+            return {"project": {"sweep": {"id": "1", "name": "grid", "config": self.config, "runs": {"edges": []}}}}
+        if operation == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "1"}}}
+        if operation == "Heartbeat":
+            asked = yaml.safe_load(self.config)
+            values = {key: {"value": found["values"][0]} for key, found in asked["parameters"].items()}
+            run = {"type": "run", "run_id": "first", "program": asked["program"], "args": values}
+            started = json.loads(variables["runState"]) or "first" in self.runs
+            return {"agentHeartbeat": {"agent": {"id": "1"}, "commands": json.dumps([] if started else [run])}}
+        return super()._graphql(operation, variables)
+
+
+@pytest.fixture
+def server() -> Iterator[SweepServer]:
+    wandb.teardown()
+    server = SweepServer()
+    yield server
+    wandb.teardown()
+    server.close()
+
+
+@pytest.mark.slow
+def test_the_wandb_client_takes_the_sweep_and_its_agent_trains(
+    smoke_arguments: list[str], server: SweepServer, tmp_path: Path
+) -> None:
+    """With the real client, all of it: `wandb sweep`, `wandb agent`, and the training that it starts."""
+    online = [argument for argument in smoke_arguments if not argument.startswith("tracking.")]
+    small = sweep()
+    small["command"] = [*small["command"], *online, "train.steps=10", f"runs_dir={tmp_path / 'runs'}"]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    environment = {
+        **os.environ,
+        "WANDB_BASE_URL": server.url,
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "false",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+    def client(*arguments: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-m", "wandb", *arguments],
+            cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout + ended.stderr
+
+    assert f"wandb agent {ENTITY}/vae_dist/grid" in client("sweep", str(tmp_path / "small.yaml"))
+    client("agent", "--count", "1", f"{ENTITY}/vae_dist/grid")
+    run = server.runs["first"]
+    assert run.config["model"]["latent_dim"] == sweep()["parameters"]["model.latent_dim"]["values"][0]
+    assert sweep()["metric"]["name"] in run.summary
