@@ -134,6 +134,7 @@ class TrackingConfig:
     entity: str | None = knob(None, "Weights & Biases user or team; null: the account's default")
     tags: list[str] = knob([], "tags of the Weights & Biases run")
     id: str | None = knob(None, "identity of the Weights & Biases run; null: made when the run starts")
+    notes: str | None = knob(None, "what to remember of the Weights & Biases run")
     group: str | None = knob(None, "Weights & Biases group of the run; a study's runs are in one")
 
 

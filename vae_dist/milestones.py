@@ -92,15 +92,17 @@ class Milestones:
         with self._meter.paused():
             scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.glance)
             figures = scores.figures("validation")
+            found = figures.get("validation/negative_elbo", math.nan)
+            improved = math.isfinite(found) and (self._best is None or found < self._best.negative_elbo)
+            if improved:
+                self._best = Best(step, found)
+            if self._best is not None:  # what a table of runs is sorted by
+                figures["validation/best_negative_elbo"] = self._best.negative_elbo
             self._world.decide(partial(self._tracker.scalars, step, figures))
             self._world.decide(partial(self._tracker.pictures, step, partial(self._pictures, step)))
             self._progress.note(step, figures)
         self._validation_pending = False
-        found = figures.get("validation/negative_elbo", math.nan)
-        if not (self._best is None or found < self._best.negative_elbo) or not math.isfinite(found):
-            return False
-        self._best = Best(step, found)
-        return True
+        return improved
 
     def save(self, step: int) -> None:
         """Publish a checkpoint."""

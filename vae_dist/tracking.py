@@ -370,6 +370,8 @@ def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> 
             name=config.name,
             id=config.tracking.id,
             resume="allow",  # offline too: it is written into the record, and `wandb sync` appends, not overwrites
+            group=config.tracking.group,
+            notes=config.tracking.notes,
             tags=config.tracking.tags,
             config=configs.to_dict(config),
             dir=run_dir,
