@@ -24,7 +24,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample compare study runs test test-all bench chaos check format lock clean
+.PHONY: help train eval sample compare study report runs test test-all bench chaos check format lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -45,6 +45,9 @@ compare: $(READY) ## put runs side by side: RUN="runs/mine runs/other"
 
 study: $(READY) ## train one VAE for each of 2, 5, 10, 20, 40 latents (or ARGS="KEY=V1,V2"), and compare them
 	$(PYTHON) -m accelerate.commands.accelerate_cli launch --quiet --config_file $(LAUNCH) vae_dist/study.py $(CONFIG) $(ARGS)
+
+report: $(READY) ## write a page about the newest run, or about RUN: one HTML file, no network
+	$(PYTHON) vae_dist/report.py $(RUN) $(ARGS)
 
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account
 	@mkdir -p runs/.wandb && rm -f runs/.wandb/*run-*

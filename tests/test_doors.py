@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from vae_dist import checkpoint
 
-TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY = (
-    str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample", "compare", "study")
+TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT = (
+    str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample", "compare", "study", "report")
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,7 +29,9 @@ def run(*command: str, cwd: Path | None = None, **environment: str) -> Result:
     return subprocess.run(command, cwd=cwd, env=outside, capture_output=True, text=True, timeout=120)
 
 
-def test_train_evaluate_and_sample_from_any_folder_uninstalled(smoke_arguments: list[str], tmp_path: Path) -> None:
+def test_train_evaluate_sample_and_report_from_any_folder_uninstalled(
+    smoke_arguments: list[str], tmp_path: Path
+) -> None:
     trained = run(*LAUNCH, TRAIN, *smoke_arguments)
     assert trained.returncode == 0, trained.stderr
     assert "step 40/40" in trained.stderr and "validation/negative_elbo" in trained.stdout
@@ -46,6 +48,11 @@ def test_train_evaluate_and_sample_from_any_folder_uninstalled(smoke_arguments: 
     sampled = run(sys.executable, "-P", SAMPLE, str(run_dir), "sample.count=4")
     assert sampled.returncode == 0, sampled.stderr
     assert (run_dir / "samples/step_00000040_prior_seed_0/grid.png").exists()
+
+    reported = run(sys.executable, REPORT)
+    assert reported.returncode == 0, reported.stderr
+    assert f"written to runs/{run_dir.name}/report.html" in reported.stderr
+    assert f"{result['negative_elbo']:.2f}" in (run_dir / "report.html").read_text()
 
 
 def test_as_a_module(tmp_path: Path) -> None:
@@ -77,6 +84,8 @@ def test_without_data_and_network_the_first_command_trains_on_the_embedded_digit
         (COMPARE, "evaluate.batch_size=7", "nothing to compare; name some runs"),
         (STUDY, "model.latnt_dim=2,5", "did you mean model.latent_dim"),
         (STUDY, "objective.reconstruction=bernoulli,gausian", "unknown reconstruction 'gausian'"),
+        (REPORT, "nowhere", "there is no run at nowhere"),
+        (REPORT, "model.latent_dim=3", "there is no trained run in runs"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(door: str, argument: str, expected: str) -> None:
@@ -137,7 +146,7 @@ def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_argume
 
 def test_make_lists_its_commands() -> None:
     helped = run("make", "-C", str(REPOSITORY), "help")
-    use = ("train", "eval", "sample", "compare", "study", "runs")
+    use = ("train", "eval", "sample", "compare", "study", "report", "runs")
     for command in (*use, "test", "test-all", "check", "bench", "chaos", "help"):
         assert f"make {command} " in helped.stdout
     for variable in ("CONFIG", "LAUNCH", "RUN", "ARGS", "KILLS", "PYTHON"):

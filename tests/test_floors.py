@@ -14,11 +14,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor imports from its own and from those below it.
 FLOORS = [
-    ["train", "evaluate", "sample", "compare", "study"],
-    ["trainer", "milestones", "update", "evaluation", "sampling", "comparison", "start", "meter"],
+    ["train", "evaluate", "sample", "compare", "study", "report"],
+    ["trainer", "milestones", "update", "evaluation", "sampling", "comparison", "page", "record", "plane", "start", "meter"],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "model"],
-    ["plan", "config", "manifest", "files", "errors"],
+    ["plan", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {
     "accelerate": {"runtime", "trainer", "evaluation", "checkpoint"},
