@@ -15,9 +15,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each floor imports from its own and from those below it.
 FLOORS = [
     ["train", "evaluate", "sample", "compare", "study", "report"],
-    ["trainer", "milestones", "update", "evaluation", "sampling", "comparison", "page", "record", "plane", "start", "meter"],
+    [
+        "trainer", "milestones", "update", "start", "meter", "evaluation", "sampling", "comparison", "page", "record",
+        "plane",
+    ],  # fmt: skip
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
-    ["objective", "model"],
+    ["objective", "mixture", "model"],
     ["plan", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {

@@ -35,6 +35,11 @@ class Stream(IntEnum):
     PRIOR = 5
     DIGITS = 6
     IMPORTANCE = 7
+    NEIGHBOURS = 20
+    RECONSTRUCTION = 21
+    MIXTURE_POINTS = 22
+    MIXTURE_START = 23
+    MIXTURE = 24
 
 
 def share(total: int, part: int, parts: int) -> range:
