@@ -32,6 +32,11 @@ def test_wide_rows_are_not_enlarged_and_the_longer_side_decides() -> None:
     assert grid(torch.zeros(1, 1, 7, 28), columns=1).size == (2 * 30, 2 * 9)
 
 
+def test_images_in_few_columns_are_larger_unless_they_are_large_already() -> None:
+    assert labelled_grid(torch.zeros(2, 1, 28, 28), 2).width == 2 * (4 * 28 + PADDING) + 2 * PADDING
+    assert labelled_grid(torch.zeros(2, 3, 256, 256), 2).width == 2 * (256 + PADDING) + 2 * PADDING
+
+
 def boxes(picture: Image.Image, level: int) -> list[tuple[int, int, int, int]]:
     """Left, top, right and bottom of each rectangle of one grey level, in reading order."""
     found, left = [], np.array(picture.convert("L")) == level
@@ -96,7 +101,7 @@ def test_labels_stand_where_they_belong_and_are_not_cut() -> None:
     assert all(white_around(picture) for picture in (left, right, top, below))
 
 
-def test_words_above_narrow_columns_are_left_out_evenly() -> None:
+def test_words_for_narrow_columns_are_left_out_evenly() -> None:
     drawn = labelled_grid(torch.full((1, 1, 28, 28), 0.5).expand(40, -1, -1, -1), 40, top=["-1.96"] * 40)
     columns = np.asarray((np.asarray(drawn)[:16] < 128).any(0))
     starts = [left for left, _, _, _ in boxes(drawn, 128)]

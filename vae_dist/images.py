@@ -17,13 +17,15 @@ CAPTION_SIZE = 13
 LABEL_SIZE = 12
 LABEL_SPACE = 6  # pixels between a label and what it belongs to
 COLUMN_GAP = 10
-FEW = 8  # columns; the images of fewer are twice as large
+FEW = 8  # columns; images in no more than these may be twice as large
 SMALL = 56  # images smaller than this are enlarged by a whole factor, or one could not see them
 WIDEST = 1000  # pixels of a row of enlarged images
 NARROWEST = 360  # pixels, for a caption
 
 PROGRESS_COLUMNS = 8
 PROGRESS_IMAGES = 64
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -60,11 +62,11 @@ def labelled_grid(
     """Images `(N, C, H, W)` in [0, 1], C 1 or 3, as rows of `columns` images on white, with words.
 
     `left` and `right` stand beside the rows, `top` above the columns, `below` under the images; the columns in `gaps`
-    keep a distance from those before them. Words above columns that are too narrow for them are left out evenly.
+    keep a distance from those before them. Words for which columns are too narrow or rows too low are left out evenly.
     """
     count, channels, height, width = images.shape
     font = ImageFont.load_default(size=LABEL_SIZE)
-    scale = _scale(height, width, columns) * (1 if columns > FEW else 2)
+    scale = _scale(height, width, columns, SMALL if columns > FEW else 2 * SMALL)
     margins = [_widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
     column = max(width * scale, _widest(below, font)) + PADDING
     row = height * scale + PADDING + (LABEL_SIZE + LABEL_SPACE) * bool(below)
@@ -79,8 +81,9 @@ def labelled_grid(
         if below:
             bottom = y + height * scale + LABEL_SPACE // 2
             draw.text((x + width * scale / 2, bottom), below[index], fill="black", font=font, anchor="ma")
+    every = -(-LABEL_SIZE // row)
     for x, anchor, texts in (margins[0] - LABEL_SPACE, "rm", left), (end + LABEL_SPACE, "lm", right):
-        for index, text in enumerate(texts):
+        for index, text in list(enumerate(texts))[::every]:
             draw.text((x, head + index * row + height * scale / 2), text, fill="black", font=font, anchor=anchor)
     every = -(-(_widest(top, font) + LABEL_SPACE) // column)
     for x, text in list(zip(starts, top, strict=False))[::every]:
@@ -88,9 +91,9 @@ def labelled_grid(
     return result
 
 
-def _scale(height: int, width: int, columns: int) -> int:
+def _scale(height: int, width: int, columns: int, small: int = SMALL) -> int:
     """The whole factor that makes small images large enough, while their row stays narrow enough."""
-    return max(1, min(-(-SMALL // max(height, width)), WIDEST // (columns * (width + PADDING))))
+    return max(1, min(-(-small // max(height, width)), WIDEST // (columns * (width + PADDING))))
 
 
 def _to_picture(pixels: Tensor) -> Image.Image:
