@@ -23,6 +23,13 @@ DISAGREEMENTS = {
     "data": "do not agree on the training images: ",
     "weights": "do not agree on the weights after step 2: ",
 }
+SAMPLED = {
+    "prior_seed_0": ["sample.count=101"],
+    "mixture_seed_0": ["sample.count=101", "sample.sampler=mixture", "sample.mixture_components=3"],
+    "interpolation": ["sample.kind=interpolation", "sample.steps=20"],
+    "traversal": ["sample.kind=traversal"],
+    "scatter": ["sample.kind=scatter"],
+}
 STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
 HALF = ["train.precision=fp64", "train.steps=20", "checkpoint.every=13"]
@@ -54,11 +61,10 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
                 ["evaluate.chunk=1000"],  # of 128 samples 20 at a time
             )
         ],
-        (
-            "sample",
-            str(reference),
-            [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1", "sample.count=101"],
-        ),
+        *[
+            ("sample", str(reference), [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1", *kind])
+            for kind in SAMPLED.values()
+        ],
         ("refusal", str(root / "refusal"), [*common, "train.batch_size=2", "train.accumulate=2"]),
         *[
             (f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5", "runtime.verify_every=2"])
@@ -223,12 +229,16 @@ def test_evaluation_is_bitwise_the_same(world_size: int, roots: dict[int, Path])
         assert ours["negative_log_likelihood"] < ours["negative_elbo"]
 
 
+@pytest.mark.parametrize("kind", SAMPLED)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_samples_are_bitwise_the_same(world_size: int, roots: dict[int, Path]) -> None:
-    paths = [next((roots[size] / "out/samples").glob("*/samples.safetensors")) for size in (world_size, 1)]
-    ours, theirs = (load_file(path) for path in paths)
-    assert len(ours["images"]) == 101
-    assert torch.equal(ours["images"], theirs["images"]) and torch.equal(ours["latents"], theirs["latents"])
+def test_samples_are_bitwise_the_same(world_size: int, kind: str, roots: dict[int, Path]) -> None:
+    ours, theirs = (next((roots[size] / "out/samples").glob(f"*_{kind}")) for size in (world_size, 1))
+    names = {path.name for path in theirs.iterdir()}
+    assert {path.name for path in ours.iterdir()} == names and len(names) == 2
+    for name in names:  # the picture too
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    counts = {"interpolation": 5 * 20, "traversal": 8 * 13, "scatter": 200}
+    assert len(load_file(ours / "samples.safetensors")["latents"]) == counts.get(kind, 101)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -48,6 +48,11 @@ def test_train_evaluate_sample_and_report_from_any_folder_uninstalled(
     sampled = run(sys.executable, "-P", SAMPLE, str(run_dir), "sample.count=4")
     assert sampled.returncode == 0, sampled.stderr
     assert (run_dir / "samples/step_00000040_prior_seed_0/grid.png").exists()
+    scattered = run(sys.executable, SAMPLE, str(run_dir), "sample.kind=scatter")
+    assert "step_00000040_scatter" in scattered.stderr
+    assert (run_dir / "samples/step_00000040_scatter/scatter.png").exists()
+    confused = run(sys.executable, SAMPLE, str(run_dir), "sample.kind=scater")
+    assert confused.returncode == 2 and "choose from prior, codes" in confused.stderr
 
     reported = run(sys.executable, REPORT)
     assert reported.returncode == 0, reported.stderr
@@ -121,6 +126,8 @@ def test_help_and_print_config_need_no_torch() -> None:
     assert "latent_dim: 7" in printed.stdout and printed.stderr == ""
     readable = run(sys.executable, EVALUATE, "--help").stdout
     assert "evaluate.batch_size=" in readable and "model.latent_dim=" not in readable
+    sampling = run(sys.executable, SAMPLE, "--help").stdout
+    assert all(kind in sampling for kind in ("neighbours", "traversal", "manifold", "sample.steps=null"))
 
 
 def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_arguments: list[str]) -> None:

@@ -16,8 +16,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["train", "evaluate", "sample", "compare", "study", "report"],
     [
-        "trainer", "milestones", "update", "start", "meter", "evaluation", "sampling", "comparison", "page", "record",
-        "plane",
+        "trainer", "milestones", "update", "start", "meter", "evaluation", "sampling", "latents", "comparison", "page",
+        "record", "plane",
     ],  # fmt: skip
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "mixture", "model"],

@@ -8,7 +8,9 @@ from tests.conftest import REPOSITORY
 from vae_dist import config
 
 README = (REPOSITORY / "README.md").read_text()
-PAGES = {"README.md": README, **{f"docs/{path.name}": path.read_text() for path in (REPOSITORY / "docs").glob("*.md")}}
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))
+}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/promises.md"])

@@ -165,9 +165,36 @@ class EvaluateConfig:
 
 @dataclass
 class SampleConfig:
-    count: int = knob(64, "images to draw from the prior", at_least=1)
-    seed: int = knob(0, "seed of the latents", at_least=0)
-    codes: list[list[float]] | None = knob(None, "latents to decode, one list each; null: draws from the prior")
+    kind: str | None = knob(
+        None,
+        "prior, codes, neighbours, interpolation, traversal, manifold, reconstruction or scatter; null: codes where "
+        "sample.codes is given, otherwise prior",
+    )
+    count: int = knob(64, "images to draw (prior)", at_least=1)
+    seed: int = knob(0, "seed of what is drawn (prior, neighbours, reconstruction)", at_least=0)
+    sampler: Literal["prior", "mixture"] = knob(
+        "prior", "what prior draws from; mixture: Gaussians fitted to the training images' posteriors"
+    )
+    mixture_components: int = knob(10, "Gaussians of the mixture", at_least=1)
+    codes: list[list[float]] | None = knob(
+        None, "latents, one list each: what codes decodes, or the one that neighbours and traversal start from"
+    )
+    images: list[int] | None = knob(
+        None,
+        "test images by index: one that neighbours and traversal start from, pairs for interpolation, any for "
+        "reconstruction; null: the zero code, or the first ten",
+        at_least=0,
+    )
+    steps: int | None = knob(
+        None,
+        "images in a row: neighbours (10), interpolation (10), traversal (13), draws for reconstruction (8); "
+        "the side of manifold (20)",
+        at_least=2,
+    )
+    rows: int | None = knob(None, "rows of neighbours (5), or latents to traverse (20)", at_least=1)
+    radius: float | None = knob(
+        None, "how far neighbours get from the code; null: half the typical length of a latent, sqrt(L) / 2", above=0
+    )
     files: bool = knob(False, "write each image as a file of its own too")
 
 

@@ -1,7 +1,15 @@
-"""Decode images from a trained VAE.
+"""Decode images from a trained VAE, and look at its latent space.
 
-python vae_dist/sample.py [RUN] [key=value ...]
+python vae_dist/sample.py [RUN] [sample.kind=KIND] [key=value ...]
 
+KIND        prior            draws, 64 unless sample.count says otherwise; sample.sampler=mixture makes them better
+            codes            the codes of sample.codes=[[0,0],[0,1]]
+            neighbours       a ball around a code, or around a test image's
+            interpolation    between test images
+            traversal        each latent from -3 to 3
+            manifold         a plane of the latent space
+            reconstruction   test images, and what their posteriors decode to
+            scatter          the posterior means of all test images, by label
 RUN         a run's directory, or one of its checkpoints; left out, the newest run in runs_dir
 key=value   one of the settings below that do not belong to the training
 --help      print this, and stop

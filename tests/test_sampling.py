@@ -1,0 +1,336 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from tests.conftest import MakeConfig
+from vae_dist import checkpoint, config, console, data, images, runtime
+from vae_dist.config import DataConfig
+from vae_dist.data import Images, Part
+from vae_dist.errors import UserError
+from vae_dist.latents import Trained, principal_components
+from vae_dist.model.distributions import DiagonalGaussian
+from vae_dist.sampling import KINDS, sample
+from vae_dist.trainer import train
+
+
+@pytest.fixture(scope="module")
+def run_dir(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight latents, trained long enough for some of them to say something."""
+    folder = tmp_path_factory.mktemp("runs")
+    return train(config.load([*smoke_arguments, f"runs_dir={folder}", "name=eight", "train.steps=100"]))
+
+
+@pytest.fixture(scope="module")
+def flat_run(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    return train(config.load([*smoke_arguments, f"runs_dir={folder}", "model.latent_dim=2", "name=two"]))
+
+
+def tensors(run: Path, *arguments: str) -> dict[str, Tensor]:
+    return load_file(sample(run, ["train.threads=1", *arguments]) / "samples.safetensors")
+
+
+def picture(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """The one picture of a folder: rows, columns and, if it has colours, channels."""
+    (path,) = [*folder.glob("grid.png"), *folder.glob("scatter.png")]
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def posterior_of(run: Path) -> DiagonalGaussian:
+    """The posteriors of the test images, all at once."""
+    opened = checkpoint.open_for_reading(run, [])
+    vae = checkpoint.load_vae(opened.folder, opened.config, torch.device("cpu"))
+    return vae.encode(data.to_unit(data.load_test(opened.config.data).pixels))
+
+
+EVERY_KIND = {
+    "prior": ["sample.count=5"],
+    "mixture": ["sample.sampler=mixture", "sample.count=5", "sample.mixture_components=3"],
+    "codes": ["sample.codes=[[0,0,0,0,0,0,0,0],[1,1,1,1,1,1,1,1]]"],
+    "neighbours": ["sample.kind=neighbours", "sample.images=[3]"],
+    "interpolation": ["sample.kind=interpolation"],
+    "traversal": ["sample.kind=traversal"],
+    "manifold": ["sample.kind=manifold", "sample.steps=4"],
+    "reconstruction": ["sample.kind=reconstruction"],
+    "scatter": ["sample.kind=scatter"],
+}
+
+
+def test_every_kind_is_tried_here() -> None:
+    assert EVERY_KIND.keys() == KINDS.keys() | {"mixture"}
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_a_kind_leaves_a_picture_and_its_tensors_and_twice_the_same_bytes(
+    name: str, run_dir: Path, tmp_path: Path
+) -> None:
+    asked = ["train.threads=1", *EVERY_KIND[name]]
+    folders = [sample(run_dir, [*asked, f"output={tmp_path / side}"]) for side in ("a", "b")]
+    is_scatter = name == "scatter"
+    assert {path.name for path in folders[0].iterdir()} == {
+        "scatter.png" if is_scatter else "grid.png", "samples.safetensors"
+    }  # fmt: skip
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
+    found = load_file(folders[0] / "samples.safetensors")
+    assert found["latents"].shape[1:] == (8,)
+    if not is_scatter:
+        assert found["images"].shape == (len(found["latents"]), 1, 28, 28)
+        assert found["images"].min() >= 0 and found["images"].max() <= 1
+    with Image.open(tmp_path / f"a/images/sample_{name}_step_00000100.png") as logged:
+        assert np.array_equal(np.asarray(logged), picture(folders[0]))
+
+
+def draw_colours(asked: DataConfig, part: Part) -> Images:
+    """Colour images, wider than they are high, without labels."""
+    pixels = torch.randint(0, 256, (200, 3, 6, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Images(pixels, torch.zeros(200, dtype=torch.int64))
+
+
+@pytest.fixture
+def colour_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(data.DATASETS, "colours", draw_colours)
+    settings = "data.name=colours", "data.validation_images=20", "data.binarize=dynamic", "train.precision=fp64"
+    return train(make_config("name=colour", "train.steps=3", *settings))
+
+
+def test_every_kind_takes_colour_images_that_are_not_square_in_float64(colour_run: Path) -> None:
+    for name, arguments in EVERY_KIND.items():
+        folder = sample(colour_run, ["train.threads=1", *arguments])
+        found = load_file(folder / "samples.safetensors")
+        assert name == "scatter" or found["images"].shape[1:] == (3, 6, 14)
+        assert picture(folder).shape[2] == 3
+
+
+@pytest.mark.parametrize("sampler", ["prior", "mixture"])
+def test_samples_come_from_the_seed_and_more_of_them_begin_alike(sampler: str, run_dir: Path) -> None:
+    def draw(*arguments: str) -> dict[str, Tensor]:
+        return tensors(run_dir, f"sample.sampler={sampler}", *arguments)
+
+    one, many, other = draw("sample.count=1"), draw("sample.count=1001"), draw("sample.count=1", "sample.seed=1")
+    assert len(one["images"]) == len(one["latents"]) == 1
+    assert len(many["images"]) == len(many["latents"]) == 1001
+    assert torch.equal(many["latents"][:1], one["latents"])
+    torch.testing.assert_close(many["images"][:1], one["images"])
+    assert not torch.equal(other["latents"], one["latents"])
+
+
+def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_images(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(asked: DataConfig) -> Images:
+        raise AssertionError("the test images were asked for")
+
+    monkeypatch.setattr(data, "load_test", refuse)
+    found = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
+    opened = checkpoint.open_for_reading(run_dir, [])
+    vae = checkpoint.load_vae(opened.folder, opened.config, torch.device("cpu"))
+    training, _ = data.load_training(opened.config.data)
+    posterior = vae.encode(data.to_unit(training.pixels))
+    # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
+    mean = posterior.mean.double().mean(0)
+    covariance = posterior.mean.double().T.cov() + posterior.log_variance.exp().double().mean(0).diag()
+    error = 5 / len(training.labels) ** 0.5
+    torch.testing.assert_close(found["mixture.means"][0], mean, rtol=0, atol=error)
+    torch.testing.assert_close(found["mixture.covariances"][0], covariance, rtol=0, atol=2 * error)
+    torch.testing.assert_close(found["latents"].double().mean(0), mean, rtol=0, atol=2 * error)
+
+
+def test_every_training_image_has_one_draw_that_repeats_itself(run_dir: Path) -> None:
+    opened = checkpoint.open_for_reading(run_dir, ["evaluate.batch_size=64"])
+    with runtime.join(opened.config) as world:
+        trained = Trained(checkpoint.load_vae(opened.folder, opened.config, world.device), opened.config, world)
+        draws = trained.training_draws()
+        assert torch.equal(trained.training_draws(), draws)
+    assert draws.shape == (1000, 8)
+
+
+def test_an_interpolation_ends_exactly_at_the_codes_of_its_images(run_dir: Path) -> None:
+    chosen = list(range(200))  # so many that an end off by one bit would be among them
+    between = tensors(run_dir, "sample.kind=interpolation", f"sample.images={chosen}", "sample.steps=3")
+    ends = tensors(run_dir, "sample.kind=reconstruction", f"sample.images={chosen}", "sample.steps=2")
+    assert between["test_indices"].tolist() == chosen
+    for side, end in (0, 0), (1, -1):
+        ours, theirs = between["latents"].view(100, 3, 8)[:, end], ends["latents"].view(100, 2, 3, 8)[:, side, 0]
+        assert torch.equal(ours, theirs)
+        ours, theirs = between["images"].view(100, 3, 784)[:, end], ends["images"].view(100, 2, 3, 784)[:, side, 0]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # they were decoded in blocks of another size
+
+
+def test_an_interpolation_is_a_straight_line_in_even_steps(run_dir: Path) -> None:
+    latents = tensors(run_dir, "sample.kind=interpolation", "sample.images=[5,9]", "sample.steps=11")["latents"]
+    expected = np.linspace(latents[0].numpy(), latents[-1].numpy(), 11)
+    np.testing.assert_allclose(latents.numpy(), expected, atol=1e-6)
+
+
+def test_reconstructions_come_from_the_mean_and_from_draws_of_the_posterior(run_dir: Path) -> None:
+    found = tensors(run_dir, "sample.kind=reconstruction", "sample.images=[4,1]", "sample.steps=500")
+    posterior = posterior_of(run_dir)
+    latents = found["latents"].view(2, 501, 8)
+    torch.testing.assert_close(latents[:, 0], posterior.mean[[4, 1]])
+    standardised = (latents[:, 1:] - latents[:, :1]) / torch.exp(0.5 * posterior.log_variance[[4, 1]]).unsqueeze(1)
+    assert (standardised.mean(1).abs() < 5 / 500**0.5).all()
+    assert ((standardised.std(1) - 1).abs() < 5 / 1000**0.5).all()
+    alone = tensors(run_dir, "sample.kind=reconstruction", "sample.images=[1]", "sample.steps=2")["latents"]
+    torch.testing.assert_close(alone, latents[1, :3])  # an image's draws do not depend on the others'
+
+
+def test_a_traversal_moves_one_latent_a_row_in_the_order_of_their_kl(run_dir: Path) -> None:
+    found = tensors(run_dir, "sample.kind=traversal", "sample.images=[7]", "sample.rows=5", "sample.steps=7")
+    posterior = posterior_of(run_dir)
+    oracle = kl_divergence(Normal(posterior.mean, torch.exp(0.5 * posterior.log_variance)), Normal(0.0, 1.0)).mean(0)
+    torch.testing.assert_close(found["kl"].float(), oracle.sort(descending=True).values[:5])
+    assert oracle.max() > 2 * oracle.min()  # so the order means something
+    for row, latent in zip(found["latents"].view(5, 7, 8), found["order"].tolist(), strict=True):
+        torch.testing.assert_close(row[:, latent], torch.linspace(-3, 3, 7))
+        others = [index for index in range(8) if index != latent]
+        torch.testing.assert_close(row[:, others], posterior.mean[7:8, others].expand(7, -1))
+
+
+def test_a_traversal_starts_from_zero_or_from_a_given_code(run_dir: Path) -> None:
+    zero = tensors(run_dir, "sample.kind=traversal")
+    assert zero["latents"].shape == (8 * 13, 8)
+    assert ((zero["latents"] != 0).sum(1) <= 1).all()
+    ones = tensors(run_dir, "sample.kind=traversal", "sample.codes=[[1,1,1,1,1,1,1,1]]")
+    assert ((ones["latents"] != 1).sum(1) <= 1).all()
+
+
+@pytest.mark.parametrize("start", ["sample.codes=[[1,-1,0,0,2,0,0,0]]", "sample.images=[7]", None])
+def test_neighbours_lie_at_exactly_the_stated_distances(start: str | None, run_dir: Path) -> None:
+    settings = ["sample.kind=neighbours", "sample.radius=0.6", "sample.rows=3", "sample.steps=4"]
+    found = tensors(run_dir, *settings, *([start] if start else []))
+    codes = {"sample.codes=[[1,-1,0,0,2,0,0,0]]": torch.tensor([1.0, -1, 0, 0, 2, 0, 0, 0]), None: torch.zeros(8)}
+    code = codes[start] if start in codes else posterior_of(run_dir).mean[7]
+    assert found["distances"].tolist() == pytest.approx([0.2, 0.4, 0.6])
+    offsets = (found["latents"] - code).double().view(3, 4, 8)
+    expected = found["distances"].view(3, 1).expand(3, 4)
+    torch.testing.assert_close(offsets.norm(dim=2), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(offsets[1], 2 * offsets[0], rtol=0, atol=4e-6)  # a column is one direction
+    default = tensors(run_dir, "sample.kind=neighbours")
+    assert default["latents"].double().norm(dim=1).max().item() == pytest.approx(math.sqrt(8) / 2)
+
+
+def test_the_manifold_is_the_inverse_cdf_of_an_even_grid(flat_run: Path) -> None:
+    found = tensors(flat_run, "sample.kind=manifold", "sample.steps=9")
+    quantiles = (torch.arange(9) + 0.5) / 9
+    expected = Normal(0.0, 1.0).icdf(quantiles)
+    latents = found["latents"].view(9, 9, 2)
+    for index in range(9):
+        torch.testing.assert_close(latents[index, :, 0], expected)  # to the right
+        torch.testing.assert_close(latents[:, index, 1], expected.flip(0))  # upwards
+    assert found["axes"].tolist() == [0, 1]
+
+
+def test_the_manifold_of_many_latents_lies_along_the_two_with_the_largest_kl(run_dir: Path) -> None:
+    found = tensors(run_dir, "sample.kind=manifold", "sample.steps=4")
+    order = tensors(run_dir, "sample.kind=traversal")["order"][:2]
+    assert torch.equal(found["axes"], order)
+    moved = (found["latents"] != 0).any(0).nonzero().flatten()
+    assert torch.equal(moved, order.sort().values)
+
+
+def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path, run_dir: Path) -> None:
+    for run in flat_run, run_dir:
+        found = tensors(run, "sample.kind=scatter")
+        torch.testing.assert_close(found["latents"], posterior_of(run).mean)
+        assert torch.equal(found["labels"], data.load_test(checkpoint.open_for_reading(run, []).config.data).labels)
+    expected = principal_components(found["latents"], 2)
+    assert torch.equal(found["points"], expected.coordinates)
+    assert torch.equal(found["variance_shares"], expected.shares)
+
+
+def test_principal_components_are_those_of_numpys_svd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(500, 6, generator=generator) * torch.tensor([3.0, 1, 2, 0.5, 1.5, 0.1]) + 7
+    found = principal_components(points, 3)
+    centred = points.double().numpy() - points.double().numpy().mean(0)
+    _, spreads, directions = np.linalg.svd(centred, full_matrices=False)
+    signs = np.sign((found.directions.numpy() * directions[:3]).sum(1, keepdims=True))
+    np.testing.assert_allclose(found.directions, signs * directions[:3], atol=1e-12)
+    np.testing.assert_allclose(found.coordinates, centred @ (signs * directions[:3]).T, atol=1e-10)
+    np.testing.assert_allclose(found.shares, (spreads**2 / (spreads**2).sum())[:3])
+    assert found.directions.gather(1, found.directions.abs().argmax(1, keepdim=True)).min() > 0
+
+
+REFUSALS = {
+    "sample.kind=spiral": "unknown sample.kind 'spiral'; choose from prior, codes, neighbours",
+    "sample.kind=codes": "sample.codes has codes of no numbers, but this model has 8 latents",
+    "sample.kind=neighbours sample.codes=[[0,0]]": "codes of 2 numbers, but this model has 8 latents",
+    "sample.codes=[[0,0,0,0,0,0,0,nan]]": "not finite",
+    "sample.kind=traversal sample.codes=[[0,0,0,0,0,0,0,0],[1,0,0,0,0,0,0,0]]": "starts from one code",
+    "sample.kind=neighbours sample.images=[1,2]": "starts from one test image, but sample.images has 2",
+    "sample.kind=neighbours sample.images=[1] sample.codes=[[0,0,0,0,0,0,0,0]]": "not both",
+    "sample.kind=reconstruction sample.images=[0,200]": "sample.images has 200, but the 200 test images are 0 to 199",
+    "sample.kind=reconstruction sample.images=[]": "sample.images is empty",
+    "sample.kind=reconstruction sample.images=[-1]": "must be at least 0",
+    "sample.kind=interpolation sample.images=[1,2,3]": "interpolation needs pairs of test images, not 3",
+    "sample.kind=interpolation sample.steps=1": "must be at least 2",
+    "sample.kind=scatter sample.count=10": "sample.count means nothing to sample.kind=scatter; it is for prior",
+    "sample.images=[1,2]": "sample.images means nothing to sample.kind=prior; it is for neighbours and",
+    "sample.sampler=mixture sample.mixture_components=1001": "is more than the 1000 training images",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSALS)
+def test_what_makes_no_sense_is_refused_in_one_line_and_leaves_nothing(
+    arguments: str, run_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r".") as refusal:
+        sample(run_dir, [*arguments.split(), f"output={tmp_path / 'out'}"])
+    assert REFUSALS[arguments] in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["manifold", "scatter"])
+def test_one_latent_makes_no_plane(kind: str, make_config: MakeConfig) -> None:
+    line = train(make_config("name=line", "model.latent_dim=1", "train.steps=2"))
+    with pytest.raises(UserError, match="this model has 1 latent; use"):
+        sample(line, [f"sample.kind={kind}"])
+    assert tensors(line, "sample.kind=traversal")["latents"].shape == (13, 1)
+
+
+def test_what_the_training_set_for_another_kind_stops_none(make_config: MakeConfig) -> None:
+    run = train(make_config("name=a", "train.steps=2", "sample.count=3", "sample.rows=2"))
+    assert len(tensors(run)["images"]) == 3
+    assert len(tensors(run, "sample.kind=interpolation")["images"]) == 50
+
+
+def test_single_images_are_those_of_the_last_command(flat_run: Path) -> None:
+    codes = "[[0,0],[0,1],[1,1],[-1,-1],[-0.9,-0.9],[-0.5,-0.5]]"
+    for count, arguments in (6, [f"sample.codes={codes}"]), (1, ["sample.codes=[[0.5,0.5]]"]):
+        folder = sample(flat_run, [*arguments, "sample.files=true"])
+        assert sorted(path.name for path in folder.glob("0*.png")) == [f"{index:06d}.png" for index in range(count)]
+    found = load_file(folder / "samples.safetensors")
+    assert found["latents"].tolist() == [[0.5, 0.5]]
+    with Image.open(folder / "000000.png") as single:
+        assert np.array_equal(np.asarray(single), np.asarray(images.grid(found["images"], 1)))
+
+
+def test_a_grid_says_when_it_shows_a_part(run_dir: Path) -> None:
+    folder = sample(run_dir, ["sample.count=1025"])
+    assert len(load_file(folder / "samples.safetensors")["images"]) == 1025
+    assert picture(folder).shape[1] == 32 * (28 + images.PADDING)  # 32 x 32 of them
+
+
+def test_progress_speaks_of_long_work_on_the_main_process_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(is_main: bool) -> str:
+        console.start(is_main=is_main)
+        with console.progress("decoding", 2000, is_main=is_main) as advance:
+            advance(500)
+            advance(1000)
+        return capsys.readouterr().err
+
+    assert work(is_main=True) == ""
+    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+    assert work(is_main=True) == "decoding: 500 of 2,000\ndecoding: 1,500 of 2,000\n"
+    assert work(is_main=False) == ""
