@@ -16,9 +16,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["train", "evaluate", "sample", "compare", "study", "report"],
     [
-        "trainer", "milestones", "update", "start", "meter", "evaluation", "sampling", "latents", "comparison", "page",
-        "record", "plane",
-    ],  # fmt: skip
+        "trainer",
+        "milestones",
+        "update",
+        "start",
+        "meter",
+        "evaluation",
+        "sampling",
+        "latents",
+        "comparison",
+        "page",
+        "record",
+        "plane",
+    ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "mixture", "model"],
     ["plan", "config", "manifest", "markup", "files", "errors"],

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, opened
 from vae_dist import checkpoint, config, console, data, images, runtime
 from vae_dist.config import DataConfig
 from vae_dist.data import Images, Part
@@ -46,9 +46,9 @@ def picture(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 def posterior_of(run: Path) -> DiagonalGaussian:
     """The posteriors of the test images, all at once."""
-    opened = checkpoint.open_for_reading(run, [])
-    vae = checkpoint.load_vae(opened.folder, opened.config, torch.device("cpu"))
-    return vae.encode(data.to_unit(data.load_test(opened.config.data).pixels))
+    looked = opened(run)
+    vae = checkpoint.load_vae(looked.folder, looked.config, torch.device("cpu"))
+    return vae.encode(data.to_unit(data.load_test(looked.config.data).pixels))
 
 
 EVERY_KIND = {
@@ -131,9 +131,9 @@ def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_im
 
     monkeypatch.setattr(data, "load_test", refuse)
     found = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
-    opened = checkpoint.open_for_reading(run_dir, [])
-    vae = checkpoint.load_vae(opened.folder, opened.config, torch.device("cpu"))
-    training, _ = data.load_training(opened.config.data)
+    looked = opened(run_dir)
+    vae = checkpoint.load_vae(looked.folder, looked.config, torch.device("cpu"))
+    training, _ = data.load_training(looked.config.data)
     posterior = vae.encode(data.to_unit(training.pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
     mean = posterior.mean.double().mean(0)
@@ -145,9 +145,9 @@ def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_im
 
 
 def test_every_training_image_has_one_draw_that_repeats_itself(run_dir: Path) -> None:
-    opened = checkpoint.open_for_reading(run_dir, ["evaluate.batch_size=64"])
-    with runtime.join(opened.config) as world:
-        trained = Trained(checkpoint.load_vae(opened.folder, opened.config, world.device), opened.config, world)
+    looked = opened(run_dir, ["evaluate.batch_size=64"])
+    with runtime.join(looked.config) as world:
+        trained = Trained(checkpoint.load_vae(looked.folder, looked.config, world.device), looked.config, world)
         draws = trained.training_draws()
         assert torch.equal(trained.training_draws(), draws)
     assert draws.shape == (1000, 8)
@@ -241,7 +241,7 @@ def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path
     for run in flat_run, run_dir:
         found = tensors(run, "sample.kind=scatter")
         torch.testing.assert_close(found["latents"], posterior_of(run).mean)
-        assert torch.equal(found["labels"], data.load_test(checkpoint.open_for_reading(run, []).config.data).labels)
+        assert torch.equal(found["labels"], data.load_test(opened(run).config.data).labels)
     expected = principal_components(found["latents"], 2)
     assert torch.equal(found["points"], expected.coordinates)
     assert torch.equal(found["variance_shares"], expected.shares)
@@ -332,5 +332,5 @@ def test_progress_speaks_of_long_work_on_the_main_process_alone(
 
     assert work(is_main=True) == ""
     monkeypatch.setattr(console, "LINE_SECONDS", 0)
-    assert work(is_main=True) == "decoding: 500 of 2,000\ndecoding: 1,500 of 2,000\n"
+    assert work(is_main=True) == "decoding: 25%, 0:00 left\ndecoding: 75%, 0:00 left\n"
     assert work(is_main=False) == ""

@@ -97,7 +97,7 @@ def figures(title: str, rows: Sequence[Figure], note: str, warning: str | None =
 
 
 @contextmanager
-def progress(subject: str, total: int, is_main: bool) -> Iterator[Callable[[int], None]]:
+def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[int], None]]:
     """Show how far a computation is, by what is called with the parts that are done; nothing is shown of a short one.
 
     A bar on a terminal, which goes when it is done; plain lines, some seconds apart, anywhere else.
@@ -220,41 +220,6 @@ class TrainingProgress:
     def _epoch(self, step: int) -> str:
         epochs = -(-self._last_step // self._steps_per_epoch)
         return f"{min(step // self._steps_per_epoch + 1, epochs)}/{epochs}"
-
-
-@contextmanager
-def progress(title: str, total: int, *, is_main: bool) -> Iterator[Callable[[int], None]]:
-    """What to call with the number of items done. It shows nothing in the first second: most work is done by then."""
-    started = time.monotonic()
-    line_due = started + LINE_SECONDS
-    bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeRemainingColumn(),
-        console=_messages,
-        transient=True,
-        disable=not (is_main and _messages.is_terminal),
-    )
-    task = bar.add_task("", total=total)
-    done = 0
-
-    def advance(items: int) -> None:
-        nonlocal done, line_due
-        done += items
-        bar.update(task, completed=done)
-        now = time.monotonic()
-        if now > started + 1:
-            bar.start()
-        if now >= line_due:
-            line_due = now + LINE_SECONDS
-            progress_logger.info("%s: %s of %s", title, f"{done:,}", f"{total:,}")
-
-    try:
-        yield advance
-    finally:
-        bar.stop()
 
 
 def run(door: Callable[[], None]) -> NoReturn:

@@ -113,7 +113,7 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
     blocks = world.blocks(len(pixels), config.evaluate.batch_size)
     values = []
     latents = count * sum(map(len, blocks))
-    with torch.inference_mode(), console.progress("negative log-likelihood", latents, world.is_main) as advance:
+    with torch.inference_mode(), console.progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for block in blocks:
             batch = data.to_unit(pixels[block.start : block.stop].to(parameter.device), parameter.dtype)
             posterior = vae.encode(batch)

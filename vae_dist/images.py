@@ -28,9 +28,6 @@ PROGRESS_IMAGES = 64
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
 class Picture(NamedTuple):
     """An image for people, and what it shows."""
 
