@@ -264,7 +264,7 @@ REFUSALS = {
     "sample.kind=spiral": "unknown sample.kind 'spiral'; choose from prior, codes, neighbours",
     "sample.kind=codes": "sample.codes has codes of no numbers, but this model has 8 latents",
     "sample.kind=neighbours sample.codes=[[0,0]]": "codes of 2 numbers, but this model has 8 latents",
-    "sample.codes=[[0,0,0,0,0,0,0,nan]]": "not finite",
+    "sample.codes=[[0,0,0,0,0,0,0,nan]]": "must be a finite number",
     "sample.kind=traversal sample.codes=[[0,0,0,0,0,0,0,0],[1,0,0,0,0,0,0,0]]": "starts from one code",
     "sample.kind=neighbours sample.images=[1,2]": "starts from one test image, but sample.images has 2",
     "sample.kind=neighbours sample.images=[1] sample.codes=[[0,0,0,0,0,0,0,0]]": "not both",
