@@ -379,6 +379,7 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(
         (["model.latent_dim=2,0"], "model.latent_dim must be at least 1, not 0"),
         (["optim.learning_rate=1e-3,0.001"], "two of the values are the same: optim.learning_rate=1e-3,0.001"),
         (["name=a,b"], "a study can't vary name"),
+        (["tracking.id=mine"], "tracking.id is one run's, and a study has several"),
         (["name=a-{time}-b"], "leave {time} out of a-{time}-b-latent_dim"),
         (["--verbose"], "can't use '--verbose': give a YAML file, or key=value"),
     ],
@@ -442,6 +443,16 @@ def test_a_study_that_was_stopped_goes_on_and_ends_bitwise_as_one_that_was_not(
     study(asked)  # and once more, when all is done
     after = state_of(Path("runs"))
     assert {path.parent.name for path in after if after[path] != before.get(path)} == {cut.name}
+
+
+def test_a_finished_study_is_looked_at_as_its_arguments_say(make_study: MakeStudy, tmp_path: Path) -> None:
+    settings = ["seed=0,1", "train.steps=5"]
+    study(make_study(*settings))
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")
+    asked = make_study(*settings, f"runs_dir={moved}", "evaluate.split=validation", "evaluate.batch_size=99")
+    for entry in compared(study(asked)):
+        assert entry["evaluation"]["split"] == "validation"
+        assert entry["evaluation"]["protocol"]["batch_size"] == 99
 
 
 def test_a_study_is_refused_before_it_trains_anything(make_study: MakeStudy) -> None:

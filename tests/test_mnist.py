@@ -62,8 +62,8 @@ class Server:
                     self.close_connection = True
 
             def misbehave(self, content: bytes | None) -> None:
-                if outer.behaviour == "hang":
-                    time.sleep(3)
+                if outer.behaviour in ("hang", "slow"):
+                    time.sleep(3 if outer.behaviour == "hang" else 0.1)
                 if outer.behaviour == "redirect" and not self.path.startswith("/new/"):
                     self.send_response(302)
                     self.send_header("Location", outer.elsewhere or f"/new{self.path}")
@@ -269,9 +269,13 @@ torchvision.datasets.KMNIST.mirrors = [{server.url!r}]
 torchvision.datasets.KMNIST.resources = {torchvision.datasets.KMNIST.resources!r}
 print(data.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).training_images)
 """
-    command = [sys.executable, "-c", program]
-    both = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["30\n", "30\n"]
+    server.behaviour = "slow"
+    other = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    while not server.requests:
+        assert other.poll() is None
+        time.sleep(0.01)
+    assert data.prepare(config(tmp_path)).training_images == 30
+    assert other.communicate(timeout=120)[0] == "30\n"
     assert len(server.requests) == 4
 
 

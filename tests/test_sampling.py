@@ -274,7 +274,7 @@ REFUSALS = {
     "sample.kind=interpolation sample.images=[1,2,3]": "interpolation needs pairs of test images, not 3",
     "sample.kind=interpolation sample.steps=1": "must be at least 2",
     "sample.kind=scatter sample.count=10": "sample.count means nothing to sample.kind=scatter; it is for prior",
-    "sample.images=[1,2]": "sample.images means nothing to sample.kind=prior; it is for neighbours and",
+    "sample.images=[1,2]": "sample.images means nothing to sample.kind=prior; it is for neighbours, interpolation",
     "sample.sampler=mixture sample.mixture_components=1001": "is more than the 1000 training images",
 }
 

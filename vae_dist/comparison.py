@@ -69,7 +69,7 @@ def study(asked: Study) -> Path:
                     stopped.exit_code,
                 ) from None
         runs = [Path(config.runs_dir) / str(config.name) for config in asked.configs]
-        return compare(runs, [f"output={asked.output}"])
+        return compare(runs, [*asked.reading, f"output={asked.output}"])
 
 
 def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:

@@ -491,6 +491,7 @@ class Study(NamedTuple):
 
     key: str
     configs: list[Config]
+    reading: list[str]  # those of its arguments that also say how to look at finished runs
     output: Path  # for their comparison
 
 
@@ -522,7 +523,12 @@ def load_study(arguments: Sequence[str]) -> Study:
         raise UserError(f"a study is found again by its name; leave {{time}} out of {stem}")
     if len({config.name for config in configs}) < len(configs):
         raise UserError(f"two of the values are the same: {_short(varied)}")
-    return Study(key, configs, output)
+    if configs[0].tracking.id is not None:
+        raise UserError("tracking.id is one run's, and a study has several; leave it out")
+    keys = {argument: _split(argument)[0] for argument in rest if "=" in argument}
+    own = ("output", "runs_dir")
+    reading = [argument for argument, key in keys.items() if key.startswith(READER_KEYS) and key not in own]
+    return Study(key, configs, reading, output)
 
 
 def _alternatives(argument: str) -> list[str]:

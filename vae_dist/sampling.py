@@ -315,7 +315,7 @@ def _chosen_kind(config: Config, arguments: Sequence[str]) -> str:
     for given in (argument.removeprefix("--").partition("=")[0] for argument in arguments):
         section, _, key = given.partition(".")
         if section == "sample" and key not in KINDS[kind][1] | {"kind"}:
-            others = " and ".join(name for name, (_, keys) in KINDS.items() if key in keys)
+            others = ", ".join(name for name, (_, keys) in KINDS.items() if key in keys)
             raise UserError(f"{given} means nothing to sample.kind={kind}; it is for {others}")
     return kind
 
