@@ -26,8 +26,8 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.wandb_server import Fault, Run, WandbServer
+from vae_dist import checkpoint, console, tracking
 from vae_dist import config as configs
-from vae_dist import console, tracking
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import evaluate
@@ -82,6 +82,21 @@ def test_a_run_that_goes_on_keeps_its_identity(make_config: MakeConfig) -> None:
         run_dir = train(make_config("name=mine", "tracking.wandb=offline", f"train.steps={steps}"))
     records = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(records) == 2 and len({identity(record) for record in records}) == 1
+
+
+def test_the_best_checkpoint_is_an_artifact_on_request(make_config: MakeConfig) -> None:
+    """The client's record names it and holds the digest of each of its files."""
+    settings = ["tracking.wandb=offline", "train.steps=30", "train.validate_every=10", "checkpoint.every=10"]
+    for wanted in (True, False):
+        run_dir = train(make_config(f"name={wanted}", f"tracking.artifact={str(wanted).lower()}", *settings))
+        (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+        record = file.read_bytes()
+        best = checkpoint.find(run_dir / "best", run_dir)
+        assert (f"checkpoint-{configs.read(run_dir / 'config.yaml').tracking.id}".encode() in record) == wanted
+        assert (best.name.encode() in record) == wanted
+        for path in best.iterdir():
+            digest = base64.b64encode(hashlib.md5(path.read_bytes(), usedforsecurity=False).digest())
+            assert (digest in record) == wanted
 
 
 def test_a_failed_run_is_marked_as_failed(make_config: MakeConfig) -> None:

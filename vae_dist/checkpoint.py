@@ -191,13 +191,21 @@ def find(path: Path | None, runs_dir: Path) -> Path:
     return checkpoint
 
 
-def _best(run_dir: Path) -> Path:
-    best = read_state(find(run_dir, run_dir)).best
+def best_or_newest(run_dir: Path) -> Path:
+    """A run's best checkpoint by validation, or its newest where nothing was validated."""
+    newest = find(run_dir, run_dir)
+    best = read_state(newest).best
     if best is None:
-        raise UserError(f"{run_dir} has no validation yet, so no best checkpoint; give {run_dir} for its newest")
+        return newest
     folder = run_dir / "checkpoints" / f"step_{best.step:08d}"
     verify(folder)
     return folder
+
+
+def _best(run_dir: Path) -> Path:
+    if read_state(find(run_dir, run_dir)).best is None:
+        raise UserError(f"{run_dir} has no validation yet, so no best checkpoint; give {run_dir} for its newest")
+    return best_or_newest(run_dir)
 
 
 def verify(folder: Path) -> int:

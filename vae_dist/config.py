@@ -133,6 +133,9 @@ class TrackingConfig:
     project: str = knob("vae_dist", "Weights & Biases project")
     entity: str | None = knob(None, "Weights & Biases user or team; null: the account's default")
     tags: list[str] = knob([], "tags of the Weights & Biases run")
+    artifact: bool = knob(
+        False, "give Weights & Biases the best checkpoint when the run is done; the newest where nothing was validated"
+    )
     id: str | None = knob(None, "identity of the Weights & Biases run; null: made when the run starts")
     notes: str | None = knob(None, "what to remember of the Weights & Biases run")
     group: str | None = knob(None, "Weights & Biases group of the run; a study's runs are in one")

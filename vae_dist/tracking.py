@@ -48,6 +48,7 @@ class Sink(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def pictures(self, step: int, pictures: Mapping[str, Picture]) -> None: ...
     def flush(self) -> None: ...
+    def artifact(self, folder: Path) -> None: ...
     def close(self, error: BaseException | None) -> None: ...
 
 
@@ -75,6 +76,11 @@ class Tracker:
         """Let all rows so far survive a power cut. A checkpoint that comes after them is published after this."""
         for sink in self._sinks:
             sink.flush()
+
+    def artifact(self, folder: Path) -> None:
+        """A checkpoint that others may use, by the run's identity; what is in it stays where it is."""
+        for sink in self._sinks:
+            sink.artifact(folder)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -171,6 +177,9 @@ class RunDirectory:
                 finally:
                     os.close(descriptor)
 
+    def artifact(self, folder: Path) -> None:
+        """Nothing: it is in the run's directory."""
+
     def close(self, error: BaseException | None) -> None:
         """Nothing: every row is in the file already."""
 
@@ -213,6 +222,9 @@ class WandbRun:
 
     def flush(self) -> None:
         """Nothing: no run goes on from W&B's records."""
+
+    def artifact(self, folder: Path) -> None:
+        self._send(partial(self._log_artifact, folder))
 
     def close(self, error: BaseException | None) -> None:
         self._ending = True
@@ -259,6 +271,11 @@ class WandbRun:
         image = _wandb().Image
         images = {f"images/{name}": image(picture.image, caption=picture.caption) for name, picture in pictures.items()}
         self._run.log({"step": step, **images})
+
+    def _log_artifact(self, folder: Path) -> None:
+        artifact = _wandb().Artifact(f"checkpoint-{self._run.id}", type="model", metadata={"checkpoint": folder.name})
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
 
     def _finish(self, exit_code: int, preempted: bool) -> None:
         if preempted:

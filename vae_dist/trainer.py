@@ -90,7 +90,10 @@ def _recording(start: Start, world: World, state: TrainingState, last_step: int,
         again = "validation" if state.validation_pending else ""
         tracker = tracking.track(config, run_dir, is_main=world.is_main, start=state.step, again=again)
         progress = TrainingProgress(world.is_main, state.step, last_step, plan.steps_per_epoch)
-        yield Recording(kept.enter_context(tracker), kept.enter_context(progress), Watch(requests, world, state.step))
+        kept.enter_context(tracker)
+        yield Recording(tracker, kept.enter_context(progress), Watch(requests, world, state.step))
+        if world.is_main and config.tracking.artifact:
+            tracker.artifact(checkpoint.best_or_newest(run_dir))
     progress.table(f"{run_dir}, step {last_step}")
 
 
