@@ -174,6 +174,8 @@ def main(jobs: list[tuple[str, str, list[str]]]) -> None:
         torch.distributed.init_process_group("gloo")  # one group for all jobs: a launch can't make a second one
     for command, output, arguments in jobs:
         COMMANDS[command](output, arguments)
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

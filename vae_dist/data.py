@@ -179,7 +179,7 @@ def _read_digits(cache: Path, count: int) -> dict[str, Tensor] | None:
         digest = tensors.pop("sha256")
         if torch.equal(digest, _digest(tensors)):
             return tensors
-    logger.warning("%s is damaged; the digits are drawn anew", cache)
+    logger.warning("%s is not what is kept there; the digits are drawn anew", cache)
     return None
 
 

@@ -31,7 +31,10 @@ def check_names(config: Config) -> None:
 
 
 def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
-    """The config's VAE for images `(C, H, W)`, on the CPU; its weights are a function of the seed alone."""
+    """The config's VAE for images `(C, H, W)`, on the CPU; its weights are a function of the seed alone.
+
+    Raises UserError for names that there are none of, and for a model that does not fit into the memory.
+    """
     check_names(config)
     build_encoder, build_decoder = ARCHITECTURES[config.model.architecture]
     sizes = (image_shape, config.model.hidden_dims, config.model.latent_dim)
@@ -39,4 +42,9 @@ def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
     likelihood = partial(build_likelihood, config.objective.sigma)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return VAE(build_encoder(*sizes), build_decoder(*sizes), likelihood, config.model.latent_dim)
+        try:
+            return VAE(build_encoder(*sizes), build_decoder(*sizes), likelihood, config.model.latent_dim)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise UserError("the model does not fit this machine's memory; use smaller model.hidden_dims") from error
