@@ -395,7 +395,7 @@ def test_a_study_leaves_ordinary_runs_and_their_comparison(make_study: MakeStudy
     runs = [Path(f"runs/smoke-learning_rate-{rate}") for rate in ("0.001", "0.003")]
     assert folder.resolve() == Path("runs/smoke-learning_rate").resolve()
     assert [entry["label"] for entry in compared(folder)] == ["learning_rate=0.001", "learning_rate=0.003"]
-    assert [entry["evaluation"] for entry in compared(folder)] == [evaluate(run) for run in runs]
+    assert [entry["evaluation"] for entry in compared(folder)] == [evaluate(run, ["train.threads=1"]) for run in runs]
     assert checkpoint.find(None, Path("runs")).parents[1] == runs[1]  # the newest run is no other than before
 
 

@@ -199,7 +199,11 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
         ],
     }
     write_atomically(folder / "comparison.json", manifest.to_json(compared))
-    console.columns(title, header, rows, notes)
+    told_apart = keys and len({tuple(row[: len(keys)]) for row in rows}) == len(
+        rows
+    )  # then the names would only take room
+    last = -1 if told_apart else len(header)
+    console.columns(title, header[:last], [row[:last] for row in rows], notes)
     logger.info("written to %s", folder)
 
 
