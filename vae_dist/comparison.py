@@ -42,7 +42,7 @@ _FIGURES = {
     "reconstruction": "reconstruction",
     "kl": "KL",
     "negative_log_likelihood": "NLL",
-    "importance_samples": "NLL samples",
+    "importance_samples": "K",
     "active_units": "active units",
 }
 
@@ -168,17 +168,13 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
     if drawn:
         plots.lines(drawn, axes).save(folder / "losses.png", optimize=True)
     keys = configs.differing([run.config for run in opened])
-    present = [name for name in _FIGURES if any(_figure(evaluation, name) for evaluation in evaluations)]
-    header = [*map(_short, keys), "step", *(_FIGURES[name] for name in present), "run"]
-    rows = [
-        [
-            *_settings(run, keys).values(),
-            str(run.step),
-            *(_figure(evaluation, name) for name in present),
-            str(run.config.name),
-        ]
-        for run, evaluation in zip(opened, evaluations, strict=True)
-    ]
+    columns = {
+        **{_short(key): [_settings(run, keys)[key] for run in opened] for key in keys},
+        "step": [str(run.step) for run in opened],
+        **_figures(evaluations),
+        "run": [str(run.config.name) for run in opened],
+    }
+    header, rows = list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
     title = f"{_subject(opened)}, nats per image"
     warning = _warning([run.config for run in opened])
     notes = [warning] if warning else _notes(evaluations)
@@ -199,11 +195,9 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
         ],
     }
     write_atomically(folder / "comparison.json", manifest.to_json(compared))
-    told_apart = keys and len({tuple(row[: len(keys)]) for row in rows}) == len(
-        rows
-    )  # then the names would only take room
-    last = -1 if told_apart else len(header)
-    console.columns(title, header[:last], [row[:last] for row in rows], notes)
+    told_apart = bool(keys) and len({tuple(row[: len(keys)]) for row in rows}) == len(rows)
+    shown = -1 if told_apart else len(header)  # names would only take room
+    console.columns(title, header[:shown], [row[:shown] for row in rows], notes)
     logger.info("written to %s", folder)
 
 
@@ -217,11 +211,20 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _figure(evaluation: Mapping[str, Any], name: str) -> str:
-    """A figure as it stands in the table; empty where the evaluation has none."""
-    value = evaluation.get(name)
-    if name == "importance_samples" and not value:
-        return ""
+def _figures(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The columns of the table that come from evaluations: only those that one of them has something for."""
+    columns = {head: [_figure(evaluation.get(name)) for evaluation in evaluations] for name, head in _FIGURES.items()}
+    pairs = list(zip(columns.pop("NLL"), columns.pop("K"), strict=True))
+    counts = {count for nll, count in pairs if nll}
+    if len(counts) == 1:
+        columns[f"NLL (K={counts.pop()})"] = [nll for nll, _ in pairs]
+    else:
+        columns["NLL"] = [nll and f"{nll} (K={count})" for nll, count in pairs]
+    return {head: column for head, column in columns.items() if any(column)}
+
+
+def _figure(value: object) -> str:
+    """A figure as it stands in the table; nothing for what is none."""
     return f"{value:.2f}" if type(value) is float else str(value) if type(value) is int else ""
 
 

@@ -140,9 +140,9 @@ def _minutes(seconds: float) -> str:
 
 def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print results in columns, and below them what has to be said of them."""
-    result = Table(title=title, title_justify="left", collapse_padding=True, pad_edge=False)
+    result = Table(title=title, title_justify="left")
     for name in names:
-        result.add_column(name, justify="right", overflow="fold")
+        result.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
     for row in rows:
         result.add_row(*map(Text, row))
     _results.print(result)
