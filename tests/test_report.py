@@ -35,7 +35,8 @@ from vae_dist.trainer import train
 
 MINUS = "\u2212"
 VOID = {"meta", "link", "img", "input"}
-HOSTILE = "</script></style>--><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"'&\u202e"
+MARKUP = "</script></style>--><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"'&"
+HOSTILE = MARKUP + "\u202e"  # which turns the direction of writing
 
 
 class Page(HTMLParser):
@@ -153,7 +154,7 @@ def test_every_figure_is_the_one_in_the_files(trained: Path, page: Page) -> None
     result = json.loads((trained / "evaluation.json").read_text())
     for name in "negative_elbo", "reconstruction", "kl":
         assert figure(result[name]) in page.text
-    assert "200 test images of synthetic_digits; pixels: data.binarize=none" in page.text
+    assert "200 test images of synthetic_digits" in page.text and result["protocol"]["pixels"] in page.text
     weights = json.loads((newest(trained) / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
     assert weights in page.text
 
@@ -281,9 +282,9 @@ def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:
     texts = ["a b", "[1", "'", '"q"', "null", "", "~", "$(reboot)", "{x: y}", "a=b", "\\n"]
     run = record.read(opened(trained))
     for text in texts:
-        changed = run._replace(config=replace(run.config, data=replace(run.config.data, mirror=text)))
+        changed = run._replace(config=replace(run.config, data=replace(run.config.data, root=text)))
         command = str(_reproduce(changed)["command"])
-        assert config.load(shlex.split(command)[2:]).data.mirror == text
+        assert config.load(shlex.split(command)[2:]).data.root == text
 
 
 def test_pictures_are_those_of_the_run_without_their_captions(trained: Path, page: Page) -> None:
@@ -327,7 +328,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run_dir: Path) -
         figure(next(row for row in reversed(last) if "validation/kl" in row)["validation/negative_elbo"]) in page.text
     )
     commands = [text for way, text in page.texts if way.endswith("p/code")]
-    assert commands == [f"make eval RUN={Path(str(opened(run_dir).config.runs_dir)) / 'eight'}"]
+    assert commands == [f"make eval RUN={named(run_dir)}"]
 
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "log.txt").unlink()
@@ -374,11 +375,12 @@ def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         page = page_of(run_dir)
     assert "Still training, at step 40 of 100." in page.text
-    assert [text for way, text in page.texts if way.endswith("p/code")] == [f"make report RUN={opened_path(run_dir)}"]
+    assert [text for way, text in page.texts if way.endswith("p/code")] == [f"make report RUN={named(run_dir)}"]
 
 
-def opened_path(run_dir: Path) -> str:
-    return str(Path(opened(run_dir).config.runs_dir) / run_dir.name)
+def named(run_dir: Path) -> Path:
+    """The run as its own config names it."""
+    return Path(checkpoint.read_config(newest(run_dir)).runs_dir) / run_dir.name
 
 
 def test_without_the_data_there_are_no_points_and_the_rest_is_there(run_dir: Path, tmp_path: Path) -> None:
@@ -387,6 +389,8 @@ def test_without_the_data_there_are_no_points_and_the_rest_is_there(run_dir: Pat
     stored.data.name, stored.data.root, stored.data.download = "mnist", str(tmp_path / "nothing"), False
     config.save(stored, folder / "config.yaml")
     reseal(folder)
+    (run_dir / "evaluation.json").unlink()
+    shutil.rmtree(run_dir / "evaluations")
     page = page_of(run_dir)
     assert "Held-out images can't be had here" in page.text and "KL of each latent needs held-out images" in page.text
     assert page.all("image")[0]["href"].startswith("data:image/png") and not page.all("circle", r="2")
@@ -454,9 +458,9 @@ def hostile(run_dir: Path) -> Path:
     """A stranger's run, with markup wherever a run can hold text."""
     folder = newest(run_dir)
     stored = checkpoint.read_config(folder)
-    stored.tracking.project = HOSTILE
-    stored.tracking.tags = [HOSTILE, "{{log}}"]
-    stored.data.mirror = HOSTILE
+    stored.tracking.project = MARKUP
+    stored.tracking.tags = [MARKUP, "{{log}}"]
+    stored.data.root = MARKUP
     config.save(stored, folder / "config.yaml")
     reseal(folder, **{HOSTILE: HOSTILE})
     with open(run_dir / "log.txt", "a") as file:
@@ -477,7 +481,7 @@ def test_text_from_a_stranger_stays_text(hostile: Path) -> None:
     page = Page(text)
     assert len(page.all("script")) == 1 and len(page.all("img")) == 4
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    assert page.text.count(HOSTILE.replace("\u202e", "\ufffd")) >= 10
+    assert page.text.count(MARKUP) >= 10 and page.text.count(HOSTILE.replace("\u202e", "\ufffd")) >= 7
     assert "\u202e" not in text and "{{policy}}" in page.text and "{{log}}" in page.text
 
 
@@ -501,7 +505,9 @@ def test_nothing_is_read_through_a_link_that_leads_out_of_the_run(
     outside = tmp_path / "outside"
     shutil.move(run_dir / name, outside)
     (run_dir / name).symlink_to(outside)
-    page = page_of(run_dir)
+    with pytest.raises(UserError, match="is a symbolic link"):
+        report(run_dir)
+    page = Page(report(run_dir, [f"output={tmp_path / 'out'}"]).read_text())
     gone = {
         "evaluation.json": "has not been evaluated", "log.txt": "no log.txt", "metrics.jsonl": "no curves",
         "images": "no pictures",

@@ -199,7 +199,7 @@ def test_a_link_in_the_run_directory_leads_no_row_and_no_picture_out_of_it(tmp_p
     (run_dir / "images/samples_step_00000001.png").symlink_to(mine)
     tracking.RunDirectory(run_dir, None).pictures(1, picture(1))
     with Image.open(run_dir / "images/samples_step_00000001.png") as image:
-        assert image.width == 64
+        assert image.format == "PNG"
     assert mine.read_text() == "mine\n"
 
     for name in ("metrics.jsonl", "images", "wandb"):

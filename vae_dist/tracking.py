@@ -114,6 +114,8 @@ def track(
 
 def new_id() -> str:
     """The identity of a W&B run: kept in the run's config, so that all that is done with the run lands on one page."""
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:  # there W&B has chosen it
+        return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
 
 
