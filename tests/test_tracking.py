@@ -585,7 +585,8 @@ def test_a_run_that_is_asked_to_stop_waits_for_no_server(
     check_that_all_arrived(run_dir, server.runs["abc"])
 
 
-@pytest.mark.parametrize("fault", ["service", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["service", "server"])
 def test_a_training_ends_in_time_when_wandb_hangs_in_the_middle_of_it(
     fault: str, smoke_arguments: list[str], tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

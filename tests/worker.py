@@ -178,7 +178,7 @@ def main(jobs: list[tuple[str, str, list[str]]]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
-    # All is on the disk. After thirty trainings in one group torch's threads now and then abort while they are torn down.
+    # All is on the disk. After thirty trainings in one group the teardown of torch's threads now and then aborts.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
