@@ -45,7 +45,8 @@ class StopRequests:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, _noted_by_the_thread)
-        threading.Thread(target=self._listen, args=[reader], daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=[reader], daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -56,7 +57,8 @@ class StopRequests:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writer)  # the thread ends with it
+        os.close(self._writer)  # the thread ends with it; one that still ran while Python ends would abort the process
+        self._thread.join()
 
     def poll(self) -> int:
         """The number of the signal that asked this process to stop, 0 where none has; a lost launcher counts as one."""
