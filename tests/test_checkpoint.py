@@ -396,7 +396,7 @@ def test_a_file_of_another_size_than_promised_is_not_read(make_config: MakeConfi
 STATES = [
     {"step": -1}, {"step": True}, {"step": 1.5}, {"step": 10**30}, {"step": "1"}, {"step": None}, {"unknown": 1},
     {"window": [{"loss": "high"}]}, {"window": [1]}, {"window": {"loss": 1.0}}, {"window": None},
-    {"best": {"step": 1}}, {"best": 7},
+    {"window": [{"loss": 10**309}]}, {"best": {"step": 1}}, {"best": 7},
     {"best": {"step": 1, "negative_elbo": None}}, {"validation_pending": "no"}, {"features": []}, {"loss_scale": 3},
 ]  # fmt: skip
 

@@ -15,11 +15,11 @@ A checkpoint may come from a stranger: see manifest.py. Tensors are loaded only 
 
 import fcntl
 import logging
-import math
 import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -333,7 +333,7 @@ def read_state(folder: Path) -> TrainingState:
     numbers += [state.best.negative_elbo] if state.best else []
     if (
         not all(type(count) is int and 0 <= count < 2**63 for count in counts)
-        or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        or not all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers)
         or type(state.validation_pending) is not bool
         or not isinstance(state.features, dict)
         or not isinstance(state.loss_scale, dict | None)
