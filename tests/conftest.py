@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
@@ -69,6 +70,7 @@ def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds or leaves anything in the folder that the tests are run from, or in the user's home."""
+    torch.set_flush_denormal(False)  # a run in this process leaves it on, and hypothesis wants to draw such numbers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a run in this process leaves it behind

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # run by its path
 import torch
 
 from vae_dist import checkpoint, config
+from vae_dist.adam import Adam
 from vae_dist.checkpoint import Best, TrainingState
 from vae_dist.model import build_vae
 
@@ -31,9 +32,9 @@ def main(folder: Path) -> None:
     asked = config.load(["model.hidden_dims=[8]", "model.latent_dim=2", "name=a", "checkpoint.keep=2"])
     asked.data.image_shape = [1, 6, 6]
     vae = build_vae(asked, [1, 6, 6])
-    optimizer = torch.optim.Adam(vae.parameters(), lr=torch.tensor(1e-3), fused=True)
+    optimizer = Adam(vae.parameters())
     vae(torch.rand(4, 1, 6, 6), torch.randn(4, 2)).likelihood.mean.sum().backward()
-    optimizer.step()
+    optimizer.step(torch.tensor(1e-3))
 
     def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
         state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)
@@ -53,7 +54,7 @@ def main(folder: Path) -> None:
             newest = checkpoint.newest(run_dir)
             assert newest is not None
             other = build_vae(asked, [1, 6, 6])
-            state = checkpoint.load_training(newest, other, torch.optim.Adam(other.parameters(), lr=torch.tensor(1e-3)))
+            state = checkpoint.load_training(newest, other, Adam(other.parameters()))
             save(run_dir, 4)  # and it goes on
             after = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
             print(json.dumps({"again": again, "touched": touched, "left": left, "step": state.step, "after": after}))

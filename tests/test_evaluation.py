@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal
 
 from tests.conftest import MakeConfig, opened
 from vae_dist import checkpoint, config, console, data, runtime
+from vae_dist.adam import Adam
 from vae_dist.errors import UserError
 from vae_dist.evaluation import encode, evaluate, negative_log_likelihood, score
 from vae_dist.model.distributions import LOG_VARIANCE_BOUND, Gaussian
@@ -156,9 +157,9 @@ def test_a_weight_that_is_not_finite_does_not_hide_among_the_others(bad: float) 
 def test_a_model_that_has_gone_bad_is_refused(run_dir: Path) -> None:
     found = opened(run_dir)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    optimizer = torch.optim.Adam(vae.requires_grad_().parameters())
+    optimizer = Adam(vae.requires_grad_().parameters())
     sum(parameter.sum() for parameter in vae.parameters()).backward()  # type: ignore[union-attr]
-    optimizer.step()
+    optimizer.step(torch.tensor(1e-3))
     list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
     state = checkpoint.read_state(found.folder)
     state.step = 11

@@ -30,7 +30,7 @@ FLOORS = [
         "plane",
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
-    ["objective", "mixture", "model"],
+    ["objective", "mixture", "model", "adam"],
     ["plan", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.conftest import MakeConfig, opened
 from tests.test_checkpoint import SHAPE, trained
 from vae_dist import checkpoint
+from vae_dist.adam import Adam
 from vae_dist.checkpoint import Best, TrainingState
 from vae_dist.config import Config
 from vae_dist.errors import UserError
@@ -76,7 +77,7 @@ def look(folder: Path, config: Config) -> None:
     """All that is done with a checkpoint: found, opened for looking, and gone on from."""
     config.data.image_shape = SHAPE
     vae = build_vae(config, SHAPE)
-    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
+    optimizer = Adam(vae.parameters())
     before = [parameter.clone() for parameter in vae.parameters()]
     try:
         found = opened(folder)

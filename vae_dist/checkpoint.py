@@ -32,10 +32,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from vae_dist import config as configs
 from vae_dist import manifest, runtime
+from vae_dist.adam import Adam
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
 from vae_dist.files import require_no_links, write_atomically
@@ -51,7 +51,6 @@ READ_ATTEMPTS = 5  # to catch a checkpoint of a live training before it is prune
 
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -99,7 +98,7 @@ def is_being_trained(run_dir: Path) -> bool:
     return _is_held(run_dir / ".lock", "rb", fcntl.LOCK_SH)
 
 
-def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> Path:
+def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Adam, state: TrainingState) -> Path:
     """Publish a checkpoint under `run_dir`, then prune older ones. One process calls this.
 
     Raises RunError where it can't be written and where a number in it is not finite; what was there before stays.
@@ -300,21 +299,18 @@ def load_model(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(_tensors(folder, "model.safetensors", model.state_dict()))
 
 
-def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> TrainingState:
+def load_training(folder: Path, model: nn.Module, optimizer: Adam) -> TrainingState:
     """Put a checkpoint into `model` and `optimizer`, and return the rest; nothing is changed unless all of it fits."""
     state = read_state(folder)
     expected = {
         f"{name}.{moment}": parameter if moment != "step" else torch.zeros(())
         for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
+        for moment in Adam.MOMENTS
     }
     moments = _tensors(folder, "optimizer.safetensors", expected)
     load_model(folder, model)
-    by_parameter = {
-        index: {moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}
-        for index, (name, _) in enumerate(model.named_parameters())
-    }
-    optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+    names = [name for name, _ in model.named_parameters()]
+    optimizer.load({moment: moments[f"{name}.{moment}"] for moment in Adam.MOMENTS} for name in names)
     return state
 
 
@@ -367,11 +363,11 @@ def _require_fitting(folder: Path, name: str, expected: Mapping[str, Tensor]) ->
         raise BadCheckpointError(f"{path} does not fit the config's model: {', '.join(differing[:3])} differ")
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: Adam) -> dict[str, Tensor]:
     return {
         f"{name}.{moment}": value
-        for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state[parameter].items()
+        for (name, _), state in zip(model.named_parameters(), optimizer.state, strict=True)
+        for moment, value in state.items()
     }
 
 

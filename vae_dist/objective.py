@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vae_dist.config import Config
-from vae_dist.model.distributions import Bernoulli, DiagonalGaussian, at_least_float32
+from vae_dist.model.distributions import DiagonalGaussian, at_least_float32
 from vae_dist.model.vae import VAE, VAEOutput
 
 ACTIVE_VARIANCE = 0.01  # of Burda et al. (2016), section 5.2
@@ -37,14 +37,13 @@ def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
 
 
 def log_weights(vae: VAE, posterior: DiagonalGaussian, images: Tensor, noise: Tensor) -> Tensor:
-    """Importance weights log p(x, z) - log q(z|x) of K latents each: `(K, B)`, in float32 at least; for figures alone.
+    """Importance weights log p(x, z) - log q(z|x) of K latents each: `(K, B)`, in float32 at least.
 
     The latents are what noise `(K, B, L)` makes of the posterior `(B, L)` of images `(B, C, H, W)`. The logarithm of an
     image's mean weight is on average at most log p(x), and rises to it with K (Burda et al. 2016, equation 8).
     """
     likelihood = vae.decode(posterior.sample(noise).flatten(0, 1))
-    log_prob = likelihood.log_prob_no_grad if isinstance(likelihood, Bernoulli) else likelihood.log_prob
-    log_likelihood = log_prob(at_least_float32(images).repeat(len(noise), 1, 1, 1))
+    log_likelihood = likelihood.log_prob(at_least_float32(images).repeat(len(noise), 1, 1, 1))
     return log_likelihood.unflatten(0, noise.shape[:2]) + posterior.log_prior_ratio(noise)
 
 

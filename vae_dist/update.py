@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vae_dist import checkpoint, data, manifest, objective, runtime
+from vae_dist.adam import Adam
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.data import Images
@@ -67,12 +68,10 @@ class Update:
         # unevenly the batch is shared.
         self._share_size = config.train.batch_size / world.size
         self._accelerator = runtime.accelerator(config.train.precision)
-        # The learning rate is a tensor: it moves with the step without the optimizer being another one.
-        learning_rate = torch.tensor(config.optim.learning_rate, device=world.device)
-        self._adam = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
-        # Accelerate's wrapper is there for the loss scale of fp16; elsewhere it would only cost time at every step.
-        self._scaled = self._accelerator.scaler is not None
-        self.optimizer = self._accelerator.prepare(self._adam) if self._scaled else self._adam
+        self._scaler = self._accelerator.scaler  # fp16's, None elsewhere
+        self.optimizer = Adam(self._parameters)
+        # A tensor: it moves with the step without being another one.
+        self._learning_rate = torch.empty((), device=world.device)
         self._precise = runtime.precise(world.device)
         self._first_step = self._skipped_before = 0
         self._sound = torch.ones((), dtype=torch.bool, device=world.device)
@@ -99,10 +98,12 @@ class Update:
         mean_loss = runtime.average_gradients(self._parameters, torch.stack(losses).sum(), self._world)
         grad_norm = self._clip()
         taken = self._judge(mean_loss + grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._learning_rate.fill_(learning_rate)
+        if self._scaler is not None:  # it has found for itself whether to skip this update
+            self._scaler.step(self.optimizer, self._learning_rate)
+            self._scaler.update()
+        else:
+            self.optimizer.step(self._learning_rate, skip=taken.logical_not().float())
         norm = grad_norm.to(self._precise)
         parts = torch.stack([norm, torch.ones_like(norm)]) / self._world.size
         totals = torch.stack([reconstruction + beta * kl, reconstruction, kl])
@@ -110,13 +111,13 @@ class Update:
 
     def _clip(self) -> Tensor:
         """Bound the gradient's norm where the config says so; the norm before that."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._max_grad_norm is not None:
-            norm: Tensor = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        else:
-            self._accelerator.unscale_gradients()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
         # fp16's loss scale was too large: its scaler leaves this update out and tries a smaller one.
-        return torch.where(norm.isfinite(), norm, 0.0) if self._scaled else norm
+        return norm if self._scaler is None else torch.where(norm.isfinite(), norm, 0.0)
 
     def _judge(self, evidence: Tensor) -> Tensor:
         """Whether this update is taken, on the device: Adam leaves weights and moments alone where it is not."""
@@ -124,8 +125,6 @@ class Update:
         if self._config.train.nonfinite == "stop":
             taken = self._sound.logical_and_(taken)
         self._taken += taken
-        if not self._scaled:
-            self._adam.found_inf = taken.logical_not().float()  # type: ignore[attr-defined]
         return taken
 
     def require_sound(self, step: int) -> int:
@@ -151,15 +150,14 @@ class Update:
 
     def loss_scale(self) -> dict[str, object] | None:
         """fp16's, None elsewhere."""
-        scaler = self._accelerator.scaler
-        return scaler.state_dict() if scaler is not None else None
+        return self._scaler.state_dict() if self._scaler is not None else None
 
     def restore(self, folder: Path) -> TrainingState:
         """Take weights, moments and loss scale from a checkpoint."""
         checkpoint.await_visible(folder)
         self._world.require_agreement(lambda: {"the checkpoint": manifest.fingerprint(folder)})
         state = checkpoint.load_training(folder, self.vae, self.optimizer)
-        if self._accelerator.scaler is not None and state.loss_scale is not None:
-            self._accelerator.scaler.load_state_dict(state.loss_scale)
+        if self._scaler is not None and state.loss_scale is not None:
+            self._scaler.load_state_dict(state.loss_scale)
         self._first_step, self._skipped_before = state.step, state.skipped_updates
         return state

@@ -6,11 +6,11 @@ ran in: a sum over 784 pixels in bfloat16 is off by half a nat, and autocast on 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in every precision, float16 too
 
@@ -53,28 +53,38 @@ class DiagonalGaussian(NamedTuple):
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
+class _BernoulliLogProb(torch.autograd.Function):
+    """Rows `(B,)` of log p(x|z) from logits l and pixels x `(B, D)`, for any finite logits.
+
+    log p(x|z) = sum of x l - relu(l) + log max(s, 1 - s), where s is the sigmoid of l. One logarithm serves many
+    pixels: the factors, at least 1/2 each, are multiplied with one another first. The gradient is x - s.
+    """
+
+    @staticmethod
+    def forward(context: FunctionCtx, logits: Tensor, images: Tensor) -> Tensor:
+        sigmoid = logits.sigmoid()
+        context.save_for_backward(sigmoid, images)
+        factors = torch.maximum(sigmoid, 1 - sigmoid)
+        products = torch.stack([part.prod(1) for part in factors.split(_FACTORS, dim=1)])
+        return (images * logits).sub_(logits.relu()).sum(1).add_(products.log_().sum(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        sigmoid, images = context.saved_tensors
+        return (images - sigmoid).mul_(gradient.unsqueeze(1)), None
+
+
 class Bernoulli(NamedTuple):
     """The likelihood p(x|z) of binary pixels. Grey pixels in [0, 1] are accepted, but then it is not a density."""
 
     logits: Tensor  # (B, C, H, W)
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """log p(x|z) of images `(B, C, H, W)` in [0, 1]: `(B,)`, nats."""
-        logits = at_least_float32(self.logits)
-        # From the logits, which is finite for any of them; a sigmoid followed by a logarithm is not.
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, images.to(logits.dtype), reduction="none")
-        return -cross_entropy.flatten(1).sum(1)
-
-    def log_prob_no_grad(self, images: Tensor) -> Tensor:
-        """`log_prob` in a tenth of the time, for figures: its gradient would be slow.
-
-        One logarithm serves many pixels: log p(x|z) = sum of x l - relu(l) + log sigmoid(|l|) over the logits l, and
-        the sigmoids, at least 1/2 each, can be multiplied with one another first.
-        """
+        """log p(x|z) of images `(B, C, H, W)` in [0, 1]: `(B,)`, nats. The images get no gradient."""
         logits = at_least_float32(self.logits).flatten(1)
-        linear = (images.to(logits.dtype).flatten(1) * logits).sub_(logits.relu()).sum(1)
-        products = [part.prod(1) for part in logits.abs().sigmoid_().split(_FACTORS, dim=1)]
-        return linear + torch.stack(products).log_().sum(0)
+        log_prob: Tensor = _BernoulliLogProb.apply(logits, images.to(logits.dtype).flatten(1))
+        return log_prob
 
     @property
     def mean(self) -> Tensor:

@@ -1,0 +1,63 @@
+"""Adam (Kingma and Ba 2015, algorithm 1): torch's fused kernel, and next to nothing around it.
+
+torch.optim.Adam does the same. For a network of this size it spends as long in Python as in the kernel, and to make one
+loads torch's compiler, which takes longer than all else before the first step.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class Adam:
+    """Updates its parameters in place, and leaves them alone where the device is told to: the host need not look.
+
+    `grad_scale`, `found_inf` and `param_groups` are what torch's GradScaler expects of an optimizer.
+    """
+
+    MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+    _step_supports_amp_scaling = True  # otherwise the scaler would ask the device at every step whether to step
+    grad_scale: Tensor | None = None  # set on an instance, and deleted there
+    found_inf: Tensor | None = None
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = list(parameters)
+        # Of each parameter: how many updates it took, `()`, float32, and its moments, of its own shape.
+        self.state = [
+            {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+            for parameter in self.parameters
+        ]
+        self._moments = [[state[name] for state in self.state] for name in self.MOMENTS]
+        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters}]
+
+    @torch.no_grad()
+    def step(self, learning_rate: Tensor, skip: Tensor | None = None) -> None:
+        """One update by the parameters' gradients, which then are gone. `learning_rate` is `()`.
+
+        `skip`, `()` and float32, is 1 where nothing is to change: neither parameters nor moments nor counts.
+        """
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        steps, averages, squares = self._moments
+        adam(
+            self.parameters, gradients, averages, squares, [], steps,
+            fused=True, lr=learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0, amsgrad=False,
+            maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf if skip is None else skip,
+        )  # fmt: skip
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def load(self, state: Iterable[Mapping[str, Tensor]]) -> None:
+        """Take each parameter's state, in their order."""
+        for ours, theirs in zip(self.state, state, strict=True):
+            for name in self.MOMENTS:
+                ours[name].copy_(theirs[name])
