@@ -78,7 +78,7 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
     optimizer = torch.optim.Adam(vae.parameters())
     for step in range(12):
         images = training.pixels[plan.batch(step)].double() / 255
-        output = vae(images, plan.noise(step, range(50), 8).double())
+        output = vae(images, plan.noise(range(step, step + 1), range(50), 8)[0].double())
         loss = (output.posterior.kl().sum() - output.likelihood.log_prob(images).sum()) / 50
         optimizer.zero_grad()
         loss.backward()

@@ -129,6 +129,6 @@ class Plan:
         start = position * self.batch_size
         return permutation(self.seed, Stream.PERMUTATION, epoch, self.images)[start : start + self.batch_size]
 
-    def noise(self, step: int, rows: range, latent_dim: int) -> Tensor:
-        """Posterior noise `(len(rows), latent_dim)` for these rows of the step's global batch, standard normal."""
-        return standard_normal(self.seed, Stream.POSTERIOR, step, rows, latent_dim)
+    def noise(self, steps: range, rows: range, latent_dim: int) -> Tensor:
+        """Posterior noise `(len(steps), len(rows), latent_dim)` for these rows of global batches, standard normal."""
+        return standard_normals(self.seed, Stream.POSTERIOR, steps, rows, latent_dim)
