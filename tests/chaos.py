@@ -68,14 +68,16 @@ def disturb(
     """Start, kill, start again, so many times; the number of kills that came while a checkpoint was being written."""
     saved, done, in_a_save, last_seen = -1, 0, 0, time.monotonic()
     while done < kills:
-        process = subprocess.Popen(command(processes, arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        output = run_dir.with_name("output.txt")
+        with open(output, "wb") as file:
+            process = subprocess.Popen(command(processes, arguments), stdout=file, stderr=file)
         if draw.random() < AIMED:
             for _ in range(draw.randrange(1, 4)):
                 wait_for_a_save(process, run_dir)
         else:
             time.sleep(draw.uniform(0, seconds))
         if process.poll() is not None:  # it has come to its end: begin anew, for there are kills left
-            assert process.returncode == 0, f"a training that was started again has failed with {process.returncode}"
+            assert process.returncode == 0, f"a training has failed with {process.returncode}:\n{output.read_text()}"
             restart(run_dir)
             saved = -1
             continue

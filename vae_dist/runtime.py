@@ -3,6 +3,7 @@
 One process is the main process; what only one may decide (a name, a download) it decides, and the others are told.
 """
 
+import ctypes
 import hashlib
 import os
 import time
@@ -26,6 +27,8 @@ from vae_dist.errors import RunError, UserError
 T = TypeVar("T")
 
 ANSWER_SECONDS = 5  # after a failed exchange, for the others to say that they are there
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _LAUNCHER_PRECISIONS: dict[str, Precision] = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _ACCELERATE_PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "fp16": "fp16", "bf16": "bf16"}
@@ -180,6 +183,7 @@ def join(config: Config) -> Iterator[World]:
     # Before the first tensor operation: threads that have started keep their mode. Adam's moments of pixels that are
     # always black decay into denormal numbers, which a CPU computes with many times slower.
     torch.set_flush_denormal(True)
+    _keep_freed_memory()
     device = _device(config.device)
     if device == "cuda":
         _make_cuda_repeat_itself()
@@ -211,6 +215,19 @@ def _make_cuda_repeat_itself() -> None:
     # It would write to every new tensor, to make bugs repeat themselves too.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc hand a step's gradients to the next step, not back to the kernel.
+
+    Otherwise every step of a small model takes some hundred pages anew, each filled with zeros first.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+    mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def _require_launcher() -> None:

@@ -18,7 +18,6 @@ from vae_dist.model.vae import VAE
 from vae_dist.plan import Plan, bernoulli_pixels, share
 from vae_dist.runtime import World
 
-
 _BLOCK = 2**16  # numbers
 
 
