@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -25,6 +26,16 @@ def test_bernoulli_matches_torch_distributions() -> None:
     expected = Independent(TorchBernoulli(logits=logits), 3).log_prob(images)
     torch.testing.assert_close(Bernoulli(logits).log_prob(images), expected)
     torch.testing.assert_close(Bernoulli(logits).mean, TorchBernoulli(logits=logits).mean)
+
+
+def test_the_bernoullis_gradient_is_that_of_binary_cross_entropy() -> None:
+    ours = (4 * torch.randn(16, 1, 5, 6, dtype=torch.float64)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    images, weights = torch.rand(16, 1, 5, 6, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    (Bernoulli(ours).log_prob(images) * weights).sum().backward()
+    pixels = F.binary_cross_entropy_with_logits(theirs, images, reduction="none")
+    (-pixels.flatten(1).sum(1) * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_bernoulli_accepts_grey_pixels_and_is_linear_in_them() -> None:

@@ -30,7 +30,7 @@ FLOORS = [
         "plane",
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
-    ["objective", "mixture", "model", "adam"],
+    ["objective", "mixture", "model", "adam", "gradients"],
     ["plan", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {

@@ -108,6 +108,9 @@ class TrainConfig:
     threads: int | None = knob(
         None, "CPU threads of each process; null: the machine's cores shared evenly", at_least=1, at_most=1024
     )
+    compile: bool | None = knob(
+        None, "compile the step, which takes some seconds; null: where the run is long enough to gain by that"
+    )
     log_every: int = knob(100, "optimizer steps between rows of training metrics", at_least=1)
     validate_every: int | None = knob(
         None, "optimizer steps between validations and pictures; null: an epoch", at_least=1
@@ -229,13 +232,13 @@ READER_KEYS = (
 # What may differ when a run goes on: none of it changes what is learned. The length is the schedule's business.
 _RESUMABLE_KEYS = (
     *READER_KEYS, "name", "train.epochs", "train.steps", "train.accumulate", "train.precision",
-    "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+    "train.compile", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
 # What does not tell one run from another when they are compared.
 _SAME_RUN_KEYS = (
-    *READER_KEYS, "name", "data.image_shape", "train.accumulate", "train.log_every", "train.validate_every",
-    "train.nonfinite", "train.max_skipped", "checkpoint.",
+    *READER_KEYS, "name", "data.image_shape", "train.accumulate", "train.compile", "train.log_every",
+    "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
 DEFAULT_STUDY = "model.latent_dim=2,5,10,20,40"

@@ -8,8 +8,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -268,6 +269,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision == "fp64" and device.type == "mps":
         raise UserError("mps has no fp64; use device=cpu")
     return precision
+
+
+def autocast(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """A context for a network to compute in a lower precision, where the precision is one."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return nullcontext if low is None else partial(torch.autocast, device.type, dtype=low)
 
 
 def dtype(precision: Precision) -> torch.dtype:

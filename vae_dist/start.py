@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,10 +17,17 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, require_no_links
-from vae_dist.model import check_names
+from vae_dist.model import build_vae, check_names
+from vae_dist.plan import Plan
 from vae_dist.runtime import World
 
 logger = logging.getLogger(__name__)
+
+# About what a step takes beside its matrix products, and how many operations a thread or a GPU does in a second: good
+# enough to tell minutes from seconds.
+_CPU_STEP_SECONDS, _CPU_OPERATIONS = 1e-3, 8e10
+_GPU_STEP_SECONDS, _GPU_OPERATIONS = 1e-4, 2e13
+_COMPILED_FROM_SECONDS = 180.0
 
 
 class Start(NamedTuple):
@@ -51,7 +59,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
     if not is_new:
         _hold(run_dir, held)
     resumed_from = _resumed_from(config, run_dir)
-    threads, identity = config.train.threads, config.tracking.id
+    threads, compiled, identity = config.train.threads, config.train.compile, config.tracking.id
     if resumed_from is not None:
         stored = checkpoint.read_config(resumed_from)
         config = configs.resume(config, stored)
@@ -59,9 +67,10 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
             run_dir.resolve()
         ):  # otherwise this is a branch: another run, on a page of its own
             identity = identity or stored.tracking.id
-        # The thread count is a part of what makes a restart bitwise exact; on other processes it can't be anyway.
+        # These are a part of what makes a restart bitwise exact; on other processes it can't be anyway.
         if checkpoint.read_state(resumed_from).world_size == world.size:
             threads = threads or stored.train.threads
+            compiled = stored.train.compile if compiled is None else compiled
     precision = runtime.resolve_precision(config.train.precision, world.device)
     name, image_count, image_shape = data.prepare(config.data)
     _check_sizes(config, image_count)
@@ -69,16 +78,32 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
         _hold(run_dir, held)
         if checkpoint.newest(run_dir) is not None:
             raise UserError(f"another training has just written {run_dir}; start this one again to go on from it")
-    return Start(
-        replace(
-            config,
-            data=replace(config.data, name=name, image_shape=image_shape),
-            train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
-            tracking=replace(config.tracking, id=identity or tracking.new_id()),
-        ),
-        run_dir,
-        resumed_from,
+    config = replace(
+        config,
+        data=replace(config.data, name=name, image_shape=image_shape),
+        train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
+        tracking=replace(config.tracking, id=identity or tracking.new_id()),
     )
+    if compiled is None:
+        compiled = _worth_compiling(config, image_count, world)
+    return Start(replace(config, train=replace(config.train, compile=compiled)), run_dir, resumed_from)
+
+
+def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
+    """Whether a run is long enough to win back the seconds that a compilation takes, and there is a compiler.
+
+    The same config on the same machine gives the same answer, as it must: no clock is asked. A compiled step takes
+    about five sixths of the time of another one, so that it pays from some minutes on.
+    """
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in build_vae(config, config.data.image_shape or []).parameters())
+    plan = Plan(config.seed, image_count - config.data.validation_images, config.train.batch_size)
+    steps = config.train.steps or config.train.epochs * plan.steps_per_epoch
+    operations = 6 * weights * config.train.batch_size / world.size  # of a step, forwards and backwards
+    if world.device.type == "cpu":
+        seconds = steps * (_CPU_STEP_SECONDS + operations / (_CPU_OPERATIONS * (config.train.threads or 1)))
+        return seconds > _COMPILED_FROM_SECONDS and shutil.which(os.environ.get("CXX", "g++")) is not None
+    return steps * (_GPU_STEP_SECONDS + operations / _GPU_OPERATIONS) > _COMPILED_FROM_SECONDS
 
 
 def _check_sizes(config: Config, image_count: int) -> None:

@@ -106,6 +106,8 @@ def _announce(start: Start, world: World, step: int, last_step: int, plan: Plan)
         "%s: %d training images, binarize=%s, %d steps an epoch", config.data.name, plan.images, config.data.binarize,
         plan.steps_per_epoch,
     )  # fmt: skip
+    if config.train.compile:
+        logger.info("the step is compiled, which takes some seconds (train.compile=false does without)")
     if step:
         logger.info("going on after step %d of %d", step, last_step)
     else:

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vae_dist import checkpoint, data, manifest, objective, runtime
+from vae_dist import checkpoint, data, manifest, runtime
 from vae_dist.adam import Adam
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.data import Images
 from vae_dist.errors import RunError
+from vae_dist.gradients import Gradients
 from vae_dist.model.vae import VAE
 from vae_dist.plan import Plan, bernoulli_pixels, share
 from vae_dist.runtime import World
@@ -75,13 +76,16 @@ class Update:
         self._max_grad_norm = config.optim.max_grad_norm
         # What this process's loss is divided by, so that the mean over the processes is the batch's mean, however
         # unevenly the batch is shared.
-        self._share_size = config.train.batch_size / world.size
-        self._accelerator = runtime.accelerator(config.train.precision)
-        self._scaler = self._accelerator.scaler  # fp16's, None elsewhere
-        self.optimizer = Adam(self._parameters)
-        # A tensor: it moves with the step without being another one.
-        self._learning_rate = torch.empty((), device=world.device)
+        share_size = config.train.batch_size / world.size
         self._precise = runtime.precise(world.device)
+        self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
+        autocast = runtime.autocast(config.train.precision, world.device)
+        compiled = bool(config.train.compile)
+        self._gradients = Gradients(vae, share_size, autocast, self._precise, compiled=compiled)
+        self.optimizer = Adam(self._parameters)
+        # Tensors: they move with the step without being others.
+        self._learning_rate = torch.empty((), device=world.device)
+        self._beta = torch.empty((), dtype=self._precise, device=world.device)
         self._first_step = self._skipped_before = 0
         self._sound = torch.ones((), dtype=torch.bool, device=world.device)
         self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -92,22 +96,12 @@ class Update:
         Returns what the `Meter` adds up, `(5,)`: the sums over these images of loss, reconstruction and KL (nats), and
         this process's part of the gradient's norm before clipping and of 1 update; zeros where it was not taken.
         """
-        losses, sums = [], []
-        for part in range(self._accumulate):
-            rows = share(len(images), part, self._accumulate)
-            part_images = images[rows.start : rows.stop]
-            with self._accelerator.autocast():
-                output = self.vae(part_images, noise[rows.start : rows.stop])
-            terms = objective.elbo_terms(output, part_images)
-            loss = objective.training_loss(terms, beta, self._share_size)
-            self._accelerator.backward(loss)
-            losses.append(loss.detach())
-            sums.append(torch.stack([term.detach().sum(dtype=self._precise) for term in terms]))
-        reconstruction, kl = torch.stack(sums).sum(0)
-        mean_loss = runtime.average_gradients(self._parameters, torch.stack(losses).sum(), self._world)
+        self._learning_rate.fill_(learning_rate)
+        self._beta.fill_(beta)
+        loss, (reconstruction, kl) = self._differentiate(images, noise)
+        mean_loss = runtime.average_gradients(self._parameters, loss, self._world)
         grad_norm = self._clip()
         taken = self._judge(mean_loss + grad_norm)
-        self._learning_rate.fill_(learning_rate)
         if self._scaler is not None:  # it has found for itself whether to skip this update
             self._scaler.step(self.optimizer, self._learning_rate)
             self._scaler.update()
@@ -115,14 +109,29 @@ class Update:
             self.optimizer.step(self._learning_rate, skip=taken.logical_not().float())
         norm = grad_norm.to(self._precise)
         parts = torch.stack([norm, torch.ones_like(norm)]) / self._world.size
-        totals = torch.stack([reconstruction + beta * kl, reconstruction, kl])
+        totals = torch.stack([reconstruction + self._beta * kl, reconstruction, kl])
         return torch.where(taken, torch.cat([totals, parts]), 0.0)
+
+    def _differentiate(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the parameters their gradients; this process's loss `()`, and the sums of its ELBO terms `(2,)`."""
+        scale = None if self._scaler is None else self._scaler.scale(torch.ones_like(self._learning_rate))
+        losses, sums = [], []
+        for part in range(self._accumulate):
+            rows = share(len(images), part, self._accumulate)
+            slices = images[rows.start : rows.stop], noise[rows.start : rows.stop]
+            found = self._gradients(*slices, self._beta, scale)
+            losses.append(found.loss)
+            sums.append(found.terms)
+            for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return torch.stack(losses).sum(), torch.stack(sums).sum(0)
 
     def _clip(self) -> Tensor:
         """Bound the gradient's norm where the config says so; the norm before that."""
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
         # fp16's loss scale was too large: its scaler leaves this update out and tries a smaller one.
