@@ -1,5 +1,6 @@
 """What happens between steps: rows of figures, validations, checkpoints, and the end of a run that is to stop."""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from vae_dist import checkpoint, images, objective
+from vae_dist import checkpoint, images, objective, runtime
 from vae_dist.checkpoint import Best, TrainingState
 from vae_dist.console import TrainingProgress
 from vae_dist.data import Images
@@ -21,6 +22,8 @@ from vae_dist.start import Start
 from vae_dist.stopping import Watch
 from vae_dist.tracking import Tracker
 from vae_dist.update import NotFiniteError, Update
+
+logger = logging.getLogger(__name__)
 
 
 class Recording(NamedTuple):
@@ -55,7 +58,7 @@ class Milestones:
         self._tracker, self._progress, self._watch = recording
         self._training, self._validation = images
         self._last_step = last_step
-        self._step = self._saved_step = state.step
+        self._first_step = self._step = self._saved_step = state.step
         self._best = state.best
         self._validation_pending = state.validation_pending
 
@@ -123,6 +126,8 @@ class Milestones:
     def look(self, step: int) -> None:
         """Raise RunError where an update was not finite, and StoppedError where a process was asked to stop."""
         self._require_sound(step)
+        if step == self._first_step + 1:  # and done on the device too, or its soundness would not be known
+            logger.info("the first step is done, %.1f s after the start", runtime.seconds_since_start())
         self._watch.look(step)
 
     def _publish(self, state: TrainingState) -> Path:

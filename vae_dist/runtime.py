@@ -312,6 +312,11 @@ def average_gradients(parameters: Sequence[Tensor], loss: Tensor, world: World) 
     return mean_loss.view(())
 
 
+def seconds_since_start() -> float:
+    """How long ago this process was started."""
+    return time.time() - psutil.Process().create_time()
+
+
 def code_fingerprint() -> str:
     """A hash of this package's source and of the version of torch that runs it."""
     digest = hashlib.sha256(torch.__version__.encode())
