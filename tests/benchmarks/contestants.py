@@ -1,0 +1,349 @@
+"""The loops that `speed.py` measures: each trains the tutorial's network, in processes of its own.
+
+    python tests/benchmarks/contestants.py NAME key=value ...
+
+A contestant gets ready, and then for each line on its standard input, a number of steps, takes that many and answers by
+a line of JSON: seconds, mean loss in nats per image, and the most memory that it ever held in MiB. The settings are
+those of `vae_dist/train.py`; they name the data, and how many processes there are is in the environment.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from vae_dist import config as configs
+from vae_dist.config import Config
+
+if TYPE_CHECKING:  # a contestant without torch is not to load it
+    from torch import Tensor, nn
+
+HIDDEN, LATENTS, PIXELS = 400, 20, 784
+
+Loop = Callable[[int], float]  # takes so many steps, returns their mean loss
+Turns = Iterator[int]
+
+
+def turns() -> Turns:
+    """The numbers of steps that are asked for."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        yield int(line)
+
+
+def answer(started: float, loss: float) -> None:
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory}), flush=True)
+
+
+def serve(loop: Loop) -> None:
+    for steps in turns():
+        started = time.perf_counter()
+        answer(started, loop(steps))
+
+
+def ours(config: Config) -> None:
+    """`trainer.train` as it is. It is only made to wait for its turn before an update."""
+    import torch
+
+    from vae_dist import trainer
+    from vae_dist.update import Update
+
+    asked = turns()
+
+    class Paced(Update):
+        left = steps = 0
+        started = 0.0
+        losses: torch.Tensor
+
+        def __call__(self, *arguments: object) -> torch.Tensor:
+            if self.left == 0:
+                if self.steps:
+                    answer(self.started, self.losses.item() * config_world / self.steps / config.train.batch_size)
+                self.left = self.steps = next(asked, 0)
+                if self.left == 0:
+                    os._exit(0)
+                self.started, self.losses = time.perf_counter(), torch.zeros((), dtype=torch.float64)
+            self.left -= 1
+            totals = super().__call__(*arguments)  # type: ignore[arg-type]
+            self.losses = self.losses + totals[0]
+            return totals
+
+    config_world = int(os.environ.get("WORLD_SIZE", 1))  # each process has a share of the sum
+    trainer.Update = Paced  # type: ignore[attr-defined]
+    trainer.train(config)
+
+
+def memory(config: Config) -> None:
+    """A good loop by hand: images in memory, logits, the fused optimizer, denormals flushed, no reading back."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_flush_denormal(True)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    if size > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
+    pixels = torch_pixels(config).to(device)
+    torch.manual_seed(int(os.environ.get("RANK", 0)))
+    network = torch_network().to(device)
+    if size > 1:
+        network = DistributedDataParallel(network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.optim.learning_rate, fused=True)
+    share = config.train.batch_size // size
+    low = torch.bfloat16 if config.train.precision == "bf16" else None
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            order = torch.randperm(len(pixels), device=device)
+            yield from order[: len(order) // share * share].split(share)
+
+    indices = batches()
+
+    def loop(steps: int) -> float:
+        total = torch.zeros((), device=device)
+        for _ in range(steps):
+            images = pixels[next(indices)].float().div_(255)
+            optimizer.zero_grad()
+            with torch.autocast(device.type, low, enabled=low is not None):
+                logits, mean, log_variance = network(images)
+            logits, mean, log_variance = logits.float(), mean.float(), log_variance.float()
+            reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+            loss = (reconstruction + kl) / share
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        return total.item() / steps
+
+    serve(loop)
+
+
+def tutorial(config: Config) -> None:
+    """The loop as the tutorial and PyTorch's example write it: single images, a sigmoid, Adam as it comes."""
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    pixels, to_tensor = torch_pixels(config), transforms.ToTensor()
+
+    class Digits(Dataset[tuple[torch.Tensor, int]]):  # what torchvision's MNIST does with an image
+        def __len__(self) -> int:
+            return len(pixels)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return to_tensor(Image.fromarray(pixels[index].view(28, 28).numpy())), 0
+
+    network = torch_network()
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.optim.learning_rate)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            for images, _ in DataLoader(Digits(), batch_size=config.train.batch_size, shuffle=True, drop_last=True):
+                yield images.view(-1, PIXELS)
+
+    shuffled = batches()
+
+    def loop(steps: int) -> float:
+        total = 0.0
+        for _ in range(steps):
+            images = next(shuffled)
+            optimizer.zero_grad()
+            logits, mean, log_variance = network(images)
+            reconstruction = F.binary_cross_entropy(torch.sigmoid(logits), images, reduction="sum")
+            loss = reconstruction - 0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
+            loss.backward()
+            total += loss.item()
+            optimizer.step()
+        return total / steps / config.train.batch_size
+
+    serve(loop)
+
+
+def floor(config: Config) -> None:
+    """A step's matrix products alone, and on a GPU the bytes that Adam moves beside."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    sizes = [(PIXELS, HIDDEN), (HIDDEN, 2 * LATENTS), (LATENTS, HIDDEN), (HIDDEN, PIXELS)]
+    rows = config.train.batch_size
+    layers = []
+    for number, (inputs, outputs) in enumerate(sizes):
+        x, gradient = (
+            torch.rand(rows, inputs, dtype=dtype, device=device),
+            torch.rand(rows, outputs, dtype=dtype, device=device),
+        )
+        weight = torch.rand(outputs, inputs, dtype=dtype, device=device)
+        layers.append(
+            (number > 0, x, gradient, weight, torch.empty_like(gradient), torch.empty_like(weight), torch.empty_like(x))
+        )
+    moved = torch.empty(7 * sum(inputs * outputs for inputs, outputs in sizes) // 2, device=device)
+    copied = torch.empty_like(moved)
+
+    def loop(steps: int) -> float:
+        for _ in range(steps):
+            for below, x, gradient, weight, x_gradient, out, weight_gradient in layers:
+                torch.mm(x, weight.t(), out=out)
+                torch.mm(gradient.t(), x, out=weight_gradient)
+                if below:
+                    torch.mm(gradient, weight, out=x_gradient)
+            if device.type == "cuda":
+                copied.copy_(moved)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return float("nan")
+
+    serve(loop)
+
+
+def jax(config: Config) -> None:
+    """The whole turn compiled into one `lax.scan`."""
+    import jax  # type: ignore[import-not-found,unused-ignore]
+    import jax.numpy as jnp  # type: ignore[import-not-found,unused-ignore]
+    import numpy as np
+
+    pixels = jnp.asarray(torch_pixels(config).numpy())
+    batch, rate = config.train.batch_size, config.optim.learning_rate
+    low = jnp.bfloat16 if config.train.precision == "bf16" else jnp.float32
+    sizes = [(PIXELS, HIDDEN), (HIDDEN, 2 * LATENTS), (LATENTS, HIDDEN), (HIDDEN, PIXELS)]
+    draw = np.random.default_rng(0)
+
+    def initial(inputs: int, *shape: int) -> Any:
+        return jnp.asarray(draw.uniform(-1, 1, shape) / inputs**0.5, jnp.float32)
+
+    weights = [(initial(i, i, o), initial(i, o)) for i, o in sizes]
+
+    def linear(layer: Any, x: Any) -> Any:
+        return jnp.dot(x.astype(low), layer[0].astype(low), preferred_element_type=jnp.float32) + layer[1]
+
+    def loss_of(weights: Any, images: Any, noise: Any) -> Any:
+        mean, log_variance = jnp.split(linear(weights[1], jax.nn.relu(linear(weights[0], images))), 2, axis=1)
+        latents = mean + jnp.exp(0.5 * log_variance) * noise
+        logits = linear(weights[3], jax.nn.relu(linear(weights[2], latents)))
+        reconstruction = jnp.maximum(logits, 0) - logits * images + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+        kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance)
+        return (reconstruction.sum() + kl.sum()) / batch
+
+    def step(state: Any, drawn: Any) -> Any:
+        weights, averages, squares, count = state
+        indices, key = drawn
+        images = pixels[indices].astype(jnp.float32) / 255
+        loss, gradient = jax.value_and_grad(loss_of)(weights, images, jax.random.normal(key, (batch, LATENTS)))
+        count = count + 1
+        averages = jax.tree.map(lambda a, g: 0.9 * a + 0.1 * g, averages, gradient)
+        squares = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g * g, squares, gradient)
+        scale, bias = rate / (1 - 0.9**count), 1 - 0.999**count
+        weights = jax.tree.map(lambda w, a, s: w - scale * a / (jnp.sqrt(s / bias) + 1e-8), weights, averages, squares)
+        return (weights, averages, squares, count), loss
+
+    def turn(state: Any, key: Any, steps: int) -> Any:
+        order, noise = jax.random.split(key)
+        epochs = -(-steps * batch // len(pixels))
+        keys = jax.random.split(order, epochs)
+        indices = jnp.concatenate([jax.random.permutation(k, len(pixels)) for k in keys])[: steps * batch]
+        return jax.lax.scan(step, state, (indices.reshape(steps, batch), jax.random.split(noise, steps)))
+
+    compiled = jax.jit(turn, static_argnums=2, donate_argnums=0)
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    held: dict[str, Any] = {"state": (weights, zeros, jax.tree.map(jnp.zeros_like, weights), jnp.float32(0)), "turn": 0}
+
+    def loop(steps: int) -> float:
+        held["turn"] += 1
+        held["state"], losses = compiled(held["state"], jax.random.PRNGKey(held["turn"]), steps)
+        return float(losses.mean())
+
+    serve(loop)
+
+
+def ours_evaluate(config: Config) -> None:
+    """`evaluation.score`, as validation and `make eval` call it; a step is one pass over the test images."""
+    from vae_dist import data, evaluation, runtime
+    from vae_dist.model import build_vae
+
+    with runtime.join(config) as world:
+        pixels = data.load_test(config.data).pixels
+        vae = build_vae(config, pixels.shape[1:])
+
+        def loop(steps: int) -> float:
+            for _ in range(steps):
+                figures = evaluation.score(vae, pixels, world, config).figures("test")
+            return figures["test/negative_elbo"]
+
+        serve(loop)
+
+
+def memory_evaluate(config: Config) -> None:
+    """The same figure by a good loop by hand, in batches of 500."""
+    import torch
+    import torch.nn.functional as F
+
+    from vae_dist import data
+
+    torch.set_flush_denormal(True)
+    pixels, network = data.load_test(config.data).pixels.flatten(1), torch_network()
+
+    def loop(steps: int) -> float:
+        with torch.inference_mode():
+            for _ in range(steps):
+                total = torch.zeros(())
+                for part in pixels.split(500):
+                    images = part.float().div_(255)
+                    logits, mean, log_variance = network(images)
+                    total += F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
+                    total += 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+        return total.item() / len(pixels)
+
+    serve(loop)
+
+
+def torch_pixels(config: Config) -> "Tensor":
+    """The training images `(N, 784)`, uint8."""
+    from vae_dist import data
+
+    return data.load_training(config.data)[0].pixels.flatten(1)
+
+
+def torch_network() -> "nn.Module":
+    """The tutorial's network: images to logits, means and log-variances."""
+    import torch
+    from torch import nn
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2 * LATENTS))
+            self.decoder = nn.Sequential(nn.Linear(LATENTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, PIXELS))
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            mean, log_variance = self.encoder(images).chunk(2, dim=1)
+            latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+            return self.decoder(latents), mean, log_variance
+
+    return Network()
+
+
+CONTESTANTS: dict[str, Callable[[Config], None]] = {
+    "ours": ours,
+    "memory": memory,
+    "tutorial": tutorial,
+    "floor": floor,
+    "jax": jax,
+    "ours_evaluate": ours_evaluate,
+    "memory_evaluate": memory_evaluate,
+}
+
+if __name__ == "__main__":
+    CONTESTANTS[sys.argv[1]](configs.load(sys.argv[2:]))

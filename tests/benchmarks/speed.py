@@ -1,0 +1,342 @@
+"""How fast the trainer is, beside other loops and beside what the machine can do.
+
+    python tests/benchmarks/speed.py [DATA_ROOT] [--repeats 7] [--only training evaluation start scale cadence]
+
+Everything is measured side by side: the loops of `contestants.py` wait in processes of their own and take turns, so
+that each ratio compares turns of the same moment. Medians of the repeats' ratios are printed, with their quartiles,
+and written to docs/speed.md.
+
+- training: this package's trainer as a user runs it (rows and progress on, pictures and checkpoints off), as it comes
+  and compiled; PyTorch's example-style loop; a good in-memory PyTorch loop; JAX with the whole turn in one program,
+  where jax is installed; and the matrix products of a step alone
+- evaluation: passes over the test images
+- start: from the command to the first step, beside six lines that import the same and make one Adam step
+- scale: training sets of 10^4, 10^5 and 10^6 embedded digits
+- cadence: whole epochs with pictures, validation, checkpoints and W&B at their default cadence, and with them off
+
+DATA_ROOT holds MNIST; without it the embedded digits are taken.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULT = REPOSITORY / "docs/speed.md"
+CONTESTANTS = str(REPOSITORY / "tests/benchmarks/contestants.py")
+LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+STEPS = {128: 100, 1024: 20, 8192: 4}  # of a turn, by batch size
+QUIET = [
+    "train.steps=1000000000", "train.validate_every=1000000000", "checkpoint.every=1000000000",
+    "tracking.wandb=disabled",
+]  # fmt: skip
+
+LOOPS = {
+    "ours": "this package",
+    "compiled": "this package, compiled",
+    "tutorial": "PyTorch's example-style loop",
+    "memory": "in-memory PyTorch loop",
+    "jax": "JAX, whole turn jitted",
+    "floor": "matrix products alone",
+}
+SIX_LINES = """import torch, torchvision, accelerate, omegaconf, rich
+accelerator = accelerate.Accelerator()
+layer = accelerator.prepare(torch.nn.Linear(784, 400))
+optimizer = accelerator.prepare(torch.optim.Adam(layer.parameters()))
+accelerator.backward(layer(torch.rand(128, 784)).sum())
+optimizer.step(); print("the first step is done", flush=True)
+"""
+
+
+class Group:
+    """A contestant: one process or more, waiting for their turns."""
+
+    def __init__(self, name: str, settings: Sequence[str], processes: int = 1) -> None:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        self._members = []
+        started = time.perf_counter()
+        for rank in range(processes):
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            group = {
+                **{key: str(value) for key, value in places.items()},
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+            }
+            command = [sys.executable, CONTESTANTS, name, *settings]
+            self._members.append(subprocess.Popen(
+                command, env={**os.environ, **(group if processes > 1 else {})}, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            ))  # fmt: skip
+        self._answers()
+        self.seconds_to_get_ready = time.perf_counter() - started
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for member in self._members:
+            member.kill()
+            member.wait()
+
+    def turn(self, steps: int) -> dict[str, float]:
+        """Seconds of the slowest process, the loss of all, and the memory of all, MiB."""
+        for member in self._members:
+            assert member.stdin is not None
+            member.stdin.write(f"{steps}\n")
+            member.stdin.flush()
+        answers = self._answers()
+        return {
+            "seconds": max(answer["seconds"] for answer in answers),
+            "loss": statistics.mean(answer["loss"] for answer in answers),
+            "memory": sum(answer["memory"] for answer in answers),
+        }
+
+    def _answers(self) -> list[dict[str, Any]]:
+        lines = [member.stdout.readline() for member in self._members if member.stdout is not None]
+        if not all(lines):
+            raise SystemExit(f"a contestant has died: {self._members[0].args!r}; run it by hand to see why")
+        return [json.loads(line) for line in lines]
+
+
+Turns = dict[str, list[dict[str, float]]]
+
+
+def take_turns(
+    contestants: Mapping[str, tuple[str, Sequence[str]]], steps: int, repeats: int, processes: int = 1
+) -> Turns:
+    """Each contestant's turns, interleaved; one that is not counted goes before."""
+    with ExitStack() as alive:
+        groups = {
+            name: alive.enter_context(Group(loop, settings, processes))
+            for name, (loop, settings) in contestants.items()
+        }
+        for group in groups.values():
+            group.turn(steps)
+        turns: Turns = {name: [] for name in groups}
+        for _ in range(repeats):
+            for name, group in groups.items():
+                turns[name].append(group.turn(steps))
+    return turns
+
+
+def ratio(turns: Turns, ours: str, theirs: str) -> str:
+    """How many times as fast `ours` is: the median and the quartiles of the repeats."""
+    values = [b["seconds"] / a["seconds"] for a, b in zip(turns[ours], turns[theirs], strict=True)]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def median(turns: Turns, name: str, figure: str = "seconds") -> float:
+    return statistics.median(turn[figure] for turn in turns[name])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
+    return [lines[0], "| --- |" + " ---: |" * (len(head) - 1), *lines[1:], ""]
+
+
+def training(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
+    cells: dict[str, Turns] = {}
+    sizes: dict[str, int] = {}
+    for processes, precision in (1, "fp32"), (1, "bf16"), (2, "fp32"):
+        for size, steps in STEPS.items():
+            shared = [*base, *QUIET, f"train.batch_size={size}", f"train.precision={precision}"]
+            cell = f"{precision}, {size}" if processes == 1 else f"2 processes, {size}"
+            runs = {
+                name: (
+                    "ours",
+                    [
+                        *shared,
+                        f"train.compile={compiled}",
+                        f"runs_dir={folder / cell.replace(', ', '_')}",
+                        f"name={name}",
+                    ],
+                )
+                for name, compiled in {"ours": "false", "compiled": "true"}.items()
+            }
+            others = {name: (name, shared) for name in ("memory", "floor")}
+            if processes == 2:
+                contestants = {**runs, "memory": others["memory"]}
+            else:
+                tutorial = {"tutorial": ("tutorial", shared)} if precision == "fp32" and size == 128 else {}
+                jax = {"jax": ("jax", shared)} if importlib.util.find_spec("jax") else {}
+                contestants = {**runs, **tutorial, **others, **jax}
+            sizes[cell] = size * steps
+            cells[cell] = take_turns(contestants, steps, repeats, processes)
+            print(cell, {name: f"{sizes[cell] / median(cells[cell], name):.0f}/s" for name in contestants}, flush=True)
+
+    def row(title: str, value: Any) -> list[str]:
+        return [title, *(value(cell, turns) for cell, turns in cells.items())]
+
+    rates = [
+        row(title, lambda cell, turns, n=name: f"{sizes[cell] / median(turns, n):.0f}" if n in turns else "")
+        for name, title in LOOPS.items()
+    ]
+    losses = [
+        row(title, lambda cell, turns, n=name: f"{turns[n][-1]['loss']:.1f}" if n in turns else "")
+        for name, title in LOOPS.items() if name != "floor"
+    ]  # fmt: skip
+    memory = [
+        row(title, lambda cell, turns, n=name: f"{turns[n][-1]['memory']:.0f}" if n in turns else "")
+        for name, title in LOOPS.items()
+    ]
+    ratios = [
+        row(
+            f"{LOOPS[ours]} / {LOOPS[theirs]}",
+            lambda cell, turns, a=ours, b=theirs: ratio(turns, a, b) if b in turns else "",
+        )
+        for ours in ("ours", "compiled") for theirs in ("tutorial", "memory", "jax", "floor")
+    ]  # fmt: skip
+    head = list(cells)
+    return [
+        "## Training", "",
+        "The tutorial's network (784-400-20), Adam at 1e-3. Over two processes the in-memory loop is under",
+        "DistributedDataParallel.", "",
+        *markdown(["images per second", *head], rates),
+        *markdown(["times as fast, median (quartiles)", *head], ratios),
+        "That the same work was done: the mean loss of each loop's last turn, nats per image, after as many steps.", "",
+        *markdown(["loss", *head], losses),
+        *markdown(["most memory held, MiB", *head], memory),
+    ]  # fmt: skip
+
+
+def evaluation(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
+    shared = [*base, "evaluate.batch_size=500"]
+    turns = take_turns({"ours": ("ours_evaluate", shared), "memory": ("memory_evaluate", shared)}, 2, repeats)
+    rates = [
+        [title, f"{20_000 / median(turns, name):.0f}"]
+        for name, title in (("ours", LOOPS["ours"]), ("memory", LOOPS["memory"]))
+    ]
+    return [
+        "## Evaluation", "",
+        "Negative ELBO of 10,000 test images, with one posterior sample; this package gathers each image's terms.", "",
+        *markdown(["images per second", "fp32"], [*rates, ["times as fast", ratio(turns, "ours", "memory")]]),
+    ]  # fmt: skip
+
+
+def seconds_until(command: Sequence[str], mark: str) -> float:
+    """From the command to the line that holds `mark`."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if mark in line:
+            seconds = time.perf_counter() - started
+            process.kill()
+            process.wait()
+            return seconds
+    raise SystemExit(f"it ended before it said {mark!r}: {' '.join(command)}")
+
+
+def start(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
+    script = folder / "six_lines.py"
+    script.write_text(SIX_LINES)
+    launch = [sys.executable, *LAUNCH, "--config_file", str(REPOSITORY / "launch/one_process.yaml")]
+    train = [*launch, str(REPOSITORY / "vae_dist/train.py"), *base, f"runs_dir={folder / 'starts'}"]
+    turns: Turns = {"ours": [], "six lines": []}
+    for number in range(repeats + 1):
+        for name, command in ("six lines", [*launch, str(script)]), ("ours", [*train, f"name=start_{number}"]):
+            turns[name].append({"seconds": seconds_until(command, "the first step is done")})
+    turns = {name: values[1:] for name, values in turns.items()}  # the first ones read the disk
+    share = [a["seconds"] / b["seconds"] for a, b in zip(turns["ours"], turns["six lines"], strict=True)]
+    rows = [[name, f"{median(turns, name):.2f}"] for name in turns]
+    return [
+        "## Start", "",
+        "From `accelerate launch` to the first optimizer step, data read and W&B offline, beside six lines that import",
+        "the same and make one Adam step.", "",
+        *markdown(["seconds", "one process"], [*rows, ["ours / six lines, median", f"{statistics.median(share):.2f}"]]),
+    ]  # fmt: skip
+
+
+def scale(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
+    shared = [
+        *QUIET,
+        "model.latent_dim=20",
+        "train.batch_size=1024",
+        "train.compile=false",
+        "data.name=synthetic_digits",
+    ]
+    shared += [f"data.root={folder / 'digits'}", f"runs_dir={folder / 'scale'}"]
+    rows = []
+    for images in (10**4, 10**5, 10**6):
+        settings = [*shared, f"data.synthetic_images={images}"]
+        with Group("ours", [*settings, f"name=draw_{images}"]) as group:  # they are drawn once, and kept
+            drawn = group.seconds_to_get_ready
+        with Group("ours", [*settings, f"name=again_{images}"]) as group:
+            group.turn(STEPS[1024])
+            turns = [group.turn(STEPS[1024]) for _ in range(repeats)]
+            rate = STEPS[1024] * 1024 / statistics.median(turn["seconds"] for turn in turns)
+            ready, memory = group.seconds_to_get_ready, turns[-1]["memory"]
+            rows.append([f"{images:,}", f"{drawn:.1f}", f"{ready:.1f}", f"{memory:.0f}", f"{rate:.0f}"])
+        print(rows[-1], flush=True)
+    head = ["training images", "ready, drawn first, s", "ready, s", "most memory held, MiB", "images per second"]
+    return ["## Scale", "", "Embedded digits, batches of 1024.", "", *markdown(head, rows)]
+
+
+def cadence(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
+    shared = [*base, "train.steps=1000000000", "train.compile=false", "data.validation_images=5000"]
+    shared += ["train.batch_size=128", f"runs_dir={folder / 'cadence'}"]
+    off = [*shared, *QUIET, "name=off"]
+    contestants = {"everything": ("ours", [*shared, "tracking.wandb=offline", "name=on"]), "off": ("ours", off)}
+    turns = take_turns(contestants, 55_000 // 128, max(repeats // 2, 2))
+    rows = [[name, f"{median(turns, name):.3f}"] for name in turns]
+    share = [a["seconds"] / b["seconds"] for a, b in zip(turns["everything"], turns["off"], strict=True)]
+    return [
+        "## Cadence", "",
+        "Seconds of an epoch of 55,000 images in batches of 128: with validation on 5,000 images, pictures, a",
+        "checkpoint and W&B's record, all once an epoch, and without them.", "",
+        *markdown(["seconds", "one epoch"], [*rows, ["everything / off, median", f"{statistics.median(share):.3f}"]]),
+    ]  # fmt: skip
+
+
+def machine() -> str:
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{(models or [platform.processor()])[0]}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+PARTS = {"training": training, "evaluation": evaluation, "start": start, "scale": scale, "cadence": cadence}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", default="data")
+    parser.add_argument("--repeats", type=int, default=7, help="2 or more")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    given = parser.parse_args()
+    root = Path(given.root).resolve()
+    name = "mnist" if (root / "MNIST").is_dir() else "synthetic_digits"
+    with tempfile.TemporaryDirectory() as directory:
+        data_root = root if name == "mnist" else Path(directory)
+        base = [f"data.root={data_root}", f"data.name={name}", "data.validation_images=0", "model.latent_dim=20"]
+        text = [
+            "# Speed", "",
+            "Written by `make bench`; `tests/benchmarks/speed.py` says how it measures. Loops take turns, a ratio",
+            "compares turns of the same moment, and medians are given: on a shared machine the rates move.", "",
+            f"Machine: {machine()}. Data: {name}. {given.repeats} repeats.", "",
+        ]  # fmt: skip
+        for part in given.only:
+            text += PARTS[part](base, Path(directory), given.repeats)
+    print("\n" + "\n".join(text))
+    if given.only == list(PARTS):
+        RESULT.write_text("\n".join(text), encoding="utf-8")
