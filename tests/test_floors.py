@@ -19,6 +19,7 @@ FLOORS = [
         "trainer",
         "milestones",
         "update",
+        "batches",
         "start",
         "meter",
         "evaluation",
@@ -31,7 +32,7 @@ FLOORS = [
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "mixture", "model", "adam", "gradients"],
-    ["plan", "config", "manifest", "markup", "files", "errors"],
+    ["plan", "philox", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {
     "accelerate": {"runtime", "trainer", "evaluation", "checkpoint"},

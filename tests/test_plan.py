@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from vae_dist import philox
 from vae_dist.plan import (
     Plan,
     Stream,
     bernoulli_pixels,
+    bits,
     permutation,
     random_words,
     share,
@@ -67,6 +69,15 @@ def test_noise_of_many_steps_does_not_depend_on_how_they_are_cut() -> None:
     for steps, rows in (range(1), range(500)), (range(7, 130), range(3, 4)), (range(128), range(11, 499)):
         part = standard_normals(0, Stream.IMPORTANCE, steps, rows, 40)
         assert torch.equal(part, whole[steps.start : steps.stop, rows.start : rows.stop])
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 784])
+def test_a_device_without_numpy_draws_the_same_bits(columns: int) -> None:
+    steps, rows = range(2**40, 2**40 + 3), range(11, 30)
+    positions = range(rows.start * -(-columns // 8), rows.stop * -(-columns // 8))
+    words = philox.blocks((2**63 - 25, Stream.POSTERIOR), positions, steps, torch.device("cpu"))
+    drawn = words.view(torch.int32).view(3, len(rows), -1)[..., :columns]
+    assert torch.equal(drawn, bits(2**63 - 25, Stream.POSTERIOR, steps, rows, columns))
 
 
 def test_words_are_numpys_philox_at_that_counter() -> None:

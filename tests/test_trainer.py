@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import MakeConfig
 from vae_dist import checkpoint, config, data, images, objective, runtime, tracking, trainer
+from vae_dist.batches import Batches
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.images import Picture
@@ -17,7 +18,6 @@ from vae_dist.model import build_vae
 from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.trainer import train
-from vae_dist.update import Batches
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

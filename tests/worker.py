@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from vae_dist import config, data, evaluation, milestones, runtime, stopping
+from vae_dist.batches import Batches
 from vae_dist.config import DataConfig
 from vae_dist.data import Images
 from vae_dist.errors import RunError, StoppedError, UserError
@@ -34,7 +35,7 @@ from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.start import settle
 from vae_dist.trainer import train
-from vae_dist.update import Batches, Update
+from vae_dist.update import Update
 
 
 def record_batches(output: str, arguments: list[str]) -> None:

@@ -17,9 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vae_dist import philox
+
 # Splits, the binarisation of held-out images, the noise of evaluation and the latents of pictures do not depend on a
 # run's seed: figures of runs with different seeds could not be compared otherwise.
 FIXED_SEED = 0
+
+CPU = torch.device("cpu")
 
 _WORDS_PER_BLOCK = 4  # one Philox counter value yields four 64-bit words
 
@@ -76,18 +80,40 @@ def standard_normal(seed: int, stream: Stream, step: int, rows: range, columns: 
     return torch.from_numpy(normal[:, :columns])
 
 
-def standard_normals(seed: int, stream: Stream, steps: range, rows: range, columns: int) -> Tensor:
-    """The draws of `standard_normal` at each of several steps, `(len(steps), len(rows), columns)`, float32, on the CPU.
+def standard_normals(
+    seed: int, stream: Stream, steps: range, rows: range, columns: int, device: torch.device = CPU
+) -> Tensor:
+    """The draws of `standard_normal` at each of several steps, `(len(steps), len(rows), columns)`, float32.
 
-    The same formula on all of this process's threads, for when there are billions of draws to make.
+    The same formula, on all of this process's threads or on another device, for when there are many draws to make.
     """
-    pairs = torch.from_numpy(np.stack([uniform_bits(seed, stream, step, rows, 2 * -(-columns // 2)) for step in steps]))
+    pairs = _unsigned(bits(seed, stream, steps, rows, 2 * -(-columns // 2), device))
     radius = pairs[..., 0::2].double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = pairs[..., 1::2].double().mul_(2.0 * np.pi * 2.0**-32)
-    normal = torch.empty(pairs.shape, dtype=torch.float32)
+    normal = torch.empty(pairs.shape, dtype=torch.float32, device=device)
     torch.mul(radius, angle.cos(), out=normal[..., 0::2])
     torch.mul(radius, angle.sin(), out=normal[..., 1::2])
     return normal[..., :columns]
+
+
+def bits(seed: int, stream: Stream, steps: range, rows: range, columns: int, device: torch.device = CPU) -> Tensor:
+    """`uniform_bits` at each of several steps, int32 `(len(steps), len(rows), columns)`: the bits are unsigned."""
+    if _has_numpy(device):
+        each = [uniform_bits(seed, stream, step, rows, columns) for step in steps]
+        return torch.from_numpy(np.stack(each)).view(torch.int32)
+    blocks = -(-columns // (2 * _WORDS_PER_BLOCK))
+    positions = range(rows.start * blocks, rows.stop * blocks)
+    words = philox.blocks((seed, stream), positions, steps, device)
+    return words.view(torch.int32).view(len(steps), len(rows), -1)[..., :columns]
+
+
+def _unsigned(drawn: Tensor) -> Tensor:
+    """int32 bits as numbers from 0 on; a GPU does not compute with torch.uint32."""
+    return drawn.view(torch.uint32) if _has_numpy(drawn.device) else drawn.long() & (2**32 - 1)
+
+
+def _has_numpy(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def bernoulli_pixels(pixels: Tensor, seed: int, step: int, rows: range) -> Tensor:
@@ -95,9 +121,14 @@ def bernoulli_pixels(pixels: Tensor, seed: int, step: int, rows: range) -> Tenso
 
     `rows` are the positions of these images in the global batch (or in the data set, when they are drawn once).
     """
-    draws = uniform_bits(seed, Stream.BINARIZATION, step, rows, pixels[0].numel())
+    steps = range(step, step + 1)
+    return binarized(pixels, bits(seed, Stream.BINARIZATION, steps, rows, pixels[0].numel())[0].to(pixels.device))
+
+
+def binarized(pixels: Tensor, drawn: Tensor) -> Tensor:
+    """`bernoulli_pixels` by bits `(B, C H W)` that have been drawn."""
     # 24 bits are exact in float32, so every device agrees, black stays black and white stays white.
-    uniform = torch.from_numpy((draws >> 8).astype(np.int32)).to(pixels.device).view(pixels.shape) * 2.0**-24
+    uniform = ((drawn >> 8) & (2**24 - 1)).view(pixels.shape) * 2.0**-24
     return (uniform * 255 < pixels).to(torch.uint8) * 255
 
 
@@ -123,12 +154,16 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return self.images // self.batch_size
 
+    def order(self, epoch: int) -> Tensor:
+        """The order of the images in an epoch, int64 `(images,)`."""
+        return permutation(self.seed, Stream.PERMUTATION, epoch, self.images)
+
     def batch(self, step: int) -> Tensor:
         """The indices of the step's global batch, int64 `(batch_size,)`."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        return permutation(self.seed, Stream.PERMUTATION, epoch, self.images)[start : start + self.batch_size]
+        return self.order(epoch)[start : start + self.batch_size]
 
-    def noise(self, steps: range, rows: range, latent_dim: int) -> Tensor:
+    def noise(self, steps: range, rows: range, latent_dim: int, device: torch.device = CPU) -> Tensor:
         """Posterior noise `(len(steps), len(rows), latent_dim)` for these rows of global batches, standard normal."""
-        return standard_normals(self.seed, Stream.POSTERIOR, steps, rows, latent_dim)
+        return standard_normals(self.seed, Stream.POSTERIOR, steps, rows, latent_dim, device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vae_dist import checkpoint, console, data, objective, runtime, tracking
 from vae_dist import config as configs
+from vae_dist.batches import Batches
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.console import TrainingProgress
@@ -19,7 +20,7 @@ from vae_dist.plan import Plan
 from vae_dist.runtime import World
 from vae_dist.start import Start, settle
 from vae_dist.stopping import StopRequests, Watch
-from vae_dist.update import Batches, Update
+from vae_dist.update import Update
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""One optimizer step on a process's share of a batch, and where that share comes from.
+"""One optimizer step on a process's share of a batch.
 
-B is the global batch, b a process's share of it, L latents, C, H, W image.
+b is the process's share of the global batch, L latents, C, H, W image.
 """
 
 from pathlib import Path
@@ -8,47 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vae_dist import checkpoint, data, manifest, runtime
+from vae_dist import checkpoint, manifest, runtime
 from vae_dist.adam import Adam
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
-from vae_dist.data import Images
 from vae_dist.errors import RunError
 from vae_dist.gradients import Gradients
 from vae_dist.model.vae import VAE
-from vae_dist.plan import Plan, bernoulli_pixels, share
+from vae_dist.plan import share
 from vae_dist.runtime import World
-
-_BLOCK = 2**16  # numbers
-
-
-class Batches:
-    """A process's share of each step's batch and of its noise, as the plan has them."""
-
-    def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
-        self._pixels = runtime.place(training.pixels, world.device)
-        self._plan = plan
-        self._rows = share(plan.batch_size, world.rank, world.size)
-        self._latent_dim = config.model.latent_dim
-        self._dynamic = config.data.binarize == "dynamic"
-        self._device = world.device
-        self._dtype = runtime.dtype(config.train.precision)
-        # Noise is drawn for as many steps at once as fit a processor's cache: that halves what it costs.
-        self._block_steps = max(_BLOCK // (len(self._rows) * self._latent_dim), 1)
-        self._block = range(0)
-        self._noise = torch.empty(0)
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images `(b, C, H, W)` in [0, 1] and standard normal noise `(b, L)` of step `step`."""
-        indices = self._plan.batch(step)[self._rows.start : self._rows.stop]
-        pixels = self._pixels.index_select(0, indices.to(self._pixels.device)).to(self._device)
-        if self._dynamic:
-            pixels = bernoulli_pixels(pixels, self._plan.seed, step, self._rows)
-        if step not in self._block:
-            self._block = range(step, step + self._block_steps)
-            noise = self._plan.noise(self._block, self._rows, self._latent_dim)
-            self._noise = noise.to(self._device, self._dtype)
-        return data.to_unit(pixels, self._dtype), self._noise[step - self._block.start]
 
 
 class NotFiniteError(Exception):

@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist import config as configs
 from vae_dist import data, objective, runtime, tracking
+from vae_dist.batches import Batches
 from vae_dist.config import Config
 from vae_dist.data import Images
 from vae_dist.meter import Meter
@@ -48,7 +49,7 @@ from vae_dist.model.distributions import Bernoulli
 from vae_dist.plan import Plan
 from vae_dist.runtime import World
 from vae_dist.trainer import due
-from vae_dist.update import Batches, Update
+from vae_dist.update import Update
 
 RESULT = Path(__file__).resolve().parents[2] / "docs/distribution.md"
 BATCH_SIZES = (128, 1024, 8192)
