@@ -150,6 +150,7 @@ class RuntimeConfig:
         600.0, "seconds that processes wait for one another until the run has begun", above=0, at_most=10**9
     )
     timeout: float = knob(600.0, "seconds that they wait for one another from then on", above=0, at_most=10**9)
+    cuda_graph: bool = knob(True, "on one GPU, but in fp16, launch a step's operations all at once")
     verify_every: int | None = knob(
         None,
         "optimizer steps between checks that all processes hold the same weights; null: at the end alone",

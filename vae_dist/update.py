@@ -3,6 +3,7 @@
 b is the process's share of the global batch, L latents, C, H, W image.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from vae_dist import checkpoint, manifest, runtime
 from vae_dist.adam import Adam
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
+from vae_dist.cuda_graph import Graphed
 from vae_dist.errors import RunError
 from vae_dist.gradients import Gradients
 from vae_dist.model.vae import VAE
@@ -54,9 +56,14 @@ class Update:
         # Tensors: they move with the step without being others.
         self._learning_rate = torch.empty((), device=world.device)
         self._beta = torch.empty((), dtype=self._precise, device=world.device)
+        self._moving = math.nan, math.nan
         self._first_step = self._skipped_before = 0
         self._sound = torch.ones((), dtype=torch.bool, device=world.device)
         self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
+        moments = [state[name] for state in self.optimizer.state for name in Adam.MOMENTS]
+        state = [*self._parameters, *moments, self._sound, self._taken]
+        recordable = world.device.type == "cuda" and world.size == 1 and self._scaler is None
+        self._step = Graphed(self._take, state) if recordable and config.runtime.cuda_graph else self._take
 
     def __call__(self, images: Tensor, noise: Tensor, learning_rate: float, beta: float) -> Tensor:
         """Update the weights from images `(b, C, H, W)` and noise `(b, L)`.
@@ -64,8 +71,14 @@ class Update:
         Returns what the `Meter` adds up, `(5,)`: the sums over these images of loss, reconstruction and KL (nats), and
         this process's part of the gradient's norm before clipping and of 1 update; zeros where it was not taken.
         """
-        self._learning_rate.fill_(learning_rate)
-        self._beta.fill_(beta)
+        if (learning_rate, beta) != self._moving:
+            self._moving = learning_rate, beta
+            self._learning_rate.fill_(learning_rate)
+            self._beta.fill_(beta)
+        return self._step(images, noise)
+
+    def _take(self, images: Tensor, noise: Tensor) -> Tensor:
+        """The step itself. All that moves is in tensors, so that it can be recorded."""
         loss, (reconstruction, kl) = self._differentiate(images, noise)
         mean_loss = runtime.average_gradients(self._parameters, loss, self._world)
         grad_norm = self._clip()
