@@ -63,8 +63,8 @@ test-all: $(READY) ## run the tests, and the proofs that take long
 chaos: $(READY) ## kill real trainings at KILLS random moments, on 1 and on 3 processes; nothing may be lost
 	$(PYTHON) tests/chaos.py --kills $(KILLS) $(ARGS)
 
-bench: $(READY) ## measure: against a plain PyTorch loop (on MNIST in DATA), and on two processes
-	$(PYTHON) tests/benchmarks/tutorial_loop.py $(DATA)
+bench: $(READY) ## measure the speed beside other loops (on MNIST in DATA), and on two processes
+	$(PYTHON) tests/benchmarks/speed.py $(DATA)
 	$(PYTHON) tests/benchmarks/distribution.py $(ARGS)
 
 check: $(READY) ## lint, formatting and types
