@@ -1,6 +1,6 @@
 """Adam (Kingma and Ba 2015, algorithm 1): torch's fused kernel, and next to nothing around it.
 
-torch.optim.Adam does the same. For a network of this size it spends as long in Python as in the kernel, and to make one
+torch.optim.Adam calls the same kernel. For a network of this size it spends as long in Python as there, and to make one
 loads torch's compiler, which takes longer than all else before the first step.
 """
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -28,17 +27,15 @@ class Adam:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = list(parameters)
+        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters}]
+        self._steps = torch.zeros(len(self.parameters), device=self.parameters[0].device)
+        self._averages = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
+        self._squares = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
         # Of each parameter: how many updates it took, `()`, float32, and its moments, of its own shape.
         self.state = [
-            {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-            for parameter in self.parameters
+            dict(zip(self.MOMENTS, state, strict=True))
+            for state in zip(self._steps.unbind(), self._averages, self._squares, strict=True)
         ]
-        self._moments = [[state[name] for state in self.state] for name in self.MOMENTS]
-        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters}]
 
     @torch.no_grad()
     def step(self, learning_rate: Tensor, skip: Tensor | None = None) -> None:
@@ -46,13 +43,16 @@ class Adam:
 
         `skip`, `()` and float32, is 1 where nothing is to change: neither parameters nor moments nor counts.
         """
+        found_inf = self.found_inf if skip is None else skip
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        steps, averages, squares = self._moments
-        adam(
-            self.parameters, gradients, averages, squares, [], steps,
-            fused=True, lr=learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0, amsgrad=False,
-            maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf if skip is None else skip,
+        self._steps.add_(1)
+        torch._fused_adam_(
+            self.parameters, gradients, self._averages, self._squares, [], [state["step"] for state in self.state],
+            lr=learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0, amsgrad=False, maximize=False,
+            grad_scale=self.grad_scale, found_inf=found_inf,
         )  # fmt: skip
+        if found_inf is not None:
+            self._steps.sub_(found_inf)
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -48,6 +48,10 @@ class Update:
         # unevenly the batch is shared.
         share_size = config.train.batch_size / world.size
         self._precise = runtime.precise(world.device)
+        # What makes sums over the processes of what an update gives: of images, or of updates.
+        shares = [share_size, 1.0, 1.0, 1 / world.size, 1 / world.size]
+        self._shares = torch.tensor(shares, dtype=self._precise, device=world.device)
+        self._one = self._shares.new_ones(())
         self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
         autocast = runtime.autocast(config.train.precision, world.device)
         compiled = bool(config.train.compile)
@@ -79,7 +83,7 @@ class Update:
 
     def _take(self, images: Tensor, noise: Tensor) -> Tensor:
         """The step itself. All that moves is in tensors, so that it can be recorded."""
-        loss, (reconstruction, kl) = self._differentiate(images, noise)
+        loss, terms = self._differentiate(images, noise)
         mean_loss = runtime.average_gradients(self._parameters, loss, self._world)
         grad_norm = self._clip()
         taken = self._judge(mean_loss + grad_norm)
@@ -88,24 +92,24 @@ class Update:
             self._scaler.update()
         else:
             self.optimizer.step(self._learning_rate, skip=taken.logical_not().float())
-        norm = grad_norm.to(self._precise)
-        parts = torch.stack([norm, torch.ones_like(norm)]) / self._world.size
-        totals = torch.stack([reconstruction + self._beta * kl, reconstruction, kl])
-        return torch.where(taken, torch.cat([totals, parts]), 0.0)
+        totals = torch.stack([loss.to(self._precise), *terms.unbind(), grad_norm.to(self._precise), self._one])
+        return torch.where(taken, totals * self._shares, 0.0)
 
     def _differentiate(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Give the parameters their gradients; this process's loss `()`, and the sums of its ELBO terms `(2,)`."""
         scale = None if self._scaler is None else self._scaler.scale(torch.ones_like(self._learning_rate))
-        losses, sums = [], []
+        parts = []
         for part in range(self._accumulate):
             rows = share(len(images), part, self._accumulate)
             slices = images[rows.start : rows.stop], noise[rows.start : rows.stop]
             found = self._gradients(*slices, self._beta, scale)
-            losses.append(found.loss)
-            sums.append(found.terms)
+            parts.append(found)
             for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return torch.stack(losses).sum(), torch.stack(sums).sum(0)
+        loss, terms, _ = parts[0]
+        for found in parts[1:]:
+            loss, terms = loss + found.loss, terms + found.terms
+        return loss, terms
 
     def _clip(self) -> Tensor:
         """Bound the gradient's norm where the config says so; the norm before that."""
@@ -120,7 +124,7 @@ class Update:
 
     def _judge(self, evidence: Tensor) -> Tensor:
         """Whether this update is taken, on the device: Adam leaves weights and moments alone where it is not."""
-        taken = evidence.isfinite()
+        taken = evidence.abs() < math.inf
         if self._config.train.nonfinite == "stop":
             taken = self._sound.logical_and_(taken)
         self._taken += taken
