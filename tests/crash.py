@@ -33,8 +33,8 @@ def main(folder: Path) -> None:
     asked.data.image_shape = [1, 6, 6]
     vae = build_vae(asked, [1, 6, 6])
     optimizer = Adam(vae.parameters())
-    vae(torch.rand(4, 1, 6, 6), torch.randn(4, 2)).likelihood.mean.sum().backward()
-    optimizer.step(torch.tensor(1e-3))
+    total = vae(torch.rand(4, 1, 6, 6), torch.randn(4, 2)).likelihood.mean.sum()
+    optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
 
     def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
         state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)

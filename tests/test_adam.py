@@ -13,10 +13,12 @@ def parameters() -> list[Tensor]:
     return [nn.Parameter(torch.randn(shape)) for shape in [(40, 30), (40,), (3, 40)]]
 
 
-def give_gradients(tensors: list[Tensor], step: int, scale: float = 1.0) -> None:
+def give_gradients(tensors: list[Tensor], step: int, scale: float = 1.0) -> list[Tensor]:
     torch.manual_seed(step)
-    for tensor in tensors:
-        tensor.grad = scale * torch.randn_like(tensor)
+    gradients = [scale * torch.randn_like(tensor) for tensor in tensors]
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
+    return gradients
 
 
 def test_it_is_bitwise_torchs_fused_adam() -> None:
@@ -24,12 +26,10 @@ def test_it_is_bitwise_torchs_fused_adam() -> None:
     optimizer, reference = Adam(ours), torch.optim.Adam(theirs, lr=torch.tensor(1e-3), fused=True)
     for step in range(30):
         learning_rate = torch.tensor(1e-3 / (step + 1))
-        give_gradients(ours, step)
         give_gradients(theirs, step)
-        optimizer.step(learning_rate)
+        optimizer.step(give_gradients(ours, step), learning_rate)
         reference.param_groups[0]["lr"].copy_(learning_rate)
         reference.step()
-        assert all(tensor.grad is None for tensor in ours)
     for mine, tensor, state in zip(ours, theirs, optimizer.state, strict=True):
         assert torch.equal(mine, tensor)
         for moment in Adam.MOMENTS:
@@ -39,12 +39,11 @@ def test_it_is_bitwise_torchs_fused_adam() -> None:
 def test_a_skipped_update_changes_nothing() -> None:
     tensors = parameters()
     optimizer = Adam(tensors)
-    give_gradients(tensors, 0)
-    optimizer.step(torch.tensor(1e-3), skip=torch.zeros(()))
+    optimizer.step(give_gradients(tensors, 0), torch.tensor(1e-3), skip=torch.zeros(()))
     before = [tensor.detach().clone() for tensor in tensors]
     moments = [{name: value.clone() for name, value in state.items()} for state in optimizer.state]
-    give_gradients(tensors, 1, scale=float("nan"))
-    optimizer.step(torch.tensor(1e-3), skip=torch.ones(()))
+    spoilt = give_gradients(tensors, 1, scale=float("nan"))
+    optimizer.step(spoilt, torch.tensor(1e-3), skip=torch.ones(()))
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
     for old, new in zip(moments, optimizer.state, strict=True):
         assert all(torch.equal(old[name], new[name]) for name in Adam.MOMENTS)
@@ -57,9 +56,9 @@ def test_torchs_loss_scaler_knows_how_to_use_it() -> None:
     for step, overflows in enumerate([False, True, False, False, False]):
         for tensors, scaler, adam in (ours, scalers[0], optimizer), (theirs, scalers[1], reference):
             scale = scaler.scale(torch.ones(())).item()
-            give_gradients(tensors, step, float("inf") if overflows else scale)
+            gradients = give_gradients(tensors, step, float("inf") if overflows else scale)
             scaler.unscale_(adam)  # type: ignore[arg-type]
-            arguments = [torch.tensor(1e-3)] if adam is optimizer else []
+            arguments = [gradients, torch.tensor(1e-3)] if adam is optimizer else []
             scaler.step(adam, *arguments)  # type: ignore[arg-type]
             scaler.update()
         assert all(torch.equal(mine, tensor) for mine, tensor in zip(ours, theirs, strict=True))
@@ -73,8 +72,7 @@ def test_a_step_does_not_load_torchs_compiler() -> None:
 import sys, torch
 from vae_dist.adam import Adam
 parameter = torch.nn.Parameter(torch.ones(3))
-parameter.grad = torch.ones(3)
-Adam([parameter]).step(torch.tensor(0.1))
+Adam([parameter]).step([torch.ones(3)], torch.tensor(0.1))
 assert parameter[0] < 1
 sys.exit("torch._dynamo" in sys.modules)
 """

@@ -35,8 +35,8 @@ def trained(config: Config, steps: int = 1) -> tuple[VAE, Adam]:
     vae = build_vae(config, SHAPE)
     optimizer = Adam(vae.parameters())
     for _ in range(steps):
-        vae(torch.rand(4, *SHAPE), torch.randn(4, vae.latent_dim)).likelihood.mean.sum().backward()
-        optimizer.step(torch.tensor(1e-3))
+        total = vae(torch.rand(4, *SHAPE), torch.randn(4, vae.latent_dim)).likelihood.mean.sum()
+        optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
     return vae, optimizer
 
 

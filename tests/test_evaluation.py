@@ -158,8 +158,7 @@ def test_a_model_that_has_gone_bad_is_refused(run_dir: Path) -> None:
     found = opened(run_dir)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
     optimizer = Adam(vae.requires_grad_().parameters())
-    sum(parameter.sum() for parameter in vae.parameters()).backward()  # type: ignore[union-attr]
-    optimizer.step(torch.tensor(1e-3))
+    optimizer.step([torch.ones_like(parameter) for parameter in vae.parameters()], torch.tensor(1e-3))
     list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
     state = checkpoint.read_state(found.folder)
     state.step = 11

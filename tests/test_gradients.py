@@ -12,7 +12,7 @@ from tests.conftest import MakeConfig
 from tests.test_trainer import final
 from vae_dist import config, gradients, runtime
 from vae_dist.config import Precision
-from vae_dist.gradients import Gradients
+from vae_dist.gradients import Compiled, Gradients
 from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
 from vae_dist.start import settle
@@ -58,7 +58,9 @@ def test_what_is_compiled_gives_the_same(precision: Precision, compiled: bool) -
     other._vae.load_state_dict(vae.state_dict())
     scale = torch.tensor(8.0)
     ours, theirs = (find(*inputs(precision), scale) for find in (eager, other))
-    assert other._find != other._eager  # it has not fallen back
+    if compiled:  # and it has not fallen back
+        assert isinstance(other._find, Compiled)
+        assert other._find._program is not None
     tolerance = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 3e-2}[precision]
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     close(ours.loss, theirs.loss)

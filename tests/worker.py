@@ -79,7 +79,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
             elif what == "data":
                 patch.setattr(data, "load_training", partial(without_a_pixel, data.load_training))
             elif what == "weights":
-                patch.setattr(Update, "_clip", partialmethod(nudge, Update._clip))
+                patch.setattr(Update, "_take", partialmethod(nudge, Update._take))
             return record_refusal(output, arguments)
 
     return record
@@ -149,11 +149,11 @@ def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: 
     return training, validation
 
 
-def nudge(update: Update, clip: Callable[[Update], torch.Tensor]) -> torch.Tensor:
+def nudge(update: Update, take: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """Let one weight of this process go its own way."""
     with torch.no_grad():
         next(update.vae.parameters()).view(-1)[0] += 1e-6
-    return clip(update)
+    return take(update, *inputs)
 
 
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {

@@ -4,7 +4,7 @@ torch.optim.Adam calls the same kernel. For a network of this size it spends as 
 loads torch's compiler, which takes longer than all else before the first step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,23 +38,21 @@ class Adam:
         ]
 
     @torch.no_grad()
-    def step(self, learning_rate: Tensor, skip: Tensor | None = None) -> None:
-        """One update by the parameters' gradients, which then are gone. `learning_rate` is `()`.
+    def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
+        """One update by gradients in the order of the parameters. `learning_rate` is `()`.
 
         `skip`, `()` and float32, is 1 where nothing is to change: neither parameters nor moments nor counts.
         """
         found_inf = self.found_inf if skip is None else skip
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self._steps.add_(1)
+        counts = [state["step"] for state in self.state]
         torch._fused_adam_(
-            self.parameters, gradients, self._averages, self._squares, [], [state["step"] for state in self.state],
+            self.parameters, list(gradients), self._averages, self._squares, [], counts,
             lr=learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0, amsgrad=False, maximize=False,
             grad_scale=self.grad_scale, found_inf=found_inf,
         )  # fmt: skip
         if found_inf is not None:
             self._steps.sub_(found_inf)
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def load(self, state: Iterable[Mapping[str, Tensor]]) -> None:
         """Take each parameter's state, in their order."""

@@ -6,7 +6,7 @@ The two differ in nothing but rounding. B images of the part, L latents, C, H, W
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from vae_dist import objective
 from vae_dist.model.vae import VAE, VAEOutput
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Part(NamedTuple):
@@ -47,7 +50,7 @@ class Gradients:
         self._batch_size = batch_size
         self._autocast = autocast
         self._precise = precise
-        self._find = self._compiled() if compiled else self._eager
+        self._find = Compiled(self._functional, self._eager) if compiled else self._eager
 
     def __call__(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor | None) -> Part:
         """Of images `(B, C, H, W)` in [0, 1] and standard normal noise `(B, L)`, `beta` being `()`.
@@ -80,19 +83,23 @@ class Gradients:
         sums = torch.stack([term.detach().sum(dtype=self._precise) for term in terms])
         return objective.training_loss(terms, beta, self._batch_size), sums
 
-    def _compiled(self) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Part]:
+
+class Compiled(Generic[P, R]):
+    """A function as a compiled program; where that can't be made, what `otherwise` does."""
+
+    def __init__(self, function: Callable[P, R], otherwise: Callable[P, R]) -> None:
         # It warns where torch was built for CUDA and there is no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        program = torch.compile(self._functional, fullgraph=True, dynamic=False)
+        self._program: Callable[P, R] | None = torch.compile(function, fullgraph=True, dynamic=False)
+        self._otherwise = otherwise
 
-        def find(images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor | None) -> Part:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._program is not None:
             try:
                 with torch.no_grad():
-                    return program(images, noise, beta, scale)
+                    return self._program(*args, **kwargs)
             except Exception as error:  # whatever the compiler, or the one that it calls, has to say
                 reason = str(error).strip().partition("\n")[0]
                 logger.warning("the step can't be compiled (%s: %s) and runs as it is", type(error).__name__, reason)
-                self._find = self._eager
-                return self._find(images, noise, beta, scale)
-
-        return find
+                self._program = None
+        return self._otherwise(*args, **kwargs)

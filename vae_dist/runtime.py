@@ -294,22 +294,19 @@ def place(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device)
 
 
-def average_gradients(parameters: Sequence[Tensor], loss: Tensor, world: World) -> Tensor:
-    """Replace each process's gradients by their mean over the processes; the mean of their losses `()` comes back.
+def average_gradients(gradients: Sequence[Tensor], loss: Tensor, world: World) -> tuple[Sequence[Tensor], Tensor]:
+    """The means over the processes of their gradients, and of their losses `()`.
 
     One all-reduce of all gradients in a fixed layout. DistributedDataParallel lays its buckets out anew after its first
     backward, so that on three processes and more a restarted run would add in another order than one never stopped.
     """
     if world.size == 1:
-        return loss
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return gradients, loss
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1)])
     world.all_reduce(flat)
     flat /= world.size
     *parts, mean_loss = flat.split([*(gradient.numel() for gradient in gradients), 1])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return mean_loss.view(())
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)], mean_loss.view(())
 
 
 def seconds_since_start() -> float:

@@ -3,7 +3,10 @@
 b is the process's share of the global batch, L latents, C, H, W image.
 """
 
+import functools
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.cuda_graph import Graphed
 from vae_dist.errors import RunError
-from vae_dist.gradients import Gradients
+from vae_dist.gradients import Compiled, Gradients, Part
 from vae_dist.model.vae import VAE
 from vae_dist.plan import share
 from vae_dist.runtime import World
@@ -56,13 +59,17 @@ class Update:
         autocast = runtime.autocast(config.train.precision, world.device)
         compiled = bool(config.train.compile)
         self._gradients = Gradients(vae, share_size, autocast, self._precise, compiled=compiled)
+        self._conclude = Compiled(self._judged, self._judged) if compiled else self._judged
         self.optimizer = Adam(self._parameters)
         # Tensors: they move with the step without being others.
         self._learning_rate = torch.empty((), device=world.device)
         self._beta = torch.empty((), dtype=self._precise, device=world.device)
         self._moving = math.nan, math.nan
         self._first_step = self._skipped_before = 0
+        # False from the first update on that was not finite, so that no later one is taken either; where such updates
+        # are to be skipped it stays true.
         self._sound = torch.ones((), dtype=torch.bool, device=world.device)
+        self._forgives = torch.tensor(config.train.nonfinite == "skip", device=world.device)
         self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
         moments = [state[name] for state in self.optimizer.state for name in Adam.MOMENTS]
         state = [*self._parameters, *moments, self._sound, self._taken]
@@ -83,52 +90,58 @@ class Update:
 
     def _take(self, images: Tensor, noise: Tensor) -> Tensor:
         """The step itself. All that moves is in tensors, so that it can be recorded."""
-        loss, terms = self._differentiate(images, noise)
-        mean_loss = runtime.average_gradients(self._parameters, loss, self._world)
-        grad_norm = self._clip()
-        taken = self._judge(mean_loss + grad_norm)
+        found = self._differentiate(images, noise)
+        gradients, mean_loss = runtime.average_gradients(found.gradients, found.loss, self._world)
+        if self._scaler is not None:
+            self._unscale(gradients)
+        gradients, taken, totals = self._conclude(found.loss, found.terms, mean_loss, gradients, self._sound)
+        self._sound.copy_(taken | self._forgives)
+        self._taken += taken
         if self._scaler is not None:  # it has found for itself whether to skip this update
-            self._scaler.step(self.optimizer, self._learning_rate)
+            self._scaler.step(self.optimizer, gradients, self._learning_rate)
             self._scaler.update()
         else:
-            self.optimizer.step(self._learning_rate, skip=taken.logical_not().float())
-        totals = torch.stack([loss.to(self._precise), *terms.unbind(), grad_norm.to(self._precise), self._one])
-        return torch.where(taken, totals * self._shares, 0.0)
+            self.optimizer.step(gradients, self._learning_rate, skip=taken.logical_not().float())
+        return totals
 
-    def _differentiate(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the parameters their gradients; this process's loss `()`, and the sums of its ELBO terms `(2,)`."""
+    def _differentiate(self, images: Tensor, noise: Tensor) -> Part:
+        """This process's loss `()`, the sums of its ELBO terms `(2,)`, and its gradients."""
         scale = None if self._scaler is None else self._scaler.scale(torch.ones_like(self._learning_rate))
+        if self._accumulate == 1:
+            return self._gradients(images, noise, self._beta, scale)
         parts = []
         for part in range(self._accumulate):
             rows = share(len(images), part, self._accumulate)
             slices = images[rows.start : rows.stop], noise[rows.start : rows.stop]
-            found = self._gradients(*slices, self._beta, scale)
-            parts.append(found)
-            for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        loss, terms, _ = parts[0]
-        for found in parts[1:]:
-            loss, terms = loss + found.loss, terms + found.terms
-        return loss, terms
+            parts.append(self._gradients(*slices, self._beta, scale))
+        losses, terms, gradients = zip(*parts, strict=True)
+        added = partial(functools.reduce, torch.add)
+        return Part(added(losses), added(terms), tuple(map(added, zip(*gradients, strict=True))))
 
-    def _clip(self) -> Tensor:
-        """Bound the gradient's norm where the config says so; the norm before that."""
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-        if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
-        # fp16's loss scale was too large: its scaler leaves this update out and tries a smaller one.
-        return norm if self._scaler is None else torch.where(norm.isfinite(), norm, 0.0)
+    def _unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Take fp16's loss scale out of the gradients, and note for the scaler whether they are finite."""
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        assert self._scaler is not None
+        self._scaler.unscale_(self.optimizer)
+        for parameter in self._parameters:
+            parameter.grad = None
 
-    def _judge(self, evidence: Tensor) -> Tensor:
-        """Whether this update is taken, on the device: Adam leaves weights and moments alone where it is not."""
-        taken = evidence.abs() < math.inf
-        if self._config.train.nonfinite == "stop":
-            taken = self._sound.logical_and_(taken)
-        self._taken += taken
-        return taken
+    def _judged(
+        self, loss: Tensor, terms: Tensor, mean_loss: Tensor, gradients: Sequence[Tensor], sound: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """The gradients, bounded where the config says so; whether they are to be used, `()`; what `Meter` adds up."""
+        # By rows first: torch shares those among its threads, and a whole tensor not.
+        rows = [torch.linalg.vector_norm(gradient, dim=-1).view(-1) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.cat(rows))
+        if self._max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [gradient * factor for gradient in gradients]
+        if self._scaler is not None:  # its scale was too large: it leaves this update out and tries a smaller one
+            norm = torch.where(norm.isfinite(), norm, 0.0)
+        taken = ((mean_loss + norm).abs() < math.inf) & sound
+        totals = torch.stack([loss.to(self._precise), *terms.unbind(), norm.to(self._precise), self._one])
+        return gradients, taken, torch.where(taken, totals * self._shares, 0.0)
 
     def require_sound(self, step: int) -> int:
         """The number of updates skipped so far. After `step` steps; all processes call this and find the same.

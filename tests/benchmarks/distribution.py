@@ -128,7 +128,10 @@ def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> S
         loss = (reconstruction + kl) / share
         loss.backward()
         if not ddp:
-            runtime.average_gradients(parameters, loss.detach(), world)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            means, _ = runtime.average_gradients(gradients, loss.detach(), world)
+            for parameter, mean in zip(parameters, means, strict=True):
+                parameter.grad = mean
         optimizer.step()
 
     return step
