@@ -28,6 +28,12 @@ class Part(NamedTuple):
     terms: Tensor  # (2,), reconstruction and KL, summed over the part's images, nats
     gradients: tuple[Tensor, ...]  # in the order of the model's parameters
 
+    def plus(self, other: "Part") -> "Part":
+        """Two parts as one. The gradients are added in place, for there may not be memory for more of them."""
+        for gradient, more in zip(self.gradients, other.gradients, strict=True):
+            gradient.add_(more)
+        return Part(self.loss + other.loss, self.terms + other.terms, self.gradients)
+
 
 class Gradients:
     """Differentiates the training loss by a model's parameters.

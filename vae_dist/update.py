@@ -3,10 +3,8 @@
 b is the process's share of the global batch, L latents, C, H, W image.
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,16 +105,14 @@ class Update:
     def _differentiate(self, images: Tensor, noise: Tensor) -> Part:
         """This process's loss `()`, the sums of its ELBO terms `(2,)`, and its gradients."""
         scale = None if self._scaler is None else self._scaler.scale(torch.ones_like(self._learning_rate))
-        if self._accumulate == 1:
-            return self._gradients(images, noise, self._beta, scale)
-        parts = []
+        found = None
         for part in range(self._accumulate):
             rows = share(len(images), part, self._accumulate)
             slices = images[rows.start : rows.stop], noise[rows.start : rows.stop]
-            parts.append(self._gradients(*slices, self._beta, scale))
-        losses, terms, gradients = zip(*parts, strict=True)
-        added = partial(functools.reduce, torch.add)
-        return Part(added(losses), added(terms), tuple(map(added, zip(*gradients, strict=True))))
+            more = self._gradients(*slices, self._beta, scale)
+            found = more if found is None else found.plus(more)
+        assert found is not None
+        return found
 
     def _unscale(self, gradients: Sequence[Tensor]) -> None:
         """Take fp16's loss scale out of the gradients, and note for the scaler whether they are finite."""
