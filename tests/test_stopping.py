@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,22 @@ from vae_dist import checkpoint, evaluation, milestones, trainer
 from vae_dist.config import Config
 from vae_dist.errors import StoppedError
 from vae_dist.evaluation import Scores
-from vae_dist.stopping import StopRequests
+from vae_dist.stopping import SIGNALS, StopRequests
 from vae_dist.trainer import train
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
+
+
+@pytest.fixture(autouse=True)
+def none_ignored() -> Iterator[None]:
+    """What starts the tests may ignore some signals, as `nohup` does and a shell in the background."""
+    before: dict[int, Any] = {
+        number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT
+    }
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -120,7 +132,7 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored() -> None:
 
 BLOCKED = """
 import ctypes, sys
-from vae_dist.stopping import StopRequests
+from vae_dist.stopping import SIGNALS, StopRequests
 with StopRequests():
     print("ready", flush=True)
     ctypes.CDLL(None).sleep(60)  # as in an exchange with a process that does not answer

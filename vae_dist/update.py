@@ -49,8 +49,8 @@ class Update:
         # unevenly the batch is shared.
         share_size = config.train.batch_size / world.size
         self._precise = runtime.precise(world.device)
-        # What makes sums over the processes of what an update gives: of images, or of updates.
-        shares = [share_size, 1.0, 1.0, 1 / world.size, 1 / world.size]
+        # What every process finds alike is to be added up over the processes.
+        shares = [1.0, 1.0, 1.0, 1 / world.size, 1 / world.size]
         self._shares = torch.tensor(shares, dtype=self._precise, device=world.device)
         self._one = self._shares.new_ones(())
         self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
@@ -92,7 +92,7 @@ class Update:
         gradients, mean_loss = runtime.average_gradients(found.gradients, found.loss, self._world)
         if self._scaler is not None:
             self._unscale(gradients)
-        gradients, taken, totals = self._conclude(found.loss, found.terms, mean_loss, gradients, self._sound)
+        gradients, taken, totals = self._conclude(found.terms, mean_loss, gradients, self._sound)
         self._sound.copy_(taken | self._forgives)
         self._taken += taken
         if self._scaler is not None:  # it has found for itself whether to skip this update
@@ -124,7 +124,7 @@ class Update:
             parameter.grad = None
 
     def _judged(
-        self, loss: Tensor, terms: Tensor, mean_loss: Tensor, gradients: Sequence[Tensor], sound: Tensor
+        self, terms: Tensor, mean_loss: Tensor, gradients: Sequence[Tensor], sound: Tensor
     ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         """The gradients, bounded where the config says so; whether they are to be used, `()`; what `Meter` adds up."""
         # By rows first: torch shares those among its threads, and a whole tensor not.
@@ -136,7 +136,9 @@ class Update:
         if self._scaler is not None:  # its scale was too large: it leaves this update out and tries a smaller one
             norm = torch.where(norm.isfinite(), norm, 0.0)
         taken = ((mean_loss + norm).abs() < math.inf) & sound
-        totals = torch.stack([loss.to(self._precise), *terms.unbind(), norm.to(self._precise), self._one])
+        reconstruction, kl = terms.unbind()
+        sums = [reconstruction + self._beta * kl, reconstruction, kl, norm.to(self._precise), self._one]
+        totals = torch.stack(sums)
         return gradients, taken, torch.where(taken, totals * self._shares, 0.0)
 
     def require_sound(self, step: int) -> int:
