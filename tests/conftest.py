@@ -48,6 +48,7 @@ def smoke_arguments(data_root: Path) -> list[str]:
         "tracking.wandb=disabled",
         "device=cpu",
         "train.threads=1",
+        "train.compile=false",  # or those that are to run until they are stopped would be compiled
     ]
 
 
