@@ -102,7 +102,7 @@ def test_a_compiled_run_that_went_on_is_bitwise_the_run_that_never_stopped(make_
 
 def test_short_runs_are_not_compiled_and_long_ones_are(make_config: MakeConfig, tmp_path: Path) -> None:
     def settled(*arguments: str) -> bool | None:
-        asked = make_config(*arguments)
+        asked = make_config("train.compile=null", *arguments)
         with ExitStack() as held, runtime.join(asked) as world:
             return settle(asked, world, held).config.train.compile
 
