@@ -49,7 +49,7 @@ class Update:
         # unevenly the batch is shared.
         share_size = config.train.batch_size / world.size
         self._precise = runtime.precise(world.device)
-        # What every process finds alike is to be added up over the processes.
+        # Norm and count are the same on every process, and are added up over the processes like the sums over images.
         shares = [1.0, 1.0, 1.0, 1 / world.size, 1 / world.size]
         self._shares = torch.tensor(shares, dtype=self._precise, device=world.device)
         self._one = self._shares.new_ones(())
