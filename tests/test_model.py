@@ -7,6 +7,7 @@ from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.model import ARCHITECTURES, build_vae
 from vae_dist.model.distributions import Bernoulli, Gaussian
+from vae_dist.model.mlp import TRANSPOSED_ROWS, Linear
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (2, 5, 7)]
 
@@ -36,6 +37,21 @@ def test_an_image_does_not_see_the_others_of_its_batch(architecture: str) -> Non
     together = vae(images, noise).likelihood.mean
     torch.testing.assert_close(together[2:3], vae(images[2:3], noise[2:3]).likelihood.mean)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vae.modules())
+
+
+@pytest.mark.parametrize("rows", [1, 5, TRANSPOSED_ROWS, TRANSPOSED_ROWS + 1])
+def test_a_layer_is_torchs_however_it_is_computed(rows: int) -> None:
+    ours = Linear(7, 3, dtype=torch.float64)
+    theirs = nn.Linear(7, 3, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(rows, 7, dtype=torch.float64)
+    weights = torch.randn(rows, 3, dtype=torch.float64)
+    results = []
+    for layer in ours, theirs:
+        x = images.clone().requires_grad_()
+        output = layer(x)
+        results.append([output, *torch.autograd.grad((output * weights).sum(), [x, layer.weight, layer.bias])])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("hidden_dims", ["[]", "[7]", "[9,8,7]"])
