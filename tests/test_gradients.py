@@ -1,4 +1,5 @@
 import logging
+import math
 import shutil
 from contextlib import ExitStack
 from functools import partial
@@ -17,15 +18,16 @@ from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
 from vae_dist.start import settle
 from vae_dist.trainer import train
+from vae_dist.update import Update
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
 
 
-def made(*arguments: str, precision: Precision = "fp64", compiled: bool = False) -> tuple[VAE, Gradients]:
+def made(*arguments: str, precision: Precision = "fp64") -> tuple[VAE, Gradients]:
     asked = config.load(["model.latent_dim=3", "model.hidden_dims=[20]", *arguments])
     vae = build_vae(asked, (1, 6, 6)).to(runtime.dtype(precision))
     autocast = runtime.autocast(precision, torch.device("cpu"))
-    return vae, Gradients(vae, 16.0, autocast, torch.float64, compiled=compiled)
+    return vae, Gradients(vae, 16.0, autocast, torch.float64)
 
 
 def inputs(precision: Precision = "fp64") -> tuple[Tensor, Tensor, Tensor]:
@@ -51,16 +53,12 @@ def test_the_gradients_are_those_of_the_loss(likelihood: str) -> None:
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, needs_a_compiler])])
 def test_what_is_compiled_gives_the_same(precision: Precision, compiled: bool) -> None:
-    vae, eager = made(precision=precision)
-    _, other = made(precision=precision, compiled=True)
-    if not compiled:  # the program before its compilation
-        other._find = other._functional
-    other._vae.load_state_dict(vae.state_dict())
+    _, eager = made(precision=precision)
+    program = Compiled(eager.functional, eager) if compiled else eager.functional
     scale = torch.tensor(8.0)
-    ours, theirs = (find(*inputs(precision), scale) for find in (eager, other))
-    if compiled:  # and it has not fallen back
-        assert isinstance(other._find, Compiled)
-        assert other._find._program is not None
+    ours, theirs = (find(*inputs(precision), scale) for find in (eager, program))
+    if isinstance(program, Compiled):  # and it has not fallen back
+        assert program._program is not None
     tolerance = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 3e-2}[precision]
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     close(ours.loss, theirs.loss)
@@ -79,15 +77,39 @@ def test_a_step_that_can_not_be_compiled_runs_as_it_is(
         return program
 
     monkeypatch.setattr(torch, "compile", broken)
-    vae, find = made(compiled=True)
+    _, eager = made()
+    find = Compiled(eager.functional, eager)
     with caplog.at_level(logging.WARNING, logger=gradients.__name__):
         found = [find(*inputs(), None) for _ in range(2)]
     assert [record.message for record in caplog.records] == [
         "the step can't be compiled (RuntimeError: no working C++ compiler) and runs as it is"
     ]
-    _, eager = made()
-    eager._vae.load_state_dict(vae.state_dict())
     assert torch.equal(found[1].loss, eager(*inputs(), None).loss)
+
+
+@pytest.mark.slow
+@needs_a_compiler
+@pytest.mark.parametrize("bound", ["null", "5"])
+def test_a_compiled_step_is_the_step(bound: str, make_config: MakeConfig) -> None:
+    """Over parts of unlike sizes, and over an update that is not finite and left out."""
+    arguments = ["train.precision=fp64", "train.accumulate=3", f"optim.max_grad_norm={bound}", "train.nonfinite=skip"]
+    torch.manual_seed(2)
+    pixels = torch.randint(256, (6, 32, 1, 8, 8), dtype=torch.uint8)
+    noise = torch.randn(6, 32, 4, dtype=torch.float64)
+    noise[2, 7, 3] = math.nan
+    results = []
+    for compiled in ("false", "true"):
+        asked = make_config(*arguments, f"train.compile={compiled}", "train.batch_size=32", "model.latent_dim=4")
+        with runtime.join(asked) as world:
+            vae = build_vae(asked, (1, 8, 8)).double()
+            update = Update(vae, asked, world)
+            totals = [update(pixels[step], noise[step], 1e-3, 0.1 * step) for step in range(6)]
+            results.append([*totals, *(weight.detach() for weight in vae.parameters())])
+            assert update.require_sound(6) == 1
+            if isinstance(update._find, Compiled):  # and it has not fallen back
+                assert update._find._program is not None
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from vae_dist import data, runtime
+from vae_dist import runtime
 from vae_dist.config import Config
 from vae_dist.data import Images
 from vae_dist.plan import Plan, Stream, binarized, bits, share
@@ -32,21 +32,23 @@ class Batches:
         self._dynamic = config.data.binarize == "dynamic"
         self._device = world.device
         self._dtype = runtime.dtype(config.train.precision)
-        self._pixels = runtime.place(training.pixels, world.device)
+        self._image_shape = training.pixels.shape[1:]
+        # Rows of them: torch selects those in half the time.
+        self._pixels = runtime.place(training.pixels, world.device).flatten(1)
         self._order, self._epoch = torch.empty(0), -1
         self._select = self._beside if self._pixels.device == world.device else Ahead(self._from_host)
         # mps has no float64, which noise is computed in.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
         at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
         self._noise = Blocks(self._draw_noise, at_once // self._latent_dim)
-        self._bits = Blocks(self._draw_bits, at_once // training.pixels[0].numel())
+        self._bits = Blocks(self._draw_bits, at_once // self._pixels.shape[1])
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images `(b, C, H, W)` in [0, 1] and standard normal noise `(b, L)` of step `step`."""
-        pixels = self._select(step)
+        """Pixels `(b, C, H, W)`, uint8, and standard normal noise `(b, L)` of step `step`."""
+        pixels = self._select(step).view(len(self._rows), *self._image_shape)
         if self._dynamic:
             pixels = binarized(pixels, self._bits(step))
-        return data.to_unit(pixels, self._dtype), self._noise(step)
+        return pixels, self._noise(step)
 
     def _beside(self, step: int) -> Tensor:
         return self._pixels.index_select(0, self._indices(step))
@@ -76,7 +78,7 @@ class Batches:
         return noise.to(self._device, self._dtype)
 
     def _draw_bits(self, steps: range) -> Tensor:
-        pixels = self._pixels[0].numel()
+        pixels = self._pixels.shape[1]
         return bits(self._plan.seed, Stream.BINARIZATION, steps, self._rows, pixels, self._drawn_on).to(self._device)
 
 

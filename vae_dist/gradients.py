@@ -48,32 +48,26 @@ class Gradients:
         batch_size: float,
         autocast: Callable[[], AbstractContextManager[object]],
         precise: torch.dtype,
-        *,
-        compiled: bool,
     ) -> None:
         self._vae = vae
         self._weights: dict[str, Tensor] = dict(vae.named_parameters())
         self._batch_size = batch_size
         self._autocast = autocast
         self._precise = precise
-        self._find = Compiled(self._functional, self._eager) if compiled else self._eager
 
     def __call__(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor | None) -> Part:
         """Of images `(B, C, H, W)` in [0, 1] and standard normal noise `(B, L)`, `beta` being `()`.
 
         The gradients are those of the loss times `scale`, `()`, where there is one.
         """
-        return self._find(images, noise, beta, scale)
-
-    def _eager(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor | None) -> Part:
         with self._autocast():
             output = self._vae(images, noise)
         loss, terms = self._loss(output, images, beta)
         gradients = torch.autograd.grad(loss if scale is None else loss * scale, list(self._weights.values()))
         return Part(loss.detach(), terms, gradients)
 
-    def _functional(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor | None) -> Part:
-        """The same, in the form that can be compiled as a whole."""
+    def functional(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor | None) -> Part:
+        """The same, in the form that can be compiled."""
 
         def scaled_loss(weights: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             with self._autocast():
@@ -91,12 +85,22 @@ class Gradients:
 
 
 class Compiled(Generic[P, R]):
-    """A function as a compiled program; where that can't be made, what `otherwise` does."""
+    """A function as a compiled program; where that can't be made, what `otherwise` does.
+
+    The program is made for the sizes of the tensors that it is called with. All else that the function reads must stay
+    as it is, and tensors that it finds elsewhere may change in nothing but their values.
+    """
 
     def __init__(self, function: Callable[P, R], otherwise: Callable[P, R]) -> None:
         # It warns where torch was built for CUDA and there is no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        self._program: Callable[P, R] | None = torch.compile(function, fullgraph=True, dynamic=False)
+        # Else it would look at everything that the function has ever touched, at every call: a tenth of a small step.
+        self._program: Callable[P, R] | None = torch.compile(
+            function,
+            fullgraph=True,
+            dynamic=False,
+            options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe},
+        )
         self._otherwise = otherwise
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

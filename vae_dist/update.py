@@ -4,13 +4,14 @@ b is the process's share of the global batch, L latents, C, H, W image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vae_dist import checkpoint, manifest, runtime
+from vae_dist import checkpoint, data, manifest, runtime
 from vae_dist.adam import Adam
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
@@ -28,6 +29,18 @@ class NotFiniteError(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"step {step}")
         self.step = step  # 0 is the first
+
+
+class Verdict(NamedTuple):
+    """What is to be done with a step's gradients."""
+
+    gradients: Sequence[Tensor]  # in the order of the model's parameters, bounded where the config says so
+    skip: Tensor  # (), float32, 1 where they are not to be used and 0 elsewhere
+    totals: Tensor  # (5,), what `Meter` adds up
+
+
+Differentiate = Callable[[Tensor, Tensor, Tensor, Tensor | None], Part]
+Judge = Callable[[Tensor, Tensor, Sequence[Tensor]], Verdict]
 
 
 class Update:
@@ -55,9 +68,7 @@ class Update:
         self._one = self._shares.new_ones(())
         self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
         autocast = runtime.autocast(config.train.precision, world.device)
-        compiled = bool(config.train.compile)
-        self._gradients = Gradients(vae, share_size, autocast, self._precise, compiled=compiled)
-        self._conclude = Compiled(self._judged, self._judged) if compiled else self._judged
+        self._find = self._found_by(Gradients(vae, share_size, autocast, self._precise))
         self.optimizer = Adam(self._parameters)
         # Tensors: they move with the step without being others.
         self._learning_rate = torch.empty((), device=world.device)
@@ -74,8 +85,8 @@ class Update:
         recordable = world.device.type == "cuda" and world.size == 1 and self._scaler is None
         self._step = Graphed(self._take, state) if recordable and config.runtime.cuda_graph else self._take
 
-    def __call__(self, images: Tensor, noise: Tensor, learning_rate: float, beta: float) -> Tensor:
-        """Update the weights from images `(b, C, H, W)` and noise `(b, L)`.
+    def __call__(self, pixels: Tensor, noise: Tensor, learning_rate: float, beta: float) -> Tensor:
+        """Update the weights from pixels `(b, C, H, W)`, uint8, and noise `(b, L)`.
 
         Returns what the `Meter` adds up, `(5,)`: the sums over these images of loss, reconstruction and KL (nats), and
         this process's part of the gradient's norm before clipping and of 1 update; zeros where it was not taken.
@@ -84,35 +95,50 @@ class Update:
             self._moving = learning_rate, beta
             self._learning_rate.fill_(learning_rate)
             self._beta.fill_(beta)
-        return self._step(images, noise)
+        return self._step(pixels, noise)
 
-    def _take(self, images: Tensor, noise: Tensor) -> Tensor:
+    def _take(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """The step itself. All that moves is in tensors, so that it can be recorded."""
-        found = self._differentiate(images, noise)
-        gradients, mean_loss = runtime.average_gradients(found.gradients, found.loss, self._world)
-        if self._scaler is not None:
-            self._unscale(gradients)
-        gradients, taken, totals = self._conclude(found.terms, mean_loss, gradients, self._sound)
-        self._sound.copy_(taken | self._forgives)
-        self._taken += taken
+        gradients, skip, totals = self._find(pixels, noise)
         if self._scaler is not None:  # it has found for itself whether to skip this update
             self._scaler.step(self.optimizer, gradients, self._learning_rate)
             self._scaler.update()
         else:
-            self.optimizer.step(gradients, self._learning_rate, skip=taken.logical_not().float())
+            self.optimizer.step(gradients, self._learning_rate, skip)
         return totals
 
-    def _differentiate(self, images: Tensor, noise: Tensor) -> Part:
-        """This process's loss `()`, the sums of its ELBO terms `(2,)`, and its gradients."""
+    def _found_by(self, gradients: Gradients) -> Callable[[Tensor, Tensor], Verdict]:
+        """What finds the gradients of a step and judges them, in one or several compiled programs if it is to be."""
+
+        def step_by_step(pixels: Tensor, noise: Tensor) -> Verdict:
+            return self._found(gradients, self._judged, pixels, noise)
+
+        def as_one(pixels: Tensor, noise: Tensor) -> Verdict:
+            return self._found(gradients.functional, self._judged, pixels, noise)
+
+        def in_parts(pixels: Tensor, noise: Tensor) -> Verdict:
+            return self._found(differentiate, judge, pixels, noise)
+
+        if not self._config.train.compile:
+            return step_by_step
+        if self._world.size == 1 and self._scaler is None:
+            return Compiled(as_one, step_by_step)
+        differentiate, judge = Compiled(gradients.functional, gradients), Compiled(self._judged, self._judged)
+        return in_parts
+
+    def _found(self, differentiate: Differentiate, judge: Judge, pixels: Tensor, noise: Tensor) -> Verdict:
         scale = None if self._scaler is None else self._scaler.scale(torch.ones_like(self._learning_rate))
         found = None
         for part in range(self._accumulate):
-            rows = share(len(images), part, self._accumulate)
-            slices = images[rows.start : rows.stop], noise[rows.start : rows.stop]
-            more = self._gradients(*slices, self._beta, scale)
+            rows = share(len(pixels), part, self._accumulate)
+            images = data.to_unit(pixels[rows.start : rows.stop], noise.dtype)
+            more = differentiate(images, noise[rows.start : rows.stop], self._beta, scale)
             found = more if found is None else found.plus(more)
         assert found is not None
-        return found
+        gradients, mean_loss = runtime.average_gradients(found.gradients, found.loss, self._world)
+        if self._scaler is not None:
+            self._unscale(gradients)
+        return judge(found.terms, mean_loss, gradients)
 
     def _unscale(self, gradients: Sequence[Tensor]) -> None:
         """Take fp16's loss scale out of the gradients, and note for the scaler whether they are finite."""
@@ -123,10 +149,7 @@ class Update:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _judged(
-        self, terms: Tensor, mean_loss: Tensor, gradients: Sequence[Tensor], sound: Tensor
-    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-        """The gradients, bounded where the config says so; whether they are to be used, `()`; what `Meter` adds up."""
+    def _judged(self, terms: Tensor, mean_loss: Tensor, gradients: Sequence[Tensor]) -> Verdict:
         # By rows first: torch shares those among its threads, and a whole tensor not.
         rows = [torch.linalg.vector_norm(gradient, dim=-1).view(-1) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.cat(rows))
@@ -135,11 +158,13 @@ class Update:
             gradients = [gradient * factor for gradient in gradients]
         if self._scaler is not None:  # its scale was too large: it leaves this update out and tries a smaller one
             norm = torch.where(norm.isfinite(), norm, 0.0)
-        taken = ((mean_loss + norm).abs() < math.inf) & sound
+        taken = ((mean_loss + norm).abs() < math.inf) & self._sound
+        self._sound.copy_(taken | self._forgives)
+        self._taken += taken
         reconstruction, kl = terms.unbind()
         sums = [reconstruction + self._beta * kl, reconstruction, kl, norm.to(self._precise), self._one]
         totals = torch.stack(sums)
-        return gradients, taken, torch.where(taken, totals * self._shares, 0.0)
+        return Verdict(gradients, taken.logical_not().float(), torch.where(taken, totals * self._shares, 0.0))
 
     def require_sound(self, step: int) -> int:
         """The number of updates skipped so far. After `step` steps; all processes call this and find the same.
