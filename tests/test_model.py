@@ -7,7 +7,7 @@ from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.model import ARCHITECTURES, build_vae
 from vae_dist.model.distributions import Bernoulli, Gaussian
-from vae_dist.model.mlp import TRANSPOSED_ROWS, Linear
+from vae_dist.model.mlp import TRANSPOSED_ROWS, Layers
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (2, 5, 7)]
 
@@ -40,17 +40,15 @@ def test_an_image_does_not_see_the_others_of_its_batch(architecture: str) -> Non
 
 
 @pytest.mark.parametrize("rows", [1, 5, TRANSPOSED_ROWS, TRANSPOSED_ROWS + 1])
-def test_a_layer_is_torchs_however_it_is_computed(rows: int) -> None:
-    ours = Linear(7, 3, dtype=torch.float64)
-    theirs = nn.Linear(7, 3, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict())
+def test_layers_are_torchs_however_they_are_computed(rows: int) -> None:
+    layers = Layers(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     images = torch.randn(rows, 7, dtype=torch.float64)
     weights = torch.randn(rows, 3, dtype=torch.float64)
     results = []
-    for layer in ours, theirs:
+    for forward in layers, nn.Sequential(*layers):
         x = images.clone().requires_grad_()
-        output = layer(x)
-        results.append([output, *torch.autograd.grad((output * weights).sum(), [x, layer.weight, layer.bias])])
+        output = forward(x)
+        results.append([output, *torch.autograd.grad((output * weights).sum(), [x, *layers.parameters()])])
     torch.testing.assert_close(*results)
 
 

@@ -10,17 +10,23 @@ from torch import Tensor, nn
 TRANSPOSED_ROWS = 256  # a batch of at most so many rows is small
 
 
-class Linear(nn.Linear):
-    """`nn.Linear`, which on a CPU computes a small batch as its transpose: the same numbers, laid out by columns.
+class Layers(nn.Sequential):
+    """Linear layers with elementwise functions between them, `(B, inputs)` to `(B, outputs)`.
 
-    MKL then shares a product among its threads by images and not by features, which comes out more even: a training
-    step of 32 images takes 12% less, of 128 images 5%, of 512 the same, and of 1,024 more.
+    On a CPU a small batch is computed as its transpose, the same but for rounding: MKL then shares a product among its
+    threads more evenly. A training step of 32 images takes 12% less, of 128 images 5%, of 512 the same, of 1,024 more.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type == "cpu" and input.dim() == 2 and len(input) <= TRANSPOSED_ROWS:
-            return torch.addmm(self.bias.unsqueeze(1), self.weight, input.t()).t()
-        return super().forward(input)
+        if input.device.type != "cpu" or len(input) > TRANSPOSED_ROWS:
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        transposed = input.t()
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                transposed = torch.addmm(layer.bias.unsqueeze(1), layer.weight, transposed)
+            else:
+                transposed = layer(transposed)
+        return transposed.t()
 
 
 class MLPEncoder(nn.Module):
@@ -46,8 +52,8 @@ class MLPDecoder(nn.Module):
         return self.layers(latents).unflatten(1, self.image_shape)
 
 
-def _mlp(sizes: Sequence[int]) -> nn.Sequential:
+def _mlp(sizes: Sequence[int]) -> Layers:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return Layers(*layers[:-1])
