@@ -31,7 +31,7 @@ FLOORS = [
         "plane",
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
-    ["objective", "mixture", "model", "adam", "gradients", "cuda_graph"],
+    ["objective", "mixture", "model", "adam", "gradients", "compiled", "cuda_graph"],
     ["plan", "philox", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {

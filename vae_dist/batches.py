@@ -15,9 +15,9 @@ from vae_dist.data import Images
 from vae_dist.plan import Plan, Stream, binarized, bits, share
 from vae_dist.runtime import World
 
-# Random numbers are drawn for many steps at once. On a CPU as many as fit its cache, which halves what they cost; on a
-# GPU as many as keep it busy, for whatever their number they take it some hundred operations.
-_NUMBERS_AT_ONCE = {"cpu": 2**16, "cuda": 2**22}
+# Random numbers are drawn for many steps at once, or entering each operation costs as much as they. A GPU is kept busy:
+# whatever their number, they take it some hundred operations.
+_NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
 
 _CPU = torch.device("cpu")
 

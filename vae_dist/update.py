@@ -4,9 +4,9 @@ b is the process's share of the global batch, L latents, C, H, W image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch import Tensor
 from vae_dist import checkpoint, data, manifest, runtime
 from vae_dist.adam import Adam
 from vae_dist.checkpoint import TrainingState
+from vae_dist.compiled import Compiled, Function
 from vae_dist.config import Config
 from vae_dist.cuda_graph import Graphed
 from vae_dist.errors import RunError
-from vae_dist.gradients import Compiled, Gradients, Part
+from vae_dist.gradients import Gradients
 from vae_dist.model.vae import VAE
 from vae_dist.plan import share
 from vae_dist.runtime import World
@@ -29,18 +30,6 @@ class NotFiniteError(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"step {step}")
         self.step = step  # 0 is the first
-
-
-class Verdict(NamedTuple):
-    """What is to be done with a step's gradients."""
-
-    gradients: Sequence[Tensor]  # in the order of the model's parameters, bounded where the config says so
-    skip: Tensor  # (), float32, 1 where they are not to be used and 0 elsewhere
-    totals: Tensor  # (5,), what `Meter` adds up
-
-
-Differentiate = Callable[[Tensor, Tensor, Tensor, Tensor | None], Part]
-Judge = Callable[[Tensor, Tensor, Sequence[Tensor]], Verdict]
 
 
 class Update:
@@ -58,27 +47,25 @@ class Update:
         self._config = config
         self._accumulate = config.train.accumulate
         self._max_grad_norm = config.optim.max_grad_norm
+        self._forgives = config.train.nonfinite == "skip"
         # What this process's loss is divided by, so that the mean over the processes is the batch's mean, however
         # unevenly the batch is shared.
         share_size = config.train.batch_size / world.size
         self._precise = runtime.precise(world.device)
-        # Norm and count are the same on every process, and are added up over the processes like the sums over images.
-        shares = [1.0, 1.0, 1.0, 1 / world.size, 1 / world.size]
-        self._shares = torch.tensor(shares, dtype=self._precise, device=world.device)
-        self._one = self._shares.new_ones(())
         self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
         autocast = runtime.autocast(config.train.precision, world.device)
-        self._find = self._found_by(Gradients(vae, share_size, autocast, self._precise))
+        scaled = self._scaler is not None
+        self._find = self._found_by(Gradients(vae, share_size, autocast, self._precise, scaled=scaled))
         self.optimizer = Adam(self._parameters)
         # Tensors: they move with the step without being others.
         self._learning_rate = torch.empty((), device=world.device)
+        self._one = torch.ones((), device=world.device)
         self._beta = torch.empty((), dtype=self._precise, device=world.device)
         self._moving = math.nan, math.nan
         self._first_step = self._skipped_before = 0
         # False from the first update on that was not finite, so that no later one is taken either; where such updates
         # are to be skipped it stays true.
         self._sound = torch.ones((), dtype=torch.bool, device=world.device)
-        self._forgives = torch.tensor(config.train.nonfinite == "skip", device=world.device)
         self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
         moments = [state[name] for state in self.optimizer.state for name in Adam.MOMENTS]
         state = [*self._parameters, *moments, self._sound, self._taken]
@@ -99,7 +86,8 @@ class Update:
 
     def _take(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """The step itself. All that moves is in tensors, so that it can be recorded."""
-        gradients, skip, totals = self._find(pixels, noise)
+        inputs = pixels, noise, self._beta, self._sound, self._taken
+        skip, totals, *gradients = self._find(*inputs, *self._parameters)
         if self._scaler is not None:  # it has found for itself whether to skip this update
             self._scaler.step(self.optimizer, gradients, self._learning_rate)
             self._scaler.update()
@@ -107,38 +95,41 @@ class Update:
             self.optimizer.step(gradients, self._learning_rate, skip)
         return totals
 
-    def _found_by(self, gradients: Gradients) -> Callable[[Tensor, Tensor], Verdict]:
-        """What finds the gradients of a step and judges them, in one or several compiled programs if it is to be."""
-
-        def step_by_step(pixels: Tensor, noise: Tensor) -> Verdict:
-            return self._found(gradients, self._judged, pixels, noise)
-
-        def as_one(pixels: Tensor, noise: Tensor) -> Verdict:
-            return self._found(gradients.functional, self._judged, pixels, noise)
-
-        def in_parts(pixels: Tensor, noise: Tensor) -> Verdict:
-            return self._found(differentiate, judge, pixels, noise)
-
+    def _found_by(self, gradients: Gradients) -> Function:
+        """`_found`, in one or several compiled programs where the config says so."""
+        as_it_is = partial(self._found, gradients.eager, self._judged)
         if not self._config.train.compile:
-            return step_by_step
+            return as_it_is
         if self._world.size == 1 and self._scaler is None:
-            return Compiled(as_one, step_by_step)
-        differentiate, judge = Compiled(gradients.functional, gradients), Compiled(self._judged, self._judged)
-        return in_parts
+            return Compiled(partial(self._found, gradients.functional, self._judged), as_it_is)
+        differentiate = Compiled(gradients.functional, gradients.eager)
+        return partial(self._found, differentiate, Compiled(self._judged, self._judged))
 
-    def _found(self, differentiate: Differentiate, judge: Judge, pixels: Tensor, noise: Tensor) -> Verdict:
-        scale = None if self._scaler is None else self._scaler.scale(torch.ones_like(self._learning_rate))
-        found = None
+    def _found(
+        self,
+        differentiate: Function,
+        judge: Function,
+        pixels: Tensor,
+        noise: Tensor,
+        beta: Tensor,
+        sound: Tensor,
+        taken: Tensor,
+        *weights: Tensor,
+    ) -> Sequence[Tensor]:
+        """Whether to skip the update, what `Meter` adds up, and the gradients, as `_judged` has them."""
+        scale = self._one if self._scaler is None else self._scaler.scale(self._one)
+        found: Sequence[Tensor] = []
         for part in range(self._accumulate):
             rows = share(len(pixels), part, self._accumulate)
             images = data.to_unit(pixels[rows.start : rows.stop], noise.dtype)
-            more = differentiate(images, noise[rows.start : rows.stop], self._beta, scale)
-            found = more if found is None else found.plus(more)
-        assert found is not None
-        gradients, mean_loss = runtime.average_gradients(found.gradients, found.loss, self._world)
+            more = differentiate(images, noise[rows.start : rows.stop], beta, scale, *weights)
+            # In place, for there may not be memory for more gradients.
+            found = [total.add_(value) for total, value in zip(found, more, strict=True)] if found else more
+        loss, terms, *gradients = found
+        means, mean_loss = runtime.average_gradients(gradients, loss, self._world)
         if self._scaler is not None:
-            self._unscale(gradients)
-        return judge(found.terms, mean_loss, gradients)
+            self._unscale(means)
+        return judge(terms, mean_loss, beta, sound, taken, *means)
 
     def _unscale(self, gradients: Sequence[Tensor]) -> None:
         """Take fp16's loss scale out of the gradients, and note for the scaler whether they are finite."""
@@ -149,22 +140,31 @@ class Update:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _judged(self, terms: Tensor, mean_loss: Tensor, gradients: Sequence[Tensor]) -> Verdict:
+    def _judged(
+        self, terms: Tensor, mean_loss: Tensor, beta: Tensor, sound: Tensor, taken: Tensor, *gradients: Tensor
+    ) -> list[Tensor]:
+        """1 where these gradients are not to be used and 0 elsewhere `()`, float32; what `Meter` adds up `(5,)`.
+
+        After those, the gradients, bounded where the config says so. `sound` and `taken` are brought up to date.
+        """
         # By rows first: torch shares those among its threads, and a whole tensor not.
         rows = [torch.linalg.vector_norm(gradient, dim=-1).view(-1) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.cat(rows))
+        bounded = list(gradients)
         if self._max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [gradient * factor for gradient in gradients]
+            bounded = [gradient * factor for gradient in gradients]
         if self._scaler is not None:  # its scale was too large: it leaves this update out and tries a smaller one
             norm = torch.where(norm.isfinite(), norm, 0.0)
-        taken = ((mean_loss + norm).abs() < math.inf) & self._sound
-        self._sound.copy_(taken | self._forgives)
-        self._taken += taken
+        takes = ((mean_loss + norm).abs() < math.inf) & sound
+        if not self._forgives:
+            sound.copy_(takes)
+        taken.add_(takes)
         reconstruction, kl = terms.unbind()
-        sums = [reconstruction + self._beta * kl, reconstruction, kl, norm.to(self._precise), self._one]
-        totals = torch.stack(sums)
-        return Verdict(gradients, taken.logical_not().float(), torch.where(taken, totals * self._shares, 0.0))
+        # Norm and count are the same on every process, and are added up over the processes like the sums over images.
+        alike = torch.stack([norm.to(self._precise), takes.to(self._precise)]) / self._world.size
+        totals = torch.cat([torch.stack([reconstruction + beta * kl, reconstruction, kl]), alike])
+        return [takes.logical_not().float(), torch.where(takes, totals, 0.0), *bounded]
 
     def require_sound(self, step: int) -> int:
         """The number of updates skipped so far. After `step` steps; all processes call this and find the same.
