@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vae_dist.model import build_vae
 from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.trainer import train
+from vae_dist.update import Update
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -155,6 +157,20 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
     grey = data.to_unit(training.pixels)
     assert not torch.equal(seen[0], seen[1])
     assert (seen[0] != seen[1]).float().mean().item() == pytest.approx((2 * grey * (1 - grey)).mean().item(), rel=0.05)
+
+
+def test_what_the_first_step_takes_longer_is_not_in_the_speed(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CompiledFirst(Update):
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            monkeypatch.setattr(CompiledFirst, "__call__", Update.__call__)
+            time.sleep(5)
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(trainer, "Update", CompiledFirst)
+    first, *_ = rows(train(make_config("train.steps=10", "train.log_every=10", "train.batch_size=100")))
+    assert first["train/images_per_second"] > 10 * 100 / 5
 
 
 def test_without_validation_images_there_are_no_validation_rows_and_pictures_say_so(

@@ -191,6 +191,10 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
+    def restart_clock(self, step: int) -> None:
+        """Guess the time that is left by the steps from here on."""
+        self._first, self._started = step, time.monotonic()
+
     def show(self, step: int, row: Mapping[str, float]) -> None:
         """Bring bar or lines up to a row of training figures."""
         self._last |= row

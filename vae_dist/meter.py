@@ -57,8 +57,12 @@ class Meter:
                 **row,
             }
         self._sums.zero_()
-        self._timed_steps, self._seconds, self._resumed_at = 0, 0.0, time.perf_counter()
+        self.restart_clock()
         return row
+
+    def restart_clock(self) -> None:
+        """Leave the steps so far out of the images per second: the first one may have been compiled."""
+        self._timed_steps, self._seconds, self._resumed_at = 0, 0.0, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

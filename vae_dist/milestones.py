@@ -128,6 +128,8 @@ class Milestones:
         self._require_sound(step)
         if step == self._first_step + 1:  # and done on the device too, or its soundness would not be known
             logger.info("the first step is done, %.1f s after the start", runtime.seconds_since_start())
+            self._meter.restart_clock()
+            self._progress.restart_clock(step)
         self._watch.look(step)
 
     def _publish(self, state: TrainingState) -> Path:
