@@ -380,7 +380,7 @@ def resume(config: Config, stored: Config) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def save(config: Config, path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import platform
 import stat
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
@@ -42,9 +43,14 @@ def seal(contents: Mapping[str, bytes], step: int) -> dict[str, Any]:
         "versions": {
             "vae_dist": vae_dist.__version__,
             "python": platform.python_version(),
-            **{library: version(library) for library in _LIBRARIES},
+            **_versions(),
         },
     }
+
+
+@cache  # they are read from files
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in _LIBRARIES}
 
 
 def read(folder: Path) -> dict[str, Any]:
