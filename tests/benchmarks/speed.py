@@ -292,8 +292,13 @@ def scale(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
 
 def cadence(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
     rows = []
-    for held_out, title in (0, "pictures, a checkpoint, W&B's record"), (5000, "and a validation on 5,000 images"):
-        shared = [*base, "train.compile=false", "train.batch_size=128", f"runs_dir={folder / 'cadence'}"]
+    for held_out, compiled, title in (
+        (0, "false", "pictures, a checkpoint, W&B's record"),
+        (0, "true", "the same, compiled"),
+        (5000, "false", "and a validation on 5,000 images"),
+    ):
+        shared = [*base, f"train.compile={compiled}", "train.batch_size=128"]
+        shared += [f"runs_dir={folder / f'cadence_{compiled}'}"]
         shared += [f"data.validation_images={held_out}", "train.steps=1000000000"]
         contestants = {
             "on": ("ours", [*shared, "tracking.wandb=offline", f"name=on_{held_out}"]),
