@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,19 @@ def test_in_float64_an_epoch_is_the_same_to_a_billionth(world_size: int, roots: 
     ours, theirs = (tensors(run) for run in runs)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
+def test_compiled_processes_train_as_those_that_are_not(tmp_path: Path, smoke_arguments: list[str]) -> None:
+    common = [*smoke_arguments, f"runs_dir={tmp_path}", "train.log_every=1", "train.precision=fp64", "train.epochs=1"]
+    for name, compiled in ("plain", "false"), ("compiled", "true"):
+        choices = [f"name={name}", f"train.compile={compiled}", "train.accumulate=3"]  # parts of unlike sizes
+        result = torchrun(2, str(REPOSITORY / "vae_dist/train.py"), *common, *choices)
+        assert result.returncode == 0 and "can't be compiled" not in result.stdout + result.stderr
+    losses = [rows(tmp_path / name, "train/loss") for name in ("plain", "compiled")]
+    assert len(losses[0]) == STEPS_AN_EPOCH
+    assert largest_difference(*losses) < 1e-9
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
