@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY
-from vae_dist.adam import Adam
+from vae_dist.adam import Adam, FlatAdam
 
 
 def parameters() -> list[Tensor]:
@@ -70,10 +70,48 @@ def test_a_step_does_not_load_torchs_compiler() -> None:
     """It would take longer than all else before the first step."""
     code = """
 import sys, torch
-from vae_dist.adam import Adam
+from vae_dist.adam import Adam, FlatAdam
 parameter = torch.nn.Parameter(torch.ones(3))
 Adam([parameter]).step([torch.ones(3)], torch.tensor(0.1))
 assert parameter[0] < 1
 sys.exit("torch._dynamo" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_adam_over_one_tensor_is_torchs_adam() -> None:
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = FlatAdam(ours), torch.optim.Adam(theirs, lr=torch.tensor(1e-3), fused=True)
+    for step in range(30):
+        learning_rate = torch.tensor(1e-3 / (step + 1))
+        give_gradients(theirs, step)
+        gradient = torch.cat([tensor.flatten() for tensor in give_gradients(parameters(), step)])
+        optimizer.step([gradient], learning_rate)
+        reference.param_groups[0]["lr"].copy_(learning_rate)
+        reference.step()
+    for mine, tensor, state in zip(ours, theirs, optimizer.state, strict=True):
+        torch.testing.assert_close(mine, tensor, rtol=1e-6, atol=1e-7)
+        for moment in Adam.MOMENTS:
+            torch.testing.assert_close(state[moment], reference.state[tensor][moment], rtol=1e-5, atol=1e-7)
+
+
+def test_adam_over_one_tensor_skips_and_loads() -> None:
+    optimizer = FlatAdam(parameters())
+    gradient = torch.randn(optimizer.parameters[0].shape)
+    optimizer.step([gradient], torch.tensor(1e-3), skip=torch.zeros(()))
+    before = [tensor.clone() for tensor in optimizer.tensors]
+    optimizer.step([gradient * torch.nan], torch.tensor(1e-3), skip=torch.ones(()))
+    assert all(map(torch.equal, optimizer.tensors, before))
+    other = FlatAdam(parameters())
+    other.load(optimizer.state)
+    assert all(map(torch.equal, other.tensors[1:], before[1:]))
+
+
+def test_parameters_are_views_of_the_one_tensor() -> None:
+    """So that a checkpoint, which knows the model's parameters, loads into it."""
+    tensors = parameters()
+    optimizer = FlatAdam(tensors)
+    with torch.no_grad():
+        tensors[1].fill_(7.0)
+    assert torch.equal(optimizer.weights[1], tensors[1])
+    assert all(map(torch.equal, optimizer.weights, tensors))

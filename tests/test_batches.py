@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from tests.conftest import MakeConfig
-from vae_dist import data, plan, runtime
+from vae_dist import batches, data, plan, runtime
 from vae_dist.batches import Ahead, Batches, Blocks
+from vae_dist.data import Images
 from vae_dist.plan import Plan
 
 
 def draw(batches: Batches, steps: range) -> list[Tensor]:
-    return [tensor.clone() for step in steps for tensor in batches(step)]
+    return [tensor.clone() for step in steps for tensor in batches(range(step, step + 1))]
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
@@ -26,6 +27,39 @@ def test_a_step_is_the_same_wherever_a_run_begins(binarize: str, start: int, mak
         assert all(map(torch.equal, draw(late, range(start, 60)), whole[2 * start :]))
 
 
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+@pytest.mark.parametrize("steps_at_once", [1, 7])
+def test_many_steps_at_once_are_each_of_them(
+    binarize: str, steps_at_once: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ends of blocks and of epochs, wherever the images are."""
+    asked = make_config(f"data.binarize={binarize}")
+    training, _ = data.load_training(asked.data)
+    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", steps_at_once * 50 * 784)
+    with runtime.join(asked) as world:
+        expected = draw(Batches(training, Plan(3, 1000, 50), asked, world), range(60))
+        beside = Batches(training, Plan(3, 1000, 50), asked, world)
+        monkeypatch.setattr(runtime, "place", lambda pixels, device: (pixels, False))
+        far = Batches(training, Plan(3, 1000, 50), asked, world)
+        for source in beside, far:
+            for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
+                pixels, noise = source(steps)
+                for place, step in enumerate(steps):
+                    assert torch.equal(pixels[place], expected[2 * step][0])
+                    assert torch.equal(noise[place], expected[2 * step + 1][0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 8, 28])
+def test_rows_of_any_length_are_selected_whole(size: int, make_config: MakeConfig) -> None:
+    torch.manual_seed(0)
+    images = Images(torch.randint(256, (40, 1, size, size), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    plan = Plan(3, 40, 10)
+    asked = make_config()
+    with runtime.join(asked) as world:
+        pixels, _ = Batches(images, plan, asked, world)(range(2, 4))
+    assert torch.equal(pixels, torch.stack([images.pixels[plan.batch(step)] for step in (2, 3)]))
+
+
 def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's way to draw them, on the CPU."""
     asked = make_config("data.binarize=dynamic")
@@ -37,28 +71,17 @@ def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypa
     assert all(map(torch.equal, found, expected))
 
 
-def test_images_that_stay_on_the_host_are_the_same(make_config: MakeConfig) -> None:
-    asked = make_config()
-    training, _ = data.load_training(asked.data)
-    with runtime.join(asked) as world:
-        beside = Batches(training, Plan(3, 1000, 50), asked, world)
-        far = Batches(training, Plan(3, 1000, 50), asked, world)
-        far._select = Ahead(far._from_host)
-        for steps in range(25), range(7, 9):  # and back again
-            assert all(map(torch.equal, draw(far, steps), draw(beside, steps)))
+def test_the_next_steps_are_loaded_while_some_are_computed() -> None:
+    loaded = {start: threading.Event() for start in range(0, 9, 3)}
 
-
-def test_the_next_step_is_loaded_while_one_is_computed() -> None:
-    loaded = {step: threading.Event() for step in range(3)}
-
-    def load(step: int) -> Tensor:
-        loaded[step].set()
-        return torch.tensor(step)
+    def load(steps: range) -> Tensor:
+        loaded[steps.start].set()
+        return torch.tensor(list(steps))
 
     ahead = Ahead(load)
-    assert ahead(0) == 0
-    assert loaded[1].wait(timeout=10)
-    assert ahead(1) == 1
+    assert ahead(range(3)).tolist() == [0, 1, 2]
+    assert loaded[3].wait(timeout=10)
+    assert ahead(range(3, 6)).tolist() == [3, 4, 5]
 
 
 def test_blocks_draw_once_for_many_steps() -> None:
@@ -69,6 +92,7 @@ def test_blocks_draw_once_for_many_steps() -> None:
         return torch.arange(steps.start, steps.stop)
 
     blocks = Blocks(numbers, 4)
-    assert [int(blocks(step)) for step in (5, 6, 7, 8, 9, 2, 3)] == [5, 6, 7, 8, 9, 2, 3]
-    assert drawn == [range(5, 9), range(9, 13), range(2, 6)]
-    assert int(Blocks(numbers, 0)(3)) == 3
+    asked = [range(5, 6), range(6, 8), range(8, 10), range(2, 3), range(3, 8)]
+    assert [blocks(steps).tolist() for steps in asked] == [list(steps) for steps in asked]
+    assert drawn == [range(5, 9), range(9, 13), range(2, 6), range(6, 10)]
+    assert Blocks(numbers, 0)(range(3, 5)).tolist() == [3, 4]

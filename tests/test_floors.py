@@ -31,8 +31,8 @@ FLOORS = [
         "plane",
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
-    ["objective", "mixture", "model", "adam", "gradients", "compiled", "cuda_graph"],
-    ["plan", "philox", "config", "manifest", "markup", "files", "errors"],
+    ["objective", "mixture", "model", "adam", "gradients", "cuda_graph"],
+    ["plan", "philox", "compiled", "products", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {
     "accelerate": {"runtime", "trainer", "evaluation", "checkpoint"},

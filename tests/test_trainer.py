@@ -150,7 +150,7 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
     with runtime.join(asked) as world:
         batches = Batches(training, Plan(0, 1000, 1000), asked, world)
         for step in (0, 1):
-            images, _ = batches(step)
+            images = batches(range(step, step + 1))[0][0]
             assert set(images.unique().tolist()) == {0, 255}
             order = Plan(0, 1000, 1000).batch(step).argsort()
             seen.append(images[order])
@@ -163,10 +163,10 @@ def test_what_the_first_step_takes_longer_is_not_in_the_speed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class CompiledFirst(Update):
-        def __call__(self, *arguments: Any) -> torch.Tensor:
+        def __call__(self, *arguments: Any) -> None:
             monkeypatch.setattr(CompiledFirst, "__call__", Update.__call__)
             time.sleep(5)
-            return super().__call__(*arguments)
+            super().__call__(*arguments)
 
     monkeypatch.setattr(trainer, "Update", CompiledFirst)
     first, *_ = rows(train(make_config("train.steps=10", "train.log_every=10", "train.batch_size=100")))
@@ -287,9 +287,9 @@ def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, mo
     """The weights of a run whose step 8 is spoiled and skipped are those of one that has no step 8."""
     draw = Batches.__call__
 
-    def spoiled(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, noise = draw(batches, step)
-        return images, noise * torch.nan if step == 7 else noise
+    def spoiled(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
+        images, noise = draw(batches, steps)
+        return images, noise * torch.nan if 7 in steps else noise
 
     monkeypatch.setattr(Batches, "__call__", spoiled)
     asked = make_config("name=a", "train.steps=8", "train.nonfinite=skip", "optim.max_grad_norm=10")

@@ -49,9 +49,9 @@ def record_batches(output: str, arguments: list[str]) -> None:
         rows = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
         seen: dict[str, list[torch.Tensor]] = {"images": [], "noise": [], "learning_rate": []}
         for step in range(25):
-            images, noise = batches(step)
-            seen["images"].append(world.gather_rows([rows], [images], size))
-            seen["noise"].append(world.gather_rows([rows], [noise], size))
+            images, noise = batches(range(step, step + 1))
+            seen["images"].append(world.gather_rows([rows], [images[0]], size))
+            seen["noise"].append(world.gather_rows([rows], [noise[0]], size))
             seen["learning_rate"].append(torch.tensor(schedule(asked, step, 25).learning_rate))
         if world.is_main:
             save_file({name: torch.stack(values) for name, values in seen.items()}, output)
@@ -79,7 +79,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
             elif what == "data":
                 patch.setattr(data, "load_training", partial(without_a_pixel, data.load_training))
             elif what == "weights":
-                patch.setattr(Update, "_take", partialmethod(nudge, Update._take))
+                patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__))
             return record_refusal(output, arguments)
 
     return record
@@ -102,11 +102,11 @@ def ask_to_stop(patch: pytest.MonkeyPatch) -> None:
     """A signal in the middle of step 33."""
     draw = Batches.__call__
 
-    def with_signal(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if step == 32:
+    def with_signal(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
+        if 32 in steps:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
-        return draw(batches, step)
+        return draw(batches, steps)
 
     patch.setattr(Batches, "__call__", with_signal)
 
@@ -126,9 +126,9 @@ def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
     """Noise that is not a number, at a step after which nothing is logged."""
     draw = Batches.__call__
 
-    def spoiled(batches: Batches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, noise = draw(batches, step)
-        return images, noise * torch.nan if step == 7 else noise
+    def spoiled(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
+        images, noise = draw(batches, steps)
+        return images, noise * torch.nan if 7 in steps else noise
 
     patch.setattr(Batches, "__call__", spoiled)
 
@@ -149,11 +149,11 @@ def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: 
     return training, validation
 
 
-def nudge(update: Update, take: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+def nudge(update: Update, take: Callable[..., None], *inputs: Any) -> None:
     """Let one weight of this process go its own way."""
     with torch.no_grad():
         next(update.vae.parameters()).view(-1)[0] += 1e-6
-    return take(update, *inputs)
+    take(update, *inputs)
 
 
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {

@@ -1,9 +1,10 @@
-"""Adam (Kingma and Ba 2015, algorithm 1): torch's fused kernel, and next to nothing around it.
+"""Adam (Kingma and Ba 2015, algorithm 1): torch's fused kernel on a CPU, one tensor for all weights on other devices.
 
 torch.optim.Adam calls the same kernel. For a network of this size it spends as long in Python as there, and to make one
 loads torch's compiler, which takes longer than all else before the first step.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,16 @@ class Adam:
             for state in zip(self._steps.unbind(), self._averages, self._squares, strict=True)
         ]
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters one by one."""
+        return self.parameters
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a step changes: parameters, moments, and the counts of updates."""
+        return *self.parameters, *self._averages, *self._squares, self._steps
+
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
         """One update by gradients in the order of the parameters. `learning_rate` is `()`.
@@ -59,3 +70,51 @@ class Adam:
         for ours, theirs in zip(self.state, state, strict=True):
             for name in self.MOMENTS:
                 ours[name].copy_(theirs[name])
+
+
+class FlatAdam(Adam):
+    """Adam over all parameters as one tensor, of which they become views, so that one small kernel updates them.
+
+    torch's fused kernel hands out 65,536 weights at a time: a network of half a million occupies ten of a large GPU's
+    hundred multiprocessors. `parameters` holds the one tensor, and `step` takes one gradient `(weights,)`.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._named = list(parameters)
+        weights = torch.cat([parameter.detach().flatten() for parameter in self._named])
+        for parameter, part in zip(self._named, self.split(weights), strict=True):
+            parameter.data = part
+        super().__init__([weights])
+        self._steps = self._steps.repeat(len(self._named))  # they are all the same
+        moments = self._steps, *map(self.split, (self._averages[0], self._squares[0]))
+        self.state = [dict(zip(self.MOMENTS, state, strict=True)) for state in zip(*moments, strict=True)]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters one by one, without a history for autograd."""
+        return self.split(self.parameters[0])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views of `(weights,)`, one of each parameter's shape."""
+        parts = flat.split([parameter.numel() for parameter in self._named])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self._named, strict=True)]
+
+    def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
+        """One update by the gradient that `gradients` holds. `learning_rate` and `skip` are as in `Adam.step`."""
+        skip = self.found_inf if skip is None else skip
+        skip = torch.zeros_like(learning_rate) if skip is None else skip
+        self.update(self.tensors, gradients[0], learning_rate, skip)
+
+    @staticmethod
+    def update(tensors: Sequence[Tensor], gradient: Tensor, learning_rate: Tensor, skip: Tensor) -> None:
+        """The formula, in place, as a function of tensors alone: it can be compiled with what is before it."""
+        weights, averages, squares, steps = tensors
+        keeps = skip > 0
+        count = (steps[0] + 1).to(weights.dtype)
+        # 1 - beta^count, without the digits that the difference would lose.
+        first, second = (-torch.expm1(count * math.log(beta)) for beta in (BETA1, BETA2))
+        average = averages + (1 - BETA1) * (gradient - averages)
+        square = BETA2 * squares + (1 - BETA2) * gradient * gradient
+        moved = weights - learning_rate / first * average / ((square / second).sqrt() + EPSILON)
+        for old, new in (weights, moved), (averages, average), (squares, square), (steps, steps + 1):
+            old.copy_(torch.where(keeps, old, new))

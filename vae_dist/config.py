@@ -109,7 +109,7 @@ class TrainConfig:
         None, "CPU threads of each process; null: the machine's cores shared evenly", at_least=1, at_most=1024
     )
     compile: bool | None = knob(
-        None, "compile the step, which takes some seconds; null: where the run is long enough to gain by that"
+        None, "compile the step, which takes some seconds; null: on a GPU, and on a CPU where a run is long enough"
     )
     log_every: int = knob(100, "optimizer steps between rows of training metrics", at_least=1)
     validate_every: int | None = knob(
@@ -150,7 +150,7 @@ class RuntimeConfig:
         600.0, "seconds that processes wait for one another until the run has begun", above=0, at_most=10**9
     )
     timeout: float = knob(600.0, "seconds that they wait for one another from then on", above=0, at_most=10**9)
-    cuda_graph: bool = knob(True, "on one GPU, but in fp16, launch a step's operations all at once")
+    cuda_graph: bool = knob(True, "on one GPU, launch all operations of many steps at once")
     verify_every: int | None = knob(
         None,
         "optimizer steps between checks that all processes hold the same weights; null: at the end alone",

@@ -4,10 +4,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-from vae_dist import runtime
 from vae_dist.runtime import World
 
 
@@ -20,21 +18,21 @@ class Meter:
 
     NAMES = ("loss", "reconstruction", "kl", "grad_norm", "updates")
 
-    def __init__(self, world: World, batch_size: int, window: Sequence[Mapping[str, float]]) -> None:
+    def __init__(self, sums: Tensor, world: World, batch_size: int, window: Sequence[Mapping[str, float]]) -> None:
+        """`sums` `(5,)` is where an `Update` adds up what `NAMES` says."""
         self._world = world
         self._batch_size = batch_size
-        self._sums = torch.zeros(len(self.NAMES), dtype=runtime.precise(world.device), device=world.device)
-        for rank, sums in enumerate(window):
+        self._sums = sums
+        for rank, saved in enumerate(window):
             if rank % world.size == world.rank:  # its own, or, saved by more processes, theirs too
-                self._sums += self._sums.new_tensor([sums.get(name, 0.0) for name in self.NAMES])
+                self._sums += self._sums.new_tensor([saved.get(name, 0.0) for name in self.NAMES])
         self._timed_steps = 0
         self._resumed_at = time.perf_counter()
         self._seconds = 0.0
 
-    def add(self, totals: Tensor) -> None:
-        """Add what one `Update` returned."""
-        self._sums += totals
-        self._timed_steps += 1
+    def count(self, steps: int) -> None:
+        """So many more steps were taken."""
+        self._timed_steps += steps
 
     def window(self) -> list[dict[str, float]]:
         """Each process's sums so far. A checkpoint holds them, so that a resumed run writes the same rows."""

@@ -8,6 +8,7 @@ easy as 1, 2, 3"). Its key is (seed, stream) and its counter is (position, step)
 without drawing those before them. Each row starts at a counter of its own.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -81,35 +82,79 @@ def standard_normal(seed: int, stream: Stream, step: int, rows: range, columns: 
 
 
 def standard_normals(
-    seed: int, stream: Stream, steps: range, rows: range, columns: int, device: torch.device = CPU
+    seed: int,
+    stream: Stream,
+    steps: range,
+    rows: range,
+    columns: int,
+    device: torch.device = CPU,
+    compiled: bool = False,
 ) -> Tensor:
     """The draws of `standard_normal` at each of several steps, `(len(steps), len(rows), columns)`, float32.
 
     The same formula, on all of this process's threads or on another device, for when there are many draws to make.
     """
-    pairs = _unsigned(bits(seed, stream, steps, rows, 2 * -(-columns // 2), device))
-    radius = pairs[..., 0::2].double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = pairs[..., 1::2].double().mul_(2.0 * np.pi * 2.0**-32)
-    normal = torch.empty(pairs.shape, dtype=torch.float32, device=device)
-    torch.mul(radius, angle.cos(), out=normal[..., 0::2])
-    torch.mul(radius, angle.sin(), out=normal[..., 1::2])
-    return normal[..., :columns]
+    if _has_numpy(device):
+        pairs = bits(seed, stream, steps, rows, 2 * -(-columns // 2)).view(torch.uint32)
+        return _box_muller(pairs)[..., :columns]
+    return _on_device(seed, stream, steps, rows, columns, device, _normal_words, compiled)
 
 
-def bits(seed: int, stream: Stream, steps: range, rows: range, columns: int, device: torch.device = CPU) -> Tensor:
-    """`uniform_bits` at each of several steps, int32 `(len(steps), len(rows), columns)`: the bits are unsigned."""
+def bits(
+    seed: int,
+    stream: Stream,
+    steps: range,
+    rows: range,
+    columns: int,
+    device: torch.device = CPU,
+    compiled: bool = False,
+) -> Tensor:
+    """`uniform_bits` at each of several steps, int32 `(len(steps), len(rows), columns)`: the bits are unsigned.
+
+    `compiled` draws them by one program where the device is none of numpy's.
+    """
     if _has_numpy(device):
         each = [uniform_bits(seed, stream, step, rows, columns) for step in steps]
         return torch.from_numpy(np.stack(each)).view(torch.int32)
+    return _on_device(seed, stream, steps, rows, columns, device, _words_as_int32, compiled)
+
+
+def _on_device(
+    seed: int,
+    stream: Stream,
+    steps: range,
+    rows: range,
+    columns: int,
+    device: torch.device,
+    draw: Callable[[Tensor], Tensor],
+    compiled: bool,
+) -> Tensor:
+    """`(len(steps), len(rows), columns)` of what `draw` makes of words, two a word, drawn on the device."""
     blocks = -(-columns // (2 * _WORDS_PER_BLOCK))
     positions = range(rows.start * blocks, rows.stop * blocks)
-    words = philox.blocks((seed, stream), positions, steps, device)
-    return words.view(torch.int32).view(len(steps), len(rows), -1)[..., :columns]
+    drawn = philox.blocks((seed, stream), positions, steps, device, draw, compiled)
+    return drawn.view(len(steps), len(rows), -1)[..., :columns]
 
 
-def _unsigned(drawn: Tensor) -> Tensor:
-    """int32 bits as numbers from 0 on; a GPU does not compute with torch.uint32."""
-    return drawn.view(torch.uint32) if _has_numpy(drawn.device) else drawn.long() & (2**32 - 1)
+def _words_as_int32(words: Tensor) -> Tensor:
+    """The low and the high half of int64 words `(..., W)`, as numpy's words lie in memory: int32 `(..., 2 W)`."""
+    return words.view(torch.int32)
+
+
+def _normal_words(words: Tensor) -> Tensor:
+    """Standard normal draws `(..., 2 W)`, float32, of int64 words `(..., W)`."""
+    low = 2**32 - 1  # a GPU does not compute with torch.uint32
+    return _box_muller(torch.stack([words & low, (words >> 32) & low], dim=-1).flatten(-2))
+
+
+def _box_muller(pairs: Tensor) -> Tensor:
+    """Standard normal draws of unsigned 32-bit numbers, both `(..., 2 P)`: the formula of `standard_normal`."""
+    radius = pairs[..., 0::2].double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = pairs[..., 1::2].double().mul_(2.0 * np.pi * 2.0**-32)
+    normal = torch.empty(pairs.shape, dtype=torch.float32, device=pairs.device)
+    torch.mul(radius, angle.cos(), out=normal[..., 0::2])
+    torch.mul(radius, angle.sin(), out=normal[..., 1::2])
+    return normal
 
 
 def _has_numpy(device: torch.device) -> bool:
@@ -126,7 +171,7 @@ def bernoulli_pixels(pixels: Tensor, seed: int, step: int, rows: range) -> Tenso
 
 
 def binarized(pixels: Tensor, drawn: Tensor) -> Tensor:
-    """`bernoulli_pixels` by bits `(B, C H W)` that have been drawn."""
+    """`bernoulli_pixels` by bits that have been drawn, of as many pixels `(..., B, C, H, W)`."""
     # 24 bits are exact in float32, so every device agrees, black stays black and white stays white.
     uniform = ((drawn >> 8) & (2**24 - 1)).view(pixels.shape) * 2.0**-24
     return (uniform * 255 < pixels).to(torch.uint8) * 255
@@ -164,6 +209,16 @@ class Plan:
         start = position * self.batch_size
         return self.order(epoch)[start : start + self.batch_size]
 
-    def noise(self, steps: range, rows: range, latent_dim: int, device: torch.device = CPU) -> Tensor:
+    def epochs(self, steps: range) -> Iterator[tuple[int, int, int]]:
+        """These steps epoch by epoch: the epoch's number, and the first and the last but one of its steps."""
+        while steps:
+            epoch, first = divmod(steps.start, self.steps_per_epoch)
+            count = min(len(steps), self.steps_per_epoch - first)
+            yield epoch, first, first + count
+            steps = steps[count:]
+
+    def noise(
+        self, steps: range, rows: range, latent_dim: int, device: torch.device = CPU, compiled: bool = False
+    ) -> Tensor:
         """Posterior noise `(len(steps), len(rows), latent_dim)` for these rows of global batches, standard normal."""
-        return standard_normals(self.seed, Stream.POSTERIOR, steps, rows, latent_dim, device)
+        return standard_normals(self.seed, Stream.POSTERIOR, steps, rows, latent_dim, device, compiled)

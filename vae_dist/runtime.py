@@ -41,7 +41,8 @@ class World:
     def __init__(self, state: PartialState) -> None:
         self.rank: int = state.process_index
         self.size: int = state.num_processes
-        self.device: torch.device = state.device
+        # As a tensor on it says it, with its index: Accelerate's "cuda" is not equal to the "cuda:0" that it means.
+        self.device = torch.empty(0, device=state.device).device
         self.is_main: bool = state.is_main_process
 
     def decide(self, choose: Callable[[], T]) -> T:
@@ -97,12 +98,13 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the processes' tensors, on the CPU."""
         if self.size > 1:
-            values = values.clone()
+            values = values.to(self.device, copy=True)
             self.all_reduce(values)
         return values.cpu()
 
     def gather(self, values: Tensor) -> Tensor:
         """All processes' tensors, stacked in the order of their ranks, on the CPU."""
+        values = values.to(self.device)
         parts = [torch.empty_like(values) for _ in range(self.size)] if self.size > 1 else [values]
         if self.size > 1:
             with self._answers():
@@ -287,11 +289,11 @@ def precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def place(pixels: Tensor, device: torch.device) -> Tensor:
-    """Images on the device when they take less than half of its free memory, otherwise on the host."""
+def place(pixels: Tensor, device: torch.device) -> tuple[Tensor, bool]:
+    """Images on the device, and True; on the host, and False, when they take more than half of its free memory."""
     if device.type == "cuda" and pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return pixels
-    return pixels.to(device)
+        return pixels, False
+    return pixels.to(device), True
 
 
 def average_gradients(gradients: Sequence[Tensor], loss: Tensor, world: World) -> tuple[Sequence[Tensor], Tensor]:

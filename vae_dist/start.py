@@ -7,6 +7,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,9 @@ from vae_dist.runtime import World
 
 logger = logging.getLogger(__name__)
 
-# About what a step takes beside its matrix products, and how many operations a thread or a GPU does in a second: good
+# About what a step takes on a CPU beside its matrix products, and how many operations a thread does in a second: good
 # enough to tell minutes from seconds.
-_CPU_STEP_SECONDS, _CPU_OPERATIONS = 1e-3, 8e10
-_GPU_STEP_SECONDS, _GPU_OPERATIONS = 1e-4, 2e13
+_STEP_SECONDS, _OPERATIONS = 1e-3, 8e10
 _COMPILED_FROM_SECONDS = 120.0
 
 
@@ -90,20 +90,28 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
 
 
 def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
-    """Whether a run is long enough to win back the seconds that a compilation takes, and there is a compiler.
+    """Whether a run gains by a compilation, and there is a compiler.
 
-    The same config on the same machine gives the same answer, as it must: no clock is asked. A compilation takes 5 s,
-    and 16 s the first time on a machine; a step then takes 5 to 35% less, so that it pays from one to three minutes on.
+    The same config on the same machine gives the same answer, as it must: no clock is asked. On a CPU a compilation
+    takes 5 s, and 16 s the first time on a machine; a step then takes 5 to 35% less, so that it pays from one to three
+    minutes on. On a GPU a small model's step has many times as many operations to launch where it is not compiled.
     """
+    if world.device.type == "cuda":
+        return find_spec("triton") is not None and _has_compiler("CC", "cc", "gcc", "clang")
+    if world.device.type != "cpu":
+        return False
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in build_vae(config, config.data.image_shape or []).parameters())
     plan = Plan(config.seed, image_count - config.data.validation_images, config.train.batch_size)
     steps = config.train.steps or config.train.epochs * plan.steps_per_epoch
     operations = 6 * weights * config.train.batch_size / world.size  # of a step, forwards and backwards
-    if world.device.type == "cpu":
-        seconds = steps * (_CPU_STEP_SECONDS + operations / (_CPU_OPERATIONS * (config.train.threads or 1)))
-        return seconds > _COMPILED_FROM_SECONDS and shutil.which(os.environ.get("CXX", "g++")) is not None
-    return steps * (_GPU_STEP_SECONDS + operations / _GPU_OPERATIONS) > _COMPILED_FROM_SECONDS
+    seconds = steps * (_STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1)))
+    return seconds > _COMPILED_FROM_SECONDS and _has_compiler("CXX", "g++")
+
+
+def _has_compiler(variable: str, *names: str) -> bool:
+    """Whether a compiler is found: the one that the environment's variable names, or else one of these."""
+    return any(shutil.which(name) for name in ([os.environ[variable]] if variable in os.environ else names))
 
 
 def _check_sizes(config: Config, image_count: int) -> None:

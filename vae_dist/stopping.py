@@ -88,9 +88,10 @@ class Watch:
         self._step = step
         self._looked_at = time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Whether to look up after `step` steps: the same on every process, though their clocks differ."""
-        return step >= self._step + self._stride
+    @property
+    def next_step(self) -> int:
+        """After how many steps to look up: the same on every process, though their clocks differ."""
+        return self._step + self._stride
 
     def look(self, step: int) -> None:
         """Raise StoppedError on every process where any was asked to stop. All call this after the same step."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,23 +51,26 @@ def train(asked: Config) -> Path:
             logger.info("run %s is finished: %d steps of %d; train.epochs=... goes on", run_dir, state.step, last_step)
             return run_dir
         batches = Batches(training, plan, config, world)
-        meter = Meter(world, plan.batch_size, state.window)
+        meter = Meter(update.tally[:5], world, plan.batch_size, state.window)
+        most_steps = min(update.most_steps, batches.most_steps)
+        ends = config.train.log_every, validate_every, save_every, verify_every
         world.expect_answers_within(config.runtime.timeout)
         with _recording(start, world, state, last_step, plan) as recording:
             at = Milestones(start, world, update, meter, recording, (training, validation), state, last_step)
             with at.saved_when_stopped():
-                for step in range(state.step, last_step):
-                    now = objective.schedule(config, step, last_step)
-                    meter.add(update(*batches(step), now.learning_rate, now.beta))
-                    done = step + 1
+                for steps in launches(state.step, last_step, most_steps, ends, recording.watch):
+                    moving = [objective.schedule(config, step, last_step) for step in steps]
+                    update(*batches(steps), moving)
+                    meter.count(len(steps))
+                    done = steps.stop
                     if due(done, config.train.log_every, last_step):
-                        at.row(done, now)
+                        at.row(done, moving[-1])
                     improved = due(done, validate_every, last_step) and at.validate(done)
                     if due(done, verify_every, last_step):
                         world.require_agreement(partial(update.facts, done), RuntimeError)
                     if improved or due(done, save_every, last_step):
                         at.save(done)
-                    if recording.watch.due(done):
+                    if done >= recording.watch.next_step:
                         at.look(done)
     return run_dir
 
@@ -75,6 +78,18 @@ def train(asked: Config) -> Path:
 def due(done: int, every: float, last_step: int) -> bool:
     """Whether something that happens every so many steps happens after `done` of them. It always does at the end."""
     return done % every == 0 or done == last_step
+
+
+def launches(step: int, last_step: int, most: int, ends: Sequence[float], watch: Watch) -> Iterator[range]:
+    """The steps from `step` on, in ranges to be launched at once: as long as a power of two, and at most `most`.
+
+    A range ends where something happens after every so many steps, or where `watch` wants to look up.
+    """
+    while step < last_step:
+        end = min(last_step, watch.next_step, *(step - step % every + every for every in ends))
+        count = 2 ** (min(int(end) - step, most).bit_length() - 1)
+        yield range(step, step + count)
+        step += count
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""One optimizer step on a process's share of a batch.
+"""Optimizer steps on a process's share of batches.
 
 b is the process's share of the global batch, L latents, C, H, W image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from vae_dist import checkpoint, data, manifest, runtime
-from vae_dist.adam import Adam
+from vae_dist.adam import Adam, FlatAdam
 from vae_dist.checkpoint import TrainingState
 from vae_dist.compiled import Compiled, Function
 from vae_dist.config import Config
-from vae_dist.cuda_graph import Graphed
+from vae_dist.cuda_graph import CudaGraphs, Recorded, Recorder, Steps
 from vae_dist.errors import RunError
 from vae_dist.gradients import Gradients
 from vae_dist.model.vae import VAE
+from vae_dist.objective import Schedule
 from vae_dist.plan import share
 from vae_dist.runtime import World
+
+MOST_STEPS = 32  # that are launched at once: more would save no more, and make recording them slower
 
 
 class NotFiniteError(Exception):
@@ -33,16 +36,27 @@ class NotFiniteError(Exception):
 
 
 class Update:
-    """One optimizer step from a process's share of a batch. It draws nothing and decides nothing by itself.
+    """Optimizer steps from a process's share of batches. It draws nothing and decides nothing by itself.
 
     An update whose loss or gradient is not finite, on whichever process, is never taken. The device sees to that,
     without the host looking; nor are later ones, unless the config says to skip such updates. `require_sound` is where
     the host looks.
+
+    `tally` `(7,)` is where the steps add up: the sums over their images of loss, reconstruction and KL (nats), and this
+    process's part of the gradient's norm before clipping and of 1 update, nothing where none is taken; then the number
+    of updates that were taken, and of those that were not. The first five are the `Meter`'s, which empties them.
+    `most_steps` is how many steps a call may take: more than one where they are recorded and launched at once.
     """
 
-    def __init__(self, vae: VAE, config: Config, world: World) -> None:
+    def __init__(
+        self, vae: VAE, config: Config, world: World, flat: bool | None = None, recorder: Recorder | None = None
+    ) -> None:
+        """`flat` puts all weights into one tensor, `recorder` records steps. By default they do on a GPU."""
+        on_gpu = world.device.type == "cuda"
+        self._flat = on_gpu if flat is None else flat
+        if recorder is None and on_gpu and world.size == 1 and config.runtime.cuda_graph:
+            recorder = CudaGraphs()
         self.vae = vae
-        self._parameters = list(vae.parameters())
         self._world = world
         self._config = config
         self._accumulate = config.train.accumulate
@@ -55,54 +69,85 @@ class Update:
         self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
         autocast = runtime.autocast(config.train.precision, world.device)
         scaled = self._scaler is not None
-        self._find = self._found_by(Gradients(vae, share_size, autocast, self._precise, scaled=scaled))
-        self.optimizer = Adam(self._parameters)
-        # Tensors: they move with the step without being others.
-        self._learning_rate = torch.empty((), device=world.device)
+        self._gradients = Gradients(vae, share_size, autocast, self._precise, scaled=scaled)
+        self.optimizer = FlatAdam(vae.parameters()) if self._flat else Adam(vae.parameters())
+        self.tally = torch.zeros(7, dtype=self._precise, device=world.device)
         self._one = torch.ones((), device=world.device)
-        self._beta = torch.empty((), dtype=self._precise, device=world.device)
-        self._moving = math.nan, math.nan
         self._first_step = self._skipped_before = 0
-        # False from the first update on that was not finite, so that no later one is taken either; where such updates
-        # are to be skipped it stays true.
-        self._sound = torch.ones((), dtype=torch.bool, device=world.device)
-        self._taken = torch.zeros((), dtype=torch.int64, device=world.device)
-        moments = [state[name] for state in self.optimizer.state for name in Adam.MOMENTS]
-        state = [*self._parameters, *moments, self._sound, self._taken]
-        recordable = world.device.type == "cuda" and world.size == 1 and self._scaler is None
-        self._step = Graphed(self._take, state) if recordable and config.runtime.cuda_graph else self._take
+        self._moving: list[Schedule] = []
+        self._on_device = self.tally
+        self._step = self._one_program() if isinstance(self.optimizer, FlatAdam) and self._alone else self._in_parts()
+        self._steps: Steps = self._one_by_one
+        if recorder is not None:
+            self._steps = self._recorded(recorder)
+        self.most_steps = 1 if recorder is None else MOST_STEPS
 
-    def __call__(self, pixels: Tensor, noise: Tensor, learning_rate: float, beta: float) -> Tensor:
-        """Update the weights from pixels `(b, C, H, W)`, uint8, and noise `(b, L)`.
+    def __call__(self, pixels: Tensor, noise: Tensor, moving: Sequence[Schedule]) -> None:
+        """Take the k steps of `moving`, at most `most_steps`.
 
-        Returns what the `Meter` adds up, `(5,)`: the sums over these images of loss, reconstruction and KL (nats), and
-        this process's part of the gradient's norm before clipping and of 1 update; zeros where it was not taken.
+        They see pixels `(k, b, C, H, W)`, uint8, and noise `(k, b, L)`.
         """
-        if (learning_rate, beta) != self._moving:
-            self._moving = learning_rate, beta
-            self._learning_rate.fill_(learning_rate)
-            self._beta.fill_(beta)
-        return self._step(pixels, noise)
+        if list(moving) != self._moving:
+            self._moving = list(moving)
+            self._on_device = torch.tensor(self._moving, dtype=self._precise).to(self.tally.device)
+        self._steps(pixels, noise, self._on_device)
 
-    def _take(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """The step itself. All that moves is in tensors, so that it can be recorded."""
-        inputs = pixels, noise, self._beta, self._sound, self._taken
-        skip, totals, *gradients = self._find(*inputs, *self._parameters)
-        if self._scaler is not None:  # it has found for itself whether to skip this update
-            self._scaler.step(self.optimizer, gradients, self._learning_rate)
-            self._scaler.update()
-        else:
-            self.optimizer.step(gradients, self._learning_rate, skip)
-        return totals
+    def _one_by_one(self, *inputs: Tensor) -> None:
+        for of_one_step in zip(*inputs, strict=True):
+            self._step(*of_one_step)
+
+    def _recorded(self, recorder: Recorder) -> Recorded:
+        state = [*self.optimizer.tensors, self.tally]
+        if self._scaler is None:
+            return Recorded(self._one_by_one, state, recorder)
+        return Recorded(self._one_by_one, state, recorder, self._scaler.state_dict, self._scaler.load_state_dict)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing outside of the step has a say in it: no other process, no scaler of the loss."""
+        return self._world.size == 1 and self._scaler is None
+
+    def _one_program(self) -> Callable[..., object]:
+        """The step with its Adam, a function of tensors alone."""
+        optimizer = self.optimizer
+        assert isinstance(optimizer, FlatAdam)
+
+        def step(pixels: Tensor, noise: Tensor, moving: Tensor, tally: Tensor, *state: Tensor) -> Sequence[Tensor]:
+            found = self._found(
+                self._gradients.functional, self._judged, pixels, noise, moving, tally, *optimizer.split(state[0])
+            )
+            skip, gradient = found
+            optimizer.update(state, gradient, moving[0].float(), skip)
+            return [skip]
+
+        program = Compiled(step, step) if self._config.train.compile else step
+        return lambda *inputs: program(*inputs, self.tally, *optimizer.tensors)
+
+    def _in_parts(self) -> Callable[..., object]:
+        """The step as programs with something between them that can't be in one: an exchange, a scaler, a kernel."""
+        find = self._found_by(self._gradients)
+
+        def step(pixels: Tensor, noise: Tensor, moving: Tensor) -> None:
+            skip, *gradients = find(pixels, noise, moving, self.tally, *self.optimizer.weights)
+            learning_rate = moving[0].float()
+            if self._scaler is not None:  # it has found for itself whether to skip this update
+                self._scaler.step(self.optimizer, gradients, learning_rate)
+                self._scaler.update()
+            else:
+                self.optimizer.step(gradients, learning_rate, skip)
+
+        return step
 
     def _found_by(self, gradients: Gradients) -> Function:
         """`_found`, in one or several compiled programs where the config says so."""
-        as_it_is = partial(self._found, gradients.eager, self._judged)
+        # What autograd has done on one of a GPU's streams it can't do again on the one that is recorded.
+        plain = gradients.functional if isinstance(self.optimizer, FlatAdam) else gradients.eager
+        as_it_is = partial(self._found, plain, self._judged)
         if not self._config.train.compile:
             return as_it_is
-        if self._world.size == 1 and self._scaler is None:
+        if self._alone:
             return Compiled(partial(self._found, gradients.functional, self._judged), as_it_is)
-        differentiate = Compiled(gradients.functional, gradients.eager)
+        differentiate = Compiled(gradients.functional, plain)
         return partial(self._found, differentiate, Compiled(self._judged, self._judged))
 
     def _found(
@@ -111,12 +156,12 @@ class Update:
         judge: Function,
         pixels: Tensor,
         noise: Tensor,
-        beta: Tensor,
-        sound: Tensor,
-        taken: Tensor,
+        moving: Tensor,
+        tally: Tensor,
         *weights: Tensor,
     ) -> Sequence[Tensor]:
-        """Whether to skip the update, what `Meter` adds up, and the gradients, as `_judged` has them."""
+        """Whether to skip the update, and the gradients, as `_judged` has them. `moving` is `(2,)`, as `Schedule`."""
+        beta = moving[1]
         scale = self._one if self._scaler is None else self._scaler.scale(self._one)
         found: Sequence[Tensor] = []
         for part in range(self._accumulate):
@@ -126,53 +171,56 @@ class Update:
             # In place, for there may not be memory for more gradients.
             found = [total.add_(value) for total, value in zip(found, more, strict=True)] if found else more
         loss, terms, *gradients = found
+        if self._flat:
+            gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
         means, mean_loss = runtime.average_gradients(gradients, loss, self._world)
         if self._scaler is not None:
             self._unscale(means)
-        return judge(terms, mean_loss, beta, sound, taken, *means)
+        return judge(terms, mean_loss, beta, tally, *means)
 
     def _unscale(self, gradients: Sequence[Tensor]) -> None:
         """Take fp16's loss scale out of the gradients, and note for the scaler whether they are finite."""
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.optimizer.parameters, gradients, strict=True):
             parameter.grad = gradient
         assert self._scaler is not None
         self._scaler.unscale_(self.optimizer)
-        for parameter in self._parameters:
+        for parameter in self.optimizer.parameters:
             parameter.grad = None
 
     def _judged(
-        self, terms: Tensor, mean_loss: Tensor, beta: Tensor, sound: Tensor, taken: Tensor, *gradients: Tensor
+        self, terms: Tensor, mean_loss: Tensor, beta: Tensor, tally: Tensor, *gradients: Tensor
     ) -> list[Tensor]:
-        """1 where these gradients are not to be used and 0 elsewhere `()`, float32; what `Meter` adds up `(5,)`.
+        """1 where these gradients are not to be used and 0 elsewhere `()`, float32, and the gradients.
 
-        After those, the gradients, bounded where the config says so. `sound` and `taken` are brought up to date.
+        They are bounded where the config says so. `tally` is brought up to date.
         """
-        # By rows first: torch shares those among its threads, and a whole tensor not.
-        rows = [torch.linalg.vector_norm(gradient, dim=-1).view(-1) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.cat(rows))
+        if self._flat:
+            norm = torch.linalg.vector_norm(gradients[0])
+        else:  # by rows first: torch shares those among its threads, and a whole tensor not
+            rows = [torch.linalg.vector_norm(gradient, dim=-1).view(-1) for gradient in gradients]
+            norm = torch.linalg.vector_norm(torch.cat(rows))
         bounded = list(gradients)
         if self._max_grad_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             bounded = [gradient * factor for gradient in gradients]
         if self._scaler is not None:  # its scale was too large: it leaves this update out and tries a smaller one
             norm = torch.where(norm.isfinite(), norm, 0.0)
-        takes = ((mean_loss + norm).abs() < math.inf) & sound
-        if not self._forgives:
-            sound.copy_(takes)
-        taken.add_(takes)
+        takes = (mean_loss + norm).abs() < math.inf
+        if not self._forgives:  # after the first update that is not finite, no later one is taken either
+            takes = takes & (tally[6] == 0)
         reconstruction, kl = terms.unbind()
-        # Norm and count are the same on every process, and are added up over the processes like the sums over images.
-        alike = torch.stack([norm.to(self._precise), takes.to(self._precise)]) / self._world.size
-        totals = torch.cat([torch.stack([reconstruction + beta * kl, reconstruction, kl]), alike])
-        return [takes.logical_not().float(), torch.where(takes, totals, 0.0), *bounded]
+        # Norm and update are the same on every process, and are added up over the processes like the sums over images.
+        took, size = takes.to(self._precise), self._world.size
+        totals = [reconstruction + beta * kl, reconstruction, kl, norm.to(self._precise) / size, took / size, took]
+        tally.add_(torch.stack([*(torch.where(takes, total, 0.0) for total in totals), 1 - took]))
+        return [takes.logical_not().float(), *bounded]
 
     def require_sound(self, step: int) -> int:
         """The number of updates skipped so far. After `step` steps; all processes call this and find the same.
 
         Raises RunError where an update was not finite and the config does not say to skip it, or skipped too many.
         """
-        taken = int(self._taken)
-        missed = step - self._first_step - taken
+        taken, missed = (int(count) for count in self.tally[5:].tolist())
         if missed and self._config.train.nonfinite == "stop":
             raise NotFiniteError(self._first_step + taken)
         skipped = self._skipped_before + missed
@@ -185,7 +233,7 @@ class Update:
 
     def facts(self, step: int) -> dict[str, object]:
         """What is the same on all processes, always: a hash of the weights' bits."""
-        return {f"the weights after step {step}": runtime.fingerprint(self._parameters)}
+        return {f"the weights after step {step}": runtime.fingerprint(self.optimizer.weights)}
 
     def loss_scale(self) -> dict[str, object] | None:
         """fp16's, None elsewhere."""

@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,9 @@ def turns() -> Turns:
         yield int(line)
 
 
-def answer(started: float, loss: float) -> None:
-    seconds = time.perf_counter() - started
+def answer(started: float, loss: float, share: float = 1.0) -> None:
+    """`share` is what part of the steps that were taken was asked for."""
+    seconds = (time.perf_counter() - started) * share
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory}), flush=True)
 
@@ -64,25 +66,27 @@ def ours(config: Config) -> None:
         started = 0.0
         sums: Any = 0
 
-        def __call__(self, *arguments: object) -> torch.Tensor:
-            if self.left == 0:
+        def __call__(self, pixels: torch.Tensor, noise: torch.Tensor, moving: Any) -> None:
+            if self.left <= 0:
                 if self.steps:
-                    answer(self.started, self.sums[0].item() * config_world / self.steps / config.train.batch_size)
+                    loss = self.sums.item()  # and on a GPU all is done by then
+                    done = self.steps - self.left  # what is launched at once may end later than was asked for
+                    answer(self.started, loss * processes / done / config.train.batch_size, self.steps / done)
                 self.left = self.steps = next(asked, 0)
                 if self.left == 0:
                     os._exit(0)
                 self.started, self.sums = time.perf_counter(), 0
-            self.left -= 1
-            totals = super().__call__(*arguments)  # type: ignore[arg-type]
-            self.sums = self.sums + totals
-            return totals
+            self.left -= len(moving)
+            before = self.tally[0].clone()
+            super().__call__(pixels, noise, moving)
+            self.sums = self.sums + (self.tally[0] - before)
 
-    config_world = int(os.environ.get("WORLD_SIZE", 1))  # each process has a share of the sum
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # each of them has a share of the sum
     trainer.Update = Paced  # type: ignore[attr-defined]
     trainer.train(config)
 
 
-def memory(config: Config) -> None:
+def memory(config: Config, *, compiled: bool = False) -> None:
     """A good loop by hand: images in memory, logits, the fused optimizer, denormals flushed, no reading back."""
     import torch
     import torch.nn.functional as F
@@ -96,6 +100,7 @@ def memory(config: Config) -> None:
         torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
     pixels = torch_pixels(config).to(device)
     torch.manual_seed(int(os.environ.get("RANK", 0)))
+    torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
     network = torch_network().to(device)
     if size > 1:
         network = DistributedDataParallel(network)
@@ -110,17 +115,23 @@ def memory(config: Config) -> None:
 
     indices = batches()
 
+    def loss_of(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, low, enabled=low is not None):
+            logits, mean, log_variance = network(images)
+        logits, mean, log_variance = logits.float(), mean.float(), log_variance.float()
+        reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+        return (reconstruction + kl) / share
+
+    if compiled:
+        loss_of = torch.compile(loss_of)
+
     def loop(steps: int) -> float:
         total = torch.zeros((), device=device)
         for _ in range(steps):
             images = pixels[next(indices)].float().div_(255)
             optimizer.zero_grad()
-            with torch.autocast(device.type, low, enabled=low is not None):
-                logits, mean, log_variance = network(images)
-            logits, mean, log_variance = logits.float(), mean.float(), log_variance.float()
-            reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
-            loss = (reconstruction + kl) / share
+            loss = loss_of(images)
             loss.backward()
             optimizer.step()
             total += loss.detach()
@@ -210,11 +221,13 @@ def floor(config: Config) -> None:
 
 
 def jax(config: Config) -> None:
-    """The whole turn compiled into one `lax.scan`."""
+    """The whole turn compiled into one `lax.scan`. Its products are float32's, or where it is the precision, TF32's."""
     import jax  # type: ignore[import-not-found,unused-ignore]
     import jax.numpy as jnp  # type: ignore[import-not-found,unused-ignore]
     import numpy as np
 
+    precisions = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "default"}
+    jax.config.update("jax_default_matmul_precision", precisions[config.train.precision])
     pixels = jnp.asarray(torch_pixels(config).numpy())
     batch, rate = config.train.batch_size, config.optim.learning_rate
     low = jnp.bfloat16 if config.train.precision == "bf16" else jnp.float32
@@ -338,6 +351,7 @@ def torch_network() -> "nn.Module":
 CONTESTANTS: dict[str, Callable[[Config], None]] = {
     "ours": ours,
     "memory": memory,
+    "memory_compiled": partial(memory, compiled=True),
     "tutorial": tutorial,
     "floor": floor,
     "jax": jax,

@@ -87,14 +87,15 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
     plan = Plan(config.seed, len(training.labels), config.train.batch_size)
     update = Update(build_vae(config, training.pixels.shape[1:]), config, world)
     batches = Batches(training, plan, config, world)
-    meter = Meter(world, plan.batch_size, [])
+    meter = Meter(update.tally[:5], world, plan.batch_size, [])
     tracker = tracking.track(config, run_dir, is_main=world.is_main, start=0)
     steps = count()
 
     def step() -> None:
         number = next(steps)
         now = objective.schedule(config, number, LAST_STEP)
-        meter.add(update(*batches(number), now.learning_rate, now.beta))
+        update(*batches(range(number, number + 1)), [now])
+        meter.count(1)
         if due(number + 1, config.train.log_every, LAST_STEP):
             tracker.scalars(number + 1, meter.read())
 

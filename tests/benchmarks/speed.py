@@ -64,12 +64,12 @@ optimizer.step(); print("the first step is done", flush=True)
 class Group:
     """A contestant: one process or more, waiting for their turns."""
 
-    def __init__(self, name: str, settings: Sequence[str], processes: int = 1) -> None:
+    def __init__(self, name: str, settings: Sequence[str], processes: int = 1, wait: bool = True) -> None:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
         self._members = []
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         for rank in range(processes):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             group = {
@@ -82,8 +82,12 @@ class Group:
                 command, env={**os.environ, **(group if processes > 1 else {})}, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             ))  # fmt: skip
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
         self._answers()
-        self.seconds_to_get_ready = time.perf_counter() - started
+        self.seconds_to_get_ready = time.perf_counter() - self._started
 
     def __enter__(self) -> "Group":
         return self
@@ -97,10 +101,16 @@ class Group:
 
     def turn(self, steps: int) -> dict[str, float]:
         """Seconds of the slowest process, the loss of all, and the memory of all, MiB."""
+        self.begin(steps)
+        return self.finish()
+
+    def begin(self, steps: int) -> None:
         for member in self._members:
             assert member.stdin is not None
             member.stdin.write(f"{steps}\n")
             member.stdin.flush()
+
+    def finish(self) -> dict[str, float]:
         answers = self._answers()
         return {
             "seconds": max(answer["seconds"] for answer in answers),

@@ -1,0 +1,144 @@
+"""Where tensors are on a GPU, without one: torch's fake tensors have a device, shapes and types, and no numbers.
+
+Backward passes, streams and pinned memory need a card: tests/gpu has those.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vae_dist import config, evaluation, images, runtime
+from vae_dist.batches import Batches
+from vae_dist.config import Config
+from vae_dist.data import Images
+from vae_dist.gradients import Gradients
+from vae_dist.latents import Trained
+from vae_dist.meter import Meter
+from vae_dist.model import build_vae
+from vae_dist.model.vae import VAE
+from vae_dist.objective import Schedule
+from vae_dist.plan import Plan
+from vae_dist.runtime import World
+from vae_dist.update import Update
+
+CARD = torch.device("cuda", 0)
+COUNT = 700
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """The world of a lone process as Accelerate describes it: on "cuda", which is not equal to any tensor's device."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield world_of(1)
+
+
+def world_of(size: int) -> World:
+    state: Any = SimpleNamespace(process_index=0, num_processes=size, device=torch.device("cuda"), is_main_process=True)
+    return World(state)
+
+
+def asked(*arguments: str) -> Config:
+    return config.load(["train.precision=fp32", "tracking.wandb=disabled", "runtime.cuda_graph=false", *arguments])
+
+
+def pixels() -> Tensor:
+    return torch.zeros(COUNT, 1, 28, 28, dtype=torch.uint8)
+
+
+@pytest.fixture
+def vae(card: World) -> VAE:
+    with CARD:
+        return build_vae(asked(), (1, 28, 28))
+
+
+def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
+    assert card.device == CARD == torch.zeros(1, device="cuda").device
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_images_and_noise_are_on_the_card_and_not_fetched_from_the_host(binarize: str, card: World) -> None:
+    training = Images(pixels(), torch.zeros(COUNT, dtype=torch.int64))
+    batches = Batches(training, Plan(0, COUNT, 50), asked(f"data.binarize={binarize}"), card)
+    found = batches(range(12, 16))  # over the end of an epoch
+    assert [tensor.device for tensor in found] == [CARD, CARD]
+    assert [tuple(tensor.shape) for tensor in found] == [(4, 50, 1, 28, 28), (4, 50, 40)]
+    assert batches._pixels.device == CARD
+
+
+def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**10, 2**40))
+    placed, resident = runtime.place(pixels(), card.device)
+    assert (placed.device.type, resident) == ("cpu", False)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the backward pass: gradients are made up. The host reads nothing: a fake tensor has nothing to read."""
+    reduced = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, operation: reduced.append(values.device))
+
+    def functional(
+        self: Gradients, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor
+    ) -> list[Tensor]:
+        assert {tensor.device for tensor in (images, noise, beta, scale, *weights)} == {CARD}
+        self._vae(images, noise)
+        return [images.sum(), torch.zeros(2, dtype=torch.float64, device=CARD), *map(torch.zeros_like, weights)]
+
+    monkeypatch.setattr(Gradients, "functional", functional)
+    update = Update(vae, asked("train.accumulate=2"), world_of(processes))
+    update(torch.zeros(3, 100, 1, 28, 28, dtype=torch.uint8, device=CARD), torch.zeros(3, 100, 40, device=CARD),
+           [Schedule(1e-3, 0.1 * step) for step in range(3)])  # fmt: skip
+    state = [*update.optimizer.tensors, update.tally, *update.vae.parameters()]
+    assert {tensor.device for tensor in state} == {CARD}
+    assert reduced == [CARD] * 3 * (processes > 1)
+    Meter(update.tally[:5], card, 100, [{"loss": 1.0}])
+
+
+def test_evaluations_and_views_compute_on_the_card_and_gather_on_the_host(vae: VAE, card: World) -> None:
+    settings = asked("evaluate.importance_samples=3")
+    trained = Trained(vae, settings, card)
+    found = [
+        *evaluation.score(vae, pixels(), card, settings),
+        *evaluation.encode(vae, pixels(), card, settings),
+        evaluation.negative_log_likelihood(vae, pixels(), card, settings),
+        *trained.encode(pixels()),
+        trained.decode(torch.zeros(COUNT, 40)),
+    ]
+    assert {tensor.device.type for tensor in found} == {"cpu"}
+    assert {len(tensor) for tensor in found} == {COUNT}
+
+
+def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def to_picture(of: Tensor) -> Any:
+        shown.append(of.device.type)
+        return Image.new("L", (of.shape[1], of.shape[0]))
+
+    monkeypatch.setattr(images, "_to_picture", to_picture)
+    monkeypatch.setattr(images, "standard_normal", lambda *given: torch.zeros(images.PROGRESS_IMAGES, 40))
+    images.reconstructions(vae, pixels(), "held-out images")
+    images.samples(vae, "a model")
+    assert shown == ["cpu", "cpu"]
+
+
+def test_what_processes_exchange_is_on_the_card(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes nothing else, wherever the values were."""
+    exchanged = []
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "all_reduce", lambda values, operation: exchanged.append(values.device))
+    monkeypatch.setattr(
+        distributed, "all_gather", lambda parts, values: exchanged.extend(part.device for part in [*parts, values])
+    )
+    world = world_of(2)
+    for device in "cpu", "cuda":
+        for exchange in world.sum, world.largest, world.gather:
+            assert exchange(torch.zeros(5, device=device)).device.type == "cpu"
+    assert len(exchanged) == 10 and set(exchanged) == {CARD}
