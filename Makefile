@@ -24,7 +24,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample compare study report runs test test-all bench chaos check format lock clean
+.PHONY: help train eval sample compare study report runs test test-all bench gpu chaos check format lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -66,6 +66,9 @@ chaos: $(READY) ## kill real trainings at KILLS random moments, on 1 and on 3 pr
 bench: $(READY) ## measure the speed beside other loops (on MNIST in DATA), and on two processes
 	$(PYTHON) tests/benchmarks/speed.py $(DATA)
 	$(PYTHON) tests/benchmarks/distribution.py $(ARGS)
+
+gpu: $(READY) ## on a machine with a GPU: is it right there, and how fast? At most five minutes; writes docs/gpu.md
+	$(PYTHON) tests/gpu/report.py $(DATA) $(ARGS)
 
 check: $(READY) ## lint, formatting and types
 	$(PYTHON) -m ruff check .

@@ -1,0 +1,235 @@
+"""Everything that a machine with one GPU can show: first that the program is right there, then how fast it is.
+
+    python tests/gpu/report.py [DATA_ROOT] [--output FOLDER] [--only PART ...]
+
+Parts are processes of their own; each has its time limit, and the others go on when one fails. The whole takes less
+than five minutes. FOLDER gets gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest run. DATA_ROOT
+holds MNIST; without it the embedded digits are taken. Exit code 1 where a part has failed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tests.benchmarks.speed import markdown, seconds_until
+from tests.gpu.speed import LOOPS, STEPS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PYTEST = [
+    sys.executable, "-m", "pytest", "-q", "--no-header", "-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu",
+    "--confcutdir", "tests/gpu",
+]  # fmt: skip
+TESTS = {
+    **{
+        precision: ["tests/gpu/test_training.py", "-k", precision]
+        for precision in ("fp32", "tf32", "bf16", "fp16", "fp64")
+    },
+    "paths": ["tests/gpu/test_training.py", "-k", "not fp32 and not tf32 and not bf16 and not fp16 and not fp64"],
+    "results": ["tests/gpu/test_results.py"],
+    "processes": ["tests/gpu/test_processes.py"],
+}
+SIDE_BY_SIDE = 8  # of the tests: they wait for compilers more than for the card
+TEST_SECONDS, SPEED_SECONDS = 100, 55  # of all tests, and of one batch size
+
+
+def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
+    """The tests on the card, some parts at a time."""
+    waiting, found = list(chosen), {}
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    while waiting or running:
+        while waiting and len(running) < SIDE_BY_SIDE:
+            part = waiting.pop(0)
+            log = (folder / f"{part}.log").open("w")
+            command = [*PYTEST, *TESTS[part], "--basetemp", str(folder / f"tmp_{part}")]
+            # Otherwise each would start as many processes as there are cores, to compile.
+            environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            running[part] = process, time.monotonic()
+        time.sleep(0.2)
+        for part, (process, started) in list(running.items()):
+            seconds = time.monotonic() - started
+            if process.poll() is None and seconds > TEST_SECONDS:
+                process.kill()
+                process.wait()
+            if process.poll() is not None:
+                found[part] = outcome(folder / f"{part}.log", process.returncode, seconds)
+                print(f"tests, {part}: {found[part]['said']}", flush=True)
+                del running[part]
+    return found
+
+
+def outcome(log: Path, code: int, seconds: float) -> dict[str, Any]:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = lines[-1].strip("= ") if lines else "nothing was said"
+    if code < 0:
+        said = f"stopped after {seconds:.0f} s; {said}"
+    failed = [line.removeprefix("FAILED ").removeprefix("ERROR ") for line in lines if re.match("FAILED|ERROR ", line)]
+    return {"ok": code == 0, "seconds": round(seconds, 1), "said": said, "failed": failed}
+
+
+def start(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Seconds from `accelerate launch` to the first step: caches of the compiler empty, then filled."""
+    caches = {name: str(folder / f"cache_{name}") for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--config_file",
+               str(REPOSITORY / "launch/one_process.yaml"), str(REPOSITORY / "vae_dist/train.py"), *settings,
+               "device=cuda", "tracking.wandb=disabled", f"runs_dir={folder / 'starts'}"]  # fmt: skip
+    os.environ.update(caches)
+    seconds: dict[str, float] = {}
+    for name, more in {
+        "compiled the first time on a machine": [],
+        "compiled before": [],
+        "not compiled (train.compile=false)": ["train.compile=false"],
+    }.items():
+        seconds[name] = round(
+            seconds_until([*command, *more, f"name=start_{len(seconds)}"], "the first step is done"), 1
+        )
+        print(f"start, {name}: {seconds[name]} s", flush=True)
+    return {"ok": True, "seconds_to_first_step": seconds}
+
+
+def speed(size: int, folder: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Images per second at one batch size."""
+    result = folder / f"speed_{size}.json"
+    with (folder / f"speed_{size}.log").open("w") as log:
+        command = [sys.executable, "tests/gpu/speed.py", str(size), str(result), *settings]
+        try:
+            code = subprocess.run(
+                command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, timeout=SPEED_SECONDS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -9
+    rates = json.loads(result.read_text()) if result.exists() else {}
+    print(f"speed, {size}: { ({name: rate and round(rate) for name, rate in rates.items()}) }", flush=True)
+    return {"ok": code == 0 and None not in rates.values(), "images_per_second": rates}
+
+
+def guarded(part: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    try:
+        return part(*arguments)
+    except (Exception, SystemExit) as error:
+        print(f"{part.__name__}: {type(error).__name__}: {error}", flush=True)
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+        "cpu": f"{os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """The summary, in Markdown."""
+    about = found["machine"]
+    text = [
+        "# On a GPU", "",
+        "Written by `make gpu`; `tests/gpu/report.py` says what it does. One process on one card.", "",
+        f"{about['date']}: {about['gpu']}, {about['cpu']}, torch {about['torch']}, Python {about['python']}. "
+        f"Data: {found['data']}. {found['seconds']:.0f} s in all.", "",
+        "## Tests", "",
+        "Warnings are errors in them.", "",
+    ]  # fmt: skip
+    rows = [
+        [name, part.get("said", part.get("error", "")), f"{part.get('seconds', '')}"]
+        for name, part in found["tests"].items()
+    ]
+    text += markdown(["part", "outcome", "seconds"], rows)
+    text += [f"- failed: {name}" for part in found["tests"].values() for name in part.get("failed", [])]
+    if "start" in found:
+        text += ["## From `accelerate launch` to the first step", ""]
+        starts = found["start"].get("seconds_to_first_step", {})
+        text += markdown(["", "seconds"], [[name, f"{seconds}"] for name, seconds in starts.items()])
+    if found["speed"]:
+        text += speeds({size: part.get("images_per_second", {}) for size, part in found["speed"].items()})
+    return "\n".join(text) + "\n"
+
+
+def speeds(rates: dict[int, dict[str, float | None]]) -> list[str]:
+    titles = {loop: title for loop, (title, _, _) in LOOPS.items()}
+
+    def cell(loop: str, size: int, precision: str) -> str:
+        rate = rates[size].get(f"{loop}, {precision}")
+        return f"{rate / 1e6:.3f}" if rate else ""
+
+    def ratio(other: str, size: int, precision: str) -> str:
+        ours, theirs = (rates[size].get(f"{loop}, {precision}") for loop in ("ours", other))
+        return f"{ours / theirs:.2f}" if ours and theirs else ""
+
+    columns = [(size, precision) for size in rates for precision in ("fp32", "tf32", "bf16", "fp16")]
+    head = [f"{size}, {precision}" for size, precision in columns]
+    return [
+        "## Speed", "",
+        "The tutorial's network (784-400-20), millions of images per second, medians of turns that loops take in",
+        "processes of their own. This package writes its rows of metrics meanwhile; the others write nothing.",
+        "JAX's default precision for float32 on such a card is TF32.", "",
+        *markdown(
+            ["", *head], [[title, *(cell(loop, *column) for column in columns)] for loop, title in titles.items()]
+        ),
+        "This package's images per second as multiples of", "",
+        *markdown(
+            ["", *head],
+            [[titles[loop], *(ratio(loop, *column) for column in columns)] for loop in titles if loop != "ours"],
+        ),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parts = [*TESTS, *(f"speed_{size}" for size in STEPS), "start"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", default="data", type=Path)
+    parser.add_argument("--output", default="build/gpu", type=Path)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    asked = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("make gpu needs a CUDA GPU, and torch sees none here")
+    folder = asked.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    name = "mnist" if (asked.root / "MNIST").is_dir() else "synthetic_digits"
+    settings = [f"data.name={name}", f"data.root={(asked.root if name == 'mnist' else folder / 'data').resolve()}"]
+    settings += ["data.validation_images=0", "model.latent_dim=20"]
+    found: dict[str, Any] = {"machine": machine(), "data": name, "tests": {}, "speed": {}, "seconds": 0.0}
+
+    def note(kind: str, part: str | int | None, outcome: dict[str, Any]) -> None:
+        """Keep what there is so far: a machine can be taken away."""
+        found.setdefault(kind, {}).update(outcome if part is None else {part: outcome})
+        found["seconds"] = time.monotonic() - began
+        (folder / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "gpu.md").write_text(page(found))
+
+    note("tests", None, tests(folder, [part for part in TESTS if part in asked.only]))
+    for size in STEPS:
+        if f"speed_{size}" in asked.only:
+            note("speed", size, guarded(speed, size, folder, settings))
+    if "start" in asked.only:
+        note("start", None, guarded(start, folder, settings))
+    if asked.only == parts:
+        (REPOSITORY / "docs/gpu.md").write_text(page(found))
+    print("\n" + page(found))
+    every = [*found["tests"].values(), *found["speed"].values(), *([found["start"]] if "start" in found else [])]
+    sys.exit(0 if all(part["ok"] for part in every) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Images per second of this package on one GPU, beside plain torch loops and JAX: one batch size, all precisions.
+
+    python tests/gpu/speed.py BATCH_SIZE RESULT.json SETTING ... [--repeats 5]
+
+The loops of tests/benchmarks/contestants.py wait in processes of their own and take turns; medians are written.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tests.benchmarks.speed import QUIET, Group
+
+STEPS = {128: 4000, 1024: 1500, 8192: 400}  # of a turn
+PLAIN_STEPS = {128: 400, 1024: 400, 8192: 150}  # of loops that are launched step by step
+LOOPS = {
+    "ours": ("this package", ("fp32", "tf32", "bf16", "fp16"), STEPS),
+    "jax": ("JAX, whole turn jitted", ("fp32", "tf32", "bf16"), STEPS),
+    "memory": ("in-memory PyTorch loop", ("fp32", "bf16"), PLAIN_STEPS),
+    "memory_compiled": ("the same, torch.compile", ("fp32", "bf16"), PLAIN_STEPS),
+}
+
+
+Rates = dict[str, float | None]
+
+
+def measure(size: int, settings: list[str], folder: str, repeats: int, note: Callable[[Rates], None]) -> None:
+    """Note images per second by `loop, precision` after each round of turns; None where a loop could not be run."""
+    found: Rates = {}
+    with ExitStack() as alive:
+        groups: dict[str, tuple[Group, int]] = {}
+        for loop, (_, precisions, steps) in LOOPS.items():
+            if loop == "jax" and importlib.util.find_spec("jax") is None:
+                continue
+            for precision in precisions:
+                given = [*settings, *QUIET, "device=cuda", f"train.batch_size={size}", f"train.precision={precision}"]
+                given += [f"runs_dir={folder}", f"name={loop}_{precision}_{size}"]
+                group = alive.enter_context(Group(loop, given, wait=False))
+                groups[f"{loop}, {precision}"] = group, steps[size]
+        # Importing and compiling, all side by side.
+        for what in ("wait_until_ready", "begin", "finish"):
+            for name, (group, steps_of_turn) in list(groups.items()):
+                try:
+                    getattr(group, what)(*([steps_of_turn] if what == "begin" else []))
+                except (SystemExit, OSError):
+                    found[name] = None
+                    del groups[name]
+        seconds: dict[str, list[float]] = {name: [] for name in groups}
+        for _ in range(repeats):
+            for name, (group, steps_of_turn) in groups.items():
+                seconds[name].append(group.turn(steps_of_turn)["seconds"])
+                found[name] = steps_of_turn * size / statistics.median(seconds[name])
+            note(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", type=int, choices=STEPS)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    os.environ.update(
+        XLA_PYTHON_CLIENT_PREALLOCATE="false", TORCHINDUCTOR_COMPILE_THREADS="1"
+    )  # they share the machine
+
+    def note(rates: Rates) -> None:
+        asked.result.write_text(json.dumps(rates, indent=2))
+        print({name: rate and round(rate) for name, rate in rates.items()}, flush=True)
+
+    measure(asked.size, asked.settings, str(asked.result.parent / "runs"), asked.repeats, note)

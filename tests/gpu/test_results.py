@@ -1,0 +1,86 @@
+"""What is computed on a card beside training: random numbers, products, evaluations, pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.gpu.conftest import Train
+from vae_dist.comparison import compare
+from vae_dist.evaluation import evaluate
+from vae_dist.page import report
+from vae_dist.plan import Stream, bits, standard_normals
+from vae_dist.sampling import KINDS, sample
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("columns", [20, 7, 784])
+def test_a_card_draws_the_random_numbers_of_numpy(columns: int, compiled: bool) -> None:
+    card = torch.device("cuda", 0)
+    given = 3, Stream.POSTERIOR, range(5, 12), range(2, 130), columns
+    assert torch.equal(bits(*given, card, compiled).cpu(), bits(*given))
+    assert torch.equal(standard_normals(*given, card, compiled).cpu(), standard_normals(*given))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(128, 784, 400), (128, 400, 40), (784, 128, 400), (5, 3, 7), (130, 1000, 33)]
+)
+@pytest.mark.parametrize("turned", [(False, True), (True, False), (False, False)])
+def test_small_products_are_as_exact_as_cublas(
+    m: int, k: int, n: int, turned: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vae_dist import products
+
+    torch.manual_seed(0)
+    a = torch.randn((k, m) if turned[0] else (m, k), device="cuda")
+    b = torch.randn((n, k) if turned[1] else (k, n), device="cuda")
+    a, b = a.t() if turned[0] else a, b.t() if turned[1] else b
+    exact = a.double() @ b.double()
+
+    def error(result: Tensor) -> float:
+        return ((result - exact).norm() / exact.norm()).item()
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    found = products.multiplied(a, b)
+    assert error(found) < 2 * max(error(a @ b), 6e-8)
+    assert torch.equal(products.multiplied(a, b), found)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert error(products.multiplied(a, b)) < 1e-3
+
+
+def figures(run_dir: Path, *arguments: str) -> dict[str, Any]:
+    return evaluate(run_dir, ["evaluate.importance_samples=64", *arguments])
+
+
+def test_an_evaluation_is_that_of_a_cpu_and_always_the_same(run: Train) -> None:
+    folder = run("evaluated")
+    card, again, cpu = (figures(folder, f"device={device}") for device in ("cuda", "cuda", "cpu"))
+    assert card == again
+    for name in ("negative_elbo", "kl", "negative_log_likelihood", "mean_squared_error"):
+        assert card[name] == pytest.approx(cpu[name], rel=1e-4)
+    assert card["protocol"]["device"] == "cuda"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_of_sample_is_that_of_a_cpu(kind: str, run: Train, tmp_path: Path) -> None:
+    folder = run("sampled", "model.latent_dim=2")
+    given = [f"sample.kind={kind}", *(["sample.codes=[[0,0],[1,-1]]"] if kind == "codes" else [])]
+    for device in ("cuda", "cpu"):
+        sample(folder, [*given, f"device={device}", f"output={tmp_path / device}"])
+    found = {path.relative_to(tmp_path / "cuda") for path in (tmp_path / "cuda").rglob("*") if path.is_file()}
+    assert found
+    for path in found:
+        if path.suffix == ".safetensors":
+            card, cpu = load_file(tmp_path / "cuda" / path), load_file(tmp_path / "cpu" / path)
+            torch.testing.assert_close(card, cpu, rtol=1e-3, atol=2e-3)
+
+
+def test_runs_are_reported_and_compared(run: Train) -> None:
+    folders = [run("reported"), run("reported_too", "model.latent_dim=3")]
+    assert report(folders[0], ["device=cuda"]).stat().st_size > 100_000
+    assert (compare(folders, ["device=cuda"]) / "table.md").read_text()

@@ -1,0 +1,113 @@
+"""Training on one card: bitwise the same killed or not, recorded or not, wherever the images lie."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gpu.conftest import Train
+from vae_dist import batches, runtime, update
+from vae_dist.cuda_graph import Recorded
+from vae_dist.errors import RunError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+PRECISIONS = ["fp32", "tf32", "bf16", "fp16", "fp64"]
+
+
+def outcome(run_dir: Path, step: int = 70) -> tuple[bytes, bytes, list[dict[str, Any]]]:
+    """Weights, moments, and the rows of metrics without clocks."""
+    folder = run_dir / f"checkpoints/step_{step:08d}"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{key: value for key, value in row.items() if "second" not in key and "time" not in key} for row in rows]
+    weights, moments = ((folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer"))
+    return weights, moments, timeless
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(precision: str, run: Train) -> None:
+    straight = run(f"{precision}_straight", f"train.precision={precision}")
+    for steps in (41, 70):
+        resumed = run(f"{precision}_resumed", f"train.precision={precision}", f"train.steps={steps}")
+        torch.compiler.reset()  # the next one compiles anew, as another process would
+    assert outcome(resumed)[:2] == outcome(straight)[:2]  # the ends on the way have rows of their own
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled"),
+    [*((precision, "true") for precision in PRECISIONS), ("fp32", "false"), ("fp16", "false")],
+)
+def test_steps_launched_at_once_are_bitwise_those_taken_one_by_one(precision: str, compiled: str, run: Train) -> None:
+    given = [f"train.precision={precision}", f"train.compile={compiled}"]
+    recorded = run(f"{precision}_{compiled}_recorded", *given)
+    plain = run(f"{precision}_{compiled}_plain", *given, "runtime.cuda_graph=false")
+    assert outcome(recorded) == outcome(plain)
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_images_on_the_host_train_as_those_on_the_card(
+    binarize: str, run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [f"data.binarize={binarize}", "train.accumulate=3", "optim.max_grad_norm=20", "optim.warmup_steps=30"]
+    card = run(f"{binarize}_card", *given)
+    monkeypatch.setattr(runtime, "place", lambda pixels, device: (pixels, False))
+    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 100 * 784 * 7)  # blocks that end within launches
+    assert outcome(run(f"{binarize}_host", *given)) == outcome(card)
+
+
+def test_a_run_is_compiled_and_recorded_when_nobody_says_otherwise(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[update.Update] = []
+    create = update.Update.__init__
+
+    def noted(self: update.Update, *given: Any, **more: Any) -> None:
+        create(self, *given, **more)
+        made.append(self)
+
+    monkeypatch.setattr(update.Update, "__init__", noted)
+    folder = run("by_itself")
+    assert "compile: true" in (folder / "config.yaml").read_text()
+    assert isinstance(made[0]._steps, Recorded) and not made[0]._steps.failed
+
+
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that is not a number in step 18."""
+    draw = batches.Batches.__call__
+
+    def spoil(self: batches.Batches, steps: range) -> tuple[Tensor, Tensor]:
+        pixels, noise = draw(self, steps)
+        if 17 in steps:
+            noise = noise.clone()
+            noise[17 - steps.start, 3] = torch.nan
+        return pixels, noise
+
+    monkeypatch.setattr(batches.Batches, "__call__", spoil)
+
+
+@pytest.mark.parametrize("graph", ["true", "false"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_update_that_is_not_finite_ends_the_run(graph: str, precision: str, spoilt: None, run: Train) -> None:
+    with pytest.raises(RunError, match="not finite in step 18 "):
+        run(f"{precision}_bad_{graph}", f"runtime.cuda_graph={graph}", f"train.precision={precision}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_update_that_is_not_finite_can_be_skipped(precision: str, spoilt: None, run: Train) -> None:
+    given = [f"train.precision={precision}", "train.nonfinite=skip", "train.max_skipped=70"]
+    recorded, plain = (
+        run(f"{precision}_skips_{graph}", *given, f"runtime.cuda_graph={graph}") for graph in ("true", "false")
+    )
+    assert outcome(recorded) == outcome(plain)
+    assert max(row.get("train/skipped_updates", 0) for row in outcome(plain)[2]) >= 1
+
+
+def test_a_cpu_and_a_card_see_the_same_losses(run: Train) -> None:
+    given = ["train.steps=50", "train.log_every=5", "objective.beta_warmup_steps=0"]
+    losses = []
+    for device in ("cpu", "cuda"):
+        rows = outcome(run(f"on_{device}", *given, f"device={device}"), 50)[2]
+        losses.append([row["train/loss"] for row in rows if "train/loss" in row])
+    assert len(losses[0]) == 10
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
