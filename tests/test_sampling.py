@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -320,11 +321,19 @@ def test_a_grid_says_when_it_shows_a_part(run_dir: Path) -> None:
     assert picture(folder).shape[1] == 32 * (28 + images.PADDING)  # 32 x 32 of them
 
 
+class Process(NamedTuple):
+    rank: int
+    size: int = 2
+
+    def says_first(self, text: str) -> bool:
+        return True
+
+
 def test_progress_speaks_of_long_work_on_the_main_process_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(is_main: bool) -> str:
-        console.start(is_main=is_main)
+        console.start(Process(rank=0 if is_main else 1))
         with console.progress("decoding", 2000, is_main=is_main) as advance:
             advance(500)
             advance(1000)

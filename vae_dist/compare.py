@@ -22,7 +22,7 @@ from vae_dist import config, console
 
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(config.help_text(__doc__ or "", config.READER_KEYS))
+        console.say(config.help_text(__doc__ or "", config.READER_KEYS))
         return
     runs, arguments = config.split_runs(sys.argv[1:])
     from vae_dist.comparison import compare  # after the arguments are known to be good: torch takes seconds to import

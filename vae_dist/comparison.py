@@ -56,7 +56,7 @@ def study(asked: Study) -> Path:
         data.check_name(config.data.name)
         check_names(config)
     with runtime.join(asked.configs[0]) as world:  # around all of them: a launch can't join its processes twice
-        console.start(is_main=world.is_main)
+        console.start(world)
         for number, config in enumerate(asked.configs, start=1):
             logger.info("run %d of %d: %s", number, len(asked.configs), config.name)
             world.expect_answers_within(config.runtime.start_timeout)
@@ -85,7 +85,7 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
     with ExitStack() as held:
         found = [held.enter_context(checkpoint.open_for_reading(run, arguments)) for run in runs]
         world = held.enter_context(runtime.join(found[0].config))
-        console.start(is_main=world.is_main)
+        console.start(world)
         opened = world.decide(lambda: list({run.folder.resolve(): run for run in found}.values()))
         _require_one_shape([run.config for run in opened])
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)

@@ -1,14 +1,26 @@
-"""What one sees: messages and a progress bar on stderr, results on stdout, all of it from the main process alone."""
+"""What one sees: messages and a progress bar on stderr, results on stdout.
 
+Nothing of it is in the way of the work. What stdout or stderr can't take is dropped, and what their encoding lacks is
+escaped; `log.txt` has the messages all the same. Text is shown as it is and never taken for markup.
+"""
+
+import atexit
+import io
 import logging
 import os
+import platform
+import re
+import select
+import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -20,48 +32,199 @@ from vae_dist.errors import RunError, StoppedError, UserError
 logger = logging.getLogger("vae_dist")
 progress_logger = logging.getLogger("vae_dist.progress")
 
-_messages = Console(stderr=True, soft_wrap=True, highlight=False)
-_results = Console(soft_wrap=True, highlight=False)
-
 LINE_SECONDS = 10  # between two progress lines where there is no terminal
 PATIENCE_SECONDS = 2  # before a bar shows up
+STALL_SECONDS = 2  # for a reader that has stopped reading, once, before it is left behind
+KEPT_MESSAGES = 1000  # of those said before there is a place for them
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or can't show them
+
+
+class _Stream(io.TextIOBase):
+    """stdout or stderr, whatever `sys` has in that place at the moment, as a file that never fails and never blocks.
+
+    A pipe without a reader, a closed terminal or a full disk loses text, and nothing else. A reader that has stopped
+    reading, such as a terminal after Ctrl-S, holds up a thread of its own and not its caller.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._writing: Thread | None = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._target(), "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        with suppress(AttributeError, OSError, ValueError):
+            return bool(self._target().isatty())
+        return False
+
+    def write(self, text: str) -> int:
+        self.put(text, STALL_SECONDS)
+        return len(text)
+
+    def put(self, text: str, seconds: float | None) -> None:
+        """Write, and wait for the end of it for so long, without a bound for None."""
+        with suppress(Exception):  # there is none; it is closed; it takes no more; a caller's can do anything
+            target = self._target()
+            target.flush()  # what others have printed comes first
+            data = _encoded(text, self.encoding, getattr(target, "errors", None))
+            if target is getattr(sys, f"__{self._name}__"):
+                self._write_aside(target.fileno(), data, seconds)
+            else:  # a caller's, which may lead to a notebook
+                target.write(data.decode(self.encoding, "surrogateescape"))
+                target.flush()
+
+    def _write_aside(self, descriptor: int, data: bytes, seconds: float | None) -> None:
+        if self._writing is not None and self._writing.is_alive():
+            return
+        self._writing = Thread(target=_write, args=[descriptor, data], daemon=True)
+        try:
+            self._writing.start()
+        except RuntimeError:  # Python is about to end, or the machine has no more threads
+            _write(descriptor, data)
+        else:
+            self._writing.join(seconds)
+
+    def _target(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # a bar on a terminal catches what others print
+
+
+def _encoded(text: str, encoding: str, errors: str | None) -> bytes:
+    try:
+        return text.encode(encoding, errors or "strict")
+    except UnicodeError:
+        return text.encode(encoding, "backslashreplace")
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all of it, or as much as can be."""
+    with suppress(OSError):
+        while data:
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BlockingIOError:  # whoever else has it open wants it so
+                select.select([], [descriptor], [])
+
+
+_stdout = _Stream("stdout")
+_messages = Console(file=cast(IO[str], _Stream("stderr")), soft_wrap=True, highlight=False, markup=False, emoji=False)
+_results = Console(file=cast(IO[str], _stdout), soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+class Speaker(Protocol):
+    """One of the processes of a run, as far as messages go."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def says_first(self, text: str) -> bool: ...
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], super().format(record))
 
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        style = "bold yellow" if record.levelno >= logging.WARNING else ""
-        _messages.print(Text(self.format(record), style=style))
+        is_warning = record.levelno >= logging.WARNING
+        place = f"{_place()}: " if is_warning and not _is_main() else ""
+        _messages.print(Text(place + self.format(record), style="bold yellow" if is_warning else ""))
 
 
-def start(is_main: bool) -> None:
-    """Send messages to the terminal on the main process, and nowhere on the others."""
-    logger.handlers.clear()
+class _Memory(logging.Handler):
+    """Keeps messages until there is a place for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: deque[logging.LogRecord] = deque(maxlen=KEPT_MESSAGES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+    def hand_over(self, handle: Callable[[logging.LogRecord], object]) -> None:
+        while self._records:
+            handle(self._records.popleft())
+
+
+class _LogFile(logging.FileHandler):
+    """`log.txt`. Where it can't be written, one warning says so."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it could not be opened
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            logger.warning("%s can't be written (%s)", self.baseFilename, sys.exc_info()[1])
+
+
+_unshown = _Memory()  # said before it is known which process this is
+_unlogged = _Memory()  # said by the main process before its log is opened
+_speaker: Speaker | None = None
+_starts = 0
+
+
+def start(speaker: Speaker) -> None:
+    """Send messages to the terminal: all of the main process, and of the others warnings that the main one has not."""
+    global _speaker, _starts
+    _speaker, _starts = speaker, _starts + 1
+    handler = _ConsoleHandler()
+    handler.setFormatter(_Formatter())
+    handler.setLevel(logging.INFO if speaker.rank == 0 else logging.WARNING)
+    handler.addFilter(_is_shown)
+    _unlogged.hand_over(lambda record: None)  # of an earlier run in this process
+    _install(handler, _unlogged)
+    _unshown.hand_over(logger.handle)
+
+
+def _install(*handlers: logging.Handler) -> None:
+    logger.handlers = list(handlers)
     logger.propagate = False
-    if is_main:
-        handler = _ConsoleHandler()
-        if _messages.is_terminal:  # the bar shows what these lines say
-            handler.addFilter(lambda record: record.name != progress_logger.name)
-        logger.addHandler(handler)
-    else:
-        logger.addHandler(logging.NullHandler())
     logger.setLevel(logging.INFO)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    if record.name == progress_logger.name and _messages.is_terminal:
+        return False  # the bar shows what these lines say
+    told_apart = f"{_starts} {record.getMessage()}"
+    return record.levelno < logging.WARNING or _speaker is None or _speaker.says_first(told_apart)
 
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Append all messages to a file too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    """Append all messages to a file too, those since `start` first."""
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.removeHandler(_unlogged)
+    _unlogged.hand_over(handler.handle)
     logger.addHandler(handler)
     try:
         yield
-    except (RunError, StoppedError) as error:  # the door says it on the terminal
+    except Exception as error:  # `run` says it on the terminal, or Python does
         level = logging.WARNING if isinstance(error, StoppedError) else logging.ERROR
-        handler.handle(logger.makeRecord(logger.name, level, "", 0, str(error), (), None))
+        is_bug = not isinstance(error, UserError | RunError | StoppedError)
+        trace = (type(error), error, error.__traceback__) if is_bug else None
+        handler.handle(logger.makeRecord(logger.name, level, "", 0, "%s", (error,), trace))
         raise
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+def say(text: str) -> None:
+    """Print what the user has asked for, as long as it takes."""
+    _stdout.put(f"{text.rstrip()}\n", None)
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:
@@ -103,7 +266,7 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
     A bar on a terminal, which goes when it is done; plain lines, some seconds apart, anywhere else.
     """
     bar = Progress(
-        TextColumn(subject),
+        TextColumn(subject, markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
@@ -144,7 +307,7 @@ def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], not
     for name in names:
         result.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
     for row in rows:
-        result.add_row(*map(Text, row))
+        result.add_row(*row)
     _results.print(result)
     for note in notes:
         _results.print(Text(note, style="bold yellow"))
@@ -226,24 +389,86 @@ class TrainingProgress:
         return f"{min(step // self._steps_per_epoch + 1, epochs)}/{epochs}"
 
 
-def run(door: Callable[[], None]) -> NoReturn:
+def run(command: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when it is done, 2 for input that can't be used, 1 for a run that can't go on, and 130
-    or 143 when it was asked to stop. Each has one message and no traceback.
+    or 143 when it was asked to stop. Each has one message and no traceback. What becomes of the messages does not
+    change the exit code.
     """
+    _fill_standard_streams()
+    atexit.register(_flush)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # outside of a training, which saves first
+        signal.signal(signal.SIGHUP, lambda number, frame: os._exit(143))
+    _install(_unshown)
     try:
-        door()
+        command()
     except UserError as error:
-        _end(("error: ", "bold red"), str(error), 2)
+        _end("error: ", error, 2, error.speaker)
     except RunError as error:
-        _end(("the run has ended: ", "bold red"), str(error), 1, speaker=error.speaker)
+        _end("the run has ended: ", error, 1, error.speaker)
     except StoppedError as error:
-        _end("", str(error), error.exit_code)
+        _end("", error, error.exit_code, error.speaker)
     except KeyboardInterrupt:
-        _end("", "interrupted", 130)
+        _end("", "interrupted", 130, speaker=0)
+    except Exception:
+        _show_kept()
+        if _place():
+            _messages.print(f"{_place()} has failed:")
+        raise
+    _show_kept()
     sys.exit(0)
 
 
-def _end(title: str | tuple[str, str], message: str, code: int, speaker: int = 0) -> NoReturn:
-    if os.environ.get("RANK", "0") == str(speaker):
-        _messages.print(Text.assemble(title, message))
+def _end(title: str, message: object, code: int, speaker: int | None) -> NoReturn:
+    """Exit with a message, which this process prints unless it is another one that does so for all."""
+    _show_kept()
+    rank, size = _rank_and_size()
+    if size == 1 or speaker in (None, rank):
+        place = f"{_place()}: " if speaker is None and size > 1 else ""
+        text = _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], f"{place}{message}")
+        _messages.print(Text.assemble((title, "bold red"), text))
     sys.exit(code)
+
+
+def _show_kept() -> None:
+    """Show what was said before the processes have joined, where they never have."""
+    handler = _ConsoleHandler()
+    handler.setFormatter(_Formatter())
+    _unshown.hand_over(handler.handle)
+
+
+def _rank_and_size() -> tuple[int, int]:
+    """This process's rank among those of its run: by its launcher's word where they have not joined yet."""
+    if _speaker is not None:
+        return _speaker.rank, _speaker.size
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else (0, 1)
+
+
+def _is_main() -> bool:
+    return _rank_and_size()[0] == 0
+
+
+def _place() -> str:
+    """Which of several processes this is; nothing where it is the only one."""
+    rank, size = _rank_and_size()
+    return f"process {rank} of {size} on {platform.node()}" if size > 1 else ""
+
+
+def _fill_standard_streams() -> None:
+    """Open what the process was started without (`2>&-`), or the next file would be taken for stdout or stderr."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+
+
+def _flush() -> None:
+    """Flush what others have printed. What can't be is dropped: Python would try again, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            with suppress(AttributeError, OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                stream.flush()

@@ -77,8 +77,13 @@ def _first_to_be_had(config: DataConfig) -> tuple[str, Images]:
         return "mnist", _load(replace(config, name="mnist"), "train")
     except mnist.UnreachableError as error:
         logger.warning("MNIST can't be had: %s", error)
-        logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): figures do not compare with MNIST's", FALLBACK)
+        warn_of_fallback()
     return FALLBACK, _load(replace(config, name=FALLBACK), "train")
+
+
+def warn_of_fallback() -> None:
+    """Say that the images are not those that `auto` stands for."""
+    logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): figures do not compare with MNIST's", FALLBACK)
 
 
 def _load(config: DataConfig, part: Part) -> Images:

@@ -139,7 +139,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     a model whose figures are not finite.
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
-        console.start(is_main=world.is_main)
+        console.start(world)
         folder, config, step, output, live = world.decide(lambda: opened)
         kept = output / "evaluations"
         world.decide(lambda: make_folder(kept, "output=FOLDER writes elsewhere"))

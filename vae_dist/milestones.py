@@ -148,7 +148,9 @@ class Milestones:
                 f"{now.learning_rate:g}), and the weights are still those of the step before. Try a lower "
                 "optim.learning_rate, optim.max_grad_norm=100, optim.warmup_steps=500, train.precision=fp32, or leave "
                 "single steps out by train.nonfinite=skip"
-            ) from None
+            ).on_every_process() from None
+        except RunError as error:
+            raise error.on_every_process() from None
 
     def _pictures(self, step: int) -> dict[str, Picture]:
         """The grids of a validation. Without validation images training images are shown, and the caption says so."""

@@ -60,7 +60,7 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     Returns the file. Raises UserError where there is no checkpoint.
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
-        console.start(is_main=world.is_main)
+        console.start(world)
         return world.decide(lambda: _write(opened, world.device))
 
 

@@ -5,10 +5,13 @@ One process is the main process; what only one may decide (a name, a download) i
 
 import ctypes
 import hashlib
+import json
 import os
+import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ from vae_dist.errors import RunError, UserError
 
 T = TypeVar("T")
 
+SAY_SECONDS = 1  # for the main process to say what another one is about to say
 ANSWER_SECONDS = 5  # after a failed exchange, for the others to say that they are there
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -61,8 +65,8 @@ class World:
                 raise
         with self._answers():
             result = broadcast_object_list(outcome)[0]
-        if isinstance(result, (UserError, RunError)):
-            raise result
+        if isinstance(result, UserError | RunError):
+            raise result.on_every_process()
         return result
 
     def require_agreement(self, find: Callable[[], Mapping[str, object]], error: type[Exception] = UserError) -> None:
@@ -77,10 +81,46 @@ class World:
             values = [theirs.get(name) for theirs in known]
             others = [rank for rank, value in enumerate(values) if value != values[0]]
             if others:
-                raise error(
+                differing = error(
                     f"the processes do not agree on {name}: {values[0]} on process 0, {values[others[0]]} on process "
                     f"{others[0]}; start all of them alike, with the same code and data"
                 )
+                raise differing.on_every_process() if isinstance(differing, UserError | RunError) else differing
+
+    def says_first(self, text: str) -> bool:
+        """Whether a message is news: the main process always says it, another one if no other process has."""
+        if self.size == 1:
+            return True
+        key = f"vae_dist/said/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}"
+        try:
+            store = distributed_c10d._get_default_store()
+            if self.is_main:
+                store.set(key, "yes")
+                return True
+            try:
+                store.wait([key], timedelta(seconds=SAY_SECONDS))
+            except RuntimeError:
+                return store.add(f"{key}/others", 1) == 1
+            return False
+        except (RuntimeError, ValueError):  # the store is gone; the processes have parted
+            return True
+
+    @contextmanager
+    def reasons_told(self) -> Iterator[None]:
+        """Leave to the other processes why this one ends, where they don't know; their next exchange with it fails."""
+        try:
+            if self.size > 1:  # an earlier run of the same processes may have left one
+                distributed_c10d._get_default_store().delete_key(f"vae_dist/ended/{self.rank}")
+            yield
+        except Exception as error:
+            if self.size > 1 and getattr(error, "speaker", None) is None:
+                kind = "input" if isinstance(error, UserError) else "run"
+                is_bug = not isinstance(error, UserError | RunError)
+                reason = f"{type(error).__name__}: {error}" if is_bug else str(error)
+                with suppress(RuntimeError, ValueError):
+                    store = distributed_c10d._get_default_store()
+                    store.set(f"vae_dist/ended/{self.rank}", json.dumps([kind, platform.node(), reason]))
+            raise
 
     def expect_answers_within(self, seconds: float) -> None:
         """Give up on the other processes after this long from now on; until the run has begun they get more time."""
@@ -150,16 +190,39 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            if (told := self._told()) is not None:
+                raise told from error
             missing = self._missing()
-            reason = str(error).strip().partition("\n")[0]
+            # Without the place in gloo's source, and its advice.
+            reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
             if not missing:
                 raise RunError(f"an exchange between the processes failed: {reason}") from error
             gone = RunError(
                 f"process {', '.join(map(str, missing))} of {self.size} died or hangs ({reason}); the run goes on "
                 "from its newest checkpoint when it is started again"
             )
-            gone.speaker = next(rank for rank in range(self.size) if rank not in missing)
-            raise gone from error
+            raise gone.on_every_process(self._first_without(missing)) from error
+
+    def _told(self) -> UserError | RunError | None:
+        """What other processes have told of their ends, None where none has."""
+        told = {}
+        try:
+            store = distributed_c10d._get_default_store()
+            for rank in range(self.size):
+                if rank != self.rank and store.check([key := f"vae_dist/ended/{rank}"]):
+                    told[rank] = json.loads(store.get(key))
+        except (RuntimeError, ValueError):  # the store was another process's, and is gone with it
+            pass
+        if not told:
+            return None
+        ends = [f"process {rank} of {self.size} on {host}: {reason}" for rank, (_, host, reason) in told.items()]
+        kind = UserError if all(kind == "input" for kind, _, _ in told.values()) else RunError
+        error: UserError | RunError = kind("; ".join(ends))
+        return error.on_every_process(self._first_without(list(told)))
+
+    def _first_without(self, gone: Sequence[int]) -> int:
+        """The first process that is still there."""
+        return next(rank for rank in range(self.size) if rank not in gone)
 
     def _missing(self) -> list[int]:
         """The processes that do not say within some seconds that they too wait for another one."""
@@ -202,7 +265,9 @@ def join(config: Config) -> Iterator[World]:
                 f"{expected} processes on {device} were asked for, but Accelerate made {state.num_processes} on "
                 f"{state.device.type}; check the launch file, or give device= yourself"
             )
-        yield World(state)
+        world = World(state)
+        with world.reasons_told():
+            yield world
     finally:
         if torch.distributed.is_initialized() and not joined_before:
             torch.distributed.destroy_process_group()

@@ -47,7 +47,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     request, a file per image. Raises UserError where there is nothing to sample from, and for what a kind can't use.
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
-        console.start(is_main=world.is_main)
+        console.start(world)
         folder, config, step, output, live = world.decide(lambda: opened)
         kind = _chosen_kind(config, arguments)
         make, keys = KINDS[kind]

@@ -62,6 +62,8 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
     threads, compiled, identity = config.train.threads, config.train.compile, config.tracking.id
     if resumed_from is not None:
         stored = checkpoint.read_config(resumed_from)
+        if config.data.name == "auto" and stored.data.name == data.FALLBACK:  # MNIST is not tried again
+            data.warn_of_fallback()
         config = configs.resume(config, stored)
         if resumed_from.resolve().is_relative_to(
             run_dir.resolve()

@@ -24,7 +24,7 @@ from vae_dist import config, console
 
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(config.help_text(__doc__ or ""))
+        console.say(config.help_text(__doc__ or ""))
         return
     asked = config.load_study(sys.argv[1:])
     from vae_dist.comparison import study  # after the arguments are known to be good: torch takes seconds to import

@@ -21,11 +21,11 @@ from vae_dist import config, console
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--print-config"]
     if "--help" in arguments or "-h" in arguments:
-        print(config.help_text(__doc__ or ""))
+        console.say(config.help_text(__doc__ or ""))
         return
     asked = config.load(arguments)
     if "--print-config" in sys.argv:
-        print(config.to_yaml(asked), end="")
+        console.say(config.to_yaml(asked))
         return
     from vae_dist.trainer import train  # after the arguments are known to be good: torch takes seconds to import
 

@@ -32,7 +32,7 @@ def train(asked: Config) -> Path:
     a run that can't go on; StoppedError when it was asked to stop, once it has saved.
     """
     with ExitStack() as held, runtime.join(asked) as world:
-        console.start(is_main=world.is_main)
+        console.start(world)
         world.require_agreement(lambda: {**configs.flatten(asked), "the code": runtime.code_fingerprint()})
         start = world.decide(lambda: settle(asked, world, held))
         config, run_dir, resumed_from = start
