@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,7 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         ("spoil", str(root / "spoil"), [*common, "name=spoiled", "train.log_every=50", "train.steps=20"]),
         ("spoil", "", [*common, "name=skipped", "train.nonfinite=skip", "train.steps=20", "train.log_every=5"]),
         ("full_disk", str(root / "full_disk"), [*common, "name=full"]),
+        ("warn", "", common),
         ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
     ]
 
@@ -111,9 +114,8 @@ def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) 
             root.mkdir()
             listed = jobs(root, reference, smoke_arguments)
             if world_size == 1:
-                worker.main(
-                    [job for job in listed if not job[0].startswith(("refusal", "disagree", "stop", "spoil", "full"))]
-                )
+                alone = ("batches", "train", "evaluate", "sample")
+                worker.main([job for job in listed if job[0] in alone])
             else:
                 (root / "jobs.json").write_text(json.dumps(listed))
                 result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
@@ -312,3 +314,15 @@ def test_only_the_main_process_speaks_and_writes(world_size: int, roots: dict[in
     assert log.count("runs/fp32: ") == 1 and f"{world_size} processes on cpu" in log
     steps: list[Any] = list(rows(roots[world_size] / "runs/fp32", "train/loss"))
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_warning_of_one_process_is_heard_and_one_of_all_is_not_repeated(
+    world_size: int, roots: dict[int, Path]
+) -> None:
+    log = (roots[world_size] / "log").read_text()
+    assert re.findall(r".*said by all", log) == ["said by all"]
+    (last,) = re.findall(r".*said by the last", log)
+    assert last == f"process {world_size - 1} of {world_size} on {platform.node()}: said by the last"
+    (other,) = re.findall(r".*said by the others", log)
+    assert re.fullmatch(rf"process [1-9] of {world_size} on {platform.node()}: said by the others", other)

@@ -242,8 +242,8 @@ def test_a_bad_checkpoint_is_named_and_passed_over(make_config: MakeConfig, caps
     damaged = run_dir / "checkpoints/step_00000010/optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(make_config("name=a", "checkpoint.every=5", "train.steps=15"))
-    said = capsys.readouterr().err
-    assert "passing over a checkpoint" in said and f"{damaged} has " in said and "going on after step 5 of 15" in said
+    for said in capsys.readouterr().err, (run_dir / "log.txt").read_text():
+        assert "passing over a checkpoint" in said and f"{damaged} has " in said and "going on after step 5" in said
     assert final(run_dir) == final(whole) and timeless(run_dir) == timeless(whole)
     for part in ("step_00000010", "step_00000015"):
         (run_dir / "checkpoints" / part / "manifest.json").write_text("{}")
@@ -251,6 +251,16 @@ def test_a_bad_checkpoint_is_named_and_passed_over(make_config: MakeConfig, caps
     with pytest.raises(UserError, match="are damaged; nothing was started or changed"):
         train(make_config("name=a", "train.steps=20"))
     assert sorted(run_dir.rglob("*")) == before
+
+
+def test_that_a_run_is_of_the_embedded_digits_is_said_at_every_start(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in (2, 4):
+        run_dir = train(make_config("name=a", "data.name=auto", "data.download=false", f"train.steps={steps}"))
+        assert capsys.readouterr().err.count("TRAINING ON THE EMBEDDED DIGITS") == 1
+    log = (run_dir / "log.txt").read_text()
+    assert log.count("TRAINING ON THE EMBEDDED DIGITS") == 2 and "MNIST can't be had" in log
 
 
 def test_a_run_that_goes_back_forgets_what_came_later(make_config: MakeConfig) -> None:

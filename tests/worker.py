@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae_dist import config, data, evaluation, milestones, runtime, stopping
+from vae_dist import config, console, data, evaluation, milestones, runtime, stopping
 from vae_dist.batches import Batches
 from vae_dist.config import DataConfig
 from vae_dist.data import Images
@@ -133,6 +133,18 @@ def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Batches, "__call__", spoiled)
 
 
+def warn(output: str, arguments: list[str]) -> None:
+    """Warnings of all processes, of the last one, and of all but the main one."""
+    with runtime.join(config.load(arguments)) as world:
+        console.start(world)
+        console.logger.warning("said by all")
+        if world.rank == world.size - 1:
+            console.logger.warning("said by the last")
+        if not world.is_main:
+            console.logger.warning("said by the others")
+        torch.distributed.barrier()
+
+
 def fill_the_disk(output: str, arguments: list[str]) -> None:
     """A limit on the size of files, which the main process meets when it saves."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -164,6 +176,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "stop_in_validation": on_last_process(ask_to_stop_in_validation),
     "spoil": on_last_process(spoil_step_8),
     "full_disk": fill_the_disk,
+    "warn": warn,
     "train": lambda output, arguments: train(config.load(arguments)),
     "evaluate": lambda output, arguments: evaluate(Path(output), arguments),
     "sample": lambda output, arguments: sample(Path(output), arguments),

@@ -77,8 +77,10 @@ class _Stream(io.TextIOBase):
                 target.flush()
 
     def _write_aside(self, descriptor: int, data: bytes, seconds: float | None) -> None:
-        if self._writing is not None and self._writing.is_alive():
-            return
+        if self._writing is not None:
+            self._writing.join(0 if seconds is not None else None)
+            if self._writing.is_alive():
+                return
         self._writing = Thread(target=_write, args=[descriptor, data], daemon=True)
         try:
             self._writing.start()
@@ -124,9 +126,14 @@ class Speaker(Protocol):
     def says_first(self, text: str) -> bool: ...
 
 
+def _plain(text: object) -> str:
+    """Text with what a terminal would obey, or could not show, spelled out."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], super().format(record))
+        return _plain(super().format(record))
 
 
 class _ConsoleHandler(logging.Handler):
@@ -229,9 +236,9 @@ def say(text: str) -> None:
 
 def table(title: str, rows: Mapping[str, object]) -> None:
     """Print results, one a row."""
-    result = Table(title=title, title_justify="left", show_header=False)
+    result = Table(title=_plain(title), title_justify="left", show_header=False)
     for name, value in rows.items():
-        result.add_row(name, _figure(value))
+        result.add_row(_plain(name), _plain(_figure(value)))
     _results.print(result)
 
 
@@ -246,17 +253,17 @@ class Figure(NamedTuple):
 
 def figures(title: str, rows: Sequence[Figure], note: str, warning: str | None = None) -> None:
     """Print results with their standard errors, below them how they were come by, and what speaks against them."""
-    result = Table(title=title, title_justify="left", show_header=False)
+    result = Table(title=_plain(title), title_justify="left", show_header=False)
     for justify in ("left", "right", "left", "left"):
         result.add_column(justify=justify)
     for row in rows:
         if row.value is not None:
             error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
-            result.add_row(row.name, _figure(row.value), error, row.remark)
+            result.add_row(_plain(row.name), _figure(row.value), error, _plain(row.remark))
     _results.print(result)
-    _results.print(Text(note))
+    _results.print(_plain(note))
     if warning is not None:
-        _results.print(Text(warning, style="bold yellow"))
+        _results.print(Text(_plain(warning), style="bold yellow"))
 
 
 @contextmanager
@@ -266,7 +273,7 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
     A bar on a terminal, which goes when it is done; plain lines, some seconds apart, anywhere else.
     """
     bar = Progress(
-        TextColumn(subject, markup=False),
+        TextColumn(_plain(subject), markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
@@ -303,14 +310,14 @@ def _minutes(seconds: float) -> str:
 
 def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print results in columns, and below them what has to be said of them."""
-    result = Table(title=title, title_justify="left")
+    result = Table(title=_plain(title), title_justify="left")
     for name in names:
-        result.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
+        result.add_column(_plain(name).replace(" ", "\n"), justify="right", overflow="fold")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(_plain, row))
     _results.print(result)
     for note in notes:
-        _results.print(Text(note, style="bold yellow"))
+        _results.print(Text(_plain(note), style="bold yellow"))
 
 
 def _figure(value: object) -> str:
@@ -424,8 +431,7 @@ def _end(title: str, message: object, code: int, speaker: int | None) -> NoRetur
     rank, size = _rank_and_size()
     if size == 1 or speaker in (None, rank):
         place = f"{_place()}: " if speaker is None and size > 1 else ""
-        text = _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], f"{place}{message}")
-        _messages.print(Text.assemble((title, "bold red"), text))
+        _messages.print(Text.assemble((title, "bold red"), _plain(f"{place}{message}")))
     sys.exit(code)
 
 

@@ -1,0 +1,264 @@
+"""What is said to a person: over real pipes, terminals and processes, whatever becomes of them."""
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.test_elastic import unused_port
+from tests.test_mnist import idx
+from vae_dist import checkpoint, console
+from vae_dist.console import Figure
+from vae_dist.errors import RunError
+
+TRAIN = str(REPOSITORY / "vae_dist/train.py")
+ENDLESS = ["train.steps=1000000", "train.validate_every=1000000", "checkpoint.every=1000000", "train.log_every=1"]
+
+
+def command(smoke: list[str], *arguments: str) -> list[str]:
+    return [sys.executable, TRAIN, *smoke, "name=a", *arguments]
+
+
+def read_until(descriptor: int, text: bytes, file: Path | None = None, seconds: float = 60) -> None:
+    """Read until the text has come, or until it is in a file."""
+    said, deadline = b"", time.monotonic() + seconds
+    while text not in said:
+        assert time.monotonic() < deadline, said
+        if select.select([descriptor], [], [], 0.05)[0]:
+            said += os.read(descriptor, 4096)
+        if file is not None:
+            said = file.read_bytes() if file.exists() else b""
+
+
+def saved_step() -> int:
+    return checkpoint.read_state(checkpoint.find(Path("runs/a"), Path("runs"))).step
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        try:
+            os.close(end)
+        except OSError as error:
+            assert error.errno == errno.EBADF  # the test has closed it
+
+
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_reader_that_goes_away_changes_neither_the_training_nor_how_it_ends(
+    stopped: bool, smoke_arguments: list[str]
+) -> None:
+    """As with `| head`, and as with Ctrl-C that ends `| tee` first."""
+    with pipe() as (reader, writer):
+        started = command(smoke_arguments, *(ENDLESS if stopped else []))
+        process = subprocess.Popen(started, stdout=writer, stderr=writer)
+        os.close(writer)
+        read_until(reader, b"first step" if stopped else b"process on cpu")
+        os.close(reader)
+    if stopped:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(60) == (130 if stopped else 0)
+    log = Path("runs/a/log.txt").read_text()
+    if stopped:
+        assert f"SIGINT: asked to stop; step {saved_step()} of" in log
+    else:
+        assert saved_step() == 40 and "step 40: validation/negative_elbo" in log
+
+
+def test_a_reader_that_stops_reading_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pipe() as (reader, writer):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, bytes(4096))  # no room is left
+        with open(os.dup(writer), "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            monkeypatch.setattr(sys, "__stdout__", stdout)
+            monkeypatch.setattr(console, "STALL_SECONDS", 0.1)
+            started = time.monotonic()
+            for line in ("first", "second", "third"):
+                console.columns(line, ["head"], [["cell"]])
+            assert 0.1 <= time.monotonic() - started < 0.2
+            os.read(reader, 4096)
+            read_until(reader, b"first")
+            console.say("fourth")
+            read_until(reader, b"fourth")
+
+
+@pytest.mark.slow
+def test_a_training_whose_output_is_not_read_is_trained_to_its_end(smoke_arguments: list[str]) -> None:
+    with pipe() as (_, writer):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, bytes(4096))  # no room is left
+        process = subprocess.Popen(command(smoke_arguments), stdout=writer, stderr=writer)
+        assert process.wait(60) == 0
+    assert saved_step() == 40
+
+
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_terminal_that_is_closed_changes_neither_the_training_nor_how_it_ends(
+    stopped: bool, smoke_arguments: list[str]
+) -> None:
+    """As with a disowned job, which goes on, and as with one that gets SIGHUP, which saves and ends."""
+    child, leader = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL if stopped else signal.SIG_IGN)
+        os.execv(sys.executable, command(smoke_arguments, *ENDLESS, *([] if stopped else ["train.steps=300"])))
+    read_until(leader, b"first step", Path("runs/a/log.txt"))
+    os.close(leader)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (143 if stopped else 0)
+    log = Path("runs/a/log.txt").read_text()
+    assert f"SIGHUP: asked to stop; step {saved_step()} of" in log if stopped else saved_step() == 300
+
+
+def test_a_hangup_outside_of_a_training_ends_with_the_promised_code() -> None:
+    waiting = "import time; from vae_dist import console; console.run(lambda: (print(1, flush=True), time.sleep(60)))"
+    process = subprocess.Popen([sys.executable, "-c", waiting], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(10) == 143
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("arguments, code", [("--help", 0), ("--print-config", 0), ("model.latnt_dim=3", 2)])
+@pytest.mark.parametrize("place", [">/dev/full 2>&1", ">&- 2>&- <&-", "2>&1 | true"])
+def test_exit_codes_are_the_promised_ones_wherever_the_output_goes(arguments: str, code: int, place: str) -> None:
+    line = f"{sys.executable} {TRAIN} {arguments} {place}; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
+
+
+SHOW = """
+from vae_dist import console
+from vae_dist.console import Figure
+from vae_dist.errors import UserError
+def command():
+    console.logger.warning("a warning \\u65e5 [red]")
+    console.figures("title \\u65e5 [/x]", [Figure("n\\u00e4me [b]", 1.0, 0.5)], "note \\u65e5 :smile:", "\\x1b[31mred")
+    print("left in the buffer by others", end="")
+    raise UserError("[/home/\\u65e5] :pile_of_poo:")
+console.run(command)
+"""
+
+
+@pytest.mark.parametrize(("encoding", "day", "umlaut"), [("ascii", r"\u65e5", r"\xe4"), ("latin-1", r"\u65e5", "ä")])
+def test_what_an_encoding_lacks_is_escaped_and_no_text_is_taken_for_markup(
+    encoding: str, day: str, umlaut: str
+) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    shown = subprocess.run([sys.executable, "-c", SHOW], cwd=REPOSITORY, env=environment, capture_output=True)
+    out, err = (text.decode(encoding) for text in (shown.stdout, shown.stderr))
+    assert shown.returncode == 2
+    assert out.startswith(f"title {day} [/x]\n") and out.endswith("left in the buffer by others")
+    assert f"n{umlaut}me [b]" in out and "note \\u65e5 :smile:\n" in out
+    assert err == f"a warning {day} [red]\nerror: [/home/{day}] :pile_of_poo:\n"
+
+
+def test_nothing_that_a_terminal_would_obey_is_shown_or_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.start(Alone())
+    with pytest.raises(RunError), console.logged_to(tmp_path / "log.txt"):
+        console.logger.warning("a server says \x1b]0;title\x07 \udcff")
+        raise RunError("no \x9b31m")
+    console.figures("\x1b[31mtitle", [Figure("\x1b[2J", 1.0)], "\x07")
+    shown, log = capsys.readouterr(), (tmp_path / "log.txt").read_text()
+    assert not {"\x1b", "\x07", "\x9b"} & set(shown.out + shown.err + log)
+    assert r"a server says \x1b]0;title\x07 \udcff" in shown.err
+    assert r"\x07 \udcff" in log and r"ERROR no \x9b31m" in log
+
+
+class Alone:
+    rank, size = 0, 1
+
+    def says_first(self, text: str) -> bool:
+        return True
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.start(Alone())
+    with console.logged_to(tmp_path / "missing/log.txt"):
+        console.logger.info("first")
+        console.logger.info("second")
+    said = capsys.readouterr().err
+    assert said.count("missing/log.txt can't be written") == 1 and "first" in said and "second" in said
+
+
+def test_a_bug_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), console.logged_to(tmp_path / "log.txt"):
+        1 / 0  # noqa: B018
+    assert "1 / 0" in (tmp_path / "log.txt").read_text()
+
+
+def test_what_was_said_before_the_log_was_open_is_in_it_once(tmp_path: Path) -> None:
+    console.start(Alone())
+    console.logger.warning("of an earlier run")
+    console.start(Alone())
+    console.logger.warning("early")
+    for name in ("first", "second"):
+        with console.logged_to(tmp_path / name):
+            logging.getLogger("vae_dist.data").warning("later")
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "first").read_text().splitlines()] == [
+        "WARNING early",
+        "WARNING later",
+    ]
+    assert "early" not in (tmp_path / "second").read_text()
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({"RANK": "8"}, ""),
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": ""}, ""),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, f"process 1 of 2 on {platform.node()}: "),
+    ],
+)
+def test_every_process_prints_its_own_error(environment: dict[str, str], place: str) -> None:
+    """Whatever an earlier launcher has left in the environment."""
+    said = subprocess.run(
+        [sys.executable, TRAIN, "model.latnt_dim=3"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert said.returncode == 2 and said.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
+
+
+def test_an_error_of_one_process_is_printed_by_it_and_the_others_learn_the_reason(tmp_path: Path) -> None:
+    """A data set that lies on the first machine and not on the second."""
+    folder = tmp_path / "0/data/KMNIST/raw"
+    folder.mkdir(parents=True)
+    (tmp_path / "1").mkdir()
+    for part in ("train", "t10k"):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(np.zeros((60, 28, 28), np.uint8)))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.zeros(60, np.uint8)))
+    settings = ["data.name=kmnist", "data.download=false", "data.validation_images=0", "train.batch_size=10"]
+    settings += ["tracking.wandb=disabled", "device=cpu", "train.compile=false", f"runs_dir={tmp_path}/runs", "name=a"]
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, TRAIN, *settings],
+            cwd=tmp_path / rank,
+            env={**os.environ, **launch, "RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 2
+        assert said.count("\n") == 1
+        assert said.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")
