@@ -148,7 +148,7 @@ from vae_dist.errors import UserError
 def command():
     console.logger.warning("a warning \\u65e5 [red]")
     console.figures("title \\u65e5 [/x]", [Figure("n\\u00e4me [b]", 1.0, 0.5)], "note \\u65e5 :smile:", "\\x1b[31mred")
-    print("left in the buffer by others", end="")
+    print("left in the buffer by others \\u65e5", end="")
     raise UserError("[/home/\\u65e5] :pile_of_poo:")
 console.run(command)
 """
@@ -162,9 +162,21 @@ def test_what_an_encoding_lacks_is_escaped_and_no_text_is_taken_for_markup(
     shown = subprocess.run([sys.executable, "-c", SHOW], cwd=REPOSITORY, env=environment, capture_output=True)
     out, err = (text.decode(encoding) for text in (shown.stdout, shown.stderr))
     assert shown.returncode == 2
-    assert out.startswith(f"title {day} [/x]\n") and out.endswith("left in the buffer by others")
+    assert out.startswith(f"title {day} [/x]\n") and out.endswith(f"left in the buffer by others {day}")
     assert f"n{umlaut}me [b]" in out and "note \\u65e5 :smile:\n" in out
     assert err == f"a warning {day} [red]\nerror: [/home/{day}] :pile_of_poo:\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_libraries_print_fails_no_more_than_what_is_said_here(unbuffered: str) -> None:
+    """Without a buffer print fails; with one Python does at exit, says so, and exits with 120."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONIOENCODING": "ascii"}
+    with pipe() as (reader, writer):
+        os.close(reader)
+        shown = subprocess.run(
+            [sys.executable, "-c", SHOW], cwd=REPOSITORY, env=environment, stdout=writer, stderr=subprocess.PIPE
+        )
+    assert shown.returncode == 2 and shown.stderr.count(b"\n") == 2  # the warning and the error
 
 
 def test_nothing_that_a_terminal_would_obey_is_shown_or_logged(

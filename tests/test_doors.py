@@ -117,6 +117,18 @@ def test_of_several_processes_one_gives_the_message() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([TRAIN, "model.latnt_dim=3"], "unknown key 'model.latnt_dim'"), ([EVALUATE, "nowhere"], "no run at nowhere")],
+)
+def test_an_error_of_all_processes_is_printed_once_before_they_have_joined_too(
+    arguments: list[str], message: str
+) -> None:
+    refused = run(*TORCHRUN, *arguments)
+    assert refused.stderr.count(message) == 1 and refused.stderr.count("exitcode  : 2") >= 1
+
+
 def test_help_and_print_config_need_no_torch() -> None:
     helped = run(sys.executable, "-X", "importtime", TRAIN, "--help")
     assert helped.returncode == 0 and "model.latent_dim=40   [int]" in helped.stdout

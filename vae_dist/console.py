@@ -4,7 +4,6 @@ Nothing of it is in the way of the work. What stdout or stderr can't take is dro
 escaped; `log.txt` has the messages all the same. Text is shown as it is and never taken for markup.
 """
 
-import atexit
 import io
 import logging
 import os
@@ -40,8 +39,29 @@ KEPT_MESSAGES = 1000  # of those said before there is a place for them
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or can't show them
 
 
+class _Descriptor(io.RawIOBase):
+    """stdout or stderr below its buffer. What it can't take is dropped."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self.name = name
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        _write(self._descriptor, bytes(data))
+        return len(data)
+
+
 class _Stream(io.TextIOBase):
-    """stdout or stderr, whatever `sys` has in that place at the moment, as a file that never fails and never blocks.
+    """stdout or stderr, whatever `sys` has in that place at the moment, as a file that does not fail.
 
     A pipe without a reader, a closed terminal or a full disk loses text, and nothing else. A reader that has stopped
     reading, such as a terminal after Ctrl-S, holds up a thread of its own and not its caller.
@@ -401,8 +421,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     or 143 when it was asked to stop. Each has one message and no traceback. What becomes of the messages does not
     change the exit code.
     """
-    _fill_standard_streams()
-    atexit.register(_flush)
+    _guard_standard_streams()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # outside of a training, which saves first
         signal.signal(signal.SIGHUP, lambda number, frame: os._exit(143))
     _install(_unshown)
@@ -425,10 +444,14 @@ def run(command: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _end(title: str, message: object, code: int, speaker: int | None) -> NoReturn:
+def _end(title: str, message: str | Exception, code: int, speaker: int | None) -> NoReturn:
     """Exit with a message, which this process prints unless it is another one that does so for all."""
     _show_kept()
     rank, size = _rank_and_size()
+    if speaker is None and size > 1 and _speaker is None and isinstance(message, Exception):
+        from vae_dist import runtime  # takes seconds to import, as long as in the other processes
+
+        speaker = 0 if runtime.all_end_so(message) else None
     if size == 1 or speaker in (None, rank):
         place = f"{_place()}: " if speaker is None and size > 1 else ""
         _messages.print(Text.assemble((title, "bold red"), _plain(f"{place}{message}")))
@@ -460,21 +483,22 @@ def _place() -> str:
     return f"process {rank} of {size} on {platform.node()}" if size > 1 else ""
 
 
-def _fill_standard_streams() -> None:
-    """Open what the process was started without (`2>&-`), or the next file would be taken for stdout or stderr."""
+def _guard_standard_streams() -> None:
+    """Let what libraries print, and Python at exit, fail no more than what is printed here."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:
+        except OSError:  # started with `2>&-`: the next file to be opened would be taken for stderr
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-
-
-def _flush() -> None:
-    """Flush what others have printed. What can't be is dropped: Python would try again, and exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            with suppress(AttributeError, OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                stream.flush()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            guarded = io.TextIOWrapper(
+                io.BufferedWriter(_Descriptor(stream.fileno(), stream.name)),
+                encoding=stream.encoding,
+                errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, guarded)
+            setattr(sys, f"__{name}__", guarded)

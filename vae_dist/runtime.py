@@ -23,14 +23,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.distributed import distributed_c10d
+from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from vae_dist.config import Config, Precision
 from vae_dist.errors import RunError, UserError
 
 T = TypeVar("T")
 
-SAY_SECONDS = 1  # for the main process to say what another one is about to say
+SAY_SECONDS = 2  # for another process to say what this one is about to say
 ANSWER_SECONDS = 5  # after a failed exchange, for the others to say that they are there
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -97,29 +97,24 @@ class World:
             if self.is_main:
                 store.set(key, "yes")
                 return True
-            try:
-                store.wait([key], timedelta(seconds=SAY_SECONDS))
-            except RuntimeError:
-                return store.add(f"{key}/others", 1) == 1
-            return False
+            return not _come(store, [key], SAY_SECONDS) and store.add(f"{key}/others", 1) == 1
         except (RuntimeError, ValueError):  # the store is gone; the processes have parted
             return True
 
     @contextmanager
     def reasons_told(self) -> Iterator[None]:
         """Leave to the other processes why this one ends, where they don't know; their next exchange with it fails."""
+        if self.size > 1:
+            with suppress(RuntimeError):  # not every kind of store can
+                distributed_c10d._get_default_store().delete_key(_end_key(self.rank))  # an earlier run's
         try:
-            if self.size > 1:  # an earlier run of the same processes may have left one
-                distributed_c10d._get_default_store().delete_key(f"vae_dist/ended/{self.rank}")
             yield
         except Exception as error:
-            if self.size > 1 and getattr(error, "speaker", None) is None:
-                kind = "input" if isinstance(error, UserError) else "run"
-                is_bug = not isinstance(error, UserError | RunError)
-                reason = f"{type(error).__name__}: {error}" if is_bug else str(error)
-                with suppress(RuntimeError, ValueError):
-                    store = distributed_c10d._get_default_store()
-                    store.set(f"vae_dist/ended/{self.rank}", json.dumps([kind, platform.node(), reason]))
+            known = getattr(error, "speaker", None) is not None
+            if self.size > 1 and not known and torch.distributed.is_initialized():
+                store = distributed_c10d._get_default_store()
+                if _ends_alike(store, self.rank, self.size, error) and isinstance(error, UserError | RunError):
+                    error.on_every_process()
             raise
 
     def expect_answers_within(self, seconds: float) -> None:
@@ -209,8 +204,8 @@ class World:
         try:
             store = distributed_c10d._get_default_store()
             for rank in range(self.size):
-                if rank != self.rank and store.check([key := f"vae_dist/ended/{rank}"]):
-                    told[rank] = json.loads(store.get(key))
+                if rank != self.rank and store.check([_end_key(rank)]):
+                    told[rank] = json.loads(store.get(_end_key(rank)))
         except (RuntimeError, ValueError):  # the store was another process's, and is gone with it
             pass
         if not told:
@@ -238,6 +233,44 @@ class World:
             return missing
         except RuntimeError:
             return [0]  # without a launcher the main process keeps the store
+
+
+def _end_key(rank: int) -> str:
+    return f"vae_dist/ended/{rank}"
+
+
+def _come(store: Any, keys: list[str], seconds: float) -> bool:
+    """Whether other processes set all of these keys within some seconds. The store's own wait warns when they don't."""
+    give_up = time.monotonic() + seconds
+    while not (found := bool(store.check(keys))) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    return found
+
+
+def _ends_alike(store: Any, rank: int, size: int, error: Exception, seconds: float = SAY_SECONDS) -> bool:
+    """Tell the other processes how this one ends, and whether all of them end so within some seconds."""
+    kind = "input" if isinstance(error, UserError) else "run"
+    reason = str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
+    keys = [_end_key(other) for other in range(size)]
+    try:
+        store.set(keys[rank], json.dumps([kind, platform.node(), reason]))
+        return _come(store, keys, seconds) and len({json.loads(store.get(key))[2] for key in keys}) == 1
+    except (RuntimeError, ValueError):  # the store is gone
+        return False
+
+
+def all_end_so(error: Exception) -> bool:
+    """Whether all processes that torchrun has started end with this error, before they have joined."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False  # process 0 would keep the store, and is not there yet
+    names = ("TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    restart, address, port, rank, size = (os.environ.get(name, "") for name in names)
+    try:
+        wait = timedelta(seconds=ANSWER_SECONDS)
+        store = TCPStore(address, int(port), is_master=False, timeout=wait, wait_for_workers=False)
+        return _ends_alike(PrefixStore(restart, store), int(rank), int(size), error, ANSWER_SECONDS)
+    except (RuntimeError, ValueError):
+        return False
 
 
 @contextmanager
