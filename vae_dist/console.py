@@ -192,7 +192,8 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._failed:
             self._failed = True
-            logger.warning("%s can't be written (%s)", self.baseFilename, sys.exc_info()[1])
+            error = sys.exc_info()[1]
+            logger.warning("%s can't be written (%s)", self.baseFilename, getattr(error, "strerror", None) or error)
 
 
 _unshown = _Memory()  # said before it is known which process this is
