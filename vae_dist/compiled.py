@@ -37,12 +37,12 @@ class Compiled:
             return self._programs[shapes](*inputs)
 
     def _compile(self, shapes: tuple[torch.Size, ...], inputs: Sequence[Tensor]) -> None:
-        from torch._inductor import compile as compile_graph  # takes seconds to import
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         # It warns where torch was built for CUDA and there is no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
+            from torch._inductor import compile as compile_graph  # takes seconds, and makes the compiler's cache folder
+            from torch.fx.experimental.proxy_tensor import make_fx
+
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's advice to leave float32 for TF32, among others
                 on_gpu = inputs[0].is_cuda
