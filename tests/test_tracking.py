@@ -32,6 +32,7 @@ from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.images import Picture
+from vae_dist.sampling import sample
 from vae_dist.tracking import Tracker
 from vae_dist.trainer import train
 
@@ -331,6 +332,108 @@ def test_the_key_is_in_the_authorization_of_requests_and_nowhere_else(
     sent = [str(headers).encode() for headers in server.headers] + server.bodies
     assert not [text for text in sent if KEY.encode() in text or encoded in text]
     assert not [path for path in written if KEY.encode() in path.read_bytes() or encoded in path.read_bytes()]
+
+
+# Every command, in one process. Its user's variables stay what they are, and its user's own runs online.
+ALL_COMMANDS = """
+import os, sys
+import wandb
+from vae_dist import config, comparison, evaluation, page, sampling, trainer
+
+before = dict(os.environ)
+arguments = sys.argv[1:]
+run = trainer.train(config.load([*arguments, "name=mine", "tracking.wandb=offline", "tracking.artifact=true"]))
+evaluation.evaluate(run)
+sampling.sample(run)
+page.report(run)
+study = config.load_study([*arguments, "name=s", "tracking.wandb=auto", "optim.learning_rate=1e-3,1e-4"])
+comparison.study(study)
+comparison.compare([run, run.parent / "s-learning_rate-0.001"])
+changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+assert not [name for name in changed - {"WANDB_SERVICE"} if "WANDB" in name], changed
+assert wandb.setup().settings.mode == "online"
+"""
+
+
+def reporting() -> dict[str, str]:
+    """The environment of a user who has not turned the client's reports off, as the tests' own has."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_ERROR_REPORTING"} | {
+        "PYTHONPATH": str(REPOSITORY)
+    }
+
+
+def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_path: Path) -> None:
+    """No connection is made, so that where the network swallows packets nothing is waited for either."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = reporting() | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        arguments = [
+            *smoke_arguments,
+            f"runs_dir={tmp_path / 'runs'}",
+            "train.steps=5",
+            "evaluate.importance_samples=1",
+        ]
+        command = [sys.executable, "-c", ALL_COMMANDS, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    records = list((tmp_path / "runs").glob("*/wandb/offline-run-*"))
+    assert len(records) == 7  # of three trainings, three evaluations and a sampling
+
+
+UNREACHED = """
+import logging, sys
+from pathlib import Path
+from vae_dist import config, tracking
+
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+tracking.REACH_SECONDS = 1
+with tracking.track(config.load(["tracking.wandb=auto"]), Path("run"), is_main=True, start=0) as tracker:
+    tracker.scalars(1, {"train/loss": 1.0})
+"""
+
+
+def test_after_going_offline_nothing_more_is_sent(server: WandbServer) -> None:
+    server.fail("error")
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNREACHED], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=reporting() | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert "W&B can't be reached" in process.stdout.readline()
+        connections = server.connections
+        assert connections > 0
+        rest = process.stdout.read()
+    assert "W&B is offline" in rest and process.returncode == 0
+    assert server.connections == connections
+
+
+@pytest.mark.parametrize("told_by", ["variable", "file"])
+def test_wandb_that_is_turned_off_records_nothing_and_sends_nothing(
+    told_by: str, make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(server, monkeypatch)
+    if told_by == "variable":
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    else:
+        (tmp_path / "settings").write_text("[default]\nmode = disabled\n")  # as `wandb disabled` does
+    for asked in ("auto", "offline"):
+        with tracked(make_config(f"tracking.wandb={asked}"), tmp_path / asked) as tracker:
+            log(tracker, range(1, 51))
+        assert len(rows_of(tmp_path / asked)) == 50
+        assert not (tmp_path / asked / "wandb").exists()
+    run_dir = train(make_config("name=mine", "train.steps=5"))
+    remedy = "unset WANDB_MODE" if told_by == "variable" else "run `wandb online`"
+    for command in (
+        lambda: train(make_config("name=other", "tracking.wandb=online")),
+        lambda: evaluate(run_dir, ["tracking.wandb=online"]),
+        lambda: sample(run_dir, ["tracking.wandb=online"]),
+    ):
+        with pytest.raises(UserError, match=f"W&B is set to disabled; {remedy}"):
+            command()
+    assert not services() and not server.connections
 
 
 @contextmanager

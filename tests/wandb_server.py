@@ -61,6 +61,7 @@ class WandbServer(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.bodies: list[bytes] = []
         self.operations: list[str] = []  # of GraphQL
+        self.connections = 0
         self.lock = threading.Lock()
         self.recovered = threading.Event()
         self._fault: Fault | None = None
@@ -95,6 +96,10 @@ class WandbServer(ThreadingHTTPServer):
         with self.lock:
             self._answers_left -= 1
             return self._fault if self._answers_left < 0 else None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.connections += 1
+        return super().get_request()
 
     def _serve(self) -> None:
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

@@ -323,8 +323,8 @@ def load(arguments: Sequence[str]) -> Config:
 def load_reader(config: Config, arguments: Sequence[str]) -> Config:
     """The config of a finished run with the `key=value` arguments of an evaluation or a sampling.
 
-    Where these write and whom they ask is for their user to say: the training's `output`, `runs_dir` and `data.mirror`
-    don't count.
+    Where these write and whom they ask is for their user to say: the training's `output`, `runs_dir`, `data.mirror` and
+    `tracking.wandb=online` don't count.
     """
     for key in (_split(argument)[0] for argument in arguments):
         if not key.startswith(READER_KEYS):
@@ -334,7 +334,11 @@ def load_reader(config: Config, arguments: Sequence[str]) -> Config:
     # This machine's own number of threads, not that of the one that trained.
     train = dataclasses.replace(config.train, threads=None)
     data = dataclasses.replace(config.data, mirror=None)
-    config = dataclasses.replace(config, output=None, runs_dir=Config().runs_dir, data=data, train=train)
+    wandb = "auto" if config.tracking.wandb == "online" else config.tracking.wandb
+    tracking = dataclasses.replace(config.tracking, wandb=wandb)
+    config = dataclasses.replace(
+        config, output=None, runs_dir=Config().runs_dir, data=data, train=train, tracking=tracking
+    )
     config = _apply(config, [_parse_argument(argument) for argument in arguments])
     check(config)
     return config

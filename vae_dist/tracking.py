@@ -1,7 +1,8 @@
 """Where figures and pictures go: the run's own directory always, Weights & Biases where there is one.
 
-What W&B gets is on the disk too, and nothing that W&B does stops a training or keeps it waiting. Rows carry their own
-`step`; W&B's counter only ever rises, so after a resume from an older checkpoint it would drop rows.
+What W&B gets is on the disk too, and nothing that W&B does stops a training or keeps it waiting. Offline, its client
+sends nothing at all, not even about itself. Rows carry their own `step`; W&B's counter only ever rises, so after a
+resume from an older checkpoint it would drop rows.
 """
 
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import psutil
 
@@ -38,6 +39,8 @@ CLIENT_SECONDS = 30  # more than REACH_SECONDS, for the client to start its serv
 END_SECONDS = 2  # for that service to end when it is told to
 BACKLOG = 10_000  # calls that the client may be behind with
 RETRIES = 10_000  # a minute apart, so for a week: as the client does it with rows, but not with pictures
+
+T = TypeVar("T")
 
 _GROUPS = ("train", "validation", "test", "images")
 
@@ -120,10 +123,19 @@ def new_id() -> str:
 
 
 def check_wandb(config: TrackingConfig) -> None:
-    """Raise UserError where the config insists on a W&B that can't be had."""
-    if config.wandb in ("online", "offline") and find_spec("wandb") is None:
+    """Raise UserError where the config insists on a W&B that can't be had, or that the user has turned off."""
+    if config.wandb in ("online", "offline") and not _is_installed():
         raise UserError(f"tracking.wandb={config.wandb} but wandb is not installed; pip install wandb, or use disabled")
-    if config.wandb == "online" and not _has_account():
+    if config.wandb != "online":
+        return
+    try:
+        mode = _within_seconds(partial(_mode, "online"))
+    except Exception as error:
+        raise UserError(f"tracking.wandb=online but {_reason(error)}; or use tracking.wandb=auto") from error
+    if mode != "online":
+        remedy = "unset WANDB_MODE" if "WANDB_MODE" in os.environ else "run `wandb online`"
+        raise UserError(f"tracking.wandb=online but W&B is set to {mode}; {remedy}, or use tracking.wandb=auto")
+    if not _within_seconds(_has_account):
         raise UserError("tracking.wandb=online but no account is set up; run `wandb login`, or use tracking.wandb=auto")
 
 
@@ -251,13 +263,15 @@ class WandbRun:
 
     def _begin(self, config: Config, mode: Literal["online", "offline"]) -> Any:
         wandb = _wandb()
+        self._theirs = _take_settings(mode)
         try:
             run = _init(config, self._run_dir, mode)
         except Exception as error:
             if mode == "offline" or self._lost:
                 raise
+            _end_service(at_once=True)  # it holds on to the run's identity, and to reports that it would send now
             logger.warning("W&B can't be reached (%s); going on offline", _reason(error))
-            _end_service()  # it holds on to the run's identity
+            _take_settings("offline")
             run = _init(config, self._run_dir, "offline")
         wandb.termsetup(wandb.Settings(silent=True), self)  # its messages come to `info`, `warning` and `error`
         run.define_metric("step", hidden=True)
@@ -283,6 +297,7 @@ class WandbRun:
         if preempted:
             self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
+        _apply(self._theirs)
 
     def _send(self, call: Callable[[], object]) -> None:
         if self._lost:
@@ -341,14 +356,30 @@ class _Worker:
                 future.set_exception(error)
 
 
-def _end_service() -> None:
-    """End the client's service, by force if need be.
+def _within_seconds(call: Callable[[], T]) -> T:
+    """What `call` returns or raises. Raises TimeoutError where the client takes longer than a start may."""
+    worker = _Worker()
+    try:
+        result: T = worker.do(call).result(REACH_SECONDS + CLIENT_SECONDS)
+        return result
+    finally:
+        worker.end()
+
+
+def _end_service(*, at_once: bool = False) -> None:
+    """End the client's service, by force if need be, or `at_once` before it can write or send anything more.
 
     The client would wait for it without a bound when Python exits, and who reads this process's output even longer.
     """
+    if at_once:
+        _kill_service()
     worker = _Worker()
     wait([worker.do(_wandb().teardown)], END_SECONDS)
     worker.end()
+    _kill_service()
+
+
+def _kill_service() -> None:
     with suppress(psutil.Error):
         for child in psutil.Process().children():
             if child.name() == "wandb-core":
@@ -356,19 +387,19 @@ def _end_service() -> None:
 
 
 def _start(config: Config, run_dir: Path) -> WandbRun | None:
-    mode = config.tracking.wandb
-    if mode == "disabled":
+    if config.tracking.wandb == "disabled":
         return None
-    if find_spec("wandb") is None:
+    if not _is_installed():
         logger.info("wandb is not installed: figures and pictures go to %s alone", run_dir)
         return None
-    if mode == "auto":
-        mode = "online" if _has_account() else "offline"
     try:
-        return WandbRun(config, run_dir, mode)
+        mode = _within_seconds(partial(_mode, config.tracking.wandb))
+        if mode != "disabled":
+            return WandbRun(config, run_dir, mode)
+        logger.info("W&B is disabled by its own settings: figures and pictures go to %s alone", run_dir)
     except Exception as error:
         logger.warning("W&B can't be used (%s): figures and pictures go to %s alone", _reason(error), run_dir)
-        return None
+    return None
 
 
 def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> Any:
@@ -402,23 +433,70 @@ def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> 
             link.unlink()  # it points out of the run's directory, which can then not be moved whole
 
 
+def _mode(asked: Literal["auto", "online", "offline"]) -> Literal["online", "offline", "disabled"]:
+    """What the config asks for, as far as the client's own settings let it: WANDB_MODE, `wandb disabled` and others."""
+    theirs = _take_settings()
+    _apply(theirs)
+    if theirs.mode == "disabled":
+        return "disabled"
+    if asked == "offline" or theirs.mode in ("offline", "dryrun"):
+        return "offline"
+    return "online" if asked == "online" or _has_account() else "offline"
+
+
 def _has_account() -> bool:
-    """Whether W&B may be talked to: a key is set up, and the user has not asked for something else by WANDB_MODE."""
-    if os.environ.get("WANDB_MODE", "online") != "online" or find_spec("wandb") is None:
-        return False
-    wandb = _wandb()
+    """Whether a key is set up. No server is asked."""
+    theirs = _take_settings()
     try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except wandb.Error as error:
+        return bool(_wandb().login(prompt=False, verify=False))
+    except Exception as error:
         logger.warning("the W&B account can't be used: %s", _reason(error))
         return False
+    finally:
+        _apply(theirs)
+
+
+def _take_settings(mode: str | None = None) -> Any:
+    """Make the client silent in this process, and set its mode. Returns the settings that `_apply` gives back.
+
+    A run's own mode does not reach the reports that the client sends about itself. Raises UserError where the client
+    can't be imported or started, for whatever reason: it reads variables and files that are not ours.
+    """
+    try:
+        wandb = _wandb()
+        wandb.termsetup(wandb.Settings(silent=True), None)  # or it says which files it has read
+        theirs = wandb.setup().settings.model_copy()
+        _apply(wandb.Settings(silent=True, mode=mode or theirs.mode))
+    except Exception as error:
+        advice = "check HOME, the WANDB_* variables and W&B's settings files"
+        raise UserError(f"its client does not start: {_reason(error)}; {advice}") from error
+    return theirs
+
+
+def _apply(settings: Any) -> None:
+    """Give the client these settings' mode and silence. Another run of the caller's goes by them."""
+    wandb = _wandb()
+    settings = wandb.Settings(silent=settings.silent, mode=settings.mode)
+    wandb.setup(settings)
+    wandb.termsetup(settings, None)
+
+
+def _is_installed() -> bool:
+    spec = find_spec("wandb")
+    return spec is not None and spec.origin is not None  # a folder `wandb/`, as `wandb sync` makes it, has no origin
 
 
 def _wandb() -> Any:
-    """The client, imported when it is first used."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # otherwise logging in asks the server who this is, only to print it
+    """The client, imported when it is first used. From this process it reports nothing about itself.
+
+    Where the server can't be reached, its report of that would be sent when Python exits, long after going offline.
+    """
     import wandb
 
+    with suppress(ImportError, AttributeError):
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+        opentelemetry_proxy.disable()
     return wandb
 
 
@@ -426,4 +504,7 @@ def _reason(error: BaseException) -> str:
     """One line that says what went wrong."""
     if isinstance(error, TimeoutError | Full):
         return "it takes too long"
-    return str(error).partition("\n")[0] or type(error).__name__
+    if type(error).__name__ == "ValidationError":  # pydantic's, of the client's settings: the first line names none
+        faults: list[dict[str, Any]] = error.errors()  # type: ignore[attr-defined]
+        return "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in faults)
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
