@@ -24,10 +24,11 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample compare study report runs test test-all bench gpu chaos check format lock clean
+.PHONY: help train eval sample compare study report runs test test-all test-browser bench gpu chaos check format \
+	lock clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 	@echo
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
@@ -52,13 +53,17 @@ report: $(READY) ## write a page about the newest run, or about RUN: one HTML fi
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account
 	@mkdir -p runs/.wandb && rm -f runs/.wandb/*run-*
 	@for record in runs/*/wandb/*run-*; do [ -d "$$record" ] && ln -s "../$${record#runs/}" runs/.wandb/; done || true
-	$(PYTHON) -m wandb leet runs/.wandb
+	WANDB_MODE=offline $(PYTHON) -m wandb leet runs/.wandb
 
 test: $(READY) ## run the tests
-	$(PYTHON) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -q -rs -m "not slow" $(ARGS)
 
 test-all: $(READY) ## run the tests, and the proofs that take long
 	$(PYTHON) -m pytest -q $(ARGS)
+
+test-browser: $(READY) ## run the page's tests in a browser; installs Debian's Chromium where that is allowed
+	@tests/install_chromium.sh
+	$(PYTHON) -m pytest -q -rs -m browser $(ARGS) tests/test_report.py
 
 chaos: $(READY) ## kill real trainings at KILLS random moments, on 1 and on 3 processes; nothing may be lost
 	$(PYTHON) tests/chaos.py --kills $(KILLS) $(ARGS)

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -593,7 +593,11 @@ def test_the_package_brings_the_page_along(tmp_path: Path) -> None:
 
 # ---- In a browser
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
+    """`make test-browser` runs it, and installs a browser where it may."""
+    return pytest.mark.browser(pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")(test))
+
 
 OVERFLOWING = """
 [...document.querySelectorAll("body *")].filter((one) => !one.closest(".strip, .view, svg svg, pre")
