@@ -8,15 +8,19 @@ import gc
 import hashlib
 import json
 import os
+import pty
 import resource
+import select
 import shutil
 import socket
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -83,6 +87,71 @@ def test_a_run_that_goes_on_keeps_its_identity(make_config: MakeConfig) -> None:
         run_dir = train(make_config("name=mine", "tracking.wandb=offline", f"train.steps={steps}"))
     records = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(records) == 2 and len({identity(record) for record in records}) == 1
+
+
+def id_of(run_dir: Path) -> str:
+    """The W&B identity that a run has saved."""
+    saved = configs.read(run_dir / "config.yaml").tracking.id
+    assert saved is not None
+    return saved
+
+
+def test_a_saved_config_does_not_take_its_run_s_identity_to_another_run(
+    make_config: MakeConfig, smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    run_dir = train(make_config("name=mine", "train.steps=5"))
+    saved, old, own = run_dir / "config.yaml", tmp_path / "old.yaml", tmp_path / "own.yaml"
+    old.write_text("".join(line for line in saved.read_text().splitlines(True) if "owner:" not in line))
+    own.write_text("tracking:\n  id: abc\n")
+    elsewhere = f"runs_dir={tmp_path / 'elsewhere'}"
+    others = [(saved, "name=other"), (saved, "name=mine", elsewhere), (old, "name=old"), (old, "name=old", elsewhere)]
+    ids = {id_of(train(configs.load([*map(str, arguments)]))) for arguments in others}
+    assert len(ids) == 4 and id_of(run_dir) not in ids
+    assert id_of(train(replace(configs.read(saved), name="by_hand"))) not in {id_of(run_dir), *ids}
+
+    assert id_of(train(configs.load([str(saved), "train.steps=10"]))) == id_of(run_dir)  # the same run
+    assert configs.load([str(saved), "name=other", "tracking.id=abc"]).tracking.id == "abc"
+    assert configs.load([*smoke_arguments[:1], str(own)]).tracking.id == "abc"
+    study = configs.load_study([str(saved), "name=study", "optim.learning_rate=1e-3,1e-4"])
+    assert {config.tracking.id for config in study.configs} == {None}
+
+
+def test_a_copied_run_gets_a_page_of_its_own_and_a_moved_one_keeps_its_page(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["evaluate.importance_samples=0"]
+    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    mine = id_of(train(make_config("name=mine", "train.steps=5")))
+    for copy in (runs / "copy", elsewhere / "mine"):
+        shutil.copytree(runs / "mine", copy)
+        train(make_config(f"name={copy.name}", f"runs_dir={copy.parent}", "train.steps=10"))
+    assert len({mine, id_of(runs / "copy"), id_of(elsewhere / "mine")}) == 3
+    assert "copy is a copy of run mine" in capsys.readouterr().err
+
+    untrained = shutil.copytree(runs / "mine", tmp_path / "untrained")
+    evaluate(untrained, [*few, "tracking.wandb=offline"])
+    sample(untrained, ["tracking.wandb=offline"])
+    evaluate(untrained, [*few, "tracking.wandb=offline", "tracking.id=abc"])
+    pages = [identity(record) for record in sorted((untrained / "wandb").glob("offline-run-*"))]
+    assert len(pages) == 3 and len(set(pages)) == 2 and pages.count("abc") == 1 and mine not in pages
+
+    moved = runs / "mine"
+    for place in (runs / "renamed", tmp_path / "moved" / "renamed"):
+        place.parent.mkdir(exist_ok=True)
+        moved = moved.rename(place)
+        assert id_of(train(make_config("name=renamed", f"runs_dir={place.parent}", "train.steps=10"))) == mine
+    evaluate(moved.rename(tmp_path / "again"), [*few, "tracking.wandb=offline"])
+    assert {identity(record) for record in (tmp_path / "again/wandb").glob("offline-run-*")} == {mine}
+
+
+def test_a_run_that_was_stored_without_an_owner_has_its_name_to_tell_it_by(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    stored = make_config("name=mine", "tracking.id=abc")
+    for parent, name, expected in (("runs", "mine", "abc"), ("elsewhere", "mine", "abc"), ("runs", "other", None)):
+        run_dir = tmp_path / parent / name
+        run_dir.mkdir(parents=True)
+        assert tracking.own_id(stored, run_dir) == expected
 
 
 def test_the_best_checkpoint_is_an_artifact_on_request(make_config: MakeConfig) -> None:
@@ -408,6 +477,33 @@ def test_after_going_offline_nothing_more_is_sent(server: WandbServer) -> None:
         rest = process.stdout.read()
     assert "W&B is offline" in rest and process.returncode == 0
     assert server.connections == connections
+
+
+@pytest.mark.slow
+def test_browsing_the_records_sends_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    train(make_config("name=mine", "train.steps=5", "tracking.wandb=offline"))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 160))
+    with socket.create_server(("127.0.0.1", 0)) as server, open(ours, "r+b", buffering=0) as terminal:
+        command = ["make", "-f", str(REPOSITORY / "Makefile"), "runs", f"PYTHON={sys.executable}"]
+        browser = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *command],
+            stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path,
+            env=reporting() | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        while b"image-file" not in shown:  # the summary, where long names are cut
+            assert select.select([terminal], [], [], 30)[0], shown
+            shown += terminal.read(2**16)
+        terminal.write(b"q")
+        with suppress(OSError):  # when the other end is closed
+            while terminal.read(2**16):
+                pass
+        assert browser.wait(60) == 0
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 @pytest.mark.parametrize("told_by", ["variable", "file"])

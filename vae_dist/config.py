@@ -139,7 +139,12 @@ class TrackingConfig:
     artifact: bool = knob(
         False, "give Weights & Biases the best checkpoint when the run is done; the newest where nothing was validated"
     )
-    id: str | None = knob(None, "identity of the Weights & Biases run; null: made when the run starts")
+    id: str | None = knob(
+        None,
+        "identity of the Weights & Biases run; null: made when the run starts; not taken from a config.yaml that a run "
+        "has saved",
+    )
+    owner: str | None = knob(None, "run directory that tracking.id was made for, by inode and hash; the run sets it")
     notes: str | None = knob(None, "what to remember of the Weights & Biases run")
     group: str | None = knob(None, "Weights & Biases group of the run; a study's runs are in one")
 
@@ -316,8 +321,18 @@ def load(arguments: Sequence[str]) -> Config:
     if config.name is None:
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", files[-1].stem) if files else "tutorial"
         config.name = f"{stem}-{{time}}"
+    if _has_id_of_a_run(settings):
+        config.tracking.id = None  # that run finds it in its checkpoints
+    config.tracking.owner = None
     check(config)
     return config
+
+
+def _has_id_of_a_run(settings: Sequence["_Setting"]) -> bool:
+    """Whether tracking.id comes from a config that a run has saved, which states an image shape as no other does."""
+    sources = [setting.source for setting in settings if setting.key == "tracking.id"]
+    saved = [setting.source for setting in settings if setting.key == "data.image_shape" and setting.value]
+    return bool(sources) and sources[-1] != "" and sources[-1] in saved
 
 
 def load_reader(config: Config, arguments: Sequence[str]) -> Config:

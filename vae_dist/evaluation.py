@@ -161,7 +161,8 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             "protocol": _protocol(config, pixels, world),
         }
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
-        with tracking.track(config, output, is_main=world.is_main, live=live) as tracker:
+        tracked = tracking.for_reading(config, folder, arguments)
+        with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
             tracker.scalars(step, _scalars(result))
             tracker.pictures(step, lambda: {config.evaluate.split: images.reconstructions(vae, pixels, subject)})
         if world.is_main:

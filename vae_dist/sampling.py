@@ -61,7 +61,8 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         if "seed" in keys:
             target = target.with_name(f"{target.name}_seed_{config.sample.seed}")
             caption += f"; seed {config.sample.seed}"
-        with tracking.track(config, output, is_main=world.is_main, live=live) as tracker:
+        tracked = tracking.for_reading(config, folder, arguments)
+        with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
             if world.is_main:
                 picture = Picture(result.draw(), caption)
                 _write(target, result.tensors, picture, separate_files=config.sample.files)

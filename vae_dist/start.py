@@ -59,7 +59,8 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
     if not is_new:
         _hold(run_dir, held)
     resumed_from = _resumed_from(config, run_dir)
-    threads, compiled, identity = config.train.threads, config.train.compile, config.tracking.id
+    threads, compiled = config.train.threads, config.train.compile
+    identity = config.tracking.id if config.tracking.owner is None else None  # a saved config has an owner
     if resumed_from is not None:
         stored = checkpoint.read_config(resumed_from)
         if config.data.name == "auto" and stored.data.name == data.FALLBACK:  # MNIST is not tried again
@@ -68,7 +69,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
         if resumed_from.resolve().is_relative_to(
             run_dir.resolve()
         ):  # otherwise this is a branch: another run, on a page of its own
-            identity = identity or stored.tracking.id
+            identity = identity or _stored_id(stored, run_dir)
         # These are a part of what makes a restart bitwise exact; on other processes it can't be anyway.
         if checkpoint.read_state(resumed_from).world_size == world.size:
             threads = threads or stored.train.threads
@@ -84,11 +85,22 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
         config,
         data=replace(config.data, name=name, image_shape=image_shape),
         train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
-        tracking=replace(config.tracking, id=identity or tracking.new_id()),
+        tracking=replace(config.tracking, id=identity or tracking.new_id(), owner=tracking.owner(run_dir)),
     )
     if compiled is None:
         compiled = _worth_compiling(config, image_count, world)
     return Start(replace(config, train=replace(config.train, compile=compiled)), run_dir, resumed_from)
+
+
+def _stored_id(stored: Config, run_dir: Path) -> str | None:
+    """The run's identity in W&B, or None where the run is a copy: that gets a page of its own."""
+    identity = tracking.own_id(stored, run_dir)
+    if identity is None and stored.tracking.id is not None:
+        logger.info(
+            "%s is a copy of run %s and gets a W&B page of its own; tracking.id=%s would go on with that of the other",
+            run_dir, stored.name, stored.tracking.id,
+        )  # fmt: skip
+    return identity
 
 
 def _worth_compiling(config: Config, image_count: int, world: World) -> bool:

@@ -5,14 +5,16 @@ sends nothing at all, not even about itself. Rows carry their own `step`; W&B's 
 resume from an older checkpoint it would drop rows.
 """
 
+import hashlib
 import io
 import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,6 +122,39 @@ def new_id() -> str:
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:  # there W&B has chosen it
         return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
+
+
+def owner(run_dir: Path) -> str:
+    """What `tracking.owner` says of a run directory: its inode and a hash of its path. Raises OSError without one."""
+    path = run_dir.resolve(strict=True)
+    status = path.stat()
+    return f"{status.st_dev:x}:{status.st_ino:x}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+
+
+def own_id(stored: Config, run_dir: Path) -> str | None:
+    """The W&B identity in a run's stored config, if it was made for this directory, wherever it has been moved since.
+
+    A copy has another inode and another path than the directory that it was made from, and gets None: two trainings on
+    one page would mix their rows. A run that was stored without an owner has its name alone to tell it by.
+    """
+    if stored.tracking.owner is None:
+        return stored.tracking.id if stored.name == run_dir.resolve().name else None
+    parts = zip(stored.tracking.owner.split("-"), owner(run_dir).split("-"), strict=False)
+    return stored.tracking.id if any(before == now for before, now in parts) else None
+
+
+def for_reading(config: Config, checkpoint: Path, arguments: Sequence[str]) -> Config:
+    """The config with which a run's checkpoint is evaluated or sampled: on the run's W&B page.
+
+    What a copy of the run is looked at with goes to one page of its own, unless the arguments give a `tracking.id`. The
+    run that it is a copy of may be training, and two writers would lose rows.
+    """
+    run_dir = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    asked, _ = configs.take(arguments, "tracking.id")
+    kept = asked or own_id(config, run_dir)
+    if kept is None and config.tracking.id is not None:
+        kept = hashlib.sha256(f"{config.tracking.id} {owner(run_dir)}".encode()).hexdigest()[:8]
+    return replace(config, tracking=replace(config.tracking, id=kept))
 
 
 def check_wandb(config: TrackingConfig) -> None:
