@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 COMPILED = """
@@ -103,6 +105,7 @@ def test_a_wandb_that_cannot_be_used_costs_one_message(tmp_path: Path) -> None:
     assert lines == expected  # nothing else is said
 
 
+@pytest.mark.slow
 def test_a_compiler_whose_cache_cannot_be_made_leaves_the_step_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said, result = run(COMPILED, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file/cache"))

@@ -181,6 +181,7 @@ def test_training_needs_no_wandb(make_config: MakeConfig, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     run_dir = train(make_config("name=mine", "tracking.wandb=auto", "train.steps=5"))
     assert "wandb is not installed" in (run_dir / "log.txt").read_text()
+    evaluate(run_dir, ["tracking.wandb=offline"])  # as if it had been trained so, where there is wandb
     with pytest.raises(UserError, match="pip install wandb"):
         train(make_config("name=other", "tracking.wandb=offline"))
 
@@ -425,10 +426,10 @@ assert wandb.setup().settings.mode == "online"
 
 
 def reporting() -> dict[str, str]:
-    """The environment of a user who has not turned the client's reports off, as the tests' own has."""
-    return {name: value for name, value in os.environ.items() if name != "WANDB_ERROR_REPORTING"} | {
-        "PYTHONPATH": str(REPOSITORY)
-    }
+    """The environment of a user who has not turned off the client's reports and messages, as the tests' own has."""
+    off = ("WANDB_ERROR_REPORTING", "WANDB_SILENT")
+    kept = {name: value for name, value in os.environ.items() if name not in off}
+    return kept | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_path: Path) -> None:
@@ -443,7 +444,7 @@ def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_
         ]
         command = [sys.executable, "-c", ALL_COMMANDS, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "wandb:" not in done.stderr, done.stderr
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
@@ -477,6 +478,19 @@ def test_after_going_offline_nothing_more_is_sent(server: WandbServer) -> None:
         rest = process.stdout.read()
     assert "W&B is offline" in rest and process.returncode == 0
     assert server.connections == connections
+
+
+def test_a_run_is_looked_at_online_only_where_there_is_an_account_or_where_that_is_asked_for(
+    make_config: MakeConfig,
+) -> None:
+    for stored, arguments, expected in (
+        ("online", [], "auto"),
+        ("online", ["tracking.wandb=online"], "online"),
+        ("offline", [], "offline"),
+        ("disabled", [], "disabled"),
+    ):
+        config = configs.load_reader(make_config(f"tracking.wandb={stored}"), arguments)
+        assert config.tracking.wandb == expected
 
 
 @pytest.mark.slow

@@ -331,8 +331,8 @@ def load(arguments: Sequence[str]) -> Config:
 def _has_id_of_a_run(settings: Sequence["_Setting"]) -> bool:
     """Whether tracking.id comes from a config that a run has saved, which states an image shape as no other does."""
     sources = [setting.source for setting in settings if setting.key == "tracking.id"]
-    saved = [setting.source for setting in settings if setting.key == "data.image_shape" and setting.value]
-    return bool(sources) and sources[-1] != "" and sources[-1] in saved
+    saved = {setting.source for setting in settings if setting.key == "data.image_shape" and setting.value} - {""}
+    return bool(sources) and sources[-1] in saved
 
 
 def load_reader(config: Config, arguments: Sequence[str]) -> Config:

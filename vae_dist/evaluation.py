@@ -141,7 +141,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(world)
         folder, config, step, output, live = world.decide(lambda: opened)
-        world.decide(lambda: tracking.check_wandb(config.tracking))
+        world.decide(lambda: tracking.check_online(config.tracking))
         kept = output / "evaluations"
         world.decide(lambda: make_folder(kept, "output=FOLDER writes elsewhere"))
         vae = checkpoint.load_vae(folder, config, world.device)

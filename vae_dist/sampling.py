@@ -49,7 +49,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(world)
         folder, config, step, output, live = world.decide(lambda: opened)
-        world.decide(lambda: tracking.check_wandb(config.tracking))
+        world.decide(lambda: tracking.check_online(config.tracking))
         kind = _chosen_kind(config, arguments)
         make, keys = KINDS[kind]
         name = config.sample.sampler if kind == "prior" else kind

@@ -144,10 +144,10 @@ def own_id(stored: Config, run_dir: Path) -> str | None:
 
 
 def for_reading(config: Config, checkpoint: Path, arguments: Sequence[str]) -> Config:
-    """The config with which a run's checkpoint is evaluated or sampled: on the run's W&B page.
+    """The config of a run whose checkpoint is evaluated or sampled, with the W&B identity that this goes to.
 
-    What a copy of the run is looked at with goes to one page of its own, unless the arguments give a `tracking.id`. The
-    run that it is a copy of may be training, and two writers would lose rows.
+    It is the run's own. A copy of the run has another, always the same, unless the arguments give a `tracking.id`: the
+    run that it was copied from may be training, and two writers would lose rows.
     """
     run_dir = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
     asked, _ = configs.take(arguments, "tracking.id")
@@ -158,20 +158,27 @@ def for_reading(config: Config, checkpoint: Path, arguments: Sequence[str]) -> C
 
 
 def check_wandb(config: TrackingConfig) -> None:
-    """Raise UserError where the config insists on a W&B that can't be had, or that the user has turned off."""
+    """Raise UserError where a training insists on a W&B that can't be had, or that its user has turned off."""
     if config.wandb in ("online", "offline") and not _is_installed():
         raise UserError(f"tracking.wandb={config.wandb} but wandb is not installed; pip install wandb, or use disabled")
+    check_online(config)
+
+
+def check_online(config: TrackingConfig) -> None:
+    """Raise UserError where tracking.wandb=online can't be had, or is asked for against the client's own settings."""
     if config.wandb != "online":
         return
+    otherwise = "or use tracking.wandb=auto"
     try:
         mode = _within_seconds(partial(_mode, "online"))
+        has_account = mode == "online" and _within_seconds(_has_account)
     except Exception as error:
-        raise UserError(f"tracking.wandb=online but {_reason(error)}; or use tracking.wandb=auto") from error
+        raise UserError(f"tracking.wandb=online but W&B can't be used: {_reason(error)}; {otherwise}") from error
     if mode != "online":
         remedy = "unset WANDB_MODE" if "WANDB_MODE" in os.environ else "run `wandb online`"
-        raise UserError(f"tracking.wandb=online but W&B is set to {mode}; {remedy}, or use tracking.wandb=auto")
-    if not _within_seconds(_has_account):
-        raise UserError("tracking.wandb=online but no account is set up; run `wandb login`, or use tracking.wandb=auto")
+        raise UserError(f"tracking.wandb=online but W&B is set to {mode}; {remedy}, {otherwise}")
+    if not has_account:
+        raise UserError(f"tracking.wandb=online but no account is set up; run `wandb login`, {otherwise}")
 
 
 class RunDirectory:
@@ -469,7 +476,7 @@ def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> 
 
 
 def _mode(asked: Literal["auto", "online", "offline"]) -> Literal["online", "offline", "disabled"]:
-    """What the config asks for, as far as the client's own settings let it: WANDB_MODE, `wandb disabled` and others."""
+    """What the config asks for, unless the client's own settings (WANDB_MODE, `wandb offline`) allow less than that."""
     theirs = _take_settings()
     _apply(theirs)
     if theirs.mode == "disabled":
@@ -492,10 +499,10 @@ def _has_account() -> bool:
 
 
 def _take_settings(mode: str | None = None) -> Any:
-    """Make the client silent in this process, and set its mode. Returns the settings that `_apply` gives back.
+    """Make the client silent in this process, and set its mode. Returns the settings that `_apply` restores.
 
-    A run's own mode does not reach the reports that the client sends about itself. Raises UserError where the client
-    can't be imported or started, for whatever reason: it reads variables and files that are not ours.
+    The mode of a run alone leaves the client's reports about itself on. Raises UserError where the client can't be
+    imported or started, for whatever reason: it reads variables and files that are not ours.
     """
     try:
         wandb = _wandb()
@@ -504,12 +511,12 @@ def _take_settings(mode: str | None = None) -> Any:
         _apply(wandb.Settings(silent=True, mode=mode or theirs.mode))
     except Exception as error:
         advice = "check HOME, the WANDB_* variables and W&B's settings files"
-        raise UserError(f"its client does not start: {_reason(error)}; {advice}") from error
+        raise UserError(f"its client does not start ({_reason(error)}); {advice}") from error
     return theirs
 
 
 def _apply(settings: Any) -> None:
-    """Give the client these settings' mode and silence. Another run of the caller's goes by them."""
+    """Give the client the mode and the silence of these settings, which hold for the caller's own runs as well."""
     wandb = _wandb()
     settings = wandb.Settings(silent=settings.silent, mode=settings.mode)
     wandb.setup(settings)
@@ -522,9 +529,9 @@ def _is_installed() -> bool:
 
 
 def _wandb() -> Any:
-    """The client, imported when it is first used. From this process it reports nothing about itself.
+    """The client, imported when it is first used, its reports about itself turned off for this process.
 
-    Where the server can't be reached, its report of that would be sent when Python exits, long after going offline.
+    Where the server can't be reached, the report of that would be sent when Python exits, long after going offline.
     """
     import wandb
 
