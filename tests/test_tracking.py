@@ -472,7 +472,8 @@ def test_after_going_offline_nothing_more_is_sent(server: WandbServer) -> None:
     )  # fmt: skip
     assert process.stdout is not None
     with process, process.stdout:
-        assert "W&B can't be reached" in process.stdout.readline()
+        while "W&B can't be reached" not in (line := process.stdout.readline()):
+            assert line
         connections = server.connections
         assert connections > 0
         rest = process.stdout.read()
