@@ -175,7 +175,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(make_config: 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(RunError, match=r"step 2 can't be saved in .*: File too large; mend that, then the same"):
+        with pytest.raises(RunError, match=r"step 2 can't be saved in .*: File too large; make room .*ulimit.*"):
             written(make_config("name=mine"), tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -22,7 +22,7 @@ from vae_dist.config import Config, Study
 from vae_dist.data import Images
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation import evaluate
-from vae_dist.files import make_folder, write_atomically
+from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.images import Picture
 from vae_dist.manifest import MANIFEST, BadCheckpointError
 from vae_dist.model import check_names
@@ -89,7 +89,7 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         opened = world.decide(lambda: list({run.folder.resolve(): run for run in found}.values()))
         _require_one_shape([run.config for run in opened])
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
-        world.decide(lambda: make_folder(folder, "output=FOLDER writes elsewhere"))
+        world.decide(lambda: make_folder(folder, ELSEWHERE))
         kept = world.decide(lambda: [_kept_evaluation(run) for run in opened])
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
@@ -97,8 +97,7 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
                 logger.info("evaluating %s (%d of %d)", run.folder, number, len(opened))
                 evaluation = evaluate(run.folder, [*arguments, f"device={world.device.type}"])
             evaluations.append(evaluation)
-        if world.is_main:
-            _write(folder, opened, evaluations, world.device)
+        world.decide(lambda: _write(folder, opened, evaluations, world.device))
     return folder
 
 
@@ -162,11 +161,12 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
 
 
 def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], device: torch.device) -> None:
-    """Write the figures, the table and what they were made from, and print the table."""
-    images.with_caption(reconstructions(opened, device)).save(folder / "reconstructions.png", optimize=True)
+    """Print the table, and write it, the figures, and what they were made from."""
+    shown = images.with_caption(reconstructions(opened, device))
+    contents = {"reconstructions.png": images.to_png(shown, optimize=True)}
     drawn, axes = curves(opened)
     if drawn:
-        plots.lines(drawn, axes).save(folder / "losses.png", optimize=True)
+        contents["losses.png"] = images.to_png(plots.lines(drawn, axes), optimize=True)
     keys = configs.differing([run.config for run in opened])
     columns = {
         **{_short(key): [_settings(run, keys)[key] for run in opened] for key in keys},
@@ -178,7 +178,7 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
     title = f"{_subject(opened)}, nats per image"
     warning = _warning([run.config for run in opened])
     notes = [warning] if warning else _notes(evaluations)
-    write_atomically(folder / "table.md", _markdown(title, header, rows, notes, bool(drawn)).encode())
+    contents["table.md"] = _markdown(title, header, rows, notes, bool(drawn)).encode()
     compared = {
         "differing_keys": keys,
         "warning": warning,
@@ -194,10 +194,12 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
             for label, run, evaluation in zip(labels(opened), opened, evaluations, strict=True)
         ],
     }
-    write_atomically(folder / "comparison.json", manifest.to_json(compared))
+    contents["comparison.json"] = manifest.to_json(compared)
     told_apart = bool(keys) and len({tuple(row[: len(keys)]) for row in rows}) == len(rows)
-    shown = -1 if told_apart else len(header)  # names would only take room
-    console.columns(title, header[:shown], [row[:shown] for row in rows], notes)
+    columns_shown = -1 if told_apart else len(header)  # names would only take room
+    console.columns(title, header[:columns_shown], [row[:columns_shown] for row in rows], notes)
+    with writing(folder, ELSEWHERE):
+        write_together({folder / name: content for name, content in contents.items()})
     logger.info("written to %s", folder)
 
 
@@ -205,7 +207,8 @@ def _markdown(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], has_curves: bool
 ) -> str:
     marks = ["---:"] * (len(header) - 1) + ["---"]
-    table = [f"| {' | '.join(cells)} |" for cells in (header, marks, *rows)]
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (header, marks, *rows)]
+    table = [f"| {' | '.join(cells)} |" for cells in lines]
     pictures = ["losses"] * has_curves + ["reconstructions"]
     parts = [f"{title}.", "\n".join(table), *notes, *(f"![{name}]({name}.png)" for name in pictures)]
     return "\n\n".join(parts) + "\n"

@@ -32,7 +32,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded
+from vae_dist.files import read_bounded, write_atomically
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 
@@ -126,6 +126,9 @@ class CheckpointConfig:
     every: int | None = knob(None, "optimizer steps between checkpoints; null: an epoch", at_least=1)
     keep: int = knob(2, "newest checkpoints to keep; the best by validation is kept beside them", at_least=2)
     resume: str = knob("auto", "auto: go on where a run of this name stopped; must; never; or a checkpoint's path")
+    take_over: str | None = knob(
+        None, "on a file system without locks: take a run's directory from a dead training, by what its refusal names"
+    )
 
 
 @dataclass
@@ -384,7 +387,7 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(to_yaml(config), encoding="utf-8")
+    write_atomically(path, to_yaml(config).encode())
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,38 +1,165 @@
 """Files that are either whole or not there, and reading what others may have put in their place."""
 
 import errno
+import logging
 import os
 import secrets
 import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from vae_dist.errors import UserError
 
+logger = logging.getLogger(__name__)
 
-def make_folder(path: Path, advice: str) -> None:
-    """Make a folder that can be written to. Raises UserError, which ends with `advice`, where that can't be."""
+# What fsync answers, or the opening before it, where a file system can't flush such a thing: CIFS and FUSE a folder.
+_NOT_SUPPORTED = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES,
+    errno.EPERM,
+}  # fmt: skip
+# What a rename answers that is possible by copying: between the branches of a union, onto a file that is a mount.
+NOT_RENAMED = {errno.EXDEV, errno.EBUSY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+_unsynced: set[int] = set()  # devices that were warned of
+
+ELSEWHERE = "output=FOLDER writes elsewhere"
+
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "make room (the limit on the size of files is reached, ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOENT: "put the folder back",
+    errno.EIO: "see to the disk",
+    errno.ESTALE: "mount the file system again",
+}
+
+
+def reason(error: OSError) -> str:
+    """What the operating system says of an error."""
+    return error.strerror or str(error)
+
+
+def advice(error: OSError, otherwise: str) -> str:
+    """What helps against an error; `otherwise`, such as the choice of another folder, where it is one of the place."""
+    return _ADVICE.get(error.errno or 0, otherwise)
+
+
+@contextmanager
+def writing(path: Path, otherwise: str, kind: type[Exception] = UserError, then: str = "") -> Iterator[None]:
+    """Around a write below `path`: its OSError becomes a `kind` of one line, with `advice` and what comes `then`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"can't write {path} ({reason(error)}); {advice(error, otherwise)}{then}") from error
+
+
+def make_folder(path: Path, otherwise: str) -> None:
+    """Make a folder that can be written to. Raises UserError with `advice` where that can't be, and makes nothing."""
+    missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(0, "Permission denied")
+        with tempfile.TemporaryFile(dir=path) as probe:  # permissions alone don't tell that a disk is full or read-only
+            probe.write(b"1")
     except OSError as error:
-        raise UserError(f"can't write to {path} ({error.strerror}); {advice}") from error
+        for folder in missing:
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+        raise UserError(f"can't write to {path} ({reason(error)}); {advice(error, otherwise)}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside the file's place, flush to the disk, then rename: a reader sees the old content or the new."""
-    # A name that nobody can foresee, and a file that nobody made before: in a folder that others can write to, a link
-    # that waits there would have us write to where it points.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> None:
+    """`write_atomically` for several files. All old ones stay where there is no room for all new ones.
+
+    What is not `durable` is not flushed to the disk; a power cut may leave it empty.
+    """
+    written: dict[Path, Path] = {}
     try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            # A name that nobody can foresee, and a file that nobody made before: in a folder that others can write to,
+            # a link that waits there would have us write to where it points.
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, 0o666)
+            written[temporary] = path
+            _fill(descriptor, content, path, durable=durable)
+        for temporary, path in written.items():
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in NOT_RENAMED:
+                    raise
+                # The old content is written over, not cut off first: no new room is needed where the new is no longer.
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                _fill(descriptor, contents[path], path, durable=durable)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in written:
+            temporary.unlink(missing_ok=True)
+
+
+def _fill(descriptor: int, content: bytes, path: Path, *, durable: bool) -> None:
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.truncate()
+        file.flush()
+        if durable:
+            _sync(descriptor, path)
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file. It is whole or not there, and stands alone also where a killed process left half a line."""
+    with open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        starts_a_line = size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
+        rest = f"{line}\n".encode() if starts_a_line else f"\n{line}\n".encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def sync(path: Path) -> None:
+    """Let a file, or the names in a folder, survive a power cut; a warning where the file system can't do that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        _warn_of_no_sync(path.stat().st_dev, path, reason(error))
+        return
+    try:
+        _sync(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        _warn_of_no_sync(os.fstat(descriptor).st_dev, path, reason(error))
+
+
+def _warn_of_no_sync(device: int, path: Path, problem: str) -> None:
+    if device not in _unsynced:
+        _unsynced.add(device)
+        logger.warning(
+            "%s can't be flushed to its disk (%s): what is saved survives a kill, and perhaps no power cut",
+            path, problem,
+        )  # fmt: skip
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

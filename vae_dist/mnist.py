@@ -22,11 +22,11 @@ from urllib.parse import urljoin
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from vae_dist import locks
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded, write_atomically
+from vae_dist.files import advice, read_bounded, reason, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def load(name: str, root: Path, split: str, *, download: bool, mirror: str | Non
     try:
         missing = [file for file in names if not (folder / file).exists()]
     except OSError as error:
-        raise UnreachableError(f"can't look into {folder} ({error.strerror}); choose another data.root") from error
+        raise UnreachableError(f"can't look into {folder} ({reason(error)}); choose another data.root") from error
     if missing and not download:
         raise UnreachableError(f"{name} is not in {folder}: {', '.join(missing)} missing, and data.download=false")
     if missing:
@@ -93,7 +93,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     try:
         content = read_bounded(path, FILE_BYTES)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); delete it or choose another data.root") from error
+        raise UserError(f"{path} can't be read ({reason(error)}); delete it or choose another data.root") from error
     header = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
     known = _SHA256.get("/".join(path.parts[-3:]))
@@ -116,13 +116,14 @@ def _download(name: str, folder: Path, mirrors: list[str] | None) -> None:
     dataset = getattr(torchvision.datasets, TORCHVISION_NAMES[name])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Other processes and other runs wait, then find the files.
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+        # Other processes and other runs wait, then find the files. Where there are no locks, each downloads for itself.
+        with locks.locked(folder / ".lock", LOCK_SECONDS, f"another process downloads into {folder}"):
             _fetch_from_any(mirrors or dataset.mirrors, dict(dataset.resources), folder)
-    except Timeout as error:
+    except locks.InUseError as error:
         raise UnreachableError(f"another process has held {folder / '.lock'} for {LOCK_SECONDS} s; stop it") from error
     except OSError as error:
-        raise UnreachableError(f"can't download into {folder} ({error.strerror}); choose another data.root") from error
+        way_out = advice(error, "choose another data.root")
+        raise UnreachableError(f"can't download into {folder} ({reason(error)}); {way_out}") from error
 
 
 def _fetch_from_any(mirrors: list[str], md5_by_archive: dict[str, str], folder: Path) -> None:

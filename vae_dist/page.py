@@ -17,7 +17,7 @@ from vae_dist import checkpoint, console, manifest, plane, record, runtime, trac
 from vae_dist import config as configs
 from vae_dist.checkpoint import Opened
 from vae_dist.config import Config
-from vae_dist.files import make_folder, write_atomically
+from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.markup import Curve, Html, data_uri, element, escape, figure, join, line_chart, notice
 from vae_dist.model.vae import VAE
 from vae_dist.record import Record, is_number
@@ -65,11 +65,12 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
 
 def _write(opened: Opened, device: torch.device) -> Path:
-    make_folder(opened.output, "output=FOLDER writes elsewhere")
+    make_folder(opened.output, ELSEWHERE)
     path = opened.output / "report.html"
     vae = checkpoint.load_vae(opened.folder, opened.config, device)
     content = _page(record.read(opened), vae, opened.config).encode()
-    write_atomically(path, content)
+    with writing(path, ELSEWHERE):
+        write_atomically(path, content)
     logger.info("written to %s (%.1f MB); any browser opens it", path, len(content) / 1e6)
     return path
 

@@ -16,12 +16,14 @@ from vae_dist import checkpoint, data, runtime, tracking
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder, require_no_links
+from vae_dist.files import make_folder, require_no_links, writing
 from vae_dist.model import build_vae, check_names
 from vae_dist.plan import Plan
 from vae_dist.runtime import World
 
 logger = logging.getLogger(__name__)
+
+ELSEWHERE = "choose another runs_dir"
 
 # About what a step takes beside its matrix products, and how many operations a thread or a GPU does in a second: good
 # enough to tell minutes from seconds.
@@ -57,7 +59,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
     run_dir = Path(config.runs_dir) / str(config.name)
     is_new = not run_dir.exists()
     if not is_new:
-        _hold(run_dir, held)
+        _hold(run_dir, config.checkpoint.take_over, held)
     resumed_from = _resumed_from(config, run_dir)
     threads, compiled, identity = config.train.threads, config.train.compile, config.tracking.id
     if resumed_from is not None:
@@ -75,7 +77,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
     name, image_count, image_shape = data.prepare(config.data)
     _check_sizes(config, image_count)
     if is_new:
-        _hold(run_dir, held)
+        _hold(run_dir, config.checkpoint.take_over, held)
         if checkpoint.newest(run_dir) is not None:
             raise UserError(f"another training has just written {run_dir}; start this one again to go on from it")
     config = replace(
@@ -130,12 +132,13 @@ def _name(config: Config) -> str:
     return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
-def _hold(run_dir: Path, held: ExitStack) -> None:
+def _hold(run_dir: Path, take_over: str | None, held: ExitStack) -> None:
     """Take the run's directory for this training alone, and finish or remove what a killed one left half done."""
-    make_folder(run_dir, "choose another runs_dir")
+    make_folder(run_dir, ELSEWHERE)
     require_no_links(run_dir)
-    held.enter_context(checkpoint.locked(run_dir))
-    checkpoint.recover(run_dir)
+    held.enter_context(checkpoint.locked(run_dir, take_over))
+    with writing(run_dir, ELSEWHERE):
+        checkpoint.recover(run_dir)
 
 
 def _resumed_from(config: Config, run_dir: Path) -> Path | None:
