@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,11 +185,23 @@ def newest(run_dir: Path) -> Path | None:
 
 def find(path: Path | None, runs_dir: Path) -> Path:
     """The checkpoint that `path` means: itself, RUN/best, or the newest of the run; the newest run's when left out."""
-    if path is None:
-        found = sorted(runs_dir.glob("*/checkpoints/step_*/" + MANIFEST), key=lambda file: file.stat().st_mtime)
-        if not found:
-            raise UserError(f"there is no trained run in {runs_dir}; train one first, or name a run's directory")
-        path = found[-1].parents[2]
+    try:
+        return _find(_newest_run(runs_dir) if path is None else path)
+    except OSError as error:
+        raise UserError(f"can't look into {runs_dir if path is None else path} ({reason(error)})") from error
+
+
+def _newest_run(runs_dir: Path) -> Path:
+    found = {}
+    for file in runs_dir.glob("*/checkpoints/step_*/" + MANIFEST):
+        with suppress(FileNotFoundError):  # a training has just pruned it
+            found[file.stat().st_mtime] = file.parents[2]
+    if not found:
+        raise UserError(f"there is no trained run in {runs_dir}; train one first, or name a run's directory")
+    return found[max(found)]
+
+
+def _find(path: Path) -> Path:
     if (path / MANIFEST).exists():
         verify(path)
         return path

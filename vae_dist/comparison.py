@@ -69,7 +69,7 @@ def study(asked: Study) -> Path:
                     stopped.exit_code,
                 ) from None
         runs = [Path(config.runs_dir) / str(config.name) for config in asked.configs]
-        return compare(runs, [*asked.reading, f"output={asked.output}"])
+        return compare(runs, [*asked.reading, configs.argument("output", str(asked.output))])
 
 
 def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
@@ -90,12 +90,14 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         _require_one_shape([run.config for run in opened])
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
         world.decide(lambda: make_folder(folder, ELSEWHERE))
-        kept = world.decide(lambda: [_kept_evaluation(run) for run in opened])
+        kept = world.decide(lambda: [_kept_evaluation(run, folder) for run in opened])
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
             if evaluation is None:
                 logger.info("evaluating %s (%d of %d)", run.folder, number, len(opened))
-                evaluation = evaluate(run.folder, [*arguments, f"device={world.device.type}"])
+                place = world.decide(lambda: _place(run, folder))  # noqa: B023
+                own = [] if place is None else [configs.argument("output", str(place))]
+                evaluation = evaluate(run.folder, [*arguments, *own, f"device={world.device.type}"])
             evaluations.append(evaluation)
         world.decide(lambda: _write(folder, opened, evaluations, world.device))
     return folder
@@ -274,13 +276,29 @@ def _likelihood(config: Config) -> dict[str, object]:
     return {"objective.reconstruction": config.objective.reconstruction, **sigma}
 
 
-def _kept_evaluation(run: Opened) -> dict[str, Any] | None:
-    """The newest evaluation of a checkpoint among those that its run keeps, None where there is none."""
+def _place(run: Opened, folder: Path) -> Path | None:
+    """Where an evaluation goes: with the comparison where the run can't be written to, otherwise None, with the run."""
+    try:
+        make_folder(run.output, ELSEWHERE)
+    except UserError:
+        return _own_folder(run, folder)
+    return None
+
+
+def _own_folder(run: Opened, folder: Path) -> Path:
+    """A run's own folder beside the files of a comparison."""
+    return folder / f"{run.config.name}-{hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:8]}"
+
+
+def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
+    """The newest evaluation of a checkpoint that is kept with its run, or else with the comparison; or None."""
     split, saved = run.config.evaluate.split, _modified(run.folder / MANIFEST)
-    found = sorted((run.output / "evaluations").glob(f"step_{run.step:08d}_{split}*.json"), key=_modified, reverse=True)
+    found = []
+    for place in run.output, _own_folder(run, folder):
+        kept = (place / "evaluations").glob(f"step_{run.step:08d}_{split}*.json")
+        # Those before the checkpoint are of another run, which had this name before.
+        found += sorted((path for path in kept if _modified(path) >= saved), key=_modified, reverse=True)
     for path in found:
-        if _modified(path) < saved:  # of another run, which had this name before
-            break
         try:
             with manifest.open_small(path) as file:
                 evaluation = manifest.parse(file.read(), path)
@@ -307,7 +325,7 @@ def _rows(path: Path, figure: str, last_step: int) -> Tensor:
             row = json.loads(line)
             step, value = row["step"], row.get(figure)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            break  # a run that is being written, or was killed, can end in half a row
+            continue  # a run that is being written, or was killed, can end in half a row
         if type(step) is int and 0 <= step <= last_step and type(value) is float and math.isfinite(value):
             points.append((step, value))
     return torch.tensor(points, dtype=torch.float64).view(-1, 2)

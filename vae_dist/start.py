@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import shutil
 import time
 from contextlib import ExitStack
@@ -55,9 +56,10 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
             f"train.batch_size={config.train.batch_size} is too small for {world.size} processes "
             f"with {config.train.accumulate} parts each; it must be at least {parts}"
         )
-    config = replace(config, name=_name(config))
-    run_dir = Path(config.runs_dir) / str(config.name)
-    is_new = not run_dir.exists()
+    with writing(Path(config.runs_dir), ELSEWHERE):  # to look into it takes permissions too
+        config = replace(config, name=_name(config))
+        run_dir = Path(config.runs_dir) / str(config.name)
+        is_new = not run_dir.exists()
     if not is_new:
         _hold(run_dir, config.checkpoint.take_over, held)
     resumed_from = _resumed_from(config, run_dir)
@@ -125,8 +127,9 @@ def _name(config: Config) -> str:
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
     runs = Path(config.runs_dir)
-    if mark and (started := sorted(runs.glob(name.replace("{time}", "*") + mark))):
-        return started[-1].name
+    pattern = ".*".join(map(re.escape, name.split("{time}"))) + mark
+    if mark and (started := sorted(path.name for path in runs.glob("*") if re.fullmatch(pattern, path.name))):
+        return started[-1]
     stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
     names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
     return next(candidate for candidate in names if not (runs / candidate).exists())
