@@ -202,6 +202,10 @@ def _newest_run(runs_dir: Path) -> Path:
 
 
 def _find(path: Path) -> Path:
+    if path.name == "checkpoints" and any(path.glob(f"step_*/{MANIFEST}")):
+        path = path.parent
+    if path.is_file() and (path.parent / MANIFEST).exists():
+        path = path.parent
     if (path / MANIFEST).exists():
         verify(path)
         return path
