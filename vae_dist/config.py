@@ -19,7 +19,7 @@ import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -314,7 +314,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def load(arguments: Sequence[str]) -> Config:
     """The config that `[FILE.yaml ...] [key=value ...]` asks for. Raises UserError for what can't be used."""
-    paths, arguments = _separate(arguments, _is_file)
+    paths, arguments = _separate(arguments, YAML)
     files = [Path(expand(path)) for path in paths]
     settings = [setting for path in files for setting in _read_yaml(path)]
     settings += [_parse_argument(argument) for argument in arguments]
@@ -484,33 +484,28 @@ def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """`[RUN ...] [key=value ...]` as the runs' paths and the rest. What exists is a path, whatever it looks like."""
-    paths, rest = _separate(arguments, _is_run)
+    paths, rest = _separate(arguments)
     for path in paths:
         _require_text(path, "a run's path")
-        if path.startswith("-") and not _is_run(path):
+        if path.startswith("-") and not _is_path(path):
             raise UserError(f"unknown option {_short(path)}; give a run's directory and key=value (--help lists them)")
     return [Path(expand(path)) for path in paths], rest
 
 
-def _separate(arguments: Sequence[str], is_path: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """The arguments that are paths, and those that are `key=value`. No key has a slash in it."""
-    paths = [text for text in arguments if "=" not in text or "/" in text.partition("=")[0] or is_path(text)]
+def _separate(arguments: Sequence[str], suffixes: tuple[str, ...] = ("",)) -> tuple[list[str], list[str]]:
+    """The arguments that are paths with such an ending, and those that are `key=value`."""
+    paths = [text for text in arguments if "=" not in text or (text.endswith(suffixes) and _is_path(text))]
     return paths, [argument for argument in arguments if argument not in paths]
 
 
-def _is_file(path: str) -> bool:
-    """Whether there is a config file of that name."""
-    return path.endswith(YAML) and _exists(path, Path.is_file)
+def _is_path(text: str) -> bool:
+    """Whether a text is the path of something that is there, or of something in a folder that is there.
 
-
-def _is_run(path: str) -> bool:
-    """Whether there is a run or a checkpoint of that name: RUN/best has no folder of its own."""
-    return _exists(path.removesuffix("/best"), Path.exists)
-
-
-def _exists(path: str, test: Callable[[Path], bool]) -> bool:
+    No key has a slash in it, and where the first folder is there, the user will have meant what is missing in it.
+    """
+    start = Path(text).parts[0] if text else ""
     try:
-        return test(Path(expand(path)))
+        return "/" in text.partition("=")[0] or Path(expand(text)).exists() or (start != text and Path(start).is_dir())
     except (OSError, ValueError, UserError):
         return False
 
@@ -554,7 +549,7 @@ def load_study(arguments: Sequence[str]) -> Study:
     Commas inside brackets or quotes separate no values. The runs are named `<name>-<key>-<value>`, without a time, so
     that the same command finds them again. Raises UserError for what can't be used.
     """
-    settings = _separate(arguments, _is_file)[1]
+    settings = _separate(arguments, YAML)[1]
     several = [argument for argument in settings if len(_alternatives(argument)) > 1]
     rest = [argument for argument in arguments if argument not in several]
     varied = several[0] if several else DEFAULT_STUDY

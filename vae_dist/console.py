@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, NoReturn
@@ -33,6 +33,23 @@ class _ConsoleHandler(logging.Handler):
         _messages.print(Text(self.format(record), style=style))
 
 
+class _LogFile(logging.FileHandler):
+    """`log.txt`. Where it can't be written, one warning says so."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it could not be opened
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            logger.warning("%s can't be written (%s)", self.baseFilename, sys.exc_info()[1])
+
+
 def start(is_main: bool) -> None:
     """Send messages to the terminal on the main process, and nowhere on the others."""
     logger.handlers.clear()
@@ -50,7 +67,7 @@ def start(is_main: bool) -> None:
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Append all messages to a file too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
     try:
@@ -61,7 +78,8 @@ def logged_to(path: Path) -> Iterator[None]:
         raise
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:
