@@ -332,6 +332,14 @@ def test_what_cannot_be_found_is_said(path: str | None, expected: str, tmp_path:
         checkpoint.find(tmp_path / path if path else None, tmp_path / "runs")
 
 
+def test_a_folder_of_checkpoints_and_a_file_of_one_mean_what_they_are_in(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1, 2)
+    assert checkpoint.find(folder.parent, tmp_path) == folder
+    assert checkpoint.find(folder / "model.safetensors", tmp_path) == folder
+    with pytest.raises(UserError, match=r"can't look into a+ \(File name too long\)"):
+        checkpoint.find(Path("a" * 300), tmp_path)
+
+
 def test_a_manifest_states_sizes_hashes_and_versions(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())

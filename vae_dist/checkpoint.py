@@ -193,6 +193,8 @@ def find(path: Path | None, runs_dir: Path) -> Path:
 
 def _newest_run(runs_dir: Path) -> Path:
     found = {}
+    if runs_dir.is_dir():
+        next(runs_dir.iterdir(), None)  # a glob passes over a folder that may not be looked into
     for file in runs_dir.glob("*/checkpoints/step_*/" + MANIFEST):
         with suppress(FileNotFoundError):  # a training has just pruned it
             found[file.stat().st_mtime] = file.parents[2]
@@ -465,6 +467,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _step_folders(run_dir: Path) -> list[Path]:
-    """A run's checkpoint folders, newest first."""
-    found = [(match, path) for path in run_dir.glob("checkpoints/*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    """A run's checkpoint folders, newest first. Raises UserError where nobody may look for them."""
+    try:
+        paths = list((run_dir / "checkpoints").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"can't look into {run_dir / 'checkpoints'} ({reason(error)})") from error
+    found = [(match, path) for path in paths if (match := _STEP_FOLDER.fullmatch(path.name))]
     return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]

@@ -61,8 +61,12 @@ def make_folder(path: Path, otherwise: str) -> None:
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:  # permissions alone don't tell that a disk is full or read-only
-            probe.write(b"1")
+        descriptor, probe = tempfile.mkstemp(prefix=".", dir=path)  # permissions don't tell of a full or read-only disk
+        try:
+            os.write(descriptor, b"1")
+        finally:
+            os.close(descriptor)
+            Path(probe).unlink()
     except OSError as error:
         for folder in missing:
             try:
