@@ -332,7 +332,7 @@ def test_what_cannot_be_found_is_said(path: str | None, expected: str, tmp_path:
         checkpoint.find(tmp_path / path if path else None, tmp_path / "runs")
 
 
-def test_a_folder_of_checkpoints_and_a_file_of_one_mean_what_they_are_in(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_folder_of_checkpoints_and_a_file_in_one_are_understood(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1, 2)
     assert checkpoint.find(folder.parent, tmp_path) == folder
     assert checkpoint.find(folder / "model.safetensors", tmp_path) == folder

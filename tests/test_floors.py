@@ -32,7 +32,7 @@ FLOORS = [
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "mixture", "model", "adam", "gradients", "compiled", "cuda_graph"],
-    ["plan", "philox", "config", "manifest", "markup", "files", "locks", "errors"],
+    ["plan", "philox", "config", "manifest", "markup", "files", "errors"],
 ]
 ONLY_IN = {
     "accelerate": {"runtime", "trainer", "evaluation", "checkpoint"},

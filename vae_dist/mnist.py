@@ -28,9 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae_dist import locks
 from vae_dist.errors import UserError
-from vae_dist.files import advice, read_bounded, reason, write_atomically
+from vae_dist.files import InUseError, advice, locked, read_bounded, reason, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -217,9 +216,9 @@ def _download(name: str, folder: Path, missing: Sequence[str], mirror: str | Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Other processes and other runs wait, then find the files. Where there are no locks, each downloads for itself.
-        with locks.locked(folder / ".lock", LOCK_SECONDS, f"another process downloads into {folder}"):
+        with locked(folder / ".lock", LOCK_SECONDS, f"another process downloads into {folder}"):
             _fetch_from_any([mirror] if mirror else dataset.mirrors, md5_by_archive, folder)
-    except locks.InUseError as error:
+    except InUseError as error:
         raise UnreachableError(f"another process has held {folder / '.lock'} for {LOCK_SECONDS} s; stop it") from error
     except OSError as error:
         way_out = advice(error, "choose another data.root")
