@@ -1,8 +1,8 @@
 """Files that are either whole or not there, reading what others may have put in their place, and keeping others out.
 
 Others are kept out by a lock of the operating system, which ends with its process. Some file systems have no such locks
-(Lustre without `flock`, some NFS). There a mark takes its place: a file that says who writes. It outlives a process that
-is killed. On the machine of that process this is noticed and the mark removed; on another one the user decides.
+(Lustre without `flock`, some NFS). There a mark takes its place, a file that says who writes. It outlives a process that
+is killed: on the machine of that process this is noticed and the mark removed; on another one the user decides.
 """
 
 import errno
@@ -244,9 +244,11 @@ def locked(path: Path, seconds: float, subject: str) -> Iterator[OSError | None]
         except OSError as problem:
             yield problem
             return
-        yield None
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        try:
+            yield None
+        finally:
+            with suppress(OSError):  # a process that this one has forked would go on holding it
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
