@@ -136,7 +136,8 @@ def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Adam, stat
         _publish(temporary, target)
         sync(folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not _is_whole(temporary):  # otherwise the next training publishes it
+            shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
             f"step {state.step} can't be saved in {folder}: {reason(error)}; {advice(error, 'mend that')}, then the "
             f"same command with name={config.name} goes on from the newest checkpoint"

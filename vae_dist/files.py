@@ -1,8 +1,8 @@
 """Files that are either whole or not there, reading what others may have put in their place, and keeping others out.
 
 Others are kept out by a lock of the operating system, which ends with its process. Some file systems have no such locks
-(Lustre without `flock`, some NFS). There a mark takes its place, a file that says who writes. It outlives a process that
-is killed: on the machine of that process this is noticed and the mark removed; on another one the user decides.
+(Lustre without `flock`, some NFS). There a mark takes its place, a file that says who writes. A process that is killed
+leaves it behind: on the machine of that process this is noticed and the mark removed; on another one the user decides.
 """
 
 import errno
