@@ -90,16 +90,16 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         _require_one_shape([run.config for run in opened])
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
         world.decide(lambda: make_folder(folder, ELSEWHERE))
-        kept = world.decide(lambda: [_kept_evaluation(run, folder) for run in opened])
+        kept = world.decide(lambda: [_kept_evaluation(run, folder) or _place(run, folder) for run in opened])
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
-            if evaluation is None:
+            if isinstance(evaluation, Path):
                 logger.info("evaluating %s (%d of %d)", run.folder, number, len(opened))
-                place = world.decide(lambda: _place(run, folder))  # noqa: B023
-                own = [] if place is None else [configs.argument("output", str(place))]
+                own = [] if evaluation == run.output else [configs.argument("output", str(evaluation))]
                 evaluation = evaluate(run.folder, [*arguments, *own, f"device={world.device.type}"])
             evaluations.append(evaluation)
-        world.decide(lambda: _write(folder, opened, evaluations, world.device))
+        if world.is_main:
+            _write(folder, opened, evaluations, world.device)
     return folder
 
 
@@ -276,13 +276,13 @@ def _likelihood(config: Config) -> dict[str, object]:
     return {"objective.reconstruction": config.objective.reconstruction, **sigma}
 
 
-def _place(run: Opened, folder: Path) -> Path | None:
-    """Where an evaluation goes: with the comparison where the run can't be written to, otherwise None, with the run."""
+def _place(run: Opened, folder: Path) -> Path:
+    """Where an evaluation of a run goes: beside it, or to the comparison where the run can't be written to."""
     try:
         make_folder(run.output, ELSEWHERE)
     except UserError:
         return _own_folder(run, folder)
-    return None
+    return run.output
 
 
 def _own_folder(run: Opened, folder: Path) -> Path:
