@@ -385,3 +385,12 @@ def test_what_exists_is_a_path_and_what_does_not_is_a_setting(tmp_path: Path) ->
 def test_an_argument_that_is_handed_on_arrives_as_it_was(key: str) -> None:
     for value in (*NAMES, "", " ", "'", "a'b\"", "1e5", "no", "./~x"):
         assert config.flatten(config.load([config.argument(key, value)]))[key] == value
+
+
+def test_characters_that_the_encoding_of_paths_lacks_are_one_message(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("runs_dir: ü🙂\n", encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, REPOSITORY / "vae_dist/train.py", "some.yaml"]
+    ended = subprocess.run(command, env={**os.environ, **ascii_only}, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "PYTHONUTF8=1" in ended.stderr

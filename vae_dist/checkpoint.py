@@ -139,8 +139,8 @@ def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Adam, stat
         if not _is_whole(temporary):  # otherwise the next training publishes it
             shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            f"step {state.step} can't be saved in {folder}: {reason(error)}; {advice(error, 'mend that')}, then the "
-            f"same command with name={config.name} goes on from the newest checkpoint"
+            f"step {state.step} can't be saved in {folder}: {reason(error)}; {advice(error, 'make it writable')}, then "
+            f"the same command with name={config.name} goes on from the newest checkpoint"
         ) from error
     _prune(run_dir, config.checkpoint.keep, state.best)
     return target

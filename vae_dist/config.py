@@ -405,8 +405,7 @@ def check(config: Config) -> None:
         for item in _leaves(values[knob.key]):
             _check_value(knob, item)
     for key in _PATHS:
-        if max(len(part.encode()) for part in (values[key] or "").split("/")) > _MAX_NAME:
-            raise UserError(f"{key} is no path: a name in it has more than {_MAX_NAME} bytes")
+        _check_path(key, values[key] or "")
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
         raise UserError(f"data.image_shape must be channels, height and width, not {as_text(config.data.image_shape)}")
     if config.data.mirror is not None:
@@ -442,6 +441,18 @@ def _check_value(knob: Knob, item: Any) -> None:
             raise UserError(f"{knob.key} must be at most {knob.at_most}, not {as_text(item)}")
     if isinstance(item, int) and abs(item) >= 2**63:
         raise UserError(f"{knob.key} must be below 2^63, not {as_text(item)}")
+
+
+def _check_path(key: str, path: str) -> None:
+    if max(len(part.encode()) for part in path.split("/")) > _MAX_NAME:
+        raise UserError(f"{key} is no path: a name in it has more than {_MAX_NAME} bytes")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key}={path!a} has characters that paths can't have here, as they are in {error.encoding}; set "
+            "PYTHONUTF8=1, or choose another path"
+        ) from error
 
 
 def _check_mirror(mirror: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vae_dist import digits, mnist
 from vae_dist.config import DataConfig, expand
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded, write_atomically
+from vae_dist.files import read_bounded, reason, write_atomically
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, permutation
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _load_digits(config: DataConfig, part: Part) -> Images:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, save({**tensors, "sha256": _digest(tensors)}))
         except OSError as error:
-            logger.info("the digits are not kept: can't write to %s (%s)", folder, error.strerror)
+            logger.info("the digits are not kept: can't write to %s (%s)", folder, reason(error))
     return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"])
 
 
