@@ -450,7 +450,7 @@ def _check_path(key: str, path: str) -> None:
         os.fsencode(path)
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{key}={path!a} has characters that paths can't have here, as they are in {error.encoding}; set "
+            f"{key}={path!a} has characters that no path can have where their encoding is {error.encoding}; set "
             "PYTHONUTF8=1, or choose another path"
         ) from error
 

@@ -132,8 +132,9 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
 def _fill(descriptor: int, content: bytes, path: Path, *, durable: bool) -> None:
     with open(descriptor, "wb") as file:
         file.write(content)
-        file.truncate()
         file.flush()
+        if os.fstat(descriptor).st_size > len(content):  # of what is written over
+            file.truncate()
         if durable:
             _sync(descriptor, path)
 
