@@ -390,7 +390,7 @@ def test_an_argument_that_is_handed_on_arrives_as_it_was(key: str) -> None:
 def test_characters_that_the_encoding_of_paths_lacks_are_one_message(tmp_path: Path) -> None:
     (tmp_path / "some.yaml").write_text("runs_dir: ü🙂\n", encoding="utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, REPOSITORY / "vae_dist/train.py", "some.yaml"]
+    command = [sys.executable, str(REPOSITORY / "vae_dist/train.py"), "some.yaml"]
     ended = subprocess.run(command, env={**os.environ, **ascii_only}, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "PYTHONUTF8=1" in ended.stderr

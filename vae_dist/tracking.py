@@ -142,7 +142,7 @@ class RunDirectory:
         for path in (self._file, run_dir / "images", run_dir / "wandb"):
             if path.is_symlink():  # a directory that somebody else made could have one's own files overwritten
                 raise UserError(f"{path} is a symbolic link, which is not followed; remove it")
-        make_folder(run_dir / "images", ELSEWHERE)
+        make_folder(run_dir / "images", ELSEWHERE if start is None else "choose another runs_dir")
         if start is not None:
             with self._writing(self._file):
                 content = "".join(json.dumps(row) + "\n" for row in self._rows(start, again)).encode()
