@@ -175,7 +175,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(make_config: 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(RunError, match=r"step 2 can't be saved in .*: File too large; mend that, then the same"):
+        with pytest.raises(RunError, match=r"step 2 can't be saved in .*: File too large; make room .*ulimit.*"):
             written(make_config("name=mine"), tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -330,6 +330,14 @@ def test_what_cannot_be_found_is_said(path: str | None, expected: str, tmp_path:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=expected):
         checkpoint.find(tmp_path / path if path else None, tmp_path / "runs")
+
+
+def test_a_folder_of_checkpoints_and_a_file_in_one_are_understood(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1, 2)
+    assert checkpoint.find(folder.parent, tmp_path) == folder
+    assert checkpoint.find(folder / "model.safetensors", tmp_path) == folder
+    with pytest.raises(UserError, match=r"can't look into a+ \(File name too long\)"):
+        checkpoint.find(Path("a" * 300), tmp_path)
 
 
 def test_a_manifest_states_sizes_hashes_and_versions(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_or_all_of_them_skip_that_update(world_size: int, roots: dict[int, Path]
 def test_a_save_that_fails_ends_all_processes_with_the_same_message(world_size: int, roots: dict[int, Path]) -> None:
     said = {(roots[world_size] / f"full_disk.{rank}").read_text() for rank in range(world_size)}
     assert len(said) == 1
-    assert "step 20 can't be saved in " in (message := said.pop()) and "File too large; mend that" in message
+    assert "step 20 can't be saved in " in (message := said.pop()) and "File too large; make room" in message
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

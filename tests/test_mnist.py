@@ -290,6 +290,14 @@ def test_a_lock_that_is_never_given_back_is_not_waited_for_for_ever(
         assert "another process has held" in refusal(config(tmp_path))
 
 
+def test_a_lock_file_that_nobody_holds_is_not_waited_for(server: Server, tmp_path: Path) -> None:
+    """Such as one that a process of another host, or of an earlier version, has left behind."""
+    folder = tmp_path / "data/KMNIST/raw"
+    folder.mkdir(parents=True)
+    (folder / ".lock").write_text("4711\nnode7\n")
+    assert data.prepare(config(tmp_path)).training_images == 30
+
+
 def test_a_lock_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
@@ -397,6 +405,71 @@ def test_a_root_that_is_too_long_for_a_path_is_refused(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.root = "a" * 300
     assert "(File name too long); choose another data.root" in refusal(settings)
+
+
+PLACES = ["KMNIST/raw", "KMNIST", "kmnist", "kmnist/raw"]
+
+
+@pytest.mark.parametrize("place", [*PLACES, "", "raw"])
+@pytest.mark.parametrize("form", ["{}.gz", "{}"])
+def test_copies_are_used_where_they_lie_after_a_download_by_hand(
+    place: str, form: str, server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data" / place
+    folder.mkdir(parents=True)
+    for name, content in small_files().items():
+        (folder / form.format(name)).write_bytes(server.archives[f"{name}.gz"] if "gz" in form else content)
+    before = sorted((tmp_path / "data").rglob("*"))
+    settings = config(tmp_path, download=False)
+    if place in ("", "raw") and form == "{}":  # all sets have files of these names, and no digest tells them apart
+        message = refusal(settings)
+        assert str(folder / NAMES[0]) in message and "put it into KMNIST/raw" in message
+        return
+    data.prepare(settings)
+    images, labels = (small_files()[f"t10k-{kind}-ubyte"] for kind in ("images-idx3", "labels-idx1"))
+    test = data.load_test(settings)
+    assert test.pixels.numpy().tobytes() == images[16:] and bytes(test.labels.tolist()) == labels[8:]
+    assert sorted((tmp_path / "data").rglob("*")) == before and not server.requests
+
+
+@pytest.mark.parametrize("spelling", ["{}.gz", "{}", "{}/{}"])
+def test_other_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> None:
+    """Of archives that are around: with a dot for a dash, unpacked into a folder, unpacked by a browser."""
+    for name, content in small_files().items():
+        path = tmp_path / "data/kmnist" / spelling.replace("{}", name.replace("-idx", ".idx"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert data.prepare(config(tmp_path, download=False)).training_images == 30
+
+
+def test_a_copy_that_is_not_whole_is_named_with_what_is_missing_and_the_rest_is_not_downloaded(
+    server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data/KMNIST/raw"
+    folder.mkdir(parents=True)
+    for archive, content in server.archives.items():
+        (folder / archive).write_bytes(content)
+    broken = folder / "t10k-labels-idx1-ubyte.gz"
+    for content, problem in (
+        (broken.read_bytes()[:-4], "no whole gzip archive"),
+        (b"<html>", "first bytes"),
+        (b"", ""),
+    ):
+        broken.write_bytes(content)
+        (folder / "kmnist.npz").write_bytes(b"")
+        message = refusal(config(tmp_path, download=False))
+        assert "t10k-labels-idx1-ubyte missing" in message and f"{broken} (" in message and problem in message
+        assert "train-images" not in message and f"{folder / 'kmnist.npz'} (of another format)" in message
+    nowhere = refusal(config(tmp_path, mirror=f"http://127.0.0.1:{unused_port()}"))
+    assert "missing" in nowhere and "t10k-labels-idx1-ubyte" in nowhere and str(broken) in nowhere
+    assert data.prepare(config(tmp_path)).training_images == 30
+    assert server.requests == ["/kmnist/t10k-labels-idx1-ubyte.gz"]
+
+
+@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not beside this checkout")
+def test_auto_finds_the_real_mnist_in_data_root_itself(tmp_path: Path) -> None:
+    settings = DataConfig(name="auto", root=str(REAL_MNIST / "MNIST/raw"), download=False, synthetic_images=60)
+    assert data.prepare(settings).name == "mnist"
 
 
 def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:
     for text in texts:
         changed = run._replace(config=replace(run.config, data=replace(run.config.data, root=text)))
         command = str(_reproduce(changed)["command"])
-        assert config.load(shlex.split(command)[2:]).data.root == text
+        assert config.load(shlex.split(command)[2:]).data.root == config.expand(text)
 
 
 def test_pictures_are_those_of_the_run_without_their_captions(trained: Path, page: Page) -> None:

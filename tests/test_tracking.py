@@ -249,7 +249,9 @@ def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_deleted_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
-    for start, remedy in ((0, "put the folder back; .* with name=mine"), (None, "give the same command again$")):
+    in_training = (0, RunError, "put the folder back; .* with name=mine")
+    looked_at = (None, UserError, "give the same command again$")
+    for start, kind, remedy in (in_training, looked_at):
         run_dir = tmp_path / "mine"
         tracker = Tracker([tracking.RunDirectory(run_dir, start)])
         shutil.rmtree(run_dir)
@@ -259,7 +261,7 @@ def test_a_directory_that_is_deleted_ends_the_run_with_what_to_do(tmp_path: Path
             tracker.flush,
         ]
         for call in calls:
-            with pytest.raises(RunError, match=rf"{run_dir}.*No such file or directory.*{remedy}"):
+            with pytest.raises(kind, match=rf"{run_dir}.*No such file or directory.*{remedy}"):
                 call()
 
 

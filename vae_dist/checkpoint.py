@@ -15,36 +15,35 @@ A checkpoint may come from a stranger: see manifest.py. Tensors are loaded only 
 
 import fcntl
 import logging
-import os
 import re
 import secrets
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vae_dist import config as configs
-from vae_dist import manifest, runtime
+from vae_dist import files, manifest, runtime
 from vae_dist.adam import Adam
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
-from vae_dist.files import require_no_links, write_atomically
+from vae_dist.files import NOT_RENAMED, advice, reason, require_no_links, sync, write_atomically, writing
 from vae_dist.manifest import MANIFEST, BadCheckpointError
 from vae_dist.model import build_vae
 from vae_dist.model.vae import VAE
 
 logger = logging.getLogger(__name__)
 
+LOCK, MARK = ".lock", ".writer.json"
 LOCK_SECONDS = 10.0  # for a training that was asked to stop to leave the directory to the next one
 VISIBLE_SECONDS = 60.0  # for a network file system to show on one machine what another has renamed
 READ_ATTEMPTS = 5  # to catch a checkpoint of a live training before it is pruned
@@ -76,26 +75,38 @@ class TrainingState:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of a run's directory. Raises UserError where one is in it."""
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise UserError(
-            f"another training is writing {run_dir}; wait for its end, or choose another name for a run of its own"
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        logger.warning("%s can't be locked (%s); take care that no second training writes there", run_dir, error)
-    try:
+def locked(run_dir: Path, take_over: str | None = None) -> Iterator[None]:
+    """Keep other trainings out of a run's directory. Raises UserError where one is in it.
+
+    Where the file system has no locks, a file MARK does this; `take_over` names one whose training is gone.
+    """
+    subject = f"another training is writing {run_dir}"
+    with ExitStack() as held:
+        try:
+            with writing(run_dir, "choose another runs_dir"):
+                problem = held.enter_context(files.locked(run_dir / LOCK, LOCK_SECONDS, subject))
+                if problem is not None:
+                    held.enter_context(files.marked(run_dir / MARK, LOCK_SECONDS, subject, take_over))
+        except files.InUseError as error:
+            raise UserError(_in_use(run_dir, error)) from None
+        if problem is not None:
+            logger.warning(
+                "%s can't be locked (%s): the file %s keeps other trainings out, and stays if this process is killed",
+                run_dir, reason(problem), MARK,
+            )  # fmt: skip
         yield
-    finally:
-        lock.release()
+
+
+def _in_use(run_dir: Path, error: files.InUseError) -> str:
+    way_out = "wait for its end, or choose another name for a run of its own"
+    if error.mark is not None:
+        way_out += f"; if it is gone (this file system has no locks to tell), give checkpoint.take_over={error.mark}"
+    return f"another training is writing {run_dir} ({error}); {way_out}"
 
 
 def is_being_trained(run_dir: Path) -> bool:
     """Whether a training holds the directory."""
-    return _is_held(run_dir / ".lock", "rb", fcntl.LOCK_SH)
+    return files.is_held(run_dir / LOCK, fcntl.LOCK_SH, run_dir / MARK)
 
 
 def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Adam, state: TrainingState) -> Path:
@@ -119,16 +130,17 @@ def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Adam, stat
         }
         for name, content in {**contents, MANIFEST: manifest.to_json(manifest.seal(contents, state.step))}.items():
             write_atomically(temporary / name, content)
-        _sync_folder(temporary)
+        sync(temporary)
         if target.exists():  # if this process dies between the two renames, `recover` does the second
             _remove(target)
-        temporary.rename(target)
-        _sync_folder(folder)
+        _publish(temporary, target)
+        sync(folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not _is_whole(temporary):  # otherwise the next training publishes it
+            shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            f"step {state.step} can't be saved in {folder}: {error.strerror or error}; mend that, then the same "
-            f"command with name={config.name} goes on from the newest checkpoint"
+            f"step {state.step} can't be saved in {folder}: {reason(error)}; {advice(error, 'make it writable')}, then "
+            f"the same command with name={config.name} goes on from the newest checkpoint"
         ) from error
     _prune(run_dir, config.checkpoint.keep, state.best)
     return target
@@ -140,8 +152,10 @@ def recover(run_dir: Path) -> None:
     """
     for leftover in run_dir.glob("checkpoints/.writing-*"):
         target = leftover.with_name(leftover.name.removeprefix(".writing-").rpartition("-")[0])
-        if not target.exists() and _is_whole(leftover):
-            leftover.rename(target)
+        if not _is_whole(target) and _is_whole(leftover):
+            if target.exists():
+                _remove(target)
+            _publish(leftover, target)
     for leftover in [*run_dir.glob("checkpoints/.writing-*"), *run_dir.glob("checkpoints/.pruned-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -172,11 +186,29 @@ def newest(run_dir: Path) -> Path | None:
 
 def find(path: Path | None, runs_dir: Path) -> Path:
     """The checkpoint that `path` means: itself, RUN/best, or the newest of the run; the newest run's when left out."""
-    if path is None:
-        found = sorted(runs_dir.glob("*/checkpoints/step_*/" + MANIFEST), key=lambda file: file.stat().st_mtime)
-        if not found:
-            raise UserError(f"there is no trained run in {runs_dir}; train one first, or name a run's directory")
-        path = found[-1].parents[2]
+    try:
+        return _find(_newest_run(runs_dir) if path is None else path)
+    except OSError as error:
+        raise UserError(f"can't look into {runs_dir if path is None else path} ({reason(error)})") from error
+
+
+def _newest_run(runs_dir: Path) -> Path:
+    found = {}
+    if runs_dir.is_dir():
+        next(runs_dir.iterdir(), None)  # a glob passes over a folder that may not be looked into
+    for file in runs_dir.glob("*/checkpoints/step_*/" + MANIFEST):
+        with suppress(FileNotFoundError):  # a training has just pruned it
+            found[file.stat().st_mtime] = file.parents[2]
+    if not found:
+        raise UserError(f"there is no trained run in {runs_dir}; train one first, or name a run's directory")
+    return found[max(found)]
+
+
+def _find(path: Path) -> Path:
+    if path.name == "checkpoints" and any(path.glob(f"step_*/{MANIFEST}")):
+        path = path.parent
+    if path.is_file() and (path.parent / MANIFEST).exists():
+        path = path.parent
     if (path / MANIFEST).exists():
         verify(path)
         return path
@@ -265,7 +297,7 @@ def _keep(path: Path | None, runs_dir: Path) -> Iterator[Path]:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
-                logger.info("%s can't be locked (%s)", folder, error.strerror)
+                logger.info("%s can't be locked (%s)", folder, reason(error))
             if (folder / MANIFEST).exists():
                 yield folder
                 return
@@ -382,35 +414,49 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
 def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
     """Remove all checkpoints but the newest, the best, and those that somebody is reading."""
     for folder in _step_folders(run_dir)[keep:]:
-        if (best is not None and folder.name == f"step_{best.step:08d}") or _is_held(
-            folder / MANIFEST, "r+b", fcntl.LOCK_EX
-        ):
+        is_best = best is not None and folder.name == f"step_{best.step:08d}"
+        if is_best or files.is_held(folder / MANIFEST, fcntl.LOCK_EX):
             continue
         try:
             _remove(folder)
         except OSError as error:
-            logger.warning("%s can't be removed (%s); the training goes on", folder, error.strerror)
+            logger.warning("%s can't be removed (%s); the training goes on", folder, reason(error))
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Give a whole checkpoint its name. Until all of it is there, it is no checkpoint, and `recover` finishes this."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in NOT_RENAMED:
+            raise
+        target.mkdir()
+        try:
+            for name in (*manifest.FILES, MANIFEST):
+                write_atomically(target / name, (folder / name).read_bytes())
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        sync(target)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
-    """From the rename on it is no checkpoint, however long the removal takes."""
-    shutil.rmtree(folder.rename(folder.with_name(f".pruned-{folder.name}-{secrets.token_hex(4)}")))
+    """From the first step on it is no checkpoint, however long the removal takes."""
+    removed = folder.with_name(f".pruned-{folder.name}-{secrets.token_hex(4)}")
+    try:
+        folder.rename(removed)
+    except OSError as error:
+        if error.errno not in NOT_RENAMED:
+            raise
+        (folder / MANIFEST).unlink(missing_ok=True)
+        removed = folder
+    shutil.rmtree(removed)
 
 
 def _set_aside(folder: Path) -> Path:
-    return folder.rename(folder.with_name(f"set_aside-{folder.name}-{secrets.token_hex(4)}"))
-
-
-def _is_held(path: Path, mode: str, lock: int) -> bool:
-    """Whether somebody's lock on a file excludes this one; on a file system without locks none ever does."""
-    try:
-        with open(path, mode) as file:
-            fcntl.flock(file, lock | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    aside = folder.with_name(f"set_aside-{folder.name}-{secrets.token_hex(4)}")
+    return Path(shutil.move(folder, aside))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -422,15 +468,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _step_folders(run_dir: Path) -> list[Path]:
-    """A run's checkpoint folders, newest first."""
-    found = [(match, path) for path in run_dir.glob("checkpoints/*") if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """A run's checkpoint folders, newest first. Raises UserError where nobody may look for them."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        paths = list((run_dir / "checkpoints").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"can't look into {run_dir / 'checkpoints'} ({reason(error)})") from error
+    found = [(match, path) for path in paths if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]

@@ -22,7 +22,7 @@ from vae_dist.config import Config, Study
 from vae_dist.data import Images
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation import evaluate
-from vae_dist.files import make_folder, write_atomically
+from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.images import Picture
 from vae_dist.manifest import MANIFEST, BadCheckpointError
 from vae_dist.model import check_names
@@ -69,7 +69,7 @@ def study(asked: Study) -> Path:
                     stopped.exit_code,
                 ) from None
         runs = [Path(config.runs_dir) / str(config.name) for config in asked.configs]
-        return compare(runs, [*asked.reading, f"output={asked.output}"])
+        return compare(runs, [*asked.reading, configs.argument("output", str(asked.output))])
 
 
 def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
@@ -89,13 +89,14 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         opened = world.decide(lambda: list({run.folder.resolve(): run for run in found}.values()))
         _require_one_shape([run.config for run in opened])
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
-        world.decide(lambda: make_folder(folder, "output=FOLDER writes elsewhere"))
-        kept = world.decide(lambda: [_kept_evaluation(run) for run in opened])
+        world.decide(lambda: make_folder(folder, ELSEWHERE))
+        kept = world.decide(lambda: [_kept_evaluation(run, folder) or _place(run, folder) for run in opened])
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
-            if evaluation is None:
+            if isinstance(evaluation, Path):
                 logger.info("evaluating %s (%d of %d)", run.folder, number, len(opened))
-                evaluation = evaluate(run.folder, [*arguments, f"device={world.device.type}"])
+                own = [] if evaluation == run.output else [configs.argument("output", str(evaluation))]
+                evaluation = evaluate(run.folder, [*arguments, *own, f"device={world.device.type}"])
             evaluations.append(evaluation)
         if world.is_main:
             _write(folder, opened, evaluations, world.device)
@@ -162,11 +163,12 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
 
 
 def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], device: torch.device) -> None:
-    """Write the figures, the table and what they were made from, and print the table."""
-    images.with_caption(reconstructions(opened, device)).save(folder / "reconstructions.png", optimize=True)
+    """Print the table, and write it, the figures, and what they were made from."""
+    shown = images.with_caption(reconstructions(opened, device))
+    contents = {"reconstructions.png": images.to_png(shown, optimize=True)}
     drawn, axes = curves(opened)
     if drawn:
-        plots.lines(drawn, axes).save(folder / "losses.png", optimize=True)
+        contents["losses.png"] = images.to_png(plots.lines(drawn, axes), optimize=True)
     keys = configs.differing([run.config for run in opened])
     columns = {
         **{_short(key): [_settings(run, keys)[key] for run in opened] for key in keys},
@@ -178,7 +180,7 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
     title = f"{_subject(opened)}, nats per image"
     warning = _warning([run.config for run in opened])
     notes = [warning] if warning else _notes(evaluations)
-    write_atomically(folder / "table.md", _markdown(title, header, rows, notes, bool(drawn)).encode())
+    contents["table.md"] = _markdown(title, header, rows, notes, bool(drawn)).encode()
     compared = {
         "differing_keys": keys,
         "warning": warning,
@@ -194,10 +196,12 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
             for label, run, evaluation in zip(labels(opened), opened, evaluations, strict=True)
         ],
     }
-    write_atomically(folder / "comparison.json", manifest.to_json(compared))
+    contents["comparison.json"] = manifest.to_json(compared)
     told_apart = bool(keys) and len({tuple(row[: len(keys)]) for row in rows}) == len(rows)
-    shown = -1 if told_apart else len(header)  # names would only take room
-    console.columns(title, header[:shown], [row[:shown] for row in rows], notes)
+    columns_shown = -1 if told_apart else len(header)  # names would only take room
+    console.columns(title, header[:columns_shown], [row[:columns_shown] for row in rows], notes)
+    with writing(folder, ELSEWHERE):
+        write_together({folder / name: content for name, content in contents.items()})
     logger.info("written to %s", folder)
 
 
@@ -205,7 +209,8 @@ def _markdown(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], has_curves: bool
 ) -> str:
     marks = ["---:"] * (len(header) - 1) + ["---"]
-    table = [f"| {' | '.join(cells)} |" for cells in (header, marks, *rows)]
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (header, marks, *rows)]
+    table = [f"| {' | '.join(cells)} |" for cells in lines]
     pictures = ["losses"] * has_curves + ["reconstructions"]
     parts = [f"{title}.", "\n".join(table), *notes, *(f"![{name}]({name}.png)" for name in pictures)]
     return "\n\n".join(parts) + "\n"
@@ -271,13 +276,29 @@ def _likelihood(config: Config) -> dict[str, object]:
     return {"objective.reconstruction": config.objective.reconstruction, **sigma}
 
 
-def _kept_evaluation(run: Opened) -> dict[str, Any] | None:
-    """The newest evaluation of a checkpoint among those that its run keeps, None where there is none."""
+def _place(run: Opened, folder: Path) -> Path:
+    """Where an evaluation of a run goes: beside it, or to the comparison where the run can't be written to."""
+    try:
+        make_folder(run.output, ELSEWHERE)
+    except UserError:
+        return _own_folder(run, folder)
+    return run.output
+
+
+def _own_folder(run: Opened, folder: Path) -> Path:
+    """A run's own folder beside the files of a comparison."""
+    return folder / f"{run.config.name}-{hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:8]}"
+
+
+def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
+    """The newest evaluation of a checkpoint that is kept with its run, or else with the comparison; or None."""
     split, saved = run.config.evaluate.split, _modified(run.folder / MANIFEST)
-    found = sorted((run.output / "evaluations").glob(f"step_{run.step:08d}_{split}*.json"), key=_modified, reverse=True)
+    found = []
+    for place in run.output, _own_folder(run, folder):
+        kept = (place / "evaluations").glob(f"step_{run.step:08d}_{split}*.json")
+        # Those before the checkpoint are of another run, which had this name before.
+        found += sorted((path for path in kept if _modified(path) >= saved), key=_modified, reverse=True)
     for path in found:
-        if _modified(path) < saved:  # of another run, which had this name before
-            break
         try:
             with manifest.open_small(path) as file:
                 evaluation = manifest.parse(file.read(), path)
@@ -304,7 +325,7 @@ def _rows(path: Path, figure: str, last_step: int) -> Tensor:
             row = json.loads(line)
             step, value = row["step"], row.get(figure)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            break  # a run that is being written, or was killed, can end in half a row
+            continue  # a run that is being written, or was killed, can end in half a row
         if type(step) is int and 0 <= step <= last_step and type(value) is float and math.isfinite(value):
             points.append((step, value))
     return torch.tensor(points, dtype=torch.float64).view(-1, 2)

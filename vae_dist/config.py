@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import textwrap
 from collections import Counter
@@ -32,7 +33,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded
+from vae_dist.files import read_bounded, write_atomically
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 
@@ -126,6 +127,9 @@ class CheckpointConfig:
     every: int | None = knob(None, "optimizer steps between checkpoints; null: an epoch", at_least=1)
     keep: int = knob(2, "newest checkpoints to keep; the best by validation is kept beside them", at_least=2)
     resume: str = knob("auto", "auto: go on where a run of this name stopped; must; never; or a checkpoint's path")
+    take_over: str | None = knob(
+        None, "on a file system without locks: take a run's directory from a dead training, by what its refusal names"
+    )
 
 
 @dataclass
@@ -255,6 +259,7 @@ MAX_VALUES = 20_000  # of a file, of an argument, of a config; a list counts, an
 MAX_TEXT = 2048  # bytes of a value
 _MAX_DEPTH = 8  # of lists and keys in one another
 
+YAML = (".yaml", ".yml")
 _PATHS = ("runs_dir", "output", "data.root", "checkpoint.resume")
 _MAX_NAME = 255  # bytes between two slashes, on any file system
 
@@ -314,13 +319,14 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def load(arguments: Sequence[str]) -> Config:
     """The config that `[FILE.yaml ...] [key=value ...]` asks for. Raises UserError for what can't be used."""
-    files = [Path(argument) for argument in arguments if "=" not in argument]
+    paths, arguments = _separate(arguments, YAML)
+    files = [Path(expand(path)) for path in paths]
     settings = [setting for path in files for setting in _read_yaml(path)]
-    settings += [_parse_argument(argument) for argument in arguments if "=" in argument]
+    settings += [_parse_argument(argument) for argument in arguments]
     config = _apply(Config(), settings)
     if config.name is None:
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", files[-1].stem) if files else "tutorial"
-        config.name = f"{stem}-{{time}}"
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", files[-1].stem).lstrip(".-")[:100] if files else "tutorial"
+        config.name = f"{stem or 'run'}-{{time}}"
     if _has_id_of_a_run(settings):
         config.tracking.id = None  # that run finds it in its checkpoints
     config.tracking.owner = None
@@ -368,11 +374,11 @@ def take(arguments: Sequence[str], key: str) -> tuple[str, list[str]]:
 
 
 def read(path: Path) -> Config:
-    """The config that `save` wrote. It is data: nothing in it stands for anything else."""
+    """The config that `save` wrote. It is data: nothing in it stands for anything else, not even `~` for a home."""
     settings = _read_yaml(path)
     if any("${" in text for setting in settings for text in _leaves(setting.value) if isinstance(text, str)):
         raise UserError(f"{path} holds an interpolation, which a saved config never does; it is not to be trusted")
-    config = _apply(Config(), settings)
+    config = _apply(Config(), settings, has_homes=False)
     check(config)
     return config
 
@@ -403,7 +409,7 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(to_yaml(config), encoding="utf-8")
+    write_atomically(path, to_yaml(config).encode())
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -418,8 +424,7 @@ def check(config: Config) -> None:
         for item in _leaves(values[knob.key]):
             _check_value(knob, item)
     for key in _PATHS:
-        if max(len(part.encode()) for part in (values[key] or "").split("/")) > _MAX_NAME:
-            raise UserError(f"{key} is no path: a name in it has more than {_MAX_NAME} bytes")
+        _check_path(key, values[key] or "")
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
         raise UserError(f"data.image_shape must be channels, height and width, not {as_text(config.data.image_shape)}")
     if config.data.mirror is not None:
@@ -455,6 +460,18 @@ def _check_value(knob: Knob, item: Any) -> None:
             raise UserError(f"{knob.key} must be at most {knob.at_most}, not {as_text(item)}")
     if isinstance(item, int) and abs(item) >= 2**63:
         raise UserError(f"{knob.key} must be below 2^63, not {as_text(item)}")
+
+
+def _check_path(key: str, path: str) -> None:
+    if max(len(part.encode()) for part in path.split("/")) > _MAX_NAME:
+        raise UserError(f"{key} is no path: a name in it has more than {_MAX_NAME} bytes")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key}={path!a} has characters that no path can have where their encoding is {error.encoding}; set "
+            "PYTHONUTF8=1, or choose another path"
+        ) from error
 
 
 def _check_mirror(mirror: str) -> None:
@@ -496,13 +513,48 @@ def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """`[RUN ...] [key=value ...]` as the runs' paths and the rest."""
-    paths = [argument for argument in arguments if "=" not in argument]
+    """`[RUN ...] [key=value ...]` as the runs' paths and the rest. What exists is a path, whatever it looks like."""
+    paths, rest = _separate(arguments)
     for path in paths:
         _require_text(path, "a run's path")
-        if path.startswith("-"):
+        if path.startswith("-") and not _is_path(path):
             raise UserError(f"unknown option {_short(path)}; give a run's directory and key=value (--help lists them)")
-    return [Path(path) for path in paths], [argument for argument in arguments if "=" in argument]
+    return [Path(expand(path)) for path in paths], rest
+
+
+def _separate(arguments: Sequence[str], suffixes: tuple[str, ...] = ("",)) -> tuple[list[str], list[str]]:
+    """The arguments that are paths with such an ending, and those that are `key=value`."""
+    paths = [text for text in arguments if "=" not in text or (text.endswith(suffixes) and _is_path(text))]
+    return paths, [argument for argument in arguments if argument not in paths]
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is the path of something that is there, or of something in a folder that is there.
+
+    No key has a slash in it, and where the first folder is there, the user will have meant what is missing in it.
+    """
+    start = Path(text).parts[0] if text else ""
+    try:
+        return "/" in text.partition("=")[0] or Path(expand(text)).exists() or (start != text and Path(start).is_dir())
+    except (OSError, ValueError, UserError):
+        return False
+
+
+def expand(path: str, key: str = "") -> str:
+    """`path` with the home that a leading `~` or `~user` stands for. Raises UserError where there is no such home."""
+    user = path.partition("/")[0]
+    if user[:1] != "~" or (user != "~" and os.path.lexists(path)):
+        return path
+    try:
+        if user == "~" and os.environ.get("HOME") == "":
+            raise RuntimeError("HOME is empty")
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        given = f"{key}={path}" if key else path
+        raise UserError(
+            f"{_short(given)} can't be found: {str(error).rstrip('.')}; give the whole path, or ./{_short(user)} for a "
+            "folder of that name"
+        ) from error
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
@@ -527,7 +579,8 @@ def load_study(arguments: Sequence[str]) -> Study:
     Commas inside brackets or quotes separate no values. The runs are named `<name>-<key>-<value>`, without a time, so
     that the same command finds them again. Raises UserError for what can't be used.
     """
-    several = [argument for argument in arguments if "=" in argument and len(_alternatives(argument)) > 1]
+    settings = _separate(arguments, YAML)[1]
+    several = [argument for argument in settings if len(_alternatives(argument)) > 1]
     rest = [argument for argument in arguments if argument not in several]
     varied = several[0] if several else DEFAULT_STUDY
     key = _split(varied)[0]
@@ -551,16 +604,19 @@ def load_study(arguments: Sequence[str]) -> Study:
         raise UserError(f"two of the values are the same: {_short(varied)}")
     if configs[0].tracking.id is not None:
         raise UserError("tracking.id is one run's, and a study has several; leave it out")
-    keys = {argument: _split(argument)[0] for argument in rest if "=" in argument}
+    keys = {argument: _split(argument)[0] for argument in settings if argument not in several}
     own = ("output", "runs_dir")
     reading = [argument for argument, key in keys.items() if key.startswith(READER_KEYS) and key not in own]
     return Study(key, configs, reading, output)
 
 
 def _alternatives(argument: str) -> list[str]:
-    """The values of `key=value,value`."""
+    """The values of `key=value,value`; a path is one value."""
+    key, text = _split(argument)
+    if key in _PATHS:
+        return [text]
     values, depth, quote = [""], 0, ""
-    for character in _split(argument)[1]:
+    for character in text:
         if quote:
             quote = "" if character == quote else quote
         elif character in "\"'" and (depth or not values[-1]):
@@ -602,7 +658,7 @@ class _Setting(NamedTuple):
 
 def _read_yaml(path: Path) -> list[_Setting]:
     _require_text(str(path), "a file's name")
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in YAML:
         raise UserError(f"can't use {_short(repr(str(path)))}: give a YAML file, or key=value (--help lists the keys)")
     try:
         text = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
@@ -641,11 +697,30 @@ def _split(argument: str) -> tuple[str, str]:
 
 
 def _parse_argument(argument: str) -> _Setting:
-    """`a.b=value`. A value without brackets is text whatever it looks like: `name=a: b` and `name=#1` are."""
+    """`a.b=value`. A value without brackets is text whatever it looks like: `name=a: b` and `name=#1` are.
+
+    So is one with brackets where the key is of text, and a path that exists. `argument` writes what this reads.
+    """
     key, text = _split(argument)
     _require_known(key)
-    value = _parse_yaml(text, key) if text[:1] in ("[", "{", '"', "'") or text in ("~", "null", "") else text
-    return _Setting(key, value, "")
+    is_path, is_text = key in _PATHS, _knobs()[key].type.startswith("text")
+    is_yaml = text in ("null", "") or (text == "~" and not is_path) or text[:1] in ('"', "'")
+    if (not is_text and text[:1] in ("[", "{")) or (is_yaml and not (is_path and os.path.lexists(text))):
+        return _Setting(key, _parse_yaml(text, key), "")
+    return _Setting(key, text, "")
+
+
+def argument(key: str, value: Any) -> str:
+    """`key=value` as one types it for the key to get this value again."""
+    is_read = isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
+    return f"{key}={json.dumps(value, ensure_ascii=False) if is_read else text_of(value)}"
+
+
+def text_of(value: Any) -> str:
+    """A value as a file has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -736,8 +811,11 @@ def _require_known(key: str, source: str = "") -> None:
     raise UserError(f"{source}unknown key {_short(repr(key))}; {hint}")
 
 
-def _apply(config: Config, settings: Sequence[_Setting]) -> Config:
-    """`config` with `settings`, later ones winning. Raises UserError for a value that does not fit its key."""
+def _apply(config: Config, settings: Sequence[_Setting], *, has_homes: bool = True) -> Config:
+    """`config` with `settings`, later ones winning. Raises UserError for a value that does not fit its key.
+
+    `~` at the start of a path is a home, unless `has_homes` is false.
+    """
     final = {**flatten(config), **{setting.key: setting.value for setting in settings}}
     result = OmegaConf.structured(config)
     for key, value, source in settings:
@@ -745,6 +823,8 @@ def _apply(config: Config, settings: Sequence[_Setting]) -> Config:
         try:
             if value is not None and not _fits(value, _knobs()[key].depth):
                 raise TypeError
+            if has_homes and key in _PATHS and isinstance(value, str):
+                value = expand(value, f"{source}{key}")
             OmegaConf.update(result, key, value)
         except (OmegaConfBaseException, TypeError) as error:
             raise UserError(f"{source}{key} must be {_knobs()[key].type}, not {as_text(value)}") from error
@@ -809,9 +889,7 @@ def _type_name(hint: Any) -> str:
 
 def as_text(value: Any) -> str:
     """A value as a user would type it, in one line."""
-    if value is None:
-        return "null"
-    return _short(str(value).lower() if isinstance(value, bool) else str(value))
+    return _short(text_of(value))
 
 
 def _short(text: str) -> str:

@@ -18,9 +18,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vae_dist import digits, mnist
-from vae_dist.config import DataConfig
+from vae_dist.config import DataConfig, expand
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded, write_atomically
+from vae_dist.files import read_bounded, reason, write_atomically
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, permutation
 
 logger = logging.getLogger(__name__)
@@ -134,10 +134,7 @@ def _load_mnist(config: DataConfig, part: Part, name: str) -> Images:
 
 
 def _root(config: DataConfig) -> Path:
-    try:
-        return Path(config.root).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"data.root={config.root} can't be found: {error}") from error
+    return Path(expand(config.root, "data.root"))
 
 
 def _load_digits(config: DataConfig, part: Part) -> Images:
@@ -152,7 +149,7 @@ def _load_digits(config: DataConfig, part: Part) -> Images:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, save({**tensors, "sha256": _digest(tensors)}))
         except OSError as error:
-            logger.info("the digits are not kept: can't write to %s (%s)", folder, error.strerror)
+            logger.info("the digits are not kept: can't write to %s (%s)", folder, reason(error))
     return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"])
 
 

@@ -21,7 +21,7 @@ from vae_dist import checkpoint, console, data, images, objective, runtime, trac
 from vae_dist.config import Config
 from vae_dist.console import Figure
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder, write_atomically
+from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.model.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal, standard_normals
 from vae_dist.runtime import World
@@ -143,7 +143,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         folder, config, step, output, live = world.decide(lambda: opened)
         world.decide(lambda: tracking.check_online(config.tracking))
         kept = output / "evaluations"
-        world.decide(lambda: make_folder(kept, "output=FOLDER writes elsewhere"))
+        world.decide(lambda: make_folder(kept, ELSEWHERE))
         vae = checkpoint.load_vae(folder, config, world.device)
         pixels = world.main_first(lambda: _pixels(config))
         warning = _warning(config)
@@ -162,14 +162,19 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         }
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
         tracked = tracking.for_reading(config, folder, arguments)
-        with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
-            tracker.scalars(step, _scalars(result))
-            tracker.pictures(step, lambda: {config.evaluate.split: images.reconstructions(vae, pixels, subject)})
+
+        def keep() -> None:
+            with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
+                tracker.scalars(step, _scalars(result))
+                tracker.pictures(step, lambda: {config.evaluate.split: images.reconstructions(vae, pixels, subject)})
+                _write(output, result)
+
+        try:
+            world.decide(keep)
+        finally:  # where they can't be written too: they may have taken hours
+            if world.is_main:
+                _show(result)
         if world.is_main:
-            samples = f"_k{config.evaluate.importance_samples}" if config.evaluate.importance_samples else ""
-            for path in kept / f"step_{step:08d}_{config.evaluate.split}{samples}.json", output / "evaluation.json":
-                write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-            _show(result)
             logger.info("written to %s", output / "evaluation.json")
     return result
 
@@ -289,6 +294,15 @@ def _protocol(config: Config, pixels: Tensor, world: World) -> dict[str, Any]:
 def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """The figures as a row of the metrics file."""
     return {f"{result['split']}/{name}": result[name] for name in _SCALARS if result[name] is not None}
+
+
+def _write(output: Path, result: Mapping[str, Any]) -> None:
+    """Keep the figures under a name of their own, and as the run's latest."""
+    samples = f"_k{result['importance_samples']}" if result["importance_samples"] else ""
+    kept = output / "evaluations" / f"step_{result['step']:08d}_{result['split']}{samples}.json"
+    content = (json.dumps(result, indent=2) + "\n").encode()
+    with writing(output, ELSEWHERE):
+        write_together({kept: content, output / "evaluation.json": content})
 
 
 def _show(result: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from io import BytesIO
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,13 @@ def with_caption(picture: Picture) -> Image.Image:
     corner = LABEL_SPACE, picture.image.height + LABEL_SPACE
     ImageDraw.Draw(result).multiline_text(corner, text, fill="black", font=font)
     return result
+
+
+def to_png(picture: Image.Image, *, optimize: bool = False) -> bytes:
+    """The picture as a PNG file's content."""
+    file = BytesIO()
+    picture.save(file, "PNG", optimize=optimize)
+    return file.getvalue()
 
 
 def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:

@@ -14,19 +14,22 @@ import threading
 import time
 import urllib.request
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import cache
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urljoin
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded, write_atomically
+from vae_dist.files import InUseError, advice, locked, read_bounded, reason, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ ARCHIVE_SECONDS = 300
 LOCK_SECONDS = 3600  # for another process, which downloads what we want, to be done
 ARCHIVE_BYTES = 64 * 2**20  # the largest has 26 MB
 REDIRECTS = 5
+MOST_NAMED = 5  # files of other formats, in a message
 FILE_BYTES = 48 * 2**20  # the largest has 45 MiB
 
 _HANDLERS = (
@@ -48,12 +52,23 @@ _HANDLERS = (
     urllib.request.UnknownHandler,
 )
 
+# The files of a set, and how many dimensions each has.
+_DIMENSIONS = {
+    f"{part}-{kind}-ubyte": dimensions
+    for part in ("train", "t10k")
+    for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1))
+}
+
+_OTHER_FORMATS = (".npz", ".parquet", ".pkl", ".pkl.gz", ".pt", ".tar", ".tar.gz", ".tgz", ".zip")
+
 # torchvision knows the archives' digests; these are of the files themselves, which is what lies on the disk.
 _SHA256 = {
-    "MNIST/raw/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "MNIST/raw/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "MNIST/raw/t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "MNIST/raw/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    "mnist": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    }
 }
 
 
@@ -71,32 +86,105 @@ def load(name: str, root: Path, split: str, *, download: bool, mirror: str | Non
     Raises UnreachableError when files are missing and can't be had, UserError when one on the disk is damaged.
     """
     folder = root / TORCHVISION_NAMES[name] / "raw"
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     try:
-        missing = [file for file in names if not (folder / file).exists()]
+        copies, unusable = _find_copies(name, root, [file for file in _DIMENSIONS if not (folder / file).exists()])
+        missing = [file for file in _DIMENSIONS if file not in copies and not (folder / file).exists()]
     except OSError as error:
-        raise UnreachableError(f"can't look into {folder} ({error.strerror}); choose another data.root") from error
-    if missing and not download:
-        raise UnreachableError(f"{name} is not in {folder}: {', '.join(missing)} missing, and data.download=false")
-    if missing:
-        _download(name, folder, [mirror] if mirror else None)
+        raise UnreachableError(f"can't look into {folder} ({reason(error)}); choose another data.root") from error
+    try:
+        if missing and not download:
+            raise UnreachableError(f"{name} is not in {folder}: {', '.join(missing)} missing, and data.download=false")
+        if missing:
+            _download(name, folder, missing, mirror)
+    except UnreachableError as error:
+        if not unusable:
+            raise
+        raise UnreachableError(f"{error}; what lies there can't be used: {', '.join(unusable)}") from error
     part = {"train": "train", "test": "t10k"}[split]
-    pixels = _read_idx(folder / f"{part}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(folder / f"{part}-labels-idx1-ubyte", dimensions=1)
+    files = [f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    pixels, labels = (copies[file] if file in copies else _read_idx(folder / file, name) for file in files)
     if len(pixels) != len(labels):
         raise UserError(f"{folder} has {len(pixels)} {part} images but {len(labels)} labels; delete it and run again")
     return pixels.unsqueeze(1), labels.to(torch.int64)
 
 
-def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """A file in the IDX format: two zeros, a type (8 is uint8), the number of dimensions, their sizes, the bytes."""
+def _find_copies(name: str, root: Path, missing: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """What is in whole copies of missing files, as they lie after a download by hand; and what can't be used, and why.
+
+    They may be packed or not, in folders that are called like the set, in `root` or in `root/raw`.
+    """
+    own = [root / folder / inside for folder in (TORCHVISION_NAMES[name], name) for inside in ("raw", "")]
+    found, unusable = {}, []
+    for file in missing:
+        problems = []
+        for path in (place / ending for place in (*own, root, root / "raw") for ending in _endings(file)):
+            if not path.is_file():
+                continue
+            try:
+                found[file] = _read_copy(path, name, file)
+            except _BadCopyError as error:
+                problems.append(f"{path} ({error})")
+            else:
+                _say_used(path)
+                break
+        unusable += problems if file not in found else []
+    if len(found) < len(missing):
+        others = [path for place in (*own, own[1] / "processed", root) for path in _of_other_formats(place)]
+        unusable += [f"{path} (of another format)" for path in others[:MOST_NAMED]]
+    return found, unusable
+
+
+def _of_other_formats(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(path for path in folder.iterdir() if path.name.endswith(_OTHER_FORMATS))
+    return []
+
+
+def _endings(file: str) -> list[str]:
+    """How a file is called in the archives that are around."""
+    spellings = (file, file.replace("-idx", ".idx"))
+    return [ending for spelling in spellings for ending in (spelling, f"{spelling}.gz", f"{spelling}/{spelling}")]
+
+
+def _read_copy(path: Path, name: str, file: str) -> Tensor:
+    """A copy's values. Raises _BadCopyError for one that is not whole or, the sets' file names being equal, another's.
+
+    Where no digest is published, a folder that is called like the set says that it is.
+    """
     try:
-        content = read_bounded(path, FILE_BYTES)
+        content = read_bounded(path, ARCHIVE_BYTES)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); delete it or choose another data.root") from error
+        raise _BadCopyError(reason(error)) from error
+    values = _parse(_unpacked(content), name, file)
+    folders = {part.lower() for part in path.absolute().parts[-4:-1]}
+    if name not in _SHA256 and not folders & {name, TORCHVISION_NAMES[name].lower()}:
+        published = dict(_torchvision(name).resources)[f"{file}.gz"]
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != published:
+            raise _BadCopyError(f"whether it is of {name} can't be told; put it into {TORCHVISION_NAMES[name]}/raw")
+    return values
+
+
+@cache
+def _say_used(path: Path) -> None:
+    logger.info("using %s", path)
+
+
+def _read_idx(path: Path, name: str) -> Tensor:
+    """The values of a file that lies in its place."""
+    try:
+        return _parse(_unpacked(read_bounded(path, FILE_BYTES)), name, path.name)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({reason(error)}); delete it or choose another data.root") from error
+    except _BadCopyError as error:
+        raise UserError(f"{path} is damaged: {error}; delete it, and the next run downloads it again") from error
+
+
+def _parse(content: bytes, name: str, file: str) -> Tensor:
+    """The IDX format: two zeros, a type (8 is uint8), the number of dimensions, their sizes, the bytes."""
+    dimensions = _DIMENSIONS[file]
     header = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
-    known = _SHA256.get("/".join(path.parts[-3:]))
+    known = _SHA256.get(name, {}).get(file)
     if content[:4] != bytes([0, 0, 8, dimensions]):
         problem = "its first bytes are not those of such a file"
     elif len(content) != header + math.prod(sizes):
@@ -107,22 +195,34 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         problem = "its sha256 is not the published one"
     else:
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
-    raise UserError(f"{path} is damaged: {problem}; delete it, and the next run downloads it again")
+    raise _BadCopyError(problem)
 
 
-def _download(name: str, folder: Path, mirrors: list[str] | None) -> None:
+def _unpacked(content: bytes) -> bytes:
+    """An archive's content, by its first bytes: browsers unpack some and keep the name."""
+    return _extract(content, "it") if content[:2] == b"\x1f\x8b" else content
+
+
+def _torchvision(name: str) -> Any:
+    """torchvision's class of a set, with its mirrors and digests."""
     import torchvision  # seconds to import, and needed only once in a machine's life
 
-    dataset = getattr(torchvision.datasets, TORCHVISION_NAMES[name])
+    return getattr(torchvision.datasets, TORCHVISION_NAMES[name])
+
+
+def _download(name: str, folder: Path, missing: Sequence[str], mirror: str | None) -> None:
+    dataset = _torchvision(name)
+    md5_by_archive = {archive: md5 for archive, md5 in dataset.resources if archive.removesuffix(".gz") in missing}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Other processes and other runs wait, then find the files.
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
-            _fetch_from_any(mirrors or dataset.mirrors, dict(dataset.resources), folder)
-    except Timeout as error:
+        # Other processes and other runs wait, then find the files. Where there are no locks, each downloads for itself.
+        with locked(folder / ".lock", LOCK_SECONDS, f"another process downloads into {folder}"):
+            _fetch_from_any([mirror] if mirror else dataset.mirrors, md5_by_archive, folder)
+    except InUseError as error:
         raise UnreachableError(f"another process has held {folder / '.lock'} for {LOCK_SECONDS} s; stop it") from error
     except OSError as error:
-        raise UnreachableError(f"can't download into {folder} ({error.strerror}); choose another data.root") from error
+        way_out = advice(error, "choose another data.root")
+        raise UnreachableError(f"can't download into {folder} ({reason(error)}); {way_out}") from error
 
 
 def _fetch_from_any(mirrors: list[str], md5_by_archive: dict[str, str], folder: Path) -> None:
@@ -138,8 +238,9 @@ def _fetch_from_any(mirrors: list[str], md5_by_archive: dict[str, str], folder: 
             return
         except _BadCopyError as error:
             failures.append(str(error))
+    missing = [file for archive in md5_by_archive if not (folder / (file := archive.removesuffix(".gz"))).exists()]
     raise UnreachableError(
-        f"no mirror gave what is missing in {folder} ({'; '.join(failures)}); "
+        f"no mirror gave what is missing in {folder}, {', '.join(missing)} ({'; '.join(failures)}); "
         "try again, put the files there by hand, or use data.name=synthetic_digits, which needs none"
     )
 

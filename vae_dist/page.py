@@ -1,7 +1,6 @@
 """The page about a run: what page.html is filled with. All text from the run is escaped where it enters. L latents."""
 
 import hashlib
-import json
 import logging
 import re
 import shlex
@@ -17,7 +16,7 @@ from vae_dist import checkpoint, console, manifest, plane, record, runtime, trac
 from vae_dist import config as configs
 from vae_dist.checkpoint import Opened
 from vae_dist.config import Config
-from vae_dist.files import make_folder, write_atomically
+from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.markup import Curve, Html, data_uri, element, escape, figure, join, line_chart, notice
 from vae_dist.model.vae import VAE
 from vae_dist.record import Record, is_number
@@ -65,11 +64,12 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
 
 def _write(opened: Opened, device: torch.device) -> Path:
-    make_folder(opened.output, "output=FOLDER writes elsewhere")
+    make_folder(opened.output, ELSEWHERE)
     path = opened.output / "report.html"
     vae = checkpoint.load_vae(opened.folder, opened.config, device)
     content = _page(record.read(opened), vae, opened.config).encode()
-    write_atomically(path, content)
+    with writing(path, ELSEWHERE):
+        write_atomically(path, content)
     logger.info("written to %s (%.1f MB); any browser opens it", path, len(content) / 1e6)
     return path
 
@@ -298,8 +298,8 @@ def _changed(config: Config) -> Html:
             element("dt", element("code", knob.key), element("p", knob.help, class_="soft")),
             element(
                 "dd",
-                element("b", _text(values[knob.key])),
-                element("p", f"default: {_text(knob.default)}", class_="soft"),
+                element("b", configs.text_of(values[knob.key])),
+                element("p", f"default: {configs.text_of(knob.default)}", class_="soft"),
             ),
         )
         for knob in configs.knobs()
@@ -314,7 +314,7 @@ def _settings(config: Config) -> Html:
     groups: dict[str, dict[str, str]] = {}
     for knob in configs.knobs():
         group, _, name = knob.key.rpartition(".")
-        value = _text(values[knob.key])
+        value = configs.text_of(values[knob.key])
         groups.setdefault(group or "run", {})[name] = (
             value if values[knob.key] == knob.default else element("mark", value)
         )
@@ -333,7 +333,7 @@ def _machine(run: Record) -> Html:
             "launched": _count(len(run.launches), "time", "times") if run.launches else unknown,
             "processes": str(run.state.world_size),
             "device": device,
-            "threads of each": threads or _text(run.config.train.threads),
+            "threads of each": threads or configs.text_of(run.config.train.threads),
             "precision": run.config.train.precision,
             "speed, the median": f"{figure(statistics.median(speeds))} images per second" if speeds else unknown,
             "updates left out": str(run.state.skipped_updates),
@@ -346,7 +346,7 @@ def _reproduce(run: Record) -> dict[str, str]:
     """The command that trains this run anew, and what it then has to be equal to."""
     values = configs.flatten(run.config)
     given = [
-        f"{knob.key}={_argument(values[knob.key])}"
+        configs.argument(knob.key, values[knob.key])
         for knob in configs.knobs()
         if values[knob.key] != knob.default and not knob.key.startswith(_OF_ONE_RUN)
     ]
@@ -358,16 +358,3 @@ def _reproduce(run: Record) -> dict[str, str]:
         "run": run.path,
         "hashes": _facts({name: run.manifest["files"][name]["sha256"] for name in manifest.FILES}, "facts wide"),
     }
-
-
-def _text(value: Any) -> str:
-    """A setting as a file has it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _argument(value: Any) -> str:
-    """A setting as one types it."""
-    looks_like_more = isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
-    return json.dumps(value) if looks_like_more else _text(value)

@@ -44,8 +44,10 @@ class Record(NamedTuple):
 
     @property
     def path(self) -> str:
-        """What a command calls it. It is where it was trained, so that it does not depend on who looks from where."""
-        return shlex.quote(str(Path(self.config.runs_dir) / str(self.config.name)))
+        """What `make ... RUN=` takes for it. It is where it was trained, so that it does not depend on who looks."""
+        path = str(Path(self.config.runs_dir) / str(self.config.name))
+        quoted = shlex.quote(path)  # for the command that make runs; what else make and the shell would read, for these
+        return quoted if quoted == path else shlex.quote(quoted.replace("$", "$$"))
 
     @property
     def reached(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vae_dist import checkpoint, console, data, images, plots, runtime, tracking
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder, write_atomically
+from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.images import Picture
 from vae_dist.latents import Trained, principal_components
 from vae_dist.model.distributions import DiagonalGaussian
@@ -62,25 +62,34 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
             target = target.with_name(f"{target.name}_seed_{config.sample.seed}")
             caption += f"; seed {config.sample.seed}"
         tracked = tracking.for_reading(config, folder, arguments)
-        with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
-            if world.is_main:
-                picture = Picture(result.draw(), caption)
+
+        def keep() -> None:
+            picture = Picture(result.draw(), caption)
+            with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
                 _write(target, result.tensors, picture, separate_files=config.sample.files)
                 tracker.pictures(step, lambda: {f"sample_{name}": picture})
-                logger.info("%d latents and their picture in %s", len(result.tensors["latents"]), target)
+            logger.info("%d latents and their picture in %s", len(result.tensors["latents"]), target)
+
+        world.decide(keep)
     return target
 
 
 def _write(target: Path, tensors: dict[str, Tensor], picture: Picture, *, separate_files: bool) -> None:
-    make_folder(target, "output=FOLDER writes elsewhere")
-    for old in target.glob("[0-9]*.png"):  # of an earlier command that had more of them
-        old.unlink()
+    """Write all files of a kind, in the place of what an earlier command wrote there."""
+    make_folder(target, ELSEWHERE)
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    write_atomically(target / "samples.safetensors", content)
     file_name = "grid.png" if "images" in tensors else "scatter.png"
-    images.with_caption(picture).save(target / file_name, optimize=True)
-    for index, image in enumerate(tensors["images"] if separate_files else []):
-        images.grid(image.unsqueeze(0), 1).save(target / f"{index:06d}.png")
+    drawn = images.to_png(images.with_caption(picture), optimize=True)
+    separate = {
+        target / f"{index:06d}.png": images.to_png(images.grid(image.unsqueeze(0), 1))
+        for index, image in enumerate(tensors["images"] if separate_files else [])
+    }
+    with writing(target, ELSEWHERE):
+        joint = {target / "samples.safetensors": content, target / file_name: drawn}
+        write_together({**separate, **joint}, durable=not separate)
+        for old in target.glob("[0-9]*.png"):  # of an earlier command that had more of them
+            if old not in separate:
+                old.unlink()
 
 
 def prior(trained: Trained) -> Result:

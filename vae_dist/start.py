@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import shutil
 import time
 from contextlib import ExitStack
@@ -17,12 +18,14 @@ from vae_dist import checkpoint, data, runtime, tracking
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder, require_no_links
+from vae_dist.files import make_folder, require_no_links, writing
 from vae_dist.model import build_vae, check_names
 from vae_dist.plan import Plan
 from vae_dist.runtime import World
 
 logger = logging.getLogger(__name__)
+
+ELSEWHERE = "choose another runs_dir"
 
 # About what a step takes on a CPU beside its matrix products, and how many operations a thread does in a second: good
 # enough to tell minutes from seconds.
@@ -53,11 +56,12 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
             f"train.batch_size={config.train.batch_size} is too small for {world.size} processes "
             f"with {config.train.accumulate} parts each; it must be at least {parts}"
         )
-    config = replace(config, name=_name(config))
-    run_dir = Path(config.runs_dir) / str(config.name)
-    is_new = not run_dir.exists()
+    with writing(Path(config.runs_dir), ELSEWHERE):  # to look into it takes permissions too
+        config = replace(config, name=_name(config))
+        run_dir = Path(config.runs_dir) / str(config.name)
+        is_new = not run_dir.exists()
     if not is_new:
-        _hold(run_dir, held)
+        _hold(run_dir, config.checkpoint.take_over, held)
     resumed_from = _resumed_from(config, run_dir)
     threads, compiled = config.train.threads, config.train.compile
     identity = config.tracking.id if config.tracking.owner is None else None  # a saved config has an owner
@@ -78,7 +82,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
     name, image_count, image_shape = data.prepare(config.data)
     _check_sizes(config, image_count)
     if is_new:
-        _hold(run_dir, held)
+        _hold(run_dir, config.checkpoint.take_over, held)
         if checkpoint.newest(run_dir) is not None:
             raise UserError(f"another training has just written {run_dir}; start this one again to go on from it")
     config = replace(
@@ -145,19 +149,21 @@ def _name(config: Config) -> str:
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
     runs = Path(config.runs_dir)
-    if mark and (started := sorted(runs.glob(name.replace("{time}", "*") + mark))):
-        return started[-1].name
+    pattern = ".*".join(map(re.escape, name.split("{time}"))) + mark
+    if mark and (started := sorted(path.name for path in runs.glob("*") if re.fullmatch(pattern, path.name))):
+        return started[-1]
     stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
     names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
     return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
-def _hold(run_dir: Path, held: ExitStack) -> None:
+def _hold(run_dir: Path, take_over: str | None, held: ExitStack) -> None:
     """Take the run's directory for this training alone, and finish or remove what a killed one left half done."""
-    make_folder(run_dir, "choose another runs_dir")
+    make_folder(run_dir, ELSEWHERE)
     require_no_links(run_dir)
-    held.enter_context(checkpoint.locked(run_dir))
-    checkpoint.recover(run_dir)
+    held.enter_context(checkpoint.locked(run_dir, take_over))
+    with writing(run_dir, ELSEWHERE):
+        checkpoint.recover(run_dir)
 
 
 def _resumed_from(config: Config, run_dir: Path) -> Path | None:

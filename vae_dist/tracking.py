@@ -6,14 +6,13 @@ resume from an older checkpoint it would drop rows.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -28,8 +27,8 @@ import psutil
 from vae_dist import config as configs
 from vae_dist.config import Config, TrackingConfig
 from vae_dist.errors import RunError, StoppedError, UserError
-from vae_dist.files import make_folder, write_atomically
-from vae_dist.images import Picture, with_caption
+from vae_dist.files import ELSEWHERE, append, make_folder, sync, write_atomically, writing
+from vae_dist.images import Picture, to_png, with_caption
 
 logger = logging.getLogger(__name__)
 
@@ -182,25 +181,30 @@ def check_online(config: TrackingConfig) -> None:
 
 
 class RunDirectory:
-    """`metrics.jsonl`, one JSON object a row, and `images/*.png`."""
+    """`metrics.jsonl`, one JSON object a row, and `images/*.png`.
+
+    Raises UserError where they can't be written to, and RunError once a training, which has a `start`, is under way.
+    """
 
     def __init__(self, run_dir: Path, start: int | None, again: str = "") -> None:
         self._run_dir = run_dir
         self._file = run_dir / METRICS
-        self._remedy = "make room, or put the folder back; then give the same command again" + (
+        self._remedy = "; then give the same command again" + (
             f" with name={run_dir.name}, which goes on from the newest checkpoint" if start is not None else ""
         )
+        self._failure: type[Exception] = UserError
         for path in (self._file, run_dir / "images", run_dir / "wandb"):
             if path.is_symlink():  # a directory that somebody else made could have one's own files overwritten
                 raise UserError(f"{path} is a symbolic link, which is not followed; remove it")
-        make_folder(run_dir / "images", "output=FOLDER writes elsewhere")
+        make_folder(run_dir / "images", ELSEWHERE if start is None else "choose another runs_dir")
         if start is not None:
             with self._writing(self._file):
                 content = "".join(json.dumps(row) + "\n" for row in self._rows(start, again)).encode()
                 write_atomically(self._file, content)
+            self._failure = RunError
 
     def _rows(self, start: int, again: str) -> list[dict[str, Any]]:
-        """The rows up to a step, as far as they are whole: a run that was killed can leave half a row at the end."""
+        """The rows up to a step, as far as they are whole: a run that was killed can leave half a row."""
         rows = []
         for line in self._file.read_bytes().splitlines() if self._file.exists() else []:
             try:
@@ -209,29 +213,24 @@ class RunDirectory:
                 if row["step"] <= start and not is_cut:
                     rows.append(row)
             except (ValueError, TypeError, KeyError):
-                break
+                continue
         return rows
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with self._writing(self._file), open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._writing(self._file):
+            append(self._file, json.dumps({"step": step, **values}))
 
     def pictures(self, step: int, pictures: Mapping[str, Picture]) -> None:
         for name, picture in pictures.items():
             path = self._run_dir / "images" / f"{name}_step_{step:08d}.png"
-            png = io.BytesIO()
-            with_caption(picture).save(png, "PNG")
+            png = to_png(with_caption(picture))
             with self._writing(path):
-                write_atomically(path, png.getvalue())
+                write_atomically(path, png)
 
     def flush(self) -> None:
         with self._writing(self._file):
             for path in (self._file, self._run_dir):  # the rows, and that there is such a file
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                sync(path)
 
     def artifact(self, folder: Path) -> None:
         """Nothing: it is in the run's directory."""
@@ -239,12 +238,8 @@ class RunDirectory:
     def close(self, error: BaseException | None) -> None:
         """Nothing: every row is in the file already."""
 
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"can't write {path} ({error.strerror or error}); {self._remedy}") from error
+    def _writing(self, path: Path) -> AbstractContextManager[None]:
+        return writing(path, "make it writable", self._failure, self._remedy)
 
 
 class WandbRun:

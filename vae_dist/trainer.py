@@ -13,12 +13,13 @@ from vae_dist.batches import Batches
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.console import TrainingProgress
+from vae_dist.files import writing
 from vae_dist.meter import Meter
 from vae_dist.milestones import Milestones, Recording
 from vae_dist.model import build_vae
 from vae_dist.plan import Plan
 from vae_dist.runtime import World
-from vae_dist.start import Start, settle
+from vae_dist.start import ELSEWHERE, Start, settle
 from vae_dist.stopping import StopRequests, Watch
 from vae_dist.update import Update
 
@@ -98,13 +99,19 @@ def _recording(start: Start, world: World, state: TrainingState, last_step: int,
     config, run_dir, _ = start
     with ExitStack() as kept:
         requests = kept.enter_context(StopRequests())
-        if world.is_main:
-            checkpoint.go_back(run_dir, state.step)
-            configs.save(config, run_dir / "config.yaml")
-            kept.enter_context(console.logged_to(run_dir / "log.txt"))
-        _announce(start, world, state.step, last_step, plan)
         again = "validation" if state.validation_pending else ""
-        tracker = tracking.track(config, run_dir, is_main=world.is_main, start=state.step, again=again)
+        trackers = []
+
+        def begin() -> None:
+            with writing(run_dir, ELSEWHERE):
+                checkpoint.go_back(run_dir, state.step)
+                configs.save(config, run_dir / "config.yaml")
+                kept.enter_context(console.logged_to(run_dir / "log.txt"))
+            _announce(start, world, state.step, last_step, plan)
+            trackers.append(tracking.track(config, run_dir, is_main=True, start=state.step, again=again))
+
+        world.decide(begin)  # where this fails it does so on all processes
+        tracker = trackers[0] if trackers else tracking.Tracker([])
         progress = TrainingProgress(world.is_main, state.step, last_step, plan.steps_per_epoch)
         kept.enter_context(tracker)
         yield Recording(tracker, kept.enter_context(progress), Watch(requests, world, state.step))

@@ -1,0 +1,396 @@
+"""Runs on file systems that can't do everything, that are full or read-only, under paths of any characters."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, MakeConfig, opened
+from vae_dist import checkpoint, config, files, record
+from vae_dist.comparison import compare, study
+from vae_dist.errors import RunError, UserError
+from vae_dist.evaluation import evaluate
+from vae_dist.files import advice, append, make_folder
+from vae_dist.page import report
+from vae_dist.sampling import sample
+from vae_dist.trainer import train
+
+# Trains, finds the mark of a training on another machine, and takes the directory over.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from vae_dist import checkpoint, config
+from vae_dist.errors import UserError
+from vae_dist.trainer import train
+checkpoint.LOCK_SECONDS = 0.2
+asked = sys.argv[1:]
+run_dir = train(config.load([*asked, "train.steps=20"]))
+mark = run_dir / checkpoint.MARK
+assert not mark.exists()
+mark.write_text(json.dumps({"host": "node7", "process": 4711, "since": "2026-01-02 03:04:05 +0000"}))
+assert checkpoint.is_being_trained(run_dir)
+try:
+    train(config.load([*asked, "train.steps=30"]))
+except UserError as error:
+    print(error)
+    train(config.load([*asked, "train.steps=30", str(error).rpartition(" ")[2]]))
+assert not mark.exists()
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that makes calls fail as file systems do, to be preloaded."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("there is no C compiler, or this is not Linux")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, REPOSITORY / "tests/faults.c", "-ldl"], check=True)
+    return library
+
+
+def test_where_nothing_can_be_flushed_renamed_or_locked_a_run_is_bitwise_the_same(
+    faults: Path, smoke_arguments: list[str], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    settings = ["name=a", "checkpoint.every=5", "train.validate_every=7"]
+    command = [sys.executable, "-c", PROGRAM, *smoke_arguments, f"runs_dir={tmp_path / 'odd'}", *settings]
+    environment = {**os.environ, "LD_PRELOAD": str(faults), "FAULTS": "fsync rename flock"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("can't be flushed to its disk (Invalid argument)") == 1
+    assert "odd/a can't be locked (Function not implemented)" in ended.stderr
+    assert "process 4711 on node7, since 2026-01-02 03:04:05 +0000" in ended.stdout
+    assert "checkpoint.take_over=" in ended.stdout and "taking over" in ended.stderr
+
+    odd = tmp_path / "odd/a"
+    plain = train(make_config(*settings, "train.steps=30"))
+    names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (odd, plain)]
+    assert names[0] == names[1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        contents = [checkpoint.find(run, run).joinpath(name).read_bytes() for run in (odd, plain)]
+        assert contents[0] == contents[1]
+    assert len((odd / "metrics.jsonl").read_text().splitlines()) >= 10
+    assert not [path for path in odd.rglob(".*") if path.name != ".lock"]
+
+
+def test_a_publication_by_copying_that_is_killed_is_finished_by_the_next_training(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_dir = train(make_config("name=a", "train.steps=20"))
+    whole = checkpoint.find(run_dir, run_dir)
+    shutil.copytree(whole, whole.with_name(f".writing-{whole.name}-0123abcd"))
+    for name in ("manifest.json", "state.json"):  # the last that are copied
+        (whole / name).unlink()
+        checkpoint.recover(run_dir)
+        assert checkpoint.verify(whole) == 20
+        shutil.copytree(whole, whole.with_name(f".writing-{whole.name}-0123abcd"))
+
+
+def hold(path: Path) -> subprocess.Popen[bytes]:
+    """Another process, which holds a mark."""
+    program = "import pathlib, sys, time; from vae_dist import files\n"
+    program += "with files.marked(pathlib.Path(sys.argv[1]), 0, '', None): print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    return process
+
+
+def test_a_mark_names_its_process_and_is_passed_over_once_that_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "mark"
+    process = hold(path)
+    with pytest.raises(files.InUseError, match=f"process {process.pid} on .*, since 20") as refused:
+        files.marked(path, 0.1, "", "another").__enter__()
+    assert refused.value.mark is not None
+    process.kill()
+    time.sleep(0.1)  # it has ended, and nobody has asked how: a zombie
+    with files.marked(path, 0.1, "", None):
+        assert json.loads(path.read_text())["process"] == os.getpid()
+    process.communicate()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"host": "other", "machine": "other"}, {"machine": None}, {"process": -1}, {"started": "now"}, None]
+)
+def test_a_mark_of_which_nobody_can_tell_holds_until_it_is_taken_over(
+    change: dict[str, object] | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "mark"
+    process = hold(path)
+    process.kill()
+    process.communicate()
+    holder = json.loads(path.read_text())
+    path.write_text("" if change is None else json.dumps(holder | change))
+    left = path.read_bytes()
+    with pytest.raises(files.InUseError) as refused:
+        files.marked(path, 0, "", None).__enter__()
+    assert path.read_bytes() == left
+    with files.marked(path, 0, "", refused.value.mark):
+        assert path.read_bytes() != left
+
+
+def test_a_lock_that_is_waited_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
+    monkeypatch.setattr(files, "SILENT_SECONDS", 0)
+    waiting = files.locked(tmp_path / "lock", 0.2, "another process downloads")
+    caplog.set_level("INFO", "vae_dist")
+    with files.locked(tmp_path / "lock", 0, ""), pytest.raises(files.InUseError):
+        waiting.__enter__()
+    assert f"another process downloads (it holds {tmp_path / 'lock'})" in caplog.text
+
+
+class Disk:
+    """A file system of its own, in memory."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def leave(self, kilobytes: int) -> None:
+        """Fill it but for so much."""
+        (self.place / "filling").unlink(missing_ok=True)
+        free = shutil.disk_usage(self.place).free
+        (self.place / "filling").write_bytes(bytes(max(free - 1024 * kilobytes, 0)))
+
+    def mount(self, *options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", self.place], check=True, capture_output=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    small = Disk(tmp_path / "disk")
+    small.place.mkdir()
+    try:
+        small.mount("-o", "size=8m")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root can mount a small disk")
+    yield small
+    subprocess.run(["umount", "--lazy", small.place], check=True)
+
+
+def state_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "filling"}
+
+
+READERS: dict[str, tuple[Callable[[Path, Sequence[str]], object], list[str]]] = {
+    "evaluate": (evaluate, ["evaluate.importance_samples=2"]),
+    "sample": (sample, ["sample.count=4", "sample.files=true"]),
+    "compare": (lambda run, arguments: compare([run], arguments), []),
+    "report": (report, []),
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_what_looks_at_a_run_keeps_what_was_there_where_a_disk_is_full_or_read_only(
+    command: str, disk: Disk, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    look, settings = READERS[command]
+    run_dir = train(make_config("name=a", "train.steps=20"))
+    settings = [f"data.root={make_config().data.root}", "tracking.wandb=disabled", "train.threads=1", *settings]
+    if command == "compare":
+        evaluate(run_dir, [*settings, "evaluate.importance_samples=0"])
+    settings.append(f"output={disk.place / 'out'}")
+    look(run_dir, settings)
+    before = {path: content for path, content in state_of(disk.place).items() if path.name != "metrics.jsonl"}
+    assert before
+    failures = 0
+    for free in (0, 4, 16, 128, 4096):
+        disk.leave(free)
+        try:
+            look(run_dir, settings)
+            break
+        except UserError as error:
+            failures += 1
+            assert re.search(r"can't write.*disk/out.*\(No space left on device\); make room", str(error))
+            after = state_of(disk.place)
+            assert {path.name for path in after} - {path.name for path in before} <= {"metrics.jsonl"}
+            for row in (disk.place / "out/metrics.jsonl").read_bytes().splitlines() if command == "evaluate" else []:
+                json.loads(row)
+            if command != "evaluate":  # its picture is one of its own, and new before its figures are
+                assert before.items() <= after.items()
+    assert failures > 0
+    disk.mount("-o", "remount,ro")
+    with pytest.raises(UserError, match=r"\(Read-only file system\); output=FOLDER writes elsewhere"):
+        look(run_dir, settings)
+
+
+def test_runs_that_can_not_be_written_to_are_compared_elsewhere_and_evaluated_once(
+    disk: Disk, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = train(make_config(f"runs_dir={disk.place}", "name=a", "train.steps=5"))
+    before = state_of(run_dir)
+    disk.mount("-o", "remount,ro")
+    settings = ["tracking.wandb=disabled", "evaluate.importance_samples=2", f"output={tmp_path / 'out'}"]
+    compare([run_dir], [*settings, f"data.root={make_config().data.root}"])
+    monkeypatch.setattr("vae_dist.comparison.evaluate", None)
+    compare([run_dir], [*settings, f"data.root={make_config().data.root}"])
+    assert state_of(run_dir) == before
+
+
+def test_a_training_that_finds_a_full_disk_says_so_and_keeps_what_was_there(
+    disk: Disk, make_config: MakeConfig
+) -> None:
+    asked = [f"runs_dir={disk.place}", "name=a", "checkpoint.every=10"]
+    ends = set()
+    for free in (0, 4, 8, 16, 64, 128, 256):
+        disk.leave(free)
+        with pytest.raises((UserError, RunError), match=r"No space left on device\)?; make room") as ended:
+            train(make_config(*asked))
+        ends.add(type(ended.value))
+    assert ends == {UserError, RunError}  # at the start, and in the middle of the training
+    disk.leave(1024)
+    run_dir = train(make_config(*asked, "train.steps=10"))
+    checkpoints = state_of(run_dir / "checkpoints")
+    for free in (0, 4, 8):
+        disk.leave(free)
+        with pytest.raises((UserError, RunError), match=r"No space left on device\)?; make room"):
+            train(make_config(*asked, "train.steps=15"))
+        assert state_of(run_dir / "checkpoints") == checkpoints
+        assert config.read(run_dir / "config.yaml").train.steps in (10, 15)
+    disk.mount("-o", "remount,ro")
+    with pytest.raises(UserError, match=r"\(Read-only file system\); choose another runs_dir"):
+        train(make_config(*asked))
+
+
+def test_a_folder_that_takes_nothing_is_not_left_behind(disk: Disk) -> None:
+    disk.leave(0)
+    with pytest.raises(UserError, match="make room"):
+        make_folder(disk.place / "some/where", "choose another")
+    assert not (disk.place / "some").exists()
+
+
+def test_a_row_is_whole_and_stands_alone(disk: Disk) -> None:
+    path = disk.place / "rows"
+    path.write_text('{"step": 1}\n{"st')  # as a process that was killed leaves it
+    disk.leave(0)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        append(path, "x" * 2**16)
+    assert path.read_bytes() == before
+    disk.leave(1024)
+    append(path, "2")
+    append(path, "3")
+    assert path.read_text() == '{"step": 1}\n{"st\n2\n3\n'
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "ulimit -f"), (errno.ENOENT, "back"),
+     (errno.EACCES, "elsewhere"), (errno.EROFS, "elsewhere"), (errno.ENOTDIR, "elsewhere")],
+)  # fmt: skip
+def test_advice_fits_the_error(number: int, words: str) -> None:
+    assert words in advice(OSError(number, os.strerror(number)), "go elsewhere")
+
+
+NAMES = [
+    "[a]", "{b: c}", "a=b", "%s%d", "#1", "x y", "ü🙂", "-x", "{time}", "*", "?", "'q'", '"q"', "a,b", "$HOME", "!x",
+    "a;b", "&a", "null", "\\n", "<b>", "(a)", "[/]", "|", "...", "name=b",
+]  # fmt: skip
+
+
+def test_a_run_is_trained_and_looked_at_under_a_path_of_any_characters(
+    smoke_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = "/".join(NAMES)  # relative, and more than one of these characters begins an argument
+    Path("run=1.yaml").write_text(json.dumps({"runs_dir": odd, "data": {"root": f"{odd}/data"}}, ensure_ascii=False))
+    readable = ["tracking.wandb=disabled", "evaluate.importance_samples=2", f"data.root={odd}/data"]
+    asked = config.load([smoke_arguments[0], "run=1.yaml", *smoke_arguments[2:], "name=a", "train.steps=10"])
+    assert asked == config.load([smoke_arguments[0], *smoke_arguments[2:], *readable[2:], "name=a", "train.steps=10",
+                                 f"runs_dir={odd}"])  # fmt: skip
+    run_dir = train(asked)
+    assert run_dir == Path(odd, "a") and (run_dir / "metrics.jsonl").exists()
+
+    for argument in (f"{odd}/a", f"{odd}/a/best", str(checkpoint.find(run_dir, tmp_path))):
+        (run,), rest = config.split_runs([argument, *readable])
+        assert (run, rest) == (Path(argument), readable)
+        evaluate(run, rest)
+    evaluate(None, [*readable, f"runs_dir={odd}"])  # the newest there
+    compare([run], [*readable, f"output={odd}/out"])
+    assert evaluate(run, [*readable, f"output={odd}/out"])["step"] == 10
+    assert str(run_dir / "report.html") == str(report(run, readable))
+    page = record.read(opened(run_dir))
+    shown = subprocess.run(
+        f"make -n -C {REPOSITORY} PYTHON=true eval RUN={page.path}", shell=True, capture_output=True, text=True
+    )
+    command = shlex.split(shown.stdout.splitlines()[-2 if "Leaving" in shown.stdout else -1])
+    assert command[2:] == [str(run_dir)]
+    branch = train(config.load([smoke_arguments[0], *smoke_arguments[1:], "name=b", "train.steps=15",
+                                f"checkpoint.resume={run_dir}", "train.validate_every=99"]))  # fmt: skip
+    assert (branch / "checkpoints/step_00000015").is_dir()
+
+
+def test_a_study_in_a_folder_of_any_characters_is_compared_there(smoke_arguments: list[str]) -> None:
+    odd = "[a, b]/{c}=1,2"
+    settings = [*smoke_arguments, f"runs_dir={odd}", "seed=1,2", "name=s", "train.steps=2"]
+    asked = config.load_study([*settings, "evaluate.importance_samples=1"])
+    assert len(asked.configs) == 2 and {asked.runs_dir for asked in asked.configs} == {odd}
+    assert study(asked) == Path(odd) / "s-seed"
+    assert (Path(odd) / "s-seed/table.md").exists()
+
+
+def test_a_leading_tilde_is_a_home_for_every_path_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    keys = ("runs_dir", "output", "data.root", "checkpoint.resume")
+    (home / "a=b.yaml").write_text("".join(f"{key}: ~/x/{key}\n" for key in keys))
+    for arguments in (["~/a=b.yaml"], [f"{key}=~/x/{key}" for key in keys]):
+        values = config.flatten(config.load(arguments))
+        assert [values[key] for key in keys] == [str(home / "x" / key) for key in keys]
+    assert config.take(["runs_dir=~"], "runs_dir")[0] == str(home)
+    assert config.load_reader(config.load(["name=a"]), ["output=~/o"]).output == str(home / "o")
+    assert config.split_runs(["~/r", "~root/r"])[0] == [home / "r", Path("~root").expanduser() / "r"]
+    assert config.load(["data.root=a~/~"]).data.root == "a~/~"
+    for unset in (False, True):
+        monkeypatch.delenv("HOME") if unset else monkeypatch.setenv("HOME", "")
+        monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])  # nor is there an entry in the list of users
+        for refused in (lambda: config.load(["output=~/x"]), lambda: config.split_run(["~/x"])):
+            with pytest.raises(UserError, match=r"~/x can't be found: .*; give the whole path"):
+                refused()
+    with pytest.raises(UserError, match=r"runs_dir=~nobody-of-that-name/x can't be found"):
+        config.load(["runs_dir=~nobody-of-that-name/x"])
+
+
+def test_what_exists_is_a_path_and_what_does_not_is_a_setting(tmp_path: Path) -> None:
+    for name in ("lr=0.1", "-x", "sample.count=3", "a=b/runs"):
+        Path(name).mkdir(parents=True)
+    runs, rest = config.split_runs(["lr=0.1", "lr=0.1/best", "-x", "sample.count=3", "sample.count=4", "a=b/runs/c"])
+    assert [str(run) for run in runs] == ["lr=0.1", "lr=0.1/best", "-x", "sample.count=3", "a=b/runs/c"]
+    assert rest == ["sample.count=4"]
+    Path("seed=1.yaml").write_text("seed: 7")
+    Path("-dash.yaml").write_text("seed: 8")
+    assert config.load(["seed=1.yaml"]).seed == 7
+    assert config.load(["-dash.yaml"]).name == "dash-{time}"
+    for missing in ("configs/a=1.yaml", "a=b/c.yaml"):
+        with pytest.raises(UserError, match=f"config file {missing}: No such file"):
+            config.load([missing])
+    Path("'q'").mkdir()
+    assert config.load(["data.root='q'"]).data.root == "'q'"
+    assert config.load(["data.root='p'"]).data.root == "p"  # quotes around text, as ever
+
+
+@pytest.mark.parametrize("key", ["runs_dir", "output", "data.root", "tracking.notes", "checkpoint.resume"])
+def test_an_argument_that_is_handed_on_arrives_as_it_was(key: str) -> None:
+    for value in (*NAMES, "", " ", "'", "a'b\"", "1e5", "no", "./~x"):
+        assert config.flatten(config.load([config.argument(key, value)]))[key] == value
+
+
+def test_characters_that_the_encoding_of_paths_lacks_are_one_message(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("runs_dir: ü🙂\n", encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, str(REPOSITORY / "vae_dist/train.py"), "some.yaml"]
+    ended = subprocess.run(command, env={**os.environ, **ascii_only}, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "PYTHONUTF8=1" in ended.stderr
