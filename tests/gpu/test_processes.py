@@ -12,7 +12,8 @@ import torch
 from tests.gpu.conftest import REPOSITORY
 from tests.gpu.test_training import outcome
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
 LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 
