@@ -50,10 +50,8 @@ study: $(READY) ## train one VAE for each of 2, 5, 10, 20, 40 latents (or ARGS="
 report: $(READY) ## write a page about the newest run, or about RUN: one HTML file, no network
 	$(PYTHON) vae_dist/report.py $(RUN) $(ARGS)
 
-runs: $(READY) ## browse the runs' W&B records in the terminal, without an account
-	@mkdir -p runs/.wandb && rm -f runs/.wandb/*run-*
-	@for record in runs/*/wandb/*run-*; do [ -d "$$record" ] && ln -s "../$${record#runs/}" runs/.wandb/; done || true
-	WANDB_MODE=offline $(PYTHON) -m wandb leet runs/.wandb
+runs: $(READY) ## browse the runs' W&B records in the terminal, without an account; ARGS="runs_dir=FOLDER"
+	$(PYTHON) $(dir $(lastword $(MAKEFILE_LIST)))vae_dist/browse.py $(CONFIG) $(ARGS)
 
 test: $(READY) ## run the tests
 	$(PYTHON) -m pytest -q -rs -m "not slow" $(ARGS)

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor imports from its own and from those below it.
 FLOORS = [
-    ["train", "evaluate", "sample", "compare", "study", "report"],
+    ["train", "evaluate", "sample", "compare", "study", "report", "browse"],
     [
         "trainer",
         "milestones",
@@ -32,7 +32,7 @@ FLOORS = [
     ],
     ["checkpoint", "tracking", "console", "images", "plots", "data", "mnist", "digits", "stopping", "runtime"],
     ["objective", "mixture", "model", "adam", "gradients", "cuda_graph"],
-    ["plan", "philox", "compiled", "products", "config", "manifest", "markup", "files", "errors"],
+    ["plan", "philox", "compiled", "products", "config", "manifest", "markup", "files", "wandb_records", "errors"],
 ]
 ONLY_IN = {
     "accelerate": {"runtime", "trainer", "evaluation", "checkpoint"},

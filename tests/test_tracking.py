@@ -498,7 +498,13 @@ def test_a_run_is_looked_at_online_only_where_there_is_an_account_or_where_that_
 
 @pytest.mark.slow
 def test_browsing_the_records_sends_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
-    train(make_config("name=mine", "train.steps=5", "tracking.wandb=offline"))
+    """It shows each of them by its run and kind."""
+    run_dir = train(make_config("name=mine", "train.steps=5", "tracking.wandb=offline"))
+    evaluate(run_dir, ["evaluate.importance_samples=0", "tracking.wandb=offline"])
+    shutil.copytree(run_dir, run_dir.with_name("two words"))
+    entries = [
+        f"run-{name} {kind}".encode() for name in ("mine", "two words") for kind in ("1 training", "2 evaluation")
+    ]
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 160))
     with socket.create_server(("127.0.0.1", 0)) as server, open(ours, "r+b", buffering=0) as terminal:
@@ -510,7 +516,7 @@ def test_browsing_the_records_sends_nothing(make_config: MakeConfig, tmp_path: P
         )  # fmt: skip
         os.close(theirs)
         shown = b""
-        while b"image-file" not in shown:  # the summary, where long names are cut
+        while not all(part in shown for part in (*entries, b"image-file")):  # the summary's, of the first record
             assert select.select([terminal], [], [], 30)[0], shown
             shown += terminal.read(2**16)
         terminal.write(b"q")

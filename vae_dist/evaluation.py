@@ -164,7 +164,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         tracked = tracking.for_reading(config, folder, arguments)
 
         def keep() -> None:
-            with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
+            with tracking.track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
                 tracker.scalars(step, _scalars(result))
                 tracker.pictures(step, lambda: {config.evaluate.split: images.reconstructions(vae, pixels, subject)})
                 _write(output, result)

@@ -65,7 +65,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
         def keep() -> None:
             picture = Picture(result.draw(), caption)
-            with tracking.track(tracked, output, is_main=world.is_main, live=live) as tracker:
+            with tracking.track(tracked, output, is_main=world.is_main, live=live, kind="samples") as tracker:
                 _write(target, result.tensors, picture, separate_files=config.sample.files)
                 tracker.pictures(step, lambda: {f"sample_{name}": picture})
             logger.info("%d latents and their picture in %s", len(result.tensors["latents"]), target)

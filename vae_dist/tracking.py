@@ -25,10 +25,12 @@ from typing import Any, Literal, Protocol, TypeVar
 import psutil
 
 from vae_dist import config as configs
+from vae_dist import wandb_records
 from vae_dist.config import Config, TrackingConfig
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.files import ELSEWHERE, append, make_folder, sync, write_atomically, writing
 from vae_dist.images import Picture, to_png, with_caption
+from vae_dist.wandb_records import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +100,14 @@ class Tracker:
 
 
 def track(
-    config: Config, run_dir: Path, *, is_main: bool, start: int | None = None, again: str = "", live: bool = False
-) -> Tracker:
+    config: Config, run_dir: Path, *, is_main: bool, start: int | None = None, again: str = "", live: bool = False,
+    kind: Kind = "training",
+) -> Tracker:  # fmt: skip
     """The tracker of a run. A training gives the step that it starts from, and rows beyond it are cut off.
 
     So are rows of that very step in the group `again`, such as `validation`: the training writes them once more. What
     looks at a run while it is `live`, that is in training, leaves W&B to the training: two writers would lose rows.
+    `kind` says what W&B's record is of.
     """
     if not is_main:
         return Tracker([])
@@ -111,7 +115,7 @@ def track(
         logger.info("a training is writing %s: this goes to files alone, and not to W&B", run_dir)
         return Tracker([RunDirectory(run_dir, None)])
     sinks: list[Sink] = [RunDirectory(run_dir, start, again)]
-    if (wandb_run := _start(config, run_dir)) is not None:
+    if (wandb_run := _start(config, run_dir, kind)) is not None:
         sinks.append(wandb_run)
     return Tracker(sinks)
 
@@ -249,7 +253,7 @@ class WandbRun:
     wait for, and after its first failure it is left alone.
     """
 
-    def __init__(self, config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> None:
+    def __init__(self, config: Config, run_dir: Path, mode: Literal["online", "offline"], kind: Kind) -> None:
         self._run_dir = run_dir
         self._lost = False
         self._ending = False
@@ -264,6 +268,7 @@ class WandbRun:
             _end_service()
             raise
         self._record = Path(self._run.dir).parent
+        wandb_records.mark(self._record, kind)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._send(partial(self._run.log, {"step": step, **values}))
@@ -423,7 +428,7 @@ def _kill_service() -> None:
                 child.kill()
 
 
-def _start(config: Config, run_dir: Path) -> WandbRun | None:
+def _start(config: Config, run_dir: Path, kind: Kind) -> WandbRun | None:
     if config.tracking.wandb == "disabled":
         return None
     if not _is_installed():
@@ -432,7 +437,7 @@ def _start(config: Config, run_dir: Path) -> WandbRun | None:
     try:
         mode = _within_seconds(partial(_mode, config.tracking.wandb))
         if mode != "disabled":
-            return WandbRun(config, run_dir, mode)
+            return WandbRun(config, run_dir, mode, kind)
         logger.info("W&B is disabled by its own settings: figures and pictures go to %s alone", run_dir)
     except Exception as error:
         logger.warning("W&B can't be used (%s): figures and pictures go to %s alone", _reason(error), run_dir)

@@ -1,0 +1,149 @@
+"""The folders of W&B's records below a folder of runs: what kind each is, and the list of them that a browser shows.
+
+W&B's client makes a record each time that a run is trained, resumed, evaluated or sampled, in
+`RUN/wandb/(offline-)run-<time>-<id>/run-<id>.wandb`. Its browser, `wandb leet`, lists the folders of one folder whose
+names begin with `run-`, in the order of these names, and takes the id from `run-<time>-<id>` in the name. So the list
+is a folder of links, `run-<name> <number> <kind> run-<time>-<id>`, and the records stay where they are.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn, get_args
+
+from vae_dist.errors import UserError
+from vae_dist.files import make_folder, writing
+
+Kind = Literal["training", "evaluation", "samples"]
+
+KIND = "kind.txt"  # in a record's folder
+LIST = ".wandb"  # in the folder of the runs
+_DEPTH = 3  # of run directories below it: comparisons/<names>/<run> is one, where a run itself can't be written to
+_INSIDE_A_RUN = {"wandb", "checkpoints", "samples", "images", "evaluations"}
+_PROGRAMS: dict[bytes, Kind] = {
+    b"train.py": "training", b"evaluate.py": "evaluation", b"compare.py": "evaluation", b"sample.py": "samples",
+}  # fmt: skip
+_PROGRAM = re.compile(rb"/vae_dist/(" + b"|".join(map(re.escape, _PROGRAMS)) + rb")")
+_PROGRAM_WITHIN = 2**16  # bytes; it comes after the config
+_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-.+", re.DOTALL)
+_FILE = re.compile(r"run-([\w.-]{1,64})\.wandb", re.ASCII)
+_LONGEST = 140  # bytes of a run's name in the list, so that all of an entry fits into the 255 of a file's name
+
+
+class WandbRecord(NamedTuple):
+    """A record of a run."""
+
+    folder: Path
+    time: str  # when it was begun, such as 20260102_030405
+    id: str
+    kind: str  # a Kind, or `record` where nothing tells
+
+
+def mark(folder: Path, kind: Kind) -> None:
+    """Note in a record's folder what it is a record of. A folder that can't be written to goes without."""
+    with suppress(OSError):
+        (folder / KIND).write_text(f"{kind}\n")
+
+
+def browse(runs_dir: Path) -> NoReturn:
+    """Replace this process by W&B's browser over the runs' records. It sends nothing.
+
+    Raises UserError where there is no record, no wandb, or no list can be made.
+    """
+    spec = find_spec("wandb")
+    if spec is None or spec.origin is None:
+        raise UserError("wandb is not installed, and its browser shows the runs; pip install wandb")
+    listed = make_list(runs_dir)
+    # Online, the client would report its errors and its use.
+    command = [
+        sys.executable,
+        "-m",
+        "wandb",
+        "leet",
+        str(listed.absolute()),
+    ]  # which is no option, whatever it is called
+    os.execve(sys.executable, command, {**os.environ, "WANDB_MODE": "offline"})
+
+
+def make_list(runs_dir: Path) -> Path:
+    """Make or update the folder of links to the records of all runs in `runs_dir`, and return it.
+
+    Raises UserError where there is no record, or the folder can't be written to.
+    """
+    wanted = dict(entries(runs_dir))
+    if not wanted:
+        raise UserError(f"no run in {runs_dir} has a W&B record; train with tracking.wandb=offline, or give runs_dir=")
+    folder = runs_dir / LIST
+    make_folder(folder, "make it writable")
+    with writing(folder, "make it writable"):
+        for link in folder.glob("*run-*"):
+            if link.is_symlink() and link.readlink() != wanted.get(link.name):
+                link.unlink()
+        for name, target in wanted.items():
+            if not os.path.lexists(folder / name):
+                (folder / name).symlink_to(target)
+    return folder
+
+
+def entries(runs_dir: Path) -> Iterator[tuple[str, Path]]:
+    """The name of each link in the list, and what it points to as seen from there. No two have the same name."""
+    labels: set[str] = set()
+    for run_dir, records in runs_with_records(runs_dir):
+        label = _label(run_dir.relative_to(runs_dir))
+        while label in labels:
+            label += "~"
+        labels.add(label)
+        digits = len(str(len(records)))
+        for number, record in enumerate(records, start=1):
+            name = f"run-{label} {number:0{digits}d} {record.kind} run-{record.time}-{record.id}"
+            yield name, Path("..") / record.folder.relative_to(runs_dir)
+
+
+def runs_with_records(folder: Path, depth: int = _DEPTH) -> Iterator[tuple[Path, list[WandbRecord]]]:
+    """The run directories below a folder that have records, and these, the oldest first."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:  # somebody else's, who lets nobody look into it
+        return
+    for path in paths:
+        if depth < _DEPTH and path.name in _INSIDE_A_RUN:
+            continue
+        if records := _records(path):
+            yield path, records
+        if depth > 1:
+            yield from runs_with_records(path, depth - 1)
+
+
+def _records(run_dir: Path) -> list[WandbRecord]:
+    found = []
+    for folder in (run_dir / "wandb").glob("*run-*"):
+        for file in folder.glob("run-*.wandb"):
+            begun, named = _FOLDER.fullmatch(folder.name), _FILE.fullmatch(file.name)
+            if begun and named:
+                found.append(WandbRecord(folder, begun[1], named[1], _kind(file)))
+    return sorted(found, key=lambda record: (record.time, record.folder.name))
+
+
+def _kind(file: Path) -> str:
+    """What is noted beside a record, or what the program that made it does: the record names it after its config."""
+    with suppress(OSError), open(file.with_name(KIND), "rb") as note:
+        noted = note.read(100).decode(errors="replace").strip()
+        return noted if noted in get_args(Kind) else "record"
+    with suppress(OSError), open(file, "rb") as record:
+        if match := _PROGRAM.search(record.read(_PROGRAM_WITHIN)):
+            return _PROGRAMS[match[1]]
+    return "record"
+
+
+def _label(path: Path) -> str:
+    """The name of a run in the list: in one line, without anything that `wandb leet` takes for its record's time."""
+    text = "".join(character if character.isprintable() else "?" for character in ":".join(path.parts))
+    text = re.sub(r"(\d{8})_(\d{6})", r"\1-\2", text)
+    if len(text.encode()) <= _LONGEST:
+        return text
+    return text.encode()[: _LONGEST - 7].decode(errors="ignore") + "~" + sha256(os.fsencode(path)).hexdigest()[:6]
