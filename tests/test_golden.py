@@ -107,6 +107,7 @@ def test_what_is_neither_a_commit_nor_a_checkout_is_refused(tmp_path: Path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("is_changed", [True, False])
 def test_code_that_trains_otherwise_is_found_and_a_copy_of_the_code_is_equal(is_changed: bool, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
