@@ -12,20 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests import worker
 from tests.conftest import REPOSITORY
-from vae_dist import checkpoint, config
+from vae_dist import checkpoint, config, runtime
 from vae_dist.trainer import train
 
 WORLD_SIZES = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 DISAGREEMENTS = {
     "config": "do not agree on seed: 0 on process 0, 17 on process",
     "code": "do not agree on the code: ",
+    "torch": "do not agree on torch's version: ",
     "data": "do not agree on the training images: ",
-    "weights": "do not agree on the weights after step 2: ",
 }
+DRIFTS = {  # where a state is compared: which fault, with which arguments
+    "a_row": ("weights", "train.log_every=2"),
+    "a_save": ("moments", "checkpoint.every=2"),
+    "an_extra_check": ("moments", "runtime.verify_every=2"),
+}
+CLIPPED = ["optim.max_grad_norm=0.1", "train.accumulate=3", "train.steps=6", "checkpoint.every=3"]
 SAMPLED = {
     "prior_seed_0": ["sample.count=101"],
     "mixture_seed_0": ["sample.count=101", "sample.sampler=mixture", "sample.mixture_components=3"],
@@ -69,10 +77,15 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             for kind in SAMPLED.values()
         ],
         ("refusal", str(root / "refusal"), [*common, "train.batch_size=2", "train.accumulate=2"]),
+        *[(f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5"]) for what in DISAGREEMENTS],
         *[
-            (f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5", "runtime.verify_every=2"])
-            for what in DISAGREEMENTS
+            (f"disagree_{what}", str(root / where), [*common, f"name={where}", "train.log_every=50", check])
+            for where, (what, check) in DRIFTS.items()
         ],
+        ("train", "", [*common, *CLIPPED, "name=clipped"]),
+        ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike"]),
+        ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike_went_on", "train.steps=3"]),
+        ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike_went_on"]),
         ("train", "", [*common, *HALF, "name=half"]),
         ("train", "", [*common, *MOVED, "name=moved", f"checkpoint.resume={reference.parent / 'half'}"]),
         ("stop", str(root / "stop"), [*common, "name=stopped", *WHOLE]),
@@ -177,6 +190,29 @@ def test_compiled_processes_train_as_those_that_are_not(tmp_path: Path, smoke_ar
     assert largest_difference(*losses) < 1e-9
 
 
+def different(rank: int, setting: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A training on two processes, one of which has an environment of its own."""
+    choose = f'if [ "$RANK" = {rank} ]; then export {setting}; fi; exec "$@"'
+    command = [sys.executable, str(REPOSITORY / "vae_dist/train.py"), *arguments]
+    return torchrun(2, "--no-python", "bash", "-c", choose, "bash", *command)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one way to compute")
+def test_a_run_on_unlike_cpus_is_finished_and_goes_on(tmp_path: Path, smoke_arguments: list[str]) -> None:
+    common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.log_every=10", "checkpoint.every=30"]
+    for choice in (
+        ["name=straight", "train.steps=60"],
+        ["name=parts", "train.steps=30"],
+        ["name=parts", "train.steps=60"],
+    ):
+        result = different(1, "ATEN_CPU_CAPABILITY=default", [*common, *choice])
+        assert result.returncode == 0, result.stderr
+        assert len(re.findall("unlike processors .*DEFAULT on process 1", result.stderr)) == 1
+    ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "straight")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_splitting_each_share_in_three_changes_nothing_but_rounding(world_size: int, roots: dict[int, Path]) -> None:
     split = rows(roots[world_size] / "runs/split", "train/loss")
@@ -201,8 +237,52 @@ def test_processes_that_do_not_agree_all_end_with_the_same_message(
     said = {(roots[world_size] / f"{what}.{rank}").read_text() for rank in range(world_size)}
     assert len(said) == 1
     message = said.pop()
-    assert DISAGREEMENTS[what] in message
-    assert message.startswith("RuntimeError" if what == "weights" else "UserError")
+    assert DISAGREEMENTS[what] in message and message.startswith("UserError")
+
+
+@pytest.mark.parametrize("where", DRIFTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_state_that_differs_ends_all_processes_and_is_never_saved(
+    world_size: int, where: str, roots: dict[int, Path]
+) -> None:
+    said = {(roots[world_size] / f"{where}.{rank}").read_text() for rank in range(world_size)}
+    assert len(said) == 1
+    last, host = world_size - 1, platform.node()
+    message = f"after step 2 the weights or moments of process {last} on {host} are not those of process 0 on {host}"
+    assert said.pop().startswith(f"RunError: {message}, and they are not saved.")
+    assert checkpoint.newest(roots[world_size] / "runs" / where) is None
+
+
+@given(st.integers(0, 2), st.integers(0, 29), st.integers(0, 31), st.integers(0, 29))
+def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int, other: int) -> None:
+    """Of tensors of odd and even lengths, and of a view that starts in the middle of a word."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(30, generator=generator), torch.randn(31, generator=generator)[1:], torch.randn(5, 7)[:, :6]
+    found = int(runtime.checksum(made))
+    assert int(runtime.checksum([tensor.clone() for tensor in made])) == found
+    bits = made[which].view(torch.int32)
+    at, elsewhere = (tuple(int(i) for i in torch.unravel_index(torch.tensor(n), bits.shape)) for n in (place, other))
+    bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
+    assert int(runtime.checksum(made)) != found
+    bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
+    bits[at] += 1  # and where the next number falls by as much as this one rises
+    bits[elsewhere] -= 1
+    assert (int(runtime.checksum(made)) == found) is (at == elsewhere)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_processes_on_unlike_processors_go_on_from_the_state_of_the_main_one(
+    world_size: int, roots: dict[int, Path]
+) -> None:
+    """With one warning a start; a run that goes on is still bitwise the one that never stopped."""
+    runs = roots[world_size] / "runs"
+    assert not list(roots[world_size].glob("unlike.*"))  # none was refused
+    ours, theirs = tensors(runs / "unlike_went_on"), tensors(runs / "unlike")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(not torch.equal(value, tensors(runs / "clipped")[name]) for name, value in theirs.items())
+    kind, others = torch.backends.cpu.get_cpu_capability(), ", ".join(map(str, range(world_size - 1)))
+    named = f"unlike processors ({kind} on process {others}; an abacus on process {world_size - 1})"
+    assert (runs / "unlike/log.txt").read_text().count(named) == 1
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

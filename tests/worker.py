@@ -76,10 +76,12 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
                 arguments = [*arguments, "seed=17"]
             elif what == "code":
                 patch.setattr(runtime, "code_fingerprint", lambda: "another")
+            elif what == "torch":
+                patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
                 patch.setattr(data, "load_training", partial(without_a_pixel, data.load_training))
-            elif what == "weights":
-                patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__))
+            elif what in ("weights", "moments"):
+                patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__, what))
             return record_refusal(output, arguments)
 
     return record
@@ -161,17 +163,27 @@ def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: 
     return training, validation
 
 
-def nudge(update: Update, take: Callable[..., None], *inputs: Any) -> None:
-    """Let one weight of this process go its own way."""
+def nudge(update: Update, take: Callable[..., None], what: str, *inputs: Any) -> None:
+    """Let one bias, or one second moment, of this process go its own way."""
     with torch.no_grad():
-        next(update.vae.parameters()).view(-1)[0] += 1e-6
+        update.optimizer.tensors[1 if what == "weights" else -2].view(-1)[0] += 1e-6
     take(update, *inputs)
+
+
+def on_unlike_processors(output: str, arguments: list[str]) -> None:
+    """A training in which the last process runs on another processor and rounds otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            patch.setattr(runtime, "processor", lambda device: "an abacus")
+            patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__, "weights"))
+        record_refusal(output, arguments)
 
 
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
     "refusal": record_refusal,
-    **{f"disagree_{what}": disagree(what) for what in ("config", "code", "data", "weights")},
+    **{f"disagree_{what}": disagree(what) for what in ("config", "code", "torch", "data", "weights", "moments")},
+    "unlike_processors": on_unlike_processors,
     "stop": on_last_process(ask_to_stop),
     "stop_in_validation": on_last_process(ask_to_stop_in_validation),
     "spoil": on_last_process(spoil_step_8),

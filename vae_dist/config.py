@@ -162,7 +162,7 @@ class RuntimeConfig:
     cuda_graph: bool = knob(True, "on one GPU, launch all operations of many steps at once")
     verify_every: int | None = knob(
         None,
-        "optimizer steps between checks that all processes hold the same weights; null: at the end alone",
+        "optimizer steps between further checks that all processes hold the same weights; null: at metrics and saves",
         at_least=1,
     )
 

@@ -82,6 +82,7 @@ class Milestones:
     def row(self, step: int, now: Schedule) -> None:
         """Write the figures of the steps since the last row."""
         skipped = self._require_sound(step)
+        self._update.require_same(step)
         row = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
         if self._config.train.nonfinite == "skip":
             row["train/skipped_updates"] = skipped
@@ -111,6 +112,7 @@ class Milestones:
         """Publish a checkpoint."""
         skipped = self._require_sound(step)
         with self._meter.paused():
+            self._update.require_same(step)
             state = TrainingState(
                 step=step,
                 world_size=self._world.size,

@@ -6,6 +6,7 @@ One process is the main process; what only one may decide (a name, a download) i
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -28,10 +29,15 @@ from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: i
 from vae_dist.config import Config, Precision
 from vae_dist.errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 SAY_SECONDS = 2  # for another process to say what this one is about to say
 ANSWER_SECONDS = 5  # after a failed exchange, for the others to say that they are there
+
+_WORDS_AT_ONCE = 2**20  # of a checksum: they take some memory
+_NEXT_PART = 0x9E3779B97F4A7C15 - 2**64  # odd, and as a signed number
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -48,6 +54,7 @@ class World:
         # As a tensor on it says it, with its index: Accelerate's "cuda" is not equal to the "cuda:0" that it means.
         self.device = torch.empty(0, device=state.device).device
         self.is_main: bool = state.is_main_process
+        self.alike = True  # whether all processes run on processors of one kind, see `compare_processors`
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What `choose` returns on the main process, on every process; what it raises there, all of them raise."""
@@ -69,23 +76,44 @@ class World:
             raise result.on_every_process()
         return result
 
-    def require_agreement(self, find: Callable[[], Mapping[str, object]], error: type[Exception] = UserError) -> None:
-        """Raise `error` on every process where the facts that each finds are not the same. All must call this."""
+    def require_agreement(self, find: Callable[[], Mapping[str, object]]) -> None:
+        """Raise UserError on every process where the facts that each finds are not the same. All must call this."""
         if self.size == 1:
             return
-        facts = find()
-        known = [facts] * self.size
-        with self._answers():
-            torch.distributed.all_gather_object(known, facts)
+        known = self.gather_objects(find())
         for name in dict.fromkeys(name for theirs in known for name in theirs):
             values = [theirs.get(name) for theirs in known]
             others = [rank for rank, value in enumerate(values) if value != values[0]]
             if others:
-                differing = error(
+                raise UserError(
                     f"the processes do not agree on {name}: {values[0]} on process 0, {values[others[0]]} on process "
                     f"{others[0]}; start all of them alike, with the same code and data"
-                )
-                raise differing.on_every_process() if isinstance(differing, UserError | RunError) else differing
+                ).on_every_process()
+
+    def compare_processors(self) -> None:
+        """Set `alike`. Where it is False one warning names the processors: the same operations round differently there.
+
+        All processes call this.
+        """
+        kinds = self.gather_objects(processor(self.device))
+        self.alike = len(set(kinds)) == 1
+        if self.is_main and not self.alike:
+            logger.warning(
+                "the processes run on unlike processors (%s), which round differently: the weights and moments of "
+                "process 0 are copied to the others at every row of metrics and every save",
+                "; ".join(
+                    f"{kind} on process {', '.join(str(rank) for rank, other in enumerate(kinds) if other == kind)}"
+                    for kind in dict.fromkeys(kinds)
+                ),
+            )
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors, in place, by the main process's. They are contiguous."""
+        with self._answers():
+            copies = [torch.distributed.broadcast(tensor.detach(), 0, async_op=True) for tensor in tensors]
+            for copy in copies:
+                assert copy is not None  # all processes take part
+                copy.wait()
 
     def says_first(self, text: str) -> bool:
         """Whether a message is news: the main process always says it, another one if no other process has."""
@@ -137,6 +165,14 @@ class World:
             self.all_reduce(values)
         return values.cpu()
 
+    def gather_objects(self, value: T) -> list[T]:
+        """All processes' values, in the order of their ranks. The values are pickled."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self._answers():
+                torch.distributed.all_gather_object(values, value)
+        return values
+
     def gather(self, values: Tensor) -> Tensor:
         """All processes' tensors, stacked in the order of their ranks, on the CPU."""
         values = values.to(self.device)
@@ -169,12 +205,7 @@ class World:
         Rows are moved, not added up, so the result is bitwise the same on any number of processes.
         """
         mine = [(block, value.cpu()) for block, value in zip(blocks, values, strict=True)]
-        parts = [mine]
-        if self.size > 1:
-            parts = [mine] * self.size
-            with self._answers():
-                torch.distributed.all_gather_object(parts, mine)
-        by_start = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0].start)
+        by_start = sorted((pair for part in self.gather_objects(mine) for pair in part), key=lambda pair: pair[0].start)
         rows = torch.cat([value for _, value in by_start])
         assert len(rows) == count, f"{len(rows)} rows were gathered, {count} were dealt"
         return rows
@@ -414,9 +445,20 @@ def seconds_since_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def processor(device: torch.device) -> str:
+    """What decides how a process rounds: the instructions that torch uses on its CPU, and the name of its GPU."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.cuda.get_device_name(device)} with {cpu}" if device.type == "cuda" else cpu
+
+
+def versions() -> dict[str, str]:
+    """What all processes have to run."""
+    return {"torch's version": torch.__version__, "the code": code_fingerprint()}
+
+
 def code_fingerprint() -> str:
-    """A hash of this package's source and of the version of torch that runs it."""
-    digest = hashlib.sha256(torch.__version__.encode())
+    """A hash of this package's source."""
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -428,6 +470,24 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """A sum of the tensors' bits, each number with a weight for its position: int64 `()`, on their device.
+
+    Weights are odd, so that one bit that differs always changes the sum. No copy is made for the host.
+    """
+    total: Tensor | None = None
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        if flat.storage_offset() % 2:
+            flat = flat.clone()  # words of 8 bytes do not begin there
+        words = flat.view(torch.int32 if flat.nbytes % 8 else torch.int64)
+        for part in words.split(_WORDS_AT_ONCE):
+            found = (part * torch.arange(1, 2 * len(part) + 1, 2, device=part.device)).sum()
+            total = found if total is None else total * _NEXT_PART + found
+    assert total is not None
+    return total
 
 
 def set_threads(config: Config) -> None:

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 from vae_dist import checkpoint, console, data, objective, runtime, tracking
@@ -13,6 +12,7 @@ from vae_dist.batches import Batches
 from vae_dist.checkpoint import TrainingState
 from vae_dist.config import Config
 from vae_dist.console import TrainingProgress
+from vae_dist.data import Images
 from vae_dist.files import writing
 from vae_dist.meter import Meter
 from vae_dist.milestones import Milestones, Recording
@@ -34,12 +34,13 @@ def train(asked: Config) -> Path:
     """
     with ExitStack() as held, runtime.join(asked) as world:
         console.start(world)
-        world.require_agreement(lambda: {**configs.flatten(asked), "the code": runtime.code_fingerprint()})
+        world.require_agreement(lambda: {**configs.flatten(asked), **runtime.versions()})
+        world.compare_processors()
         start = world.decide(lambda: settle(asked, world, held))
         config, run_dir, resumed_from = start
         runtime.set_threads(config)
         training, validation = data.load_training(config.data)
-        world.require_agreement(lambda: {"the training images": runtime.fingerprint([training.pixels])})
+        world.require_agreement(lambda: _seen(training, validation))
         plan = Plan(config.seed, len(training.labels), config.train.batch_size)
         last_step = config.train.steps or config.train.epochs * plan.steps_per_epoch
         validate_every = config.train.validate_every or plan.steps_per_epoch
@@ -51,6 +52,7 @@ def train(asked: Config) -> Path:
         if state.step >= last_step and not state.validation_pending:
             logger.info("run %s is finished: %d steps of %d; train.epochs=... goes on", run_dir, state.step, last_step)
             return run_dir
+        update.require_same(state.step)
         batches = Batches(training, plan, config, world)
         meter = Meter(update.tally[:5], world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
@@ -68,12 +70,18 @@ def train(asked: Config) -> Path:
                         at.row(done, moving[-1])
                     improved = due(done, validate_every, last_step) and at.validate(done)
                     if due(done, verify_every, last_step):
-                        world.require_agreement(partial(update.facts, done), RuntimeError)
+                        update.require_same(done)
                     if improved or due(done, save_every, last_step):
                         at.save(done)
                     if done >= recording.watch.next_step:
                         at.look(done)
     return run_dir
+
+
+def _seen(training: Images, validation: Images) -> dict[str, str]:
+    """Hashes of the images: no process may have others."""
+    shown = {"the training images": training, "the validation images": validation}
+    return {name: runtime.fingerprint([images.pixels]) for name, images in shown.items()}
 
 
 def due(done: int, every: float, last_step: int) -> bool:

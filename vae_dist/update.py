@@ -4,6 +4,8 @@ b is the process's share of the global batch, L latents, C, H, W image.
 """
 
 import math
+import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -231,9 +233,30 @@ class Update:
             )
         return skipped
 
-    def facts(self, step: int) -> dict[str, object]:
-        """What is the same on all processes, always: a hash of the weights' bits."""
-        return {f"the weights after step {step}": runtime.fingerprint(self.optimizer.weights)}
+    def require_same(self, step: int) -> None:
+        """Raise RunError on every process where weights, moments and counts are not bitwise the same on all of them.
+
+        All call this after the same step. On processors that round differently they can't be the same, and those of the
+        main process are copied to the others.
+        """
+        if self._world.size == 1:
+            return
+        if not self._world.alike:
+            self._world.copy_from_main(self.optimizer.tensors)
+        elif len(set(sums := self._world.gather(runtime.checksum(self.optimizer.tensors)).tolist())) > 1:
+            raise self._drifted(step, sums).on_every_process()
+
+    def _drifted(self, step: int, sums: Sequence[int]) -> RunError:
+        """The error where the processes' checksums are not the same: it names those that most others differ from."""
+        hosts = self._world.gather_objects(platform.node())
+        most = sums.index(Counter(sums).most_common(1)[0][0])  # where two are as common, the first
+        odd = ", ".join(f"{rank} on {hosts[rank]}" for rank, found in enumerate(sums) if found != sums[most])
+        return RunError(
+            f"after step {step} the weights or moments of process {odd} are not those of process {most} on "
+            f"{hosts[most]}, and they are not saved. The same command with name={self._config.name} goes on from the "
+            "newest checkpoint. If this comes again, these machines do not compute alike: look for faulty memory, or "
+            "leave one of them out"
+        )
 
     def loss_scale(self) -> dict[str, object] | None:
         """fp16's, None elsewhere."""
