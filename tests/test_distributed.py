@@ -33,6 +33,7 @@ DRIFTS = {  # where a state is compared: which fault, with which arguments
     "a_save": ("moments", "checkpoint.every=2"),
     "an_extra_check": ("moments", "runtime.verify_every=2"),
 }
+UNCOMPILED = {"the_network": 0, "the_judgement": 2, "nothing": None}  # on the last process
 CLIPPED = ["optim.max_grad_norm=0.1", "train.accumulate=3", "train.steps=6", "checkpoint.every=3"]
 SAMPLED = {
     "prior_seed_0": ["sample.count=101"],
@@ -83,6 +84,10 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             for where, (what, check) in DRIFTS.items()
         ],
         ("train", "", [*common, *CLIPPED, "name=clipped"]),
+        *[
+            (f"compiled_where_{program}", str(root / what), [*common, *CLIPPED, f"name={what}", "train.compile=true"])
+            for what, program in UNCOMPILED.items()
+        ],
         ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike"]),
         ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike_went_on", "train.steps=3"]),
         ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike_went_on"]),
@@ -198,6 +203,20 @@ def different(rank: int, setting: str, arguments: list[str]) -> subprocess.Compl
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_one_process_has_no_compiler_none_compiles(rank: int, tmp_path: Path, smoke_arguments: list[str]) -> None:
+    common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.batch_size=51", "train.steps=60"]
+    result = different(rank, "CXX=/nonexistent", [*common, "name=mixed", "train.compile=true"])
+    assert result.returncode == 0, result.stderr
+    (warning,) = re.findall(".*can't be compiled.*", result.stderr)
+    assert f"on process {rank} of 2 (process {rank} on {platform.node()}: " in warning
+    assert torchrun(2, str(REPOSITORY / "vae_dist/train.py"), *common, "name=plain").returncode == 0
+    ours, theirs = tensors(tmp_path / "mixed"), tensors(tmp_path / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one way to compute")
 def test_a_run_on_unlike_cpus_is_finished_and_goes_on(tmp_path: Path, smoke_arguments: list[str]) -> None:
     common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.log_every=10", "checkpoint.every=30"]
@@ -211,6 +230,24 @@ def test_a_run_on_unlike_cpus_is_finished_and_goes_on(tmp_path: Path, smoke_argu
         assert len(re.findall("unlike processors .*DEFAULT on process 1", result.stderr)) == 1
     ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "straight")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_loss_scaler_does_not_see_that_the_first_step_is_rehearsed(
+    tmp_path: Path, smoke_arguments: list[str]
+) -> None:
+    common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.steps=20"]
+    choices = [["name=compiled", "train.compile=true"], ["name=plain"]]
+    jobs = [("with_a_loss_scaler", "", [*common, *choice]) for choice in choices]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    result = torchrun(2, str(REPOSITORY / "tests/worker.py"), str(tmp_path / "jobs.json"))
+    assert result.returncode == 0, result.stderr
+    folders = [checkpoint.newest(tmp_path / name) for name in ("compiled", "plain")]
+    scales = [checkpoint.read_state(folder).loss_scale for folder in folders if folder is not None]
+    assert len(scales) == 2 and scales[0] == scales[1]
+    ours, theirs = (tensors(tmp_path / name) for name in ("compiled", "plain"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -268,6 +305,22 @@ def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int
     bits[at] += 1  # and where the next number falls by as much as this one rises
     bits[elsewhere] -= 1
     assert (int(runtime.checksum(made)) == found) is (at == elsewhere)
+
+
+@pytest.mark.parametrize("what", UNCOMPILED)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_all_processes_compile_or_none(world_size: int, what: str, roots: dict[int, Path]) -> None:
+    """Whichever program can't be compiled on one of them, or is not the same on all: the run is the one without."""
+    ours, theirs = (tensors(roots[world_size] / "runs" / name) for name in (what, "clipped"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    log = (roots[world_size] / f"runs/{what}/log.txt").read_text()
+    last = world_size - 1
+    why = f"on process {last} of {world_size} (process {last} on {platform.node()}: OSError: no compiler)"
+    if what == "nothing":
+        why = "alike on all processes (they round differently)"
+    assert re.findall("WARNING (.*compile.*)", log) == [
+        f"the step can't be compiled {why} and runs as it is on all processes"
+    ]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

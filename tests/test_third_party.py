@@ -19,7 +19,7 @@ COMPILED = """
 import torch
 from vae_dist.compiled import Compiled
 step = Compiled(lambda x: [x + 1], lambda x: [x + 1])
-print(step(torch.zeros(2))[0].tolist(), step.failed)
+print(step(torch.zeros(2))[0].tolist(), bool(step.failure))
 """
 
 # Forks for each line of the input, which sets and removes variables, and tracks a run there.

@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial, partialmethod
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 if __name__ == "__main__":  # run by its path
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 
 from vae_dist import config, console, data, evaluation, milestones, runtime, stopping
 from vae_dist.batches import Batches
+from vae_dist.compiled import Compiled
 from vae_dist.config import DataConfig
 from vae_dist.data import Images
 from vae_dist.errors import RunError, StoppedError, UserError
@@ -179,11 +182,46 @@ def on_unlike_processors(output: str, arguments: list[str]) -> None:
         record_refusal(output, arguments)
 
 
+def with_a_loss_scaler(output: str, arguments: list[str]) -> None:
+    """A training with fp16's scaler, whose first scale is too large, and programs that are the functions themselves."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "accelerator", lambda precision: SimpleNamespace(scaler=scaler))
+        patch.setattr(
+            Compiled, "_compile", lambda made, shapes, inputs: made._programs.update({shapes: made._function})
+        )
+        train(config.load(arguments))
+
+
+def compiled_where(program: int | None) -> Callable[[str, list[str]], None]:
+    """A training whose programs round otherwise than its operations do, and on every process in its own way.
+
+    On the last process the compilation of one program fails, of none where `program` is None.
+    """
+
+    def record(output: str, arguments: list[str]) -> None:
+        rank, compilations = int(os.environ["RANK"]), count()
+
+        def compile_one(made: Compiled, shapes: Any, inputs: Any) -> None:
+            if next(compilations) == program and rank == int(os.environ["WORLD_SIZE"]) - 1:
+                made.failure = "OSError: no compiler"
+            factor = 1 + (rank if program is None else 1) * 2.0**-20
+            made._programs[shapes] = lambda *inputs: [value * factor for value in made._function(*inputs)]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Compiled, "_compile", compile_one)
+            record_refusal(output, arguments)
+
+    return record
+
+
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
     "refusal": record_refusal,
     **{f"disagree_{what}": disagree(what) for what in ("config", "code", "torch", "data", "weights", "moments")},
     "unlike_processors": on_unlike_processors,
+    "with_a_loss_scaler": with_a_loss_scaler,
+    **{f"compiled_where_{name}": compiled_where(name) for name in (0, 2, None)},
     "stop": on_last_process(ask_to_stop),
     "stop_in_validation": on_last_process(ask_to_stop_in_validation),
     "spoil": on_last_process(spoil_step_8),

@@ -19,19 +19,23 @@ class Compiled:
     It has to be a function of the tensors that it is given and of nothing else that changes; it may change those. It is
     traced and compiled once for all shapes that they come in. torch.compile would look at each call for whatever might
     have changed, and a small network's step is over sooner.
+
+    `failure` says why no program can be made, and is empty where one can. Whoever sets it chooses `otherwise`; with
+    `warns=False` the caller reports it.
     """
 
-    def __init__(self, function: Function, otherwise: Function) -> None:
+    def __init__(self, function: Function, otherwise: Function, *, warns: bool = True) -> None:
         self._function = function
         self._otherwise = otherwise
+        self._warns = warns
         self._programs: dict[tuple[torch.Size, ...], Function] = {}
-        self.failed = False
+        self.failure = ""
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._programs and not self.failed:
+        if shapes not in self._programs and not self.failure:
             self._compile(shapes, inputs)
-        if self.failed:
+        if self.failure:
             return self._otherwise(*inputs)
         with torch.no_grad():
             return self._programs[shapes](*inputs)
@@ -52,8 +56,9 @@ class Compiled:
                 self._programs[shapes] = compile_graph(graph, list(inputs), options)
         except Exception as error:  # whatever the compiler, or the one that it calls, has to say
             reason = str(error).strip().partition("\n")[0]
-            logger.warning("the step can't be compiled (%s: %s) and runs as it is", type(error).__name__, reason)
-            self.failed = True
+            self.failure = f"{type(error).__name__}: {reason}"
+            if self._warns:
+                logger.warning("the step can't be compiled (%s) and runs as it is", self.failure)
 
 
 def _products() -> Mapping[Any, Callable[..., Tensor]] | None:

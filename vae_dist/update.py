@@ -3,6 +3,7 @@
 b is the process's share of the global batch, L latents, C, H, W image.
 """
 
+import logging
 import math
 import platform
 from collections import Counter
@@ -25,6 +26,8 @@ from vae_dist.model.vae import VAE
 from vae_dist.objective import Schedule
 from vae_dist.plan import share
 from vae_dist.runtime import World
+
+logger = logging.getLogger(__name__)
 
 MOST_STEPS = 32  # that are launched at once: more would save no more, and make recording them slower
 
@@ -78,6 +81,7 @@ class Update:
         self._first_step = self._skipped_before = 0
         self._moving: list[Schedule] = []
         self._on_device = self.tally
+        self._undecided: list[Compiled] = []  # programs that all processes are to have, or none of them
         self._step = self._one_program() if isinstance(self.optimizer, FlatAdam) and self._alone else self._in_parts()
         self._steps: Steps = self._one_by_one
         if recorder is not None:
@@ -130,6 +134,8 @@ class Update:
         find = self._found_by(self._gradients)
 
         def step(pixels: Tensor, noise: Tensor, moving: Tensor) -> None:
+            if self._undecided:
+                self._decide(partial(find, pixels, noise, moving))
             skip, *gradients = find(pixels, noise, moving, self.tally, *self.optimizer.weights)
             learning_rate = moving[0].float()
             if self._scaler is not None:  # it has found for itself whether to skip this update
@@ -149,8 +155,35 @@ class Update:
             return as_it_is
         if self._alone:
             return Compiled(partial(self._found, gradients.functional, self._judged), as_it_is)
-        differentiate = Compiled(gradients.functional, plain)
-        return partial(self._found, differentiate, Compiled(self._judged, self._judged))
+        warns = self._world.size == 1
+        differentiate = Compiled(gradients.functional, plain, warns=warns)
+        judge = Compiled(self._judged, self._judged, warns=warns)
+        if self._world.size > 1:
+            self._undecided = [differentiate, judge]
+        return partial(self._found, differentiate, judge)
+
+    def _decide(self, find: Function) -> None:
+        """Compile for all shapes of a step, in a rehearsal that changes nothing: all processes use programs, or none.
+
+        Programs and single operations round differently. What is done with the mean gradient has to be bitwise the same
+        on all processes, or their weights drift apart; so programs that differ in it count as none.
+        """
+        tally = torch.zeros_like(self.tally)
+        scale = self.loss_scale()
+        found = find(tally, *self.optimizer.weights)
+        if self._scaler is not None and scale is not None:
+            self._scaler.update()  # or it would refuse to look at this step's gradients again
+            self._scaler.load_state_dict(scale)
+        failure = next((program.failure for program in self._undecided if program.failure), "")
+        result = int(runtime.checksum([*found, tally[3]]))  # with the norm
+        told = self._world.gather_objects((failure, platform.node(), result))
+        failed = [rank for rank, (failure, _, _) in enumerate(told) if failure]
+        unlike = self._world.alike and len({result for _, _, result in told}) > 1
+        if (failed or unlike) and self._world.is_main:
+            _warn_of_no_programs(told, failed)
+        for program in self._undecided if failed or unlike else ():
+            program.failure = failure or "another process has no such program"
+        self._undecided = []
 
     def _found(
         self,
@@ -271,3 +304,14 @@ class Update:
             self._scaler.load_state_dict(state.loss_scale)
         self._first_step, self._skipped_before = state.step, state.skipped_updates
         return state
+
+
+def _warn_of_no_programs(told: Sequence[tuple[str, str, int]], failed: Sequence[int]) -> None:
+    """`told` is why each process has no program, its host, and a checksum of what it found."""
+    if failed:
+        reason, host, _ = told[failed[0]]
+        ranks = ", ".join(map(str, failed))
+        why = f"on process {ranks} of {len(told)} (process {failed[0]} on {host}: {reason})"
+    else:
+        why = "alike on all processes (they round differently)"
+    logger.warning("the step can't be compiled %s and runs as it is on all processes", why)
