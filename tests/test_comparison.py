@@ -27,7 +27,6 @@ from vae_dist.config import DataConfig, Study
 from vae_dist.data import Images
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation import evaluate
-from vae_dist.plots import COLOURS, Curve, lines
 from vae_dist.trainer import train
 
 CPU = torch.device("cpu")
@@ -298,29 +297,6 @@ def test_names_of_many_runs_make_a_folder_that_can_be_made(make_run: MakeRun, pa
     folder = compare([*pair, long, long])
     assert len(folder.name) == comparison.LONGEST_NAME and folder == compare([*pair, long])
     assert len(compared(folder)) == 3  # a run that is named twice is there once
-
-
-def pixel(x: float, y: float, picture: Image.Image) -> str:
-    """A pixel of a plot, by its shares of the axes."""
-    red, green, blue = np.asarray(picture)[round(12 + 400 * (1 - y)), round(72 + 640 * x)]
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def test_curves_go_through_their_points() -> None:
-    falling = Curve("falling", torch.tensor([[0.0, 100.0], [100.0, 0.0]]))
-    level = Curve("level", torch.tensor([[0.0, 100.0], [50.0, 100.0]]))
-    picture = lines([falling, level], ("steps", "nats"))
-    share = 1 / 1.06  # above and below there is a margin
-    for x in (0.2, 0.4, 0.7):
-        assert pixel(x, 0.5 + (0.5 - x) * share, picture) == COLOURS[0]
-    assert pixel(0.3, 0.5 + 0.5 * share, picture) == COLOURS[1]
-    assert pixel(0.7, 0.5 + 0.5 * share, picture) != COLOURS[1]  # it has ended
-
-
-@pytest.mark.parametrize("points", [[[5.0, 3.0]], [[0.0, 0.0]], [[10.0, 1e-9], [20.0, 1e9]]])
-def test_any_curve_can_be_drawn(points: list[list[float]]) -> None:
-    picture = lines([Curve(f"run {number}", torch.tensor(points)) for number in range(30)], ("steps", "nats"))
-    assert len(picture.getcolors(10**6) or []) > 10
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ ONLY_IN = {
     "wandb": {"tracking"},
     "omegaconf": {"config"},
     "torchvision": {"mnist"},
+    "matplotlib": {"plots"},
 }
 
 

@@ -1,12 +1,26 @@
-"""Plots: points in a plane, and curves. N points."""
+"""Plots by matplotlib: a scatter plot, and curves. N points.
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+The same version of matplotlib draws the same pixels, whatever settings, fonts and variables the user has.
+"""
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:  # matplotlib takes a third of a second to import: only `_matplotlib` imports it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Ten colours that people with any colour vision can tell apart (Petroff 2021, "Accessible color sequences for data
 # visualization"). The two greys are his fourth and ninth; here the ninth changes places with the fifth, because threes
@@ -14,156 +28,240 @@ from torch import Tensor
 COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#717581", "#a96b59", "#e76300", "#b9ac70", "#832db6", "#92dadd",
 )  # fmt: skip
+_CURVE_COLOURS = (*COLOURS[:4], COLOURS[8], *COLOURS[5:8], COLOURS[4], COLOURS[9])  # in Petroff's own order
+# Where the colours begin anew, labels get another marker, and curves another style.
+_MARKERS = ("o", "^", "s", "D", "v", "P")
+_STYLES = ("-", "--", ":", "-.")
 
-_FINE = 2  # drawn in twice the size, then reduced, which smooths the edges
-_SIDE = 640 * _FINE  # pixels of the square that holds the points
-_LEFT, _TOP, _RIGHT, _BOTTOM = (margin * _FINE for margin in (72, 12, 84, 60))
-_TICK = 6 * _FINE
-_OPACITY = "b0"
+_DPI = 100
+_SIDE = 640  # pixels of the square that holds the points
+_LEGEND_LABELS = 28  # in one column beside it
+_WIDTH, _HEIGHT = 640, 400  # pixels of the rectangle that holds the curves
+_TALLEST = 2400  # pixels that the rectangle may grow to, so that each curve has its name beside it
+_LINE = 18  # pixels between two names
+_LARGEST = 1e300  # larger values are drawn as this one: their distance would overflow
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # a dollar in a run's name is a dollar
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#808080",
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "xtick.color": "#808080",
+    "xtick.labelcolor": "black",
+    "xtick.labelsize": 9,
+    "ytick.color": "#808080",
+    "ytick.labelcolor": "black",
+    "ytick.labelsize": 9,
+}
+
+
+class Curve(NamedTuple):
+    """Points that are joined in their order. A value that is not finite leaves a gap."""
+
+    name: str
+    points: Tensor  # (N, 2)
 
 
 def scatter(points: Tensor, labels: Tensor, x_name: str, y_name: str) -> Image.Image:
     """Points `(N, 2)` coloured by their labels `(N,)`, under the names of the axes; both axes have the same scale.
 
-    Each label's name stands at the median of its points too. With a single label there is no legend.
+    Each label is also written at the median of its points. With a single label there is no legend. Points that are not
+    finite are left out.
     """
-    low, high = points.double().amin(0), points.double().amax(0)
-    half = max((high - low).max().item() / 2 * 1.04, 1e-6)
-    corner = (low + high) / 2 - half
-
-    def place(positions: Tensor) -> list[list[float]]:
-        shares = (positions.double() - corner) / (2 * half)
-        return (shares * torch.tensor([_SIDE, -_SIDE]) + torch.tensor([_LEFT, _TOP + _SIDE])).tolist()
-
-    image = Image.new("RGB", (_LEFT + _SIDE + _RIGHT, _TOP + _SIDE + _BOTTOM), "white")
-    draw = ImageDraw.Draw(image, "RGBA")
-    _draw_frame(image, draw, corner.tolist(), half, x_name, y_name)
+    finite = points.isfinite().all(1)
+    points, labels = points[finite].double().cpu().clamp(-_LARGEST, _LARGEST), labels[finite].cpu()
     classes = labels.unique().tolist()
-    colours = {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(classes)}
-    for (x, y), label in zip(place(points), labels.tolist(), strict=True):
-        _disc(draw, x, y, 2, colours[label] + _OPACITY)
-    if len(classes) > 1:
-        small, large = (ImageFont.load_default(size=size * _FINE) for size in (13, 20))
-        spacing = min(22 * _FINE, _SIDE // len(classes))
-        medians = place(torch.stack([points[labels == label].median(0).values for label in classes]))
-        for index, (label, (x, y)) in enumerate(zip(classes, medians, strict=True)):
-            draw.text((x, y), str(label), "black", large, "mm", stroke_width=3 * _FINE, stroke_fill="white")
-            x, y = _LEFT + _SIDE + 20 * _FINE, _TOP + spacing * (index + 0.5)
-            _disc(draw, x, y, 6, colours[label])
-            draw.text((x + 14 * _FINE, y), str(label), "black", small, "lm")
-    return image.reduce(_FINE)
+    with _matplotlib():
+        figure, axes = _figure(_SIDE, _SIDE, x_name, y_name)
+        _limit_to_a_square(axes, points)
+        for first in range(0, len(classes), len(COLOURS)):
+            group = classes[first : first + len(COLOURS)]
+            chosen = torch.isin(labels, torch.tensor(group))
+            # In the order of the points, so that no label covers another one.
+            colours = [COLOURS[group.index(label)] for label in labels[chosen].tolist()]
+            x, y = points[chosen].T.numpy()
+            axes.scatter(x, y, s=10, c=colours, marker=_marker(first), alpha=0.7, linewidths=0)
+        if len(classes) > 1:
+            _name_labels(axes, points, labels, classes)
+        return _to_image(figure)
 
 
-def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: int, colour: str) -> None:
-    radius *= _FINE
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+def _limit_to_a_square(axes: "Axes", points: Tensor) -> None:
+    """Limits of the same extent on both axes, around all points `(N, 2)`."""
+    low, high = (points.amin(0), points.amax(0)) if len(points) else (torch.zeros(2), torch.zeros(2))
+    x, y = ((low + high) / 2).tolist()
+    half, largest = (high - low).max().item() / 2 * 1.04, max(abs(x), abs(y))
+    if half <= 1e-6 * largest or half == 0:  # one place, seen from the origin
+        half = largest or 1.0
+    axes.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
 
 
-def _draw_frame(
-    image: Image.Image, draw: ImageDraw.ImageDraw, corner: list[float], half: float, x_name: str, y_name: str
-) -> None:
-    """The square around the points, its grid lines with their figures, and the names of the axes."""
-    font = ImageFont.load_default(size=12 * _FINE)
-    right, bottom = _LEFT + _SIDE, _TOP + _SIDE
-    for axis in (0, 1):
-        for value in ticks(corner[axis], corner[axis] + 2 * half):
-            along = (value - corner[axis]) / (2 * half) * _SIDE
-            if axis == 0:
-                draw.line((_LEFT + along, _TOP, _LEFT + along, bottom), fill="#e4e4e4", width=_FINE)
-                draw.text((_LEFT + along, bottom + _TICK), f"{value:g}", "black", font, "ma")
-            else:
-                draw.line((_LEFT, bottom - along, right, bottom - along), fill="#e4e4e4", width=_FINE)
-                draw.text((_LEFT - _TICK, bottom - along), f"{value:g}", "black", font, "rm")
-    draw.rectangle((_LEFT, _TOP, right, bottom), outline="#808080", width=_FINE)
-    font = ImageFont.load_default(size=14 * _FINE)
-    draw.text((_LEFT + _SIDE / 2, bottom + _BOTTOM - 8 * _FINE), x_name, "black", font, "md")
-    name = Image.new("RGB", (_SIDE, 24 * _FINE), "white")
-    ImageDraw.Draw(name).text((_SIDE / 2, 12 * _FINE), y_name, "black", font, "mm")
-    image.paste(name.rotate(90, expand=True), (6 * _FINE, _TOP))
+def _name_labels(axes: "Axes", points: Tensor, labels: Tensor, classes: Sequence[int]) -> None:
+    """Each label at the median of its points, and a legend."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3.5, foreground="white")]
+    handles = []
+    for index, label in enumerate(classes):
+        x, y = points[labels == label].median(0).values.tolist()
+        axes.text(x, y, str(label), size=14, ha="center", va="center", path_effects=halo)
+        colour = COLOURS[index % len(COLOURS)]
+        handles.append(
+            Line2D([], [], color=colour, marker=_marker(index), markersize=8, linestyle="", label=str(label))
+        )
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False, handletextpad=0.2,
+        ncols=-(-len(classes) // _LEGEND_LABELS), columnspacing=1,
+    )  # fmt: skip
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """The multiples within `[low, high]` of the roundest step, 1, 2 or 5 times a power of ten, that makes 4 to 10."""
-    rough = (high - low) / 10
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [round(index * step, 12) for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _marker(index: int) -> str:
+    return _MARKERS[index // len(COLOURS) % len(_MARKERS)]
 
 
-_WIDTH, _HEIGHT = 640 * _FINE, 400 * _FINE  # pixels of the rectangle that holds the curves
-_CURVE_COLOURS = (*COLOURS[:4], COLOURS[8], *COLOURS[5:8], COLOURS[4], COLOURS[9])  # in Petroff's own order
+def lines(curves: Sequence[Curve], names: tuple[str, str]) -> Image.Image:
+    """Curves under the names of the axes; the first axis begins at 0.
 
-
-class Curve(NamedTuple):
-    """Points that are joined in their order."""
-
-    name: str
-    points: Tensor  # (N, 2), N at least 1
-
-
-def lines(curves: Sequence[Curve], axes: tuple[str, str]) -> Image.Image:
-    """Curves, at least one, under the names of the axes; the first axis begins at 0.
-
-    Each curve's name stands at the right, as high as its end.
+    Each curve's name stands at the right, near the height of its last finite value. Many curves make a higher picture.
     """
-    every = torch.cat([curve.points for curve in curves]).double()
-    low, high = every.amin(0) * torch.tensor([0.0, 1.0]), every.amax(0)
-    margin = (high - low).clamp(min=1e-6) * torch.tensor([0.0, 0.03])
-    low, span = low - margin, (high - low + 2 * margin).clamp(min=1e-6)
-    size = torch.tensor([_WIDTH, -_HEIGHT])
-    font = ImageFont.load_default(size=13 * _FINE)
-    right, bottom = _LEFT + _WIDTH, _TOP + _HEIGHT
-    legend = max(math.ceil(font.getlength(curve.name)) for curve in curves) + 56 * _FINE
-    image = Image.new("RGB", (right + legend, bottom + _BOTTOM), "white")
-    draw = ImageDraw.Draw(image, "RGBA")
-    _draw_axes(image, draw, low.tolist(), span.tolist(), axes)
-    corner = torch.tensor([_LEFT, bottom])
-    paths = [[(x, y) for x, y in ((curve.points - low) / span * size + corner).tolist()] for curve in curves]
-    heights = _apart([path[-1][1] for path in paths], 20 * _FINE, _TOP, bottom)
-    # The first is drawn last: where curves lie on one another, it is seen as far as it reaches.
-    for index, (curve, path, height) in reversed(list(enumerate(zip(curves, paths, heights, strict=True)))):
-        colour = _CURVE_COLOURS[index % len(COLOURS)]
-        draw.line(path, fill=colour, width=2 * _FINE, joint="curve")
-        _disc(draw, path[-1][0], path[-1][1], 3, colour)
-        x = right + 16 * _FINE
-        draw.line([(right, path[-1][1]), (x, height), (x + 14 * _FINE, height)], fill=colour, width=2 * _FINE)
-        draw.text((x + 20 * _FINE, height), curve.name, "black", font, "lm")
-    return image.reduce(_FINE)
+    height = min(max(_HEIGHT, _LINE * len(curves)), _TALLEST)
+    looks: list[dict[str, Any]] = [
+        {"color": _CURVE_COLOURS[index % len(COLOURS)], "linestyle": _STYLES[index // len(COLOURS) % len(_STYLES)]}
+        for index in range(len(curves))
+    ]
+    drawn = [curve.points.double().cpu().clamp(-_LARGEST, _LARGEST) for curve in curves]
+    ends = [points[points.isfinite().all(1)][-1:] for points in drawn]
+    with _matplotlib():
+        from matplotlib.ticker import MaxNLocator
+        from matplotlib.transforms import nonsingular
+
+        figure, axes = _figure(_WIDTH, height, *names)
+        axes.margins(0, 0.03)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        # The first is drawn last: where curves lie on one another, it is seen as far as it reaches.
+        for points, end, look in reversed(list(zip(drawn, ends, looks, strict=True))):
+            axes.plot(*points.T.numpy(), **look)
+            axes.plot(*end.T.numpy(), "o", color=look["color"], markersize=4.5, clip_on=False)
+        axes.set_xlim(0, max(axes.get_xlim()[1], 1))
+        axes.set_ylim(nonsingular(*axes.get_ylim(), 0.05, 1e-7))
+        _name_curves(axes, curves, looks, ends, height)
+        return _to_image(figure)
 
 
-def _draw_axes(
-    image: Image.Image, draw: ImageDraw.ImageDraw, low: list[float], span: list[float], axes: tuple[str, str]
+def _name_curves(
+    axes: "Axes", curves: Sequence[Curve], looks: Sequence[dict[str, Any]], ends: Sequence[Tensor], height: int
 ) -> None:
-    """The rectangle around the curves, its grid lines with their figures, and the names of the axes."""
-    font = ImageFont.load_default(size=12 * _FINE)
-    right, bottom = _LEFT + _WIDTH, _TOP + _HEIGHT
-    for value in ticks(low[0], low[0] + span[0]):
-        x = _LEFT + (value - low[0]) / span[0] * _WIDTH
-        draw.line((x, _TOP, x, bottom), fill="#e4e4e4", width=_FINE)
-        draw.text((x, bottom + _TICK), f"{value:,.10g}", "black", font, "ma")
-    for value in ticks(low[1], low[1] + span[1]):
-        y = bottom - (value - low[1]) / span[1] * _HEIGHT
-        draw.line((_LEFT, y, right, y), fill="#e4e4e4", width=_FINE)
-        draw.text((_LEFT - _TICK, y), f"{value:,.10g}", "black", font, "rm")
-    draw.rectangle((_LEFT, _TOP, right, bottom), outline="#808080", width=_FINE)
-    font = ImageFont.load_default(size=14 * _FINE)
-    draw.text((_LEFT + _WIDTH / 2, bottom + _BOTTOM - 8 * _FINE), axes[0], "black", font, "md")
-    name = Image.new("RGB", (_HEIGHT, 24 * _FINE), "white")
-    ImageDraw.Draw(name).text((_HEIGHT / 2, 12 * _FINE), axes[1], "black", font, "mm")
-    image.paste(name.rotate(90, expand=True), (6 * _FINE, _TOP))
+    """Each curve's name at the right, with a line in the curve's look from the height at which it ends."""
+    low, high = axes.get_ylim()
+    wanted = [(end[0, 1].item() - low) / (high - low) if len(end) else 0.0 for end in ends]
+    distance = min(_LINE, height / max(len(curves), 1))  # pixels
+    for curve, look, start, end in zip(curves, looks, wanted, _apart(wanted, distance / height), strict=True):
+        axes.plot([1, 1.025, 1.055], [start, end, end], transform=axes.transAxes, clip_on=False, **look)
+        axes.text(1.062, end, curve.name, size=9.5 * distance / _LINE, va="center_baseline", transform=axes.transAxes)
 
 
-def _apart(wanted: Sequence[float], distance: float, low: float, high: float) -> list[float]:
-    """Positions near those wanted, within `[low, high]` and a distance apart (less where they would not fit)."""
-    distance = min(distance, (high - low) / len(wanted))
+def _apart(wanted: Sequence[float], distance: float) -> list[float]:
+    """Positions within [0, 1], a distance apart, in the order of those wanted and as near to them as can be.
+
+    The sum of the squared distances moved is the least: isotonic regression, which pools neighbours that would overlap.
+    """
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    placed = list(wanted)
-    floor = low
-    for index in order:
-        placed[index] = floor = max(placed[index], floor)
-        floor += distance
-    ceiling = high
-    for index in reversed(order):
-        placed[index] = ceiling = min(placed[index], ceiling)
-        ceiling -= distance
-    return placed
+    pools: list[tuple[float, int]] = []  # the mean of positions less their distances from the first one, and how many
+    for rank, index in enumerate(order):
+        mean, size = wanted[index] - rank * distance, 1
+        while pools and pools[-1][0] > mean:
+            earlier, more = pools.pop()
+            mean, size = (earlier * more + mean * size) / (size + more), size + more
+        pools.append((mean, size))
+    highest = 1 - distance * (len(wanted) - 1)
+    means = [min(max(mean, 0.0), highest) for mean, size in pools for _ in range(size)]
+    placed = {index: mean + rank * distance for rank, (index, mean) in enumerate(zip(order, means, strict=True))}
+    return [placed[index] for index in range(len(wanted))]
+
+
+def _figure(width: int, height: int, x_name: str, y_name: str) -> "tuple[Figure, Axes]":
+    """A figure that axes of a size in pixels fill. What stands around them is added when it is drawn."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = Figure((width / _DPI, height / _DPI), _DPI)
+    axes = figure.add_axes((0, 0, 1, 1), xlabel=x_name, ylabel=y_name)
+    for axis in axes.xaxis, axes.yaxis:
+        axis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    return figure, axes
+
+
+def _to_image(figure: "Figure") -> Image.Image:
+    """The figure drawn by Agg, RGB, as large as all that is in it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = BytesIO()
+    FigureCanvasAgg(figure).print_figure(
+        file, format="png", bbox_inches="tight", pad_inches=0.1, pil_kwargs={"compress_level": 1}
+    )
+    return Image.open(file).convert("RGB")
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """matplotlib, silent, with its own defaults and _STYLE; afterwards it is as it was."""
+    logger = logging.getLogger("matplotlib")  # the parent of all its loggers
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # among others of characters that the font lacks: boxes are drawn
+            _import()
+            from matplotlib import rc_context, rcParamsDefault
+
+            # Not `rcdefaults`, which reads the styles in the user's folder; nor the backend, which would be started.
+            defaults: dict[Any, Any] = {key: value for key, value in rcParamsDefault.items() if key != "backend"}
+            with rc_context(defaults | _STYLE):
+                yield
+    finally:
+        logger.setLevel(level)
+
+
+@functools.cache
+def _import() -> None:
+    """Import what draws. It reads none of the user's settings, fonts and caches, and writes no cache.
+
+    Where a process has imported matplotlib before, that one is used with the fonts that it has found.
+    """
+    exists = os.path.exists
+    with (
+        TemporaryDirectory() as folder,
+        _environment(
+            FREETYPE_PROPERTIES=None,  # may choose other hinting
+            MATPLOTLIBRC=os.devnull,
+            MPLBACKEND=None,
+            MPLCONFIGDIR=folder,
+            MPL_IGNORE_SYSTEM_FONTS="1",
+        ),
+        # A file of that name in the working directory would come first, and no variable turns that off.
+        mock.patch.object(os.path, "exists", lambda path: path != "matplotlibrc" and exists(path)),
+    ):
+        import matplotlib.backends.backend_agg  # noqa: F401
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """The environment with these variables, or without those that are None; afterwards as it was."""
+
+    def put(new: dict[str, str | None]) -> None:
+        for name, value in new.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    before = {name: os.environ.get(name) for name in values}
+    try:
+        put(values)
+        yield
+    finally:
+        put(before)
