@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
@@ -72,9 +73,10 @@ def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds or leaves anything in the folder that the tests are run from, or in the user's home."""
     torch.set_flush_denormal(False)  # a run in this process leaves it on, and hypothesis wants to draw such numbers
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a test outside of a run has made
+    GradientState._reset_state()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a run in this process leaves it behind
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))

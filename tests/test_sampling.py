@@ -244,8 +244,8 @@ def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path
         torch.testing.assert_close(found["latents"], posterior_of(run).mean)
         assert torch.equal(found["labels"], data.load_test(opened(run).config.data).labels)
     expected = principal_components(found["latents"], 2)
-    assert torch.equal(found["points"], expected.coordinates)
-    assert torch.equal(found["variance_shares"], expected.shares)
+    torch.testing.assert_close(found["points"], expected.coordinates)  # this process may have more threads
+    torch.testing.assert_close(found["variance_shares"], expected.shares)
 
 
 def test_principal_components_are_those_of_numpys_svd() -> None:

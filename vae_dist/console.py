@@ -389,7 +389,8 @@ class TrainingProgress:
     def show(self, step: int, row: Mapping[str, float]) -> None:
         """Bring bar or lines up to a row of training figures."""
         self._last |= row
-        epoch, loss, images_per_second = self._epoch(step), row["train/loss"], row["train/images_per_second"]
+        epoch = self._epoch(step)
+        loss, images_per_second = (row.get(f"train/{name}", float("nan")) for name in ("loss", "images_per_second"))
         self._bar.update(self._task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
         now = time.monotonic()
         if now >= self._line_due or step == self._last_step:
@@ -423,6 +424,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     change the exit code.
     """
     _guard_standard_streams()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch traces each attempt to connect, which may be many
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # outside of a training, which saves first
         signal.signal(signal.SIGHUP, lambda number, frame: os._exit(143))
     _install(_unshown)

@@ -1,0 +1,175 @@
+"""What launchers leave in the environment of a process: its place among others, or the wrong one."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, MakeConfig
+from tests.test_mnist import unused_port
+from vae_dist import config, runtime
+from vae_dist.comparison import compare, study
+from vae_dist.errors import UserError
+from vae_dist.evaluation import evaluate
+from vae_dist.page import report
+from vae_dist.sampling import sample
+from vae_dist.trainer import train
+
+TRAIN = str(REPOSITORY / "vae_dist/train.py")
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")} | {
+    f"OMPI_COMM_WORLD_{name}": "1" for name in ("RANK", "LOCAL_RANK")
+}
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_", "MV2_", "ACCELERATE_")) or name in PLACE:
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 says .* RANK, WORLD_SIZE, MASTER_ADDR is not set: .* or unset LOCAL_RANK"),
+        ({"RANK": "3"}, "RANK=3 says .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is no number: .* unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK='one' in the environment is no number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment is no number"),
+        ({"PMI_SIZE": ""}, "PMI_SIZE='' in the environment is no number"),
+        ({**PLACE, "RANK": "2"}, "RANK=2 does not fit WORLD_SIZE=2"),
+        ({**PLACE, "WORLD_SIZE": "0"}, "RANK=0 does not fit WORLD_SIZE=0"),
+        ({**PLACE, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK=0 does not fit LOCAL_WORLD_SIZE=0"),
+        ({**PLACE, "MASTER_ADDR": " "}, "WORLD_SIZE=2 says .* MASTER_ADDR is not set"),
+        ({**PLACE, "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is no number"),
+        ({**PLACE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        (OPEN_MPI, "OMPI_COMM_WORLD_SIZE=2 says .* MASTER_ADDR is not set: .* set what is missing"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}, "PMI_SIZE=2 says .* MASTER_ADDR is not set"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed .* --config_file launch/one_process.yaml"),
+        ({"ACCELERATE_USE_FSDP": "1", "ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for FSDP .*, Megatron-LM"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "asks for dynamo"),
+        ({"ACCELERATE_DEBUG_MODE": "maybe"}, "can't be joined: invalid truth value maybe; .* ACCELERATE_"),
+    ],
+)
+def test_what_a_launcher_has_left_is_one_message_that_says_what_to_set(
+    left: dict[str, str], message: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message) as refused, runtime.join(make_config()):
+        pass
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"SLURM_NTASKS": "2"},
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"},
+        {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_DEEPSPEED": ""},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "MASTER_ADDR": "", "MASTER_PORT": "none"},
+    ],
+)
+def test_what_says_nothing_is_passed_over(
+    left: dict[str, str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with runtime.join(make_config()) as world:
+        runtime.accelerator("fp32")
+        assert (world.rank, world.size) == (0, 1)
+    assert not caplog.records
+
+
+def test_tasks_of_srun_that_know_nothing_of_one_another_are_warned_of(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with runtime.join(make_config()), runtime.join(make_config()):
+        pass
+    (record,) = caplog.records
+    assert "srun has started 2 tasks, and each runs alone" in record.getMessage()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(REPOSITORY / "tests/fixtures/runs/evaluated", tmp_path / "run"))
+
+
+def test_every_command_refuses_it(make_config: MakeConfig, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    commands: list[Callable[[], object]] = [
+        lambda: train(make_config()),
+        lambda: study(config.load_study(["name=s"])),
+        lambda: evaluate(run),
+        lambda: sample(run),
+        lambda: report(run),
+        lambda: compare([run]),
+    ]
+    for command in commands:
+        with pytest.raises(UserError, match="LOCAL_RANK=0 says"):
+            command()
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    """The port of a program that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_taken", "message"),
+    [
+        ("0", True, "MASTER_PORT={port} is taken on .* by another program: choose another"),
+        ("0", False, "not all processes have come to MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
+        ("1", True, "no process 0 answers at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
+        ("1", False, "no process 0 answers at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
+    ],
+)
+def test_processes_that_do_not_find_one_another_say_where_they_have_looked(
+    rank: str, is_taken: bool, message: str, listener: int, monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig
+) -> None:
+    port = listener if is_taken else unused_port()
+    for name, value in {**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime, "ANSWER_SECONDS", 0.5)
+    asked = make_config("runtime.start_timeout=1")
+    with pytest.raises(UserError, match=message.format(port=port)), runtime.join(asked):
+        pass
+
+
+def test_a_process_that_finds_no_other_prints_one_line_and_exits_with_2(smoke_arguments: list[str]) -> None:
+    place = {**PLACE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "no.host.invalid", "MASTER_PORT": "29500"}
+    command = [sys.executable, TRAIN, *smoke_arguments, "runtime.start_timeout=1"]
+    said = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
+    assert (said.returncode, said.stdout, said.stderr.count("\n")) == (2, "", 1)
+    assert re.match(r"error: process 1 of 2 on .*: no process 0 answers at MASTER_ADDR=no.host.invalid", said.stderr)
+
+
+@pytest.mark.slow
+def test_processes_of_mpirun_train_together(smoke_arguments: list[str], tmp_path: Path) -> None:
+    """They know their places by Open MPI's variables, and need a place to meet."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    settings = [*smoke_arguments, "train.steps=4", f"runs_dir={tmp_path / 'runs'}", "name=a"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, TRAIN, *settings],
+            env={**os.environ, **meet, **{name: rank if "RANK" in name else "2" for name in OPEN_MPI}},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "2 processes on cpu" in said[0]
