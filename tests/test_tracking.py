@@ -7,6 +7,7 @@ import base64
 import gc
 import hashlib
 import json
+import logging
 import os
 import pty
 import resource
@@ -559,6 +560,7 @@ def test_wandb_that_is_turned_off_records_nothing_and_sends_nothing(
 def tracked(config: Config, run_dir: Path, start: int | None = 0) -> Iterator[Tracker]:
     """The tracker of a training that starts at `start`, its messages in the run's directory."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    console.logger.setLevel(logging.INFO)
     with (
         console.logged_to(run_dir / "log.txt"),
         tracking.track(config, run_dir, is_main=True, start=start) as tracker,

@@ -55,6 +55,7 @@ def study(asked: Study) -> Path:
     for config in asked.configs:
         data.check_name(config.data.name)
         check_names(config)
+        configs.check_numbers(config)
     with runtime.join(asked.configs[0]) as world:  # around all of them: a launch can't join its processes twice
         console.start(world)
         for number, config in enumerate(asked.configs, start=1):

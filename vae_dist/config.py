@@ -253,6 +253,17 @@ _SAME_RUN_KEYS = (
 
 DEFAULT_STUDY = "model.latent_dim=2,5,10,20,40"
 
+# The normal numbers of the two types: what is less is flushed to 0.
+_FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
+_FLOAT64 = 2.0**-1022, 2.0**1023 * (2 - 2.0**-52)
+
+# Where training usually works; what a message says of it.
+_USUAL = {
+    "objective.sigma": (0.01, math.inf, "0.01 to 1"),
+    "objective.beta": (0.0, 1000.0, "up to 10"),
+    "optim.learning_rate": (0.0, 0.02, "0.0001 to 0.003"),
+}
+
 # More than any run needs, and little enough to be read within seconds.
 MAX_BYTES = 2**20  # of a file
 MAX_VALUES = 20_000  # of a file, of an argument, of a config; a list counts, and each of its items
@@ -331,6 +342,7 @@ def load(arguments: Sequence[str]) -> Config:
         config.tracking.id = None  # that run finds it in its checkpoints
     config.tracking.owner = None
     check(config)
+    _check_names_in_wandb(config.tracking)
     return config
 
 
@@ -362,6 +374,8 @@ def load_reader(config: Config, arguments: Sequence[str]) -> Config:
     )
     config = _apply(config, [_parse_argument(argument) for argument in arguments])
     check(config)
+    if any(_split(argument)[0].startswith("tracking.") for argument in arguments):  # what is stored is of no use here
+        _check_names_in_wandb(config.tracking)
     return config
 
 
@@ -400,8 +414,52 @@ def resume(config: Config, stored: Config) -> Config:
         keys += [key for key in ("train.epochs", "train.steps") if ours[key] != theirs[key]]
     if keys:
         changes = ", ".join(f"{key} (was {as_text(theirs[key])}, now {as_text(ours[key])})" for key in keys)
-        raise UserError(f"run {config.name} can't go on with another {changes}; choose another name for a new run")
+        if config.checkpoint.resume in ("auto", "never"):
+            remedy = "choose another name for a new run"
+        else:  # under any name it would be refused again
+            new = (
+                f"leave out checkpoint.resume={config.checkpoint.resume} and choose a new name to train from the start"
+            )
+            remedy = f"leave {', '.join(keys)} as it was, or {new}"
+        raise UserError(f"run {config.name} can't go on with another {changes}; {remedy}")
     return merged
+
+
+def check_numbers(config: Config) -> None:
+    """Raise UserError for numbers that would overflow or vanish in a training of this precision, `auto` being fp32."""
+    precision = "fp32" if config.train.precision == "auto" else config.train.precision
+    smallest, largest = _FLOAT64 if precision == "fp64" else _FLOAT32
+    bounds = {
+        "optim.learning_rate": _FLOAT32,  # Adam's, in every precision
+        "optim.max_grad_norm": (smallest, math.inf),
+        # They scale gradients, whose norm is the root of a sum of squares: sigma by its own square's reciprocal.
+        "objective.beta": (smallest, largest**0.5),
+        "objective.sigma": (largest**-0.25, smallest**-0.5),
+    }
+    values = flatten(config)
+    if config.objective.reconstruction != "gaussian":
+        del bounds["objective.sigma"]
+    for key, (least, most) in bounds.items():
+        if values[key] and not least <= values[key] <= most:
+            zero = "0, or " if key == "objective.beta" else ""
+            limits = f"at least {least:.2g}" if most == math.inf else f"from {least:.2g} to {most:.2g}"
+            raise UserError(
+                f"{key}={values[key]:g} can't be computed with in {precision}, where the loss or its gradients would "
+                f"overflow or vanish; use {zero}a value {limits}"
+            )
+
+
+def suspects(config: Config) -> list[str]:
+    """The settings that are likely to have made numbers infinite, the most likely first: `key=value (usual: ...)`."""
+    values = flatten(config)
+    usual = {key: (low, high) for key, (low, high, _) in _USUAL.items()}
+    if config.objective.reconstruction != "gaussian":
+        del usual["objective.sigma"]
+    distance = {
+        key: max(low / values[key] if values[key] else 0.0, values[key] / high) for key, (low, high) in usual.items()
+    }
+    odd = sorted((key for key in distance if distance[key] > 1), key=lambda key: -distance[key])
+    return [f"{key}={values[key]:g} (usual: {_USUAL[key][2]})" for key in odd]
 
 
 def to_yaml(config: Config) -> str:
@@ -444,6 +502,26 @@ def check(config: Config) -> None:
     if _count(nested) > MAX_VALUES or len(json.dumps(nested)) > MAX_BYTES // 2:
         raise UserError(f"the config is too large: {MAX_VALUES} values and {MAX_BYTES // 2} characters are the most")
     _check_memory(config)
+
+
+def _check_names_in_wandb(tracking: TrackingConfig) -> None:
+    """Raise UserError for names that W&B's client or server does not take."""
+    if tracking.wandb == "disabled":
+        return
+    for key, name in (("project", tracking.project), ("entity", tracking.entity)):
+        if name is None:
+            continue
+        found = [character for character in "/\\#?%:" if character in name]
+        if found or not name.strip() or len(name) > 128:
+            entity, _, project = name.partition("/")
+            is_both = key == "project" and bool(entity and project) and tracking.entity is None
+            hint = f"; use tracking.entity={entity} tracking.project={project}" if is_both else ""
+            raise UserError(
+                f"tracking.{key}={_short(name)} is no name that W&B takes: 1 to 128 characters, none of "
+                f"/ \\ # ? % :{hint}"
+            )
+    if bad := [tag for tag in tracking.tags if not 1 <= len(tag) <= 64]:
+        raise UserError(f"tracking.tags has {_short(repr(bad[0]))}, which W&B does not take: 1 to 64 characters a tag")
 
 
 def _check_value(knob: Knob, item: Any) -> None:

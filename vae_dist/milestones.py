@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vae_dist import checkpoint, images, objective, runtime
+from vae_dist import config as configs
 from vae_dist.checkpoint import Best, TrainingState
+from vae_dist.config import Config
 from vae_dist.console import TrainingProgress
 from vae_dist.data import Images
 from vae_dist.errors import RunError, StoppedError
@@ -147,12 +149,12 @@ class Milestones:
             now = objective.schedule(self._config, error.step, self._last_step)
             raise RunError(
                 f"the loss or the gradient is not finite in step {error.step + 1} (learning rate "
-                f"{now.learning_rate:g}), and the weights are still those of the step before. Try a lower "
-                "optim.learning_rate, optim.max_grad_norm=100, optim.warmup_steps=500, train.precision=fp32, or leave "
-                "single steps out by train.nonfinite=skip"
+                f"{now.learning_rate:g}), and the weights are still those of the step before. "
+                f"{_advice(self._config, error.step)}"
             ).on_every_process() from None
         except RunError as error:
-            raise error.on_every_process() from None
+            advice = _advice(self._config, step)
+            raise RunError(f"{error}. {advice}").on_every_process() from None
 
     def _pictures(self, step: int) -> dict[str, Picture]:
         """The grids of a validation. Without validation images training images are shown, and the caption says so."""
@@ -164,3 +166,27 @@ class Milestones:
             "reconstructions": images.reconstructions(self._update.vae, shown.pixels, subject),
             "samples": images.samples(self._update.vae, f"model of {name}, step {step}"),
         }
+
+
+def _advice(config: Config, taken: int) -> str:
+    """What may keep numbers finite, of what this config does not do already, after so many updates.
+
+    Before the first update neither the learning rate nor a smaller gradient can have made a difference.
+    """
+    optim, odd = config.optim, configs.suspects(config)
+    if taken == 0:
+        odd = [suspect for suspect in odd if not suspect.startswith("optim.")]
+    options = {
+        "a lower optim.learning_rate": taken > 0,
+        "optim.max_grad_norm=100": taken > 0 and (optim.max_grad_norm is None or optim.max_grad_norm > 100),
+        "optim.warmup_steps=500": taken > 0 and optim.warmup_steps < 500,
+        "train.precision=fp32": config.train.precision in ("fp16", "bf16", "tf32"),
+        "train.precision=fp64": taken == 0 and config.train.precision == "fp32",
+    }
+    found = [option for option, helps in options.items() if helps]
+    if config.train.nonfinite != "skip" and taken > 0:
+        found.append("or leave single steps out by train.nonfinite=skip")
+    cause = f"The likely cause is {' or '.join(odd)}. " if odd else ""
+    if not found:
+        return cause.rstrip(". ") or "Check the images and model.hidden_dims"
+    return f"{cause}Try {', '.join(found)}"

@@ -54,6 +54,11 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         make, keys = KINDS[kind]
         name = config.sample.sampler if kind == "prior" else kind
         result = make(Trained(checkpoint.load_vae(folder, config, world.device), config, world))
+        if not all(tensor.isfinite().all() for tensor in result.tensors.values()):
+            raise UserError(
+                "the codes or the images decoded from them are not finite: give codes nearer to 0 (sample.codes, "
+                "sample.radius), or take an earlier checkpoint if the model has gone bad"
+            )
         target = output / "samples" / f"step_{step:08d}_{name}"
         caption = f"{config.name} (trained on {config.data.name}), step {step}; {result.shows}"
         if "images" in result.tensors:
@@ -386,7 +391,7 @@ def _codes(trained: Trained) -> Tensor:
         raise UserError(f"sample.codes has codes of {found} numbers, but this model has {latent_dim} latents")
     latents = torch.tensor(codes)
     if not latents.isfinite().all():
-        raise UserError("sample.codes has a number that is not finite")
+        raise UserError("sample.codes has a number that is too large for float32")
     return latents
 
 

@@ -79,6 +79,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
             threads = threads or stored.train.threads
             compiled = stored.train.compile if compiled is None else compiled
     precision = runtime.resolve_precision(config.train.precision, world.device)
+    configs.check_numbers(replace(config, train=replace(config.train, precision=precision)))
     name, image_count, image_shape = data.prepare(config.data)
     _check_sizes(config, image_count)
     if is_new:
