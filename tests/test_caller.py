@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.conftest import MakeConfig
 from tests.test_mnist import unused_port
-from vae_dist import config, runtime
+from vae_dist import caller, config, runtime
 from vae_dist.comparison import compare, study
 from vae_dist.errors import UserError
 from vae_dist.evaluation import evaluate
@@ -142,7 +142,7 @@ def test_settings_that_only_a_gpu_needs_are_restored(
 ) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     before_all = world()["precision"]
-    with runtime._restored_afterwards():
+    with caller.restored_afterwards():
         make()
         before = world()
         with runtime.join(make_config()):
@@ -157,7 +157,7 @@ def test_settings_that_only_a_gpu_needs_are_restored(
 def test_a_caller_s_accelerator_works_during_a_run_and_after_it(
     calls: Calls, make_config: MakeConfig, handler: logging.Handler
 ) -> None:
-    with runtime._restored_afterwards():
+    with caller.restored_afterwards():
         own = Accelerator(cpu=True, gradient_accumulation_steps=4)
         layer = own.prepare(torch.nn.Linear(2, 1))
         with runtime.join(make_config()):
@@ -176,7 +176,7 @@ def test_a_caller_s_accelerator_works_during_a_run_and_after_it(
 def test_an_accelerator_of_another_precision_is_one_error_before_anything_is_written(
     calls: Calls, make_config: MakeConfig, tmp_path: Path, handler: logging.Handler
 ) -> None:
-    with runtime._restored_afterwards():
+    with caller.restored_afterwards():
         own = Accelerator(cpu=True, mixed_precision="bf16")
         before = world()
         with pytest.raises(UserError, match=r"mixed_precision='bf16'.* this run is in fp32: use train.precision=bf16"):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.test_mnist import unused_port
-from vae_dist import config, runtime
+from vae_dist import config, launcher, runtime
 from vae_dist.comparison import compare, study
 from vae_dist.errors import UserError
 from vae_dist.evaluation import evaluate
@@ -142,7 +142,7 @@ def test_processes_that_do_not_find_one_another_say_where_they_have_looked(
     port = listener if is_taken else unused_port()
     for name, value in {**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runtime, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(launcher, "LONGER_SECONDS", 0.5)
     asked = make_config("runtime.start_timeout=1")
     with pytest.raises(UserError, match=message.format(port=port)), runtime.join(asked):
         pass

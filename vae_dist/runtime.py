@@ -10,14 +10,12 @@ import logging
 import os
 import platform
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 import psutil
@@ -28,6 +26,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
+from vae_dist import caller, launcher
 from vae_dist.config import Config, Precision
 from vae_dist.errors import RunError, UserError
 
@@ -45,26 +44,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _LAUNCHER_PRECISIONS: dict[str, Precision] = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _ACCELERATE_PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "fp16": "fp16", "bf16": "bf16"}
-
-# A process's place among those of its launch: torch's name of each number, then the names that MPI's launchers use.
-_PLACE = {
-    "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
-    "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
-    "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
-    "LOCAL_WORLD_SIZE": ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
-}
-_DEFAULT_PORT = 29500  # torch's and Accelerate's
-
-# What Accelerate's launcher turns on by these variables, and this program does not have.
-_UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
-    "ACCELERATE_DYNAMO_BACKEND": "dynamo",
-}
-_OFF = ("", "no", "n", "false", "f", "off", "0")
 
 
 class World:
@@ -338,17 +317,17 @@ def join(config: Config) -> Iterator[World]:
     # always black decay into denormal numbers, which a CPU computes with many times slower.
     torch.set_flush_denormal(True)
     _keep_freed_memory()
-    with _restored_afterwards():
+    with caller.restored_afterwards():
         device = _device(config.device)
-        _require_supported()
+        launcher.require_supported()
         if not torch.distributed.is_initialized():
-            os.environ.update(_launched())
+            os.environ.update(launcher.launched())
         if device == "cuda":
             _make_cuda_repeat_itself()
         # A launcher sets one thread per process on a CPU where the user said nothing, so the environment tells nothing.
         set_threads(config)
-        state = _joined(device, config.runtime.start_timeout)
-        expected = _expected_size()
+        state = launcher.joined(device, config.runtime.start_timeout)
+        expected = launcher.expected_size()
         if state.num_processes != expected or state.device.type != device:
             raise UserError(
                 f"{expected} processes on {device} were asked for, but Accelerate made {state.num_processes} on "
@@ -358,76 +337,6 @@ def join(config: Config) -> Iterator[World]:
         world = World(state)
         with world.reasons_told():
             yield world
-
-
-@contextmanager
-def _restored_afterwards() -> Iterator[None]:
-    """Restore, at the end, what a run changes in its process and a caller may have set, or may go on using."""
-    messages, compiler = logging.getLogger("vae_dist"), logging.getLogger("torch.utils.cpp_extension")
-    backends: Any = torch.backends
-    with ExitStack() as kept:
-        for state in (PartialState, AcceleratorState, GradientState):
-            kept.callback(_refill, state._shared_state, dict(state._shared_state))
-        kept.callback(_restore_environment, dict(os.environ))
-        kept.callback(torch.set_num_threads, torch.get_num_threads())
-        kept.callback(_restore_determinism, *_determinism())
-        # The newer of torch's two ways to set TF32 is restored last: where both were used the older can't be read.
-        for operations in backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul:
-            _keep(kept, operations, "fp32_precision")
-        _keep(kept, backends.cudnn, "allow_tf32", "benchmark")
-        with suppress(RuntimeError):
-            kept.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        _keep(kept, torch.utils.deterministic, "fill_uninitialized_memory")
-        for log in messages, compiler:
-            kept.callback(log.setLevel, log.level)
-        _keep(kept, messages, "handlers", "propagate")
-        if torch.distributed.is_initialized():  # by a caller, who then goes on using the processes
-            _keep_timeouts(kept)
-        else:
-            kept.callback(_part)
-        yield
-
-
-def _determinism() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _restore_determinism(enabled: bool, warn_only: bool) -> None:
-    if _determinism() != (enabled, warn_only):  # setting it imports the compiler, which takes seconds
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-
-def _keep(kept: ExitStack, holder: Any, *names: str) -> None:
-    for name in names:
-        with suppress(RuntimeError, AttributeError):  # made in both of torch's ways, or not there in this torch
-            kept.callback(setattr, holder, name, getattr(holder, name))
-
-
-def _keep_timeouts(kept: ExitStack) -> None:
-    group: Any = torch.distributed.group.WORLD
-    store: Any = distributed_c10d._get_default_store()
-    kept.callback(store.set_timeout, store.timeout)
-    for device in group._device_types:
-        backend = group._get_backend(device)
-        with suppress(AttributeError):  # of a kind that shows none
-            kept.callback(backend._set_default_timeout, backend.options._timeout)
-
-
-def _part() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _refill(shared: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Put back what Accelerate keeps for the life of a process, into the very dict that its objects hold."""
-    shared.clear()
-    shared.update(before)
-
-
-def _restore_environment(before: Mapping[str, str]) -> None:
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def _make_cuda_repeat_itself() -> None:
@@ -452,150 +361,6 @@ def _keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
-def _launched() -> dict[str, str]:
-    """The variables by which this process finds the others of its launch, in torch's names; none where it is alone.
-
-    Raises UserError where the environment has only some of them, or has what can't be right.
-    """
-    given = {name: name for name in _PLACE if name in os.environ}
-    place = {name: _number(name) for name in given}
-    if place in ({}, {"WORLD_SIZE": 1}):
-        given = {name: found[0] for name, names in _PLACE.items() if (found := [n for n in names if n in os.environ])}
-        place = {name: _number(theirs) for name, theirs in given.items()}
-        if place.get("WORLD_SIZE", 1) == 1:
-            _warn_of_tasks()
-            return {}
-    address = {"MASTER_ADDR": os.environ.get("MASTER_ADDR", "").strip()}
-    telling = given.get("WORLD_SIZE", next(iter(given.values())))
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if missing := [name for name in needed if name not in place] + [name for name in address if not address[name]]:
-        raise UserError(
-            f"{telling}={os.environ[telling]} says that a launcher has started this process, but "
-            f"{', '.join(missing)} is not set: start all processes with accelerate launch or torchrun, set what is "
-            f"missing (MASTER_ADDR is the address of process 0's machine), or unset {', '.join(given.values())} to run "
-            "alone"
-        )
-    _require_possible(place, given)
-    port = _number("MASTER_PORT") if "MASTER_PORT" in os.environ else _DEFAULT_PORT
-    if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT={port} is no port: set it to a free one, from 1024 to 65535, for all processes")
-    return {**{name: str(value) for name, value in place.items()}, **address, "MASTER_PORT": str(port)}
-
-
-def _require_possible(place: Mapping[str, int], names: Mapping[str, str]) -> None:
-    """Raise UserError for a rank that is none of so many, or for none at all."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
-        if rank not in place or size not in place:
-            continue
-        most = place[size] - (rank != "LOCAL_WORLD_SIZE")
-        if not int(rank == "LOCAL_WORLD_SIZE") <= place[rank] <= most:
-            raise UserError(
-                f"{names[rank]}={place[rank]} does not fit {names[size]}={place[size]}: ranks are 0 to "
-                "WORLD_SIZE - 1; start all processes with accelerate launch or torchrun"
-            )
-
-
-def _number(name: str) -> int:
-    text = os.environ[name].strip()
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        others = [other for other in (*_PLACE, "MASTER_PORT") if other in os.environ and other != name]
-        raise UserError(
-            f"{name}={text[:40]!r} in the environment is no number: start all processes with accelerate launch or "
-            f"torchrun, or unset {', '.join([name, *others])} to run alone"
-        )
-    return int(text)
-
-
-def _require_supported() -> None:
-    """Raise UserError for what Accelerate's launcher, or its default configuration, turns on and this program lacks."""
-    found = [name for name in _UNSUPPORTED if os.environ.get(name, "").lower() not in _OFF]
-    if found:
-        what = ", ".join(f"{_UNSUPPORTED[name]} ({name}={os.environ[name]})" for name in found)
-        raise UserError(
-            f"Accelerate's launcher asks for {what}, which this program does not have: launch it with one of its own "
-            f"files, such as accelerate launch --config_file launch/one_process.yaml, or unset {', '.join(found)}"
-        )
-
-
-def _warn_of_tasks() -> None:
-    """Warn where srun has started several of this process, which know nothing of one another."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
-    if tasks.isdecimal() and int(tasks) > 1 and PartialState._shared_state == {}:
-        logger.warning(
-            "srun has started %s tasks, and each runs alone and does the same: start one task a node, and in it "
-            "torchrun or accelerate launch, as launch/slurm.sh does",
-            tasks,
-        )
-
-
-def _expected_size() -> int:
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _joined(device: str, seconds: float) -> PartialState:
-    """Accelerate's state of the joined processes. Raises UserError where they don't find one another."""
-    try:
-        if not torch.distributed.is_initialized() and "LOCAL_RANK" in os.environ:
-            _require_store(seconds)
-        return PartialState(cpu=device == "cpu", timeout=timedelta(seconds=seconds))
-    except (RuntimeError, ValueError, ImportError, OSError) as error:
-        raise UserError(_why_apart(str(error).strip().partition("\n")[0], seconds)) from error
-
-
-def _require_store(seconds: float) -> None:
-    """Raise RuntimeError where no store of torch's answers a process that is to be its client.
-
-    Where nothing listens torch gives up by itself, but prints its stack for every try; where another program listens
-    it waits without a bound.
-    """
-    if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return  # it is the store
-    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
-    errors: list[Exception] = []
-    give_up = time.monotonic() + seconds
-    while not _listens(address, port, give_up - time.monotonic()):
-        if time.monotonic() > give_up:
-            raise RuntimeError("timed out")
-        time.sleep(0.2)
-
-    def ask() -> None:
-        try:
-            TCPStore(address, port, is_master=False, timeout=wait, wait_for_workers=False)
-        except Exception as error:
-            errors.append(error)
-
-    asking = Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds + ANSWER_SECONDS)
-    if errors:
-        raise errors[0]
-    if asking.is_alive():
-        raise RuntimeError("timed out")
-
-
-def _listens(address: str, port: int, seconds: float) -> bool:
-    try:
-        socket.create_connection((address, port), max(seconds, 1)).close()
-    except (OSError, UnicodeError):  # the latter from a name that can be no host's
-        return False
-    return True
-
-
-def _why_apart(reason: str, seconds: float) -> str:
-    """What to tell of an error of torch's or Accelerate's while processes are joined."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    place, within = f"MASTER_ADDR={address} MASTER_PORT={port}", f"within runtime.start_timeout={seconds:g} seconds"
-    if "EADDRINUSE" in reason or "already in use" in reason:
-        return f"MASTER_PORT={port} is taken on {platform.node()} by another program: choose another, for all processes"
-    if "clients joined" in reason:
-        return f"not all processes have come to {place} {within}: start the others, with the same address and port"
-    if "socket" in reason or "timed out" in reason:
-        return f"no process 0 answers at {place} {within}: check both, and that process 0 runs on that machine"
-    return f"the processes can't be joined: {reason or 'for no reason given'}; check {place} and ACCELERATE_* variables"
-
-
 def accelerator(precision: Precision) -> Accelerator:
     """Accelerate's view of the joined processes, computing in a precision that `resolve_precision` returned."""
     device = PartialState().device
@@ -610,7 +375,7 @@ def accelerator(precision: Precision) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if before:  # a caller's Accelerator goes on counting by it
-        _refill(GradientState._shared_state, before)
+        caller.refill(GradientState._shared_state, before)
     return result
 
 
