@@ -260,6 +260,7 @@ def test_an_archive_that_unpacks_to_gigabytes_is_given_up(
     assert [path.name for path in (tmp_path / "data/KMNIST/raw").iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_download_each_archive_once(server: Server, tmp_path: Path) -> None:
     program = f"""
 import torchvision

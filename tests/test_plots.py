@@ -239,6 +239,7 @@ font.size: 31
 """
 
 
+@pytest.mark.slow
 def test_the_same_version_draws_the_same_pixels_whatever_settings_it_would_find(
     tmp_path: Path, smoke_arguments: list[str]
 ) -> None:

@@ -160,6 +160,7 @@ def wait_for(folder: Path, pattern: str, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_launcher_is_killed_saves_and_ends(smoke_arguments: list[str], tmp_path: Path) -> None:
     launcher = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", TRAIN, *smoke_arguments, "name=orphan",

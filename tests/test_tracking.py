@@ -657,7 +657,7 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
 
 @pytest.mark.parametrize(
     "fault",
-    ["hang", "forbidden", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("error", "reset", "refuse"))],
+    ["hang", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("forbidden", "error", "reset", "refuse"))],
 )
 @pytest.mark.usefixtures("upload_soon")
 def test_a_server_lost_on_the_way_costs_no_row_and_no_time(
@@ -705,6 +705,7 @@ def test_an_outage_heals_by_itself(
 
 
 @client_may_break
+@pytest.mark.slow
 def test_a_service_that_is_killed_costs_the_rows_of_a_second_in_wandb_and_none_on_the_disk(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -728,6 +729,7 @@ def test_a_service_that_is_killed_costs_the_rows_of_a_second_in_wandb_and_none_o
 
 
 @client_may_break
+@pytest.mark.slow
 def test_a_service_that_no_longer_answers_holds_up_nothing(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
