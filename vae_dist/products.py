@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 SMALL = 2**27  # multiplications: above, cuBLAS is faster
 PROGRAMS = 264  # of a launch, two for each multiprocessor of a large GPU
@@ -52,7 +52,7 @@ def _multiply(
     tl.store(place, total, mask=(rows[:, None] < m) & (columns[None, :] < n))
 
 
-@torch.library.custom_op("vae_dist::product", mutates_args=())
+@library.custom_op("vae_dist::product", mutates_args=())
 def product(a: Tensor, b: Tensor, parts: int, precision: str) -> Tensor:
     """The products of `parts` parts of the inner dimension, `(parts, M, N)` float32, of `(M, K)` and `(K, N)`."""
     (m, k), n = a.shape, b.shape[1]
