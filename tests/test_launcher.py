@@ -148,6 +148,7 @@ def test_processes_that_do_not_find_one_another_say_where_they_have_looked(
         pass
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_other_prints_one_line_and_exits_with_2(smoke_arguments: list[str]) -> None:
     place = {**PLACE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "no.host.invalid", "MASTER_PORT": "29500"}
     command = [sys.executable, TRAIN, *smoke_arguments, "runtime.start_timeout=1"]

@@ -467,6 +467,7 @@ with tracking.track(config.load(["tracking.wandb=auto"]), Path("run"), is_main=T
 """
 
 
+@pytest.mark.slow
 def test_after_going_offline_nothing_more_is_sent(server: WandbServer) -> None:
     server.fail("error")
     process = subprocess.Popen(
@@ -789,6 +790,7 @@ def test_a_run_that_is_asked_to_stop_is_preempted(
 
 
 @client_may_break
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_waits_for_no_server(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
