@@ -402,14 +402,16 @@ def test_codes_of_the_wrong_size_are_refused(run_dir: Path) -> None:
 
 
 def test_an_evaluation_beside_a_live_training_writes_files_alone_and_says_so(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Wherever it writes: the page of the run is the training's."""
     run_dir = train(make_config("name=a", "train.steps=10", "tracking.wandb=offline"))
     records = sorted((run_dir / "wandb").iterdir())
-    with checkpoint.locked(run_dir):
-        evaluate(run_dir, ["evaluate.importance_samples=0"])
-    assert "a training is writing" in capsys.readouterr().err
-    assert sorted((run_dir / "wandb").iterdir()) == records
+    for output in run_dir, tmp_path / "elsewhere":
+        with checkpoint.locked(run_dir):
+            evaluate(run_dir, ["evaluate.importance_samples=0", f"output={output}"])
+        assert "a training is writing" in capsys.readouterr().err
+        assert sorted((run_dir / "wandb").iterdir()) == records and not (tmp_path / "elsewhere/wandb").exists()
     assert "test/negative_elbo" in (run_dir / "metrics.jsonl").read_text()
     evaluate(run_dir, ["evaluate.importance_samples=0"])
     assert len(sorted((run_dir / "wandb").iterdir())) > len(records)

@@ -265,7 +265,7 @@ class Opened(NamedTuple):
     config: Config  # the run's, with what may be changed for looking at it
     step: int
     output: Path  # where what is made from it goes
-    live: bool  # whether a training is writing there now
+    live: bool  # whether a training is writing the run now
 
 
 @contextmanager
@@ -281,7 +281,7 @@ def open_for_reading(path: Path | None, arguments: Sequence[str]) -> Iterator[Op
         output = Path(config.output) if config.output else home
         if output == home:
             require_no_links(home)
-        yield Opened(folder, config, read_state(folder).step, output, is_being_trained(output))
+        yield Opened(folder, config, read_state(folder).step, output, is_being_trained(home))
 
 
 @contextmanager
