@@ -70,7 +70,7 @@ bench: $(READY) ## measure the speed beside other loops (on MNIST in DATA), and 
 	$(PYTHON) tests/benchmarks/speed.py $(DATA)
 	$(PYTHON) tests/benchmarks/distribution.py $(ARGS)
 
-gpu: $(READY) ## on a machine with a GPU: is it right there, and how fast? At most five minutes; writes docs/gpu.md
+gpu: $(READY) ## on a machine with a GPU: is it right there, and how fast? Writes docs/gpu.md
 	$(PYTHON) tests/gpu/report.py $(DATA) $(ARGS)
 
 check: $(READY) ## lint, formatting and types

@@ -1,7 +1,7 @@
 """Small matrix products on a GPU, by a kernel in Triton, for compiled programs.
 
 cuBLAS chooses slow kernels for the shapes of a small network, and sums in two launches where the inner dimension is
-split. On an H200 the products of a step of 128 images (784-400-20, fp32) take it 85 of 107 us, and these about 30;
+split. On an H200 the products of a step of 128 images (784-400-20, fp32) take it 85 of 107 us, and these 50 of 84;
 docs/gpu.md has whole steps. float32 is multiplied as three products of TF32 parts, which is as exact as float32's own
 multiplication (Ootomo and Yokota 2022, "Recovering single precision accuracy from Tensor Cores"), or in TF32 where
 torch is allowed to. Every sum has a fixed order.

@@ -2,9 +2,9 @@
 
     python tests/gpu/report.py [DATA_ROOT] [--output FOLDER] [--only PART ...]
 
-Parts are processes of their own; each has its time limit, and the others go on when one fails. The whole takes less
-than five minutes. FOLDER gets gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest run. DATA_ROOT
-holds MNIST; without it the embedded digits are taken. Exit code 1 where a part has failed.
+Parts are processes of their own; each has its time limit, and the others go on when one fails. The whole is meant
+to take five minutes. FOLDER gets gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest run.
+DATA_ROOT holds MNIST; without it the embedded digits are taken. Exit code 1 where a part has failed.
 """
 
 import argparse
