@@ -27,6 +27,7 @@ from vae_dist.config import DataConfig, Study
 from vae_dist.data import Images
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation import evaluate
+from vae_dist.picture import with_caption
 from vae_dist.trainer import train
 
 CPU = torch.device("cpu")
@@ -160,9 +161,7 @@ def test_a_comparison_holds_the_figures_of_the_evaluations(pair: list[Path]) -> 
         cells = [str(size), "10", *bound, str(evaluation["active_units"]), nll, run.name]
         assert f"| {' | '.join(cells)} |" in table
     picture = reconstructions([opened(run) for run in pair], CPU)
-    assert np.array_equal(
-        np.asarray(Image.open(folder / "reconstructions.png")), np.asarray(images.with_caption(picture))
-    )
+    assert np.array_equal(np.asarray(Image.open(folder / "reconstructions.png")), np.asarray(with_caption(picture)))
 
 
 def test_nothing_else_in_the_runs_is_touched_and_what_is_evaluated_stays(

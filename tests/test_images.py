@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_dist.images import NARROWEST, PADDING, SMALL, WIDEST, Picture, grid, labelled_grid, with_caption
+from vae_dist.images import PADDING, SMALL, WIDEST, grid, labelled_grid
+from vae_dist.picture import NARROWEST, Picture, with_caption
 
 
 def test_a_grid_holds_the_images_row_by_row() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 from tests.conftest import REPOSITORY
-from vae_dist import images, plots
+from vae_dist import plots
+from vae_dist.picture import to_png
 from vae_dist.plots import COLOURS, Curve, lines, scatter
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -276,7 +277,7 @@ def test_the_same_version_draws_the_same_pixels_whatever_settings_it_would_find(
 
 
 def test_a_plot_twice_is_the_same_file_and_carries_no_date_or_version() -> None:
-    files = [images.to_png(lines([Curve("run", falling(100))], ("steps", "nats")), optimize=True) for _ in range(2)]
+    files = [to_png(lines([Curve("run", falling(100))], ("steps", "nats")), optimize=True) for _ in range(2)]
     assert files[0] == files[1]
     chunks = {files[0][at + 4 : at + 8] for at in range(8, len(files[0]) - 12) if files[0][at + 4 : at + 8].isalpha()}
     assert not chunks & {b"tEXt", b"iTXt", b"zTXt", b"tIME"}

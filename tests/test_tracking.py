@@ -36,7 +36,7 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import evaluate
-from vae_dist.images import Picture
+from vae_dist.picture import Picture
 from vae_dist.sampling import sample
 from vae_dist.tracking import Tracker
 from vae_dist.trainer import train

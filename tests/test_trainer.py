@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import MakeConfig
-from vae_dist import checkpoint, config, data, images, objective, runtime, tracking, trainer
+from vae_dist import checkpoint, config, data, objective, picture, runtime, tracking, trainer
 from vae_dist.batches import Batches
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation import evaluate
-from vae_dist.images import Picture
 from vae_dist.model import build_vae
+from vae_dist.picture import Picture
 from vae_dist.plan import Plan
 from vae_dist.sampling import sample
 from vae_dist.trainer import train
@@ -46,8 +46,8 @@ def test_a_run_leaves_what_the_readme_says(make_config: MakeConfig) -> None:
     parts = ("config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
     saved = {f"checkpoints/step_{step:08d}/{part}" for step in (20, 40) for part in parts}
     assert found == {".lock", "config.yaml", "metrics.jsonl", "log.txt", *pictures, *saved}
-    for picture in pictures:
-        Image.open(run_dir / picture).verify()
+    for path in pictures:
+        Image.open(run_dir / path).verify()
     log = (run_dir / "log.txt").read_text()
     assert "to continue after a stop: name=mine" in log and "step 40/40" in log and "\x1b" not in log
 
@@ -177,11 +177,11 @@ def test_without_validation_images_there_are_no_validation_rows_and_pictures_say
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = []
-    with_caption = images.with_caption
+    with_caption = picture.with_caption
 
-    def record(picture: Picture) -> Image.Image:
-        captions.append(picture.caption)
-        return with_caption(picture)
+    def record(shown: Picture) -> Image.Image:
+        captions.append(shown.caption)
+        return with_caption(shown)
 
     monkeypatch.setattr(tracking, "with_caption", record)
     run_dir = train(make_config("data.validation_images=0", "train.steps=10"))

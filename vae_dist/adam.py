@@ -6,7 +6,7 @@ loads torch's compiler, which takes longer than all else before the first step.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Adam:
     `grad_scale`, `found_inf` and `param_groups` are what torch's GradScaler expects of an optimizer.
     """
 
-    MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+    MOMENTS: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
 
     _step_supports_amp_scaling = True  # otherwise the scaler would ask the device at every step whether to step
     grad_scale: Tensor | None = None  # set on an instance, and deleted there

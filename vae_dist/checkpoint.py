@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from vae_dist import config as configs
 from vae_dist import files, manifest, runtime
-from vae_dist.adam import Adam
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
 from vae_dist.files import NOT_RENAMED, advice, reason, require_no_links, sync, write_atomically, writing
@@ -74,6 +73,15 @@ class TrainingState:
     features: dict[str, Any] = field(default_factory=dict)  # by name: what a feature has to remember
 
 
+class Optimizer(Protocol):
+    """What a checkpoint saves and restores of an optimizer: the named state of each parameter, in their order."""
+
+    MOMENTS: ClassVar[tuple[str, ...]]
+    state: list[dict[str, Tensor]]
+
+    def load(self, state: Iterable[Mapping[str, Tensor]]) -> None: ...
+
+
 @contextmanager
 def locked(run_dir: Path, take_over: str | None = None) -> Iterator[None]:
     """Keep other trainings out of a run's directory. Raises UserError where one is in it.
@@ -109,7 +117,7 @@ def is_being_trained(run_dir: Path) -> bool:
     return files.is_held(run_dir / LOCK, fcntl.LOCK_SH, run_dir / MARK)
 
 
-def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Adam, state: TrainingState) -> Path:
+def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> Path:
     """Publish a checkpoint under `run_dir`, then prune older ones. One process calls this.
 
     Raises RunError where it can't be written and where a number in it is not finite; what was there before stays.
@@ -331,18 +339,18 @@ def load_model(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(_tensors(folder, "model.safetensors", model.state_dict()))
 
 
-def load_training(folder: Path, model: nn.Module, optimizer: Adam) -> TrainingState:
+def load_training(folder: Path, model: nn.Module, optimizer: Optimizer) -> TrainingState:
     """Put a checkpoint into `model` and `optimizer`, and return the rest; nothing is changed unless all of it fits."""
     state = read_state(folder)
     expected = {
         f"{name}.{moment}": parameter if moment != "step" else torch.zeros(())
         for name, parameter in model.named_parameters()
-        for moment in Adam.MOMENTS
+        for moment in optimizer.MOMENTS
     }
     moments = _tensors(folder, "optimizer.safetensors", expected)
     load_model(folder, model)
     names = [name for name, _ in model.named_parameters()]
-    optimizer.load({moment: moments[f"{name}.{moment}"] for moment in Adam.MOMENTS} for name in names)
+    optimizer.load({moment: moments[f"{name}.{moment}"] for moment in optimizer.MOMENTS} for name in names)
     return state
 
 
@@ -395,7 +403,7 @@ def _require_fitting(folder: Path, name: str, expected: Mapping[str, Tensor]) ->
         raise BadCheckpointError(f"{path} does not fit the config's model: {', '.join(differing[:3])} differ")
 
 
-def _moments(model: nn.Module, optimizer: Adam) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{moment}": value
         for (name, _), state in zip(model.named_parameters(), optimizer.state, strict=True)

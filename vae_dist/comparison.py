@@ -23,9 +23,9 @@ from vae_dist.data import Images
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation import evaluate
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.images import Picture
 from vae_dist.manifest import MANIFEST, BadCheckpointError
 from vae_dist.model import check_names
+from vae_dist.picture import Picture, to_png, with_caption
 from vae_dist.plots import Curve
 from vae_dist.tracking import METRICS
 from vae_dist.trainer import train
@@ -165,11 +165,11 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
 
 def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], device: torch.device) -> None:
     """Print the table, and write it, the figures, and what they were made from."""
-    shown = images.with_caption(reconstructions(opened, device))
-    contents = {"reconstructions.png": images.to_png(shown, optimize=True)}
+    shown = with_caption(reconstructions(opened, device))
+    contents = {"reconstructions.png": to_png(shown, optimize=True)}
     drawn, axes = curves(opened)
     if drawn:
-        contents["losses.png"] = images.to_png(plots.lines(drawn, axes), optimize=True)
+        contents["losses.png"] = to_png(plots.lines(drawn, axes), optimize=True)
     keys = configs.differing([run.config for run in opened])
     columns = {
         **{_short(key): [_settings(run, keys)[key] for run in opened] for key in keys},

@@ -1,9 +1,6 @@
 """Pictures: grids of images with a caption. N images, L latents, C, H, W image."""
 
-import math
 from collections.abc import Collection, Sequence
-from io import BytesIO
-from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,29 +8,18 @@ from torch import Tensor
 
 from vae_dist.data import to_unit
 from vae_dist.model.vae import VAE
+from vae_dist.picture import LABEL_SPACE, Picture, widest
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 
 PADDING = 2  # pixels between the images of a grid
-CAPTION_SIZE = 13
 LABEL_SIZE = 12
-LABEL_SPACE = 6  # pixels between a label and what it belongs to
 COLUMN_GAP = 10
 FEW = 8  # columns; images in no more than these may be twice as large
 SMALL = 56  # images smaller than this are enlarged by a whole factor, or one could not see them
 WIDEST = 1000  # pixels of a row of enlarged images
-NARROWEST = 360  # pixels, for a caption
 
 PROGRESS_COLUMNS = 8
 PROGRESS_IMAGES = 64
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-class Picture(NamedTuple):
-    """An image for people, and what it shows."""
-
-    image: Image.Image
-    caption: str
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -65,8 +51,8 @@ def labelled_grid(
     count, channels, height, width = images.shape
     font = ImageFont.load_default(size=LABEL_SIZE)
     scale = _scale(height, width, columns, SMALL if columns > FEW else 2 * SMALL)
-    margins = [_widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
-    column = max(width * scale, _widest(below, font)) + PADDING
+    margins = [widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
+    column = max(width * scale, widest(below, font)) + PADDING
     row = height * scale + PADDING + (LABEL_SIZE + LABEL_SPACE) * bool(below)
     head = (LABEL_SIZE + LABEL_SPACE) * bool(top) + PADDING
     starts = [margins[0] + index * column + COLUMN_GAP * sum(gap <= index for gap in gaps) for index in range(columns)]
@@ -83,7 +69,7 @@ def labelled_grid(
     for x, anchor, texts in (margins[0] - LABEL_SPACE, "rm", left), (end + LABEL_SPACE, "lm", right):
         for index, text in list(enumerate(texts))[::every]:
             draw.text((x, head + index * row + height * scale / 2), text, fill="black", font=font, anchor=anchor)
-    every = -(-(_widest(top, font) + LABEL_SPACE) // column)
+    every = -(-(widest(top, font) + LABEL_SPACE) // column)
     for x, text in list(zip(starts, top, strict=False))[::every]:
         draw.text((x + column / 2, LABEL_SPACE // 2), text, fill="black", font=font, anchor="ma")
     return result
@@ -102,38 +88,6 @@ def _to_picture(pixels: Tensor) -> Image.Image:
 
 def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def _widest(texts: Sequence[str], font: Font) -> int:
-    return max((math.ceil(font.getlength(text)) for text in texts), default=0)
-
-
-def with_caption(picture: Picture) -> Image.Image:
-    """The picture with its caption in a strip below, broken into lines that fit."""
-    font = ImageFont.load_default(size=CAPTION_SIZE)
-    words = picture.caption.split()
-    width = max(picture.image.width, NARROWEST, _widest(words, font) + 2 * LABEL_SPACE)
-    lines, line = [], ""
-    for word in words:
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width - 2 * LABEL_SPACE:
-            lines.append(line)
-            longer = word
-        line = longer
-    text = "\n".join([*lines, line])
-    strip = (CAPTION_SIZE + 6) * (len(lines) + 1) + LABEL_SPACE
-    result = Image.new(picture.image.mode, (width, picture.image.height + strip), "white")
-    result.paste(picture.image, (0, 0))
-    corner = LABEL_SPACE, picture.image.height + LABEL_SPACE
-    ImageDraw.Draw(result).multiline_text(corner, text, fill="black", font=font)
-    return result
-
-
-def to_png(picture: Image.Image, *, optimize: bool = False) -> bytes:
-    """The picture as a PNG file's content."""
-    file = BytesIO()
-    picture.save(file, "PNG", optimize=optimize)
-    return file.getvalue()
 
 
 def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:

@@ -16,9 +16,9 @@ from vae_dist.console import TrainingProgress
 from vae_dist.data import Images
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation import score
-from vae_dist.images import Picture
 from vae_dist.meter import Meter
 from vae_dist.objective import Schedule
+from vae_dist.picture import Picture
 from vae_dist.runtime import World
 from vae_dist.start import Start
 from vae_dist.stopping import Watch

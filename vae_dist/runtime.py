@@ -26,6 +26,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
+import vae_dist
 from vae_dist import caller, launcher
 from vae_dist.config import Config, Precision
 from vae_dist.errors import RunError, UserError
@@ -463,7 +464,7 @@ def versions() -> dict[str, str]:
 def code_fingerprint() -> str:
     """A hash of this package's source."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(vae_dist.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

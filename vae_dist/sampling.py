@@ -18,9 +18,9 @@ from vae_dist import checkpoint, console, data, images, plots, runtime, tracking
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.images import Picture
 from vae_dist.latents import Trained, principal_components
 from vae_dist.model.distributions import DiagonalGaussian
+from vae_dist.picture import Picture, to_png, with_caption
 from vae_dist.plan import Stream, standard_normal
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,9 @@ def _write(target: Path, tensors: dict[str, Tensor], picture: Picture, *, separa
     make_folder(target, ELSEWHERE)
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     file_name = "grid.png" if "images" in tensors else "scatter.png"
-    drawn = images.to_png(images.with_caption(picture), optimize=True)
+    drawn = to_png(with_caption(picture), optimize=True)
     separate = {
-        target / f"{index:06d}.png": images.to_png(images.grid(image.unsqueeze(0), 1))
+        target / f"{index:06d}.png": to_png(images.grid(image.unsqueeze(0), 1))
         for index, image in enumerate(tensors["images"] if separate_files else [])
     }
     with writing(target, ELSEWHERE):

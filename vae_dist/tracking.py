@@ -29,7 +29,7 @@ from vae_dist import wandb_records
 from vae_dist.config import Config, TrackingConfig
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.files import ELSEWHERE, append, make_folder, sync, write_atomically, writing
-from vae_dist.images import Picture, to_png, with_caption
+from vae_dist.picture import Picture, to_png, with_caption
 from vae_dist.wandb_records import Kind
 
 logger = logging.getLogger(__name__)

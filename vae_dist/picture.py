@@ -1,0 +1,53 @@
+"""Pictures for people, with a caption, as PNG files."""
+
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION_SIZE = 13
+LABEL_SPACE = 6  # pixels between a label and what it belongs to
+NARROWEST = 360  # pixels, for a caption
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+class Picture(NamedTuple):
+    """An image for people, and what it shows."""
+
+    image: Image.Image
+    caption: str
+
+
+def with_caption(picture: Picture) -> Image.Image:
+    """The picture with its caption in a strip below, broken into lines that fit."""
+    font = ImageFont.load_default(size=CAPTION_SIZE)
+    words = picture.caption.split()
+    width = max(picture.image.width, NARROWEST, widest(words, font) + 2 * LABEL_SPACE)
+    lines, line = [], ""
+    for word in words:
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > width - 2 * LABEL_SPACE:
+            lines.append(line)
+            longer = word
+        line = longer
+    text = "\n".join([*lines, line])
+    strip = (CAPTION_SIZE + 6) * (len(lines) + 1) + LABEL_SPACE
+    result = Image.new(picture.image.mode, (width, picture.image.height + strip), "white")
+    result.paste(picture.image, (0, 0))
+    corner = LABEL_SPACE, picture.image.height + LABEL_SPACE
+    ImageDraw.Draw(result).multiline_text(corner, text, fill="black", font=font)
+    return result
+
+
+def to_png(picture: Image.Image, *, optimize: bool = False) -> bytes:
+    """The picture as a PNG file's content."""
+    file = BytesIO()
+    picture.save(file, "PNG", optimize=optimize)
+    return file.getvalue()
+
+
+def widest(texts: Sequence[str], font: Font) -> int:
+    return max((math.ceil(font.getlength(text)) for text in texts), default=0)
