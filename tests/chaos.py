@@ -25,8 +25,8 @@ if __name__ == "__main__":  # run by its path
 
 import psutil
 
-from vae_dist import checkpoint
 from vae_dist.errors import UserError
+from vae_dist.runs import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN = str(REPOSITORY / "vae_dist/train.py")

@@ -11,9 +11,10 @@ from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from vae_dist import checkpoint, config
-from vae_dist.checkpoint import Opened
+from vae_dist import config
 from vae_dist.config import Config
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Opened
 
 # Before wandb is imported anywhere: no account, no server, nothing reported.
 os.environ.update(

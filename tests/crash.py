@@ -18,10 +18,11 @@ if __name__ == "__main__":  # run by its path
 
 import torch
 
-from vae_dist import checkpoint, config
-from vae_dist.adam import Adam
-from vae_dist.checkpoint import Best, TrainingState
-from vae_dist.model import build_vae
+from vae_dist import config
+from vae_dist.models import build_vae
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.training.adam import Adam
 
 TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.chmod", "os.listdir"}
 

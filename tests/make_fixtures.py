@@ -22,11 +22,11 @@ if __name__ == "__main__":  # run by its path
 import pytest
 
 from vae_dist import config
-from vae_dist.comparison import study
 from vae_dist.errors import StoppedError
-from vae_dist.evaluation import evaluate
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.reports.comparison import study
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 SETTINGS = [
     "data.name=synthetic_digits",
@@ -66,21 +66,21 @@ def calling(function: Callable[..., Any], call: int) -> Callable[..., Any]:
 def stopped(name: str, target: str, function: Callable[..., Any], call: int) -> None:
     """A run that is asked to stop at a call of one of its functions."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr("vae_dist.stopping.LOOK_SECONDS", 0.0)  # after every step
+        patch.setattr("vae_dist.distributed.stopping.LOOK_SECONDS", 0.0)  # after every step
         patch.setattr(target, calling(function, call))
         train(config.load([*SETTINGS, f"name={name}", "model.latent_dim=2"]))
 
 
 def main() -> None:
-    from vae_dist import evaluation
-    from vae_dist.batches import Batches
+    from vae_dist.data.batches import Batches
+    from vae_dist.evaluation import metrics
 
-    step = ("vae_dist.batches.Batches.__call__", Batches.__call__, 6)  # with 2 steps of a row's 4 done
+    step = ("vae_dist.data.batches.Batches.__call__", Batches.__call__, 6)  # with 2 steps of a row's 4 done
     if "RANK" in os.environ:
         stopped("three_processes", *step)
         return
     stopped("one_process", *step)
-    stopped("validation_pending", "vae_dist.milestones.score", evaluation.score, 1)
+    stopped("validation_pending", "vae_dist.training.milestones.score", metrics.score, 1)
     study(config.load_study([*SETTINGS, *STUDY]))
     run_dir = train(config.load([*SETTINGS, "name=evaluated", "model.latent_dim=2", "train.validate_every=20"]))
     evaluate(run_dir)

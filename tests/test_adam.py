@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY
-from vae_dist.adam import Adam, FlatAdam
+from vae_dist.training.adam import Adam, FlatAdam
 
 
 def parameters() -> list[Tensor]:

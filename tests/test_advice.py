@@ -6,12 +6,12 @@ import pytest
 
 from tests.conftest import MakeConfig
 from vae_dist import config
-from vae_dist.comparison import study
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
-from vae_dist.milestones import _advice
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.reports.comparison import study
+from vae_dist.training.loop import train
+from vae_dist.training.milestones import _advice
+from vae_dist.views.sampling import sample
 
 GAUSSIAN = "objective.reconstruction=gaussian"
 FP64 = "train.precision=fp64"

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import MakeConfig
-from vae_dist import batches, data, plan, runtime
-from vae_dist.batches import Ahead, Batches, Blocks
-from vae_dist.data import Images
+from vae_dist import plan
+from vae_dist.data import batches, datasets
+from vae_dist.data.batches import Ahead, Batches, Blocks
+from vae_dist.data.datasets import Images
+from vae_dist.distributed import runtime
 from vae_dist.plan import Plan
 
 
@@ -20,7 +22,7 @@ def draw(batches: Batches, steps: range) -> list[Tensor]:
 def test_a_step_is_the_same_wherever_a_run_begins(binarize: str, start: int, make_config: MakeConfig) -> None:
     """Over the ends of blocks and of epochs."""
     asked = make_config(f"data.binarize={binarize}")
-    training, _ = data.load_training(asked.data)
+    training, _ = datasets.load_training(asked.data)
     with runtime.join(asked) as world:
         straight, late = (Batches(training, Plan(3, 1000, 50), asked, world) for _ in range(2))
         whole = draw(straight, range(60))
@@ -34,7 +36,7 @@ def test_many_steps_at_once_are_each_of_them(
 ) -> None:
     """Over the ends of blocks and of epochs, wherever the images are."""
     asked = make_config(f"data.binarize={binarize}")
-    training, _ = data.load_training(asked.data)
+    training, _ = datasets.load_training(asked.data)
     monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", steps_at_once * 50 * 784)
     with runtime.join(asked) as world:
         expected = draw(Batches(training, Plan(3, 1000, 50), asked, world), range(60))
@@ -63,7 +65,7 @@ def test_rows_of_any_length_are_selected_whole(size: int, make_config: MakeConfi
 def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's way to draw them, on the CPU."""
     asked = make_config("data.binarize=dynamic")
-    training, _ = data.load_training(asked.data)
+    training, _ = datasets.load_training(asked.data)
     with runtime.join(asked) as world:
         expected = draw(Batches(training, Plan(3, 1000, 50), asked, world), range(3))
         monkeypatch.setattr(plan, "_has_numpy", lambda device: False)

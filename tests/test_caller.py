@@ -18,13 +18,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.conftest import MakeConfig
 from tests.test_mnist import unused_port
-from vae_dist import caller, config, runtime
-from vae_dist.comparison import compare, study
+from vae_dist import config
+from vae_dist.distributed import caller, runtime
 from vae_dist.errors import UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.page import report
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.reports.comparison import compare, study
+from vae_dist.reports.page import report
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 LOGGER = logging.getLogger("vae_dist")
 Calls = dict[str, Callable[[], object]]

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
-from vae_dist import checkpoint
-from vae_dist.adam import Adam
-from vae_dist.checkpoint import Best, TrainingState
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
-from vae_dist.manifest import BadCheckpointError
-from vae_dist.model import build_vae
-from vae_dist.model.vae import VAE
+from vae_dist.models import build_vae
+from vae_dist.models.vae import VAE
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.runs.manifest import BadCheckpointError
+from vae_dist.training.adam import Adam
 
 CRASH = str(REPOSITORY / "tests/crash.py")
 SHAPE = [1, 6, 6]

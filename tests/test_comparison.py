@@ -21,14 +21,19 @@ from wandb.sdk.launch.sweeps import utils as sweeps
 from tests.conftest import REPOSITORY, MakeConfig, opened
 from tests.test_trainer import final, timeless
 from tests.wandb_server import ENTITY, WandbServer
-from vae_dist import checkpoint, comparison, config, data, images, trainer
-from vae_dist.comparison import compare, curves, labels, reconstructions, study
+from vae_dist import config
 from vae_dist.config import DataConfig, Study
-from vae_dist.data import Images
+from vae_dist.data import datasets
+from vae_dist.data.datasets import Images
 from vae_dist.errors import StoppedError, UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.picture import with_caption
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.reports import comparison
+from vae_dist.reports.comparison import compare, curves, labels, reconstructions, study
+from vae_dist.runs import checkpoint
+from vae_dist.runs.picture import with_caption
+from vae_dist.training import loop
+from vae_dist.training.loop import train
+from vae_dist.views import pictures
 
 CPU = torch.device("cpu")
 SWEEP = REPOSITORY / "configs/sweep_latent_dim.yaml"
@@ -122,8 +127,8 @@ def test_runs_of_other_batches_and_betas_are_drawn_on_axes_that_they_share(make_
 
 def cells(picture: Image.Image, columns: int) -> np.ndarray[Any, Any]:
     """The pixels of a labelled grid of doubled 28x28 images: `(rows, columns, 28, 28)`."""
-    side = 2 * 28 + images.PADDING
-    pixels = np.asarray(picture.convert("L"))[images.PADDING :, -columns * side - images.PADDING :]
+    side = 2 * 28 + pictures.PADDING
+    pixels = np.asarray(picture.convert("L"))[pictures.PADDING :, -columns * side - pictures.PADDING :]
     count = pixels.shape[0] // side
     grid = pixels[: count * side, : columns * side].reshape(count, side, columns, side).transpose(0, 2, 1, 3)
     return grid[:, :, :56:2, 1:57:2]
@@ -131,9 +136,9 @@ def cells(picture: Image.Image, columns: int) -> np.ndarray[Any, Any]:
 
 def test_rows_of_images_are_the_originals_and_what_each_run_makes_of_them(pair: list[Path]) -> None:
     found = [opened(run) for run in pair]
-    test = data.load_test(found[0].config.data)
+    test = datasets.load_test(found[0].config.data)
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
-    expected = [data.to_unit(test.pixels[shown])]
+    expected = [datasets.to_unit(test.pixels[shown])]
     for run in found:
         vae = checkpoint.load_vae(run.folder, run.config, CPU)
         expected.append(vae.decode(vae.encode(expected[0]).mean).mean)
@@ -222,7 +227,7 @@ def test_other_held_out_images_can_be_compared(pair: list[Path]) -> None:
         assert entry["evaluation"]["split"] == "validation" and entry["evaluation"]["images"] == 200
         assert entry["evaluation"]["negative_elbo"] == last["validation/negative_elbo"]
     assert (folder / "table.md").read_text().startswith("validation images of synthetic_digits, nats per image.")
-    _, validation = data.load_training(opened(pair[0]).config.data)
+    _, validation = datasets.load_training(opened(pair[0]).config.data)
     first = int((validation.labels == 0).nonzero()[0])
     shown = cells(reconstructions([opened(pair[0], ["evaluate.split=validation"])], CPU).image, 10)[0, 0]
     assert np.array_equal(shown, validation.pixels[first, 0].numpy())
@@ -258,19 +263,19 @@ def test_runs_that_are_tested_on_other_images_have_originals_of_their_own(make_r
     binary = make_run("name=binary", "data.binarize=dynamic")
     grid = cells(reconstructions([opened(run) for run in (pair[0], binary)], CPU).image, 10)
     assert len(grid) == 4
-    test = data.load_test(opened(binary).config.data)
+    test = datasets.load_test(opened(binary).config.data)
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
     assert np.array_equal(grid[2], test.pixels[shown].squeeze(1).numpy()) and set(np.unique(grid[2])) == {0, 255}
     assert not np.array_equal(grid[0], grid[2])
 
 
-def small_images(config: DataConfig, part: data.Part) -> Images:
-    pixels, labels = data.DATASETS["synthetic_digits"](config, part)
+def small_images(config: DataConfig, part: datasets.Part) -> Images:
+    pixels, labels = datasets.DATASETS["synthetic_digits"](config, part)
     return Images(pixels[:, :, ::2, ::2].contiguous(), labels)
 
 
 def test_runs_of_other_shapes_are_refused(make_run: MakeRun, pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.DATASETS, "small_digits", small_images)
+    monkeypatch.setitem(datasets.DATASETS, "small_digits", small_images)
     small = make_run("name=small", "data.name=small_digits")
     with pytest.raises(UserError, match=r"several shapes, .*: run_2 \[1, 28, 28\], small \[1, 14, 14\]"):
         compare([pair[0], small])
@@ -379,7 +384,7 @@ def test_a_study_leaves_ordinary_runs_and_their_comparison(make_study: MakeStudy
 
 def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal to this process when a training is at this step for the so-many-eth time."""
-    due, seen = trainer.due, [0]
+    due, seen = loop.due, [0]
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
         if done == step and every == 7:
@@ -389,8 +394,8 @@ def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> No
                 time.sleep(0.05)  # for the thread that takes it
         return due(done, every, last_step)
 
-    monkeypatch.setattr(trainer, "due", with_signal)
-    monkeypatch.setattr("vae_dist.stopping.LOOK_SECONDS", 0)  # after every step
+    monkeypatch.setattr(loop, "due", with_signal)
+    monkeypatch.setattr("vae_dist.distributed.stopping.LOOK_SECONDS", 0)  # after every step
 
 
 def test_a_study_that_was_stopped_goes_on_and_ends_bitwise_as_one_that_was_not(

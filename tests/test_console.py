@@ -21,9 +21,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.test_elastic import unused_port
 from tests.test_mnist import idx
-from vae_dist import checkpoint, console
-from vae_dist.console import Figure
 from vae_dist.errors import RunError
+from vae_dist.runs import checkpoint, console
+from vae_dist.runs.console import Figure
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 ENDLESS = ["train.steps=1000000", "train.validate_every=1000000", "checkpoint.every=1000000", "train.log_every=1"]
@@ -224,7 +224,7 @@ def test_what_was_said_before_the_log_was_open_is_in_it_once(tmp_path: Path) -> 
     console.logger.warning("early")
     for name in ("first", "second"):
         with console.logged_to(tmp_path / name):
-            logging.getLogger("vae_dist.data").warning("later")
+            logging.getLogger("vae_dist.data.datasets").warning("later")
     assert [line.split(" ", 2)[2] for line in (tmp_path / "first").read_text().splitlines()] == [
         "WARNING early",
         "WARNING later",

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from tests.conftest import MakeConfig
 from tests.test_trainer import final, timeless
-from vae_dist import cuda_graph, trainer
-from vae_dist.cuda_graph import Recorded, Steps
-from vae_dist.trainer import launches, train
-from vae_dist.update import MOST_STEPS, Update
+from vae_dist.compute import cuda_graph
+from vae_dist.compute.cuda_graph import Recorded, Steps
+from vae_dist.training import loop
+from vae_dist.training.loop import launches, train
+from vae_dist.training.update import MOST_STEPS, Update
 
 
 def play_back(steps: Steps, places: Sequence[Tensor]) -> Callable[[], None]:
@@ -92,9 +93,9 @@ def test_a_run_of_steps_launched_at_once_is_bitwise_the_run(
         "optim.warmup_steps=5", "objective.beta_warmup_steps=9", "optim.max_grad_norm=20", "train.accumulate=2",
         "train.log_every=7", "train.validate_every=11", "checkpoint.every=9",
     ]  # fmt: skip
-    monkeypatch.setattr(trainer, "Update", partial(Update, flat=flat))
+    monkeypatch.setattr(loop, "Update", partial(Update, flat=flat))
     plain = train(make_config(*arguments, "name=plain"))
-    monkeypatch.setattr(trainer, "Update", partial(Update, flat=flat, recorder=play_back))
+    monkeypatch.setattr(loop, "Update", partial(Update, flat=flat, recorder=play_back))
     recorded = train(make_config(*arguments, "name=recorded"))
     assert final(recorded) == final(plain)
     assert timeless(recorded) == timeless(plain)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from vae_dist import data, digits
 from vae_dist.config import DataConfig
+from vae_dist.data import datasets, digits
 from vae_dist.errors import UserError
 
 
@@ -23,58 +23,58 @@ def rows(images: torch.Tensor) -> set[bytes]:
 
 
 def test_validation_and_training_images_are_disjoint_and_complete(data_root: Path) -> None:
-    everything, _ = data.load_training(settings(data_root, validation_images=0))
-    training, validation = data.load_training(settings(data_root))
+    everything, _ = datasets.load_training(settings(data_root, validation_images=0))
+    training, validation = datasets.load_training(settings(data_root))
     assert (len(training.labels), len(validation.labels)) == (500, 100)
     assert not rows(training.pixels) & rows(validation.pixels)
     assert rows(training.pixels) | rows(validation.pixels) == rows(everything.pixels)
 
 
 def test_test_images_are_none_of_the_training_images(data_root: Path) -> None:
-    everything, _ = data.load_training(settings(data_root, validation_images=0))
-    test = data.load_test(settings(data_root))
+    everything, _ = datasets.load_training(settings(data_root, validation_images=0))
+    test = datasets.load_test(settings(data_root))
     assert len(test.labels) == 100
     assert not rows(everything.pixels) & rows(test.pixels)
 
 
 def test_a_larger_set_begins_with_the_smaller_one(data_root: Path) -> None:
-    small, _ = data.load_training(settings(data_root, validation_images=0))
-    large, _ = data.load_training(settings(data_root, validation_images=0, synthetic_images=900))
+    small, _ = datasets.load_training(settings(data_root, validation_images=0))
+    large, _ = datasets.load_training(settings(data_root, validation_images=0, synthetic_images=900))
     assert torch.equal(large.pixels[:600], small.pixels)
 
 
 def test_images_are_bytes_and_become_floats_from_black_to_white(data_root: Path) -> None:
-    training, _ = data.load_training(settings(data_root))
+    training, _ = datasets.load_training(settings(data_root))
     assert training.pixels.dtype == torch.uint8 and training.labels.dtype == torch.int64
-    unit = data.to_unit(training.pixels)
+    unit = datasets.to_unit(training.pixels)
     assert unit.dtype == torch.float32 and unit.min() == 0 and unit.max() == 1
 
 
 def test_threshold_makes_every_split_binary(data_root: Path) -> None:
     asked = settings(data_root, binarize="threshold")
-    grey, _ = data.load_training(settings(data_root))
-    training, validation = data.load_training(asked)
-    for images in (training, validation, data.load_test(asked)):
+    grey, _ = datasets.load_training(settings(data_root))
+    training, validation = datasets.load_training(asked)
+    for images in (training, validation, datasets.load_test(asked)):
         assert set(images.pixels.unique().tolist()) == {0, 255}
     assert torch.equal(training.pixels == 255, grey.pixels >= 128)
 
 
 def test_dynamic_leaves_training_to_the_plan_and_draws_held_out_images_once(data_root: Path) -> None:
     asked = settings(data_root, binarize="dynamic")
-    training, validation = data.load_training(asked)
+    training, validation = datasets.load_training(asked)
     assert len(training.pixels.unique()) > 2
     assert set(validation.pixels.unique().tolist()) == {0, 255}
-    assert torch.equal(data.load_training(asked)[1].pixels, validation.pixels)
-    test = data.load_test(asked)
+    assert torch.equal(datasets.load_training(asked)[1].pixels, validation.pixels)
+    test = datasets.load_test(asked)
     assert set(test.pixels.unique().tolist()) == {0, 255}
-    assert torch.equal(data.load_test(asked).pixels, test.pixels)
+    assert torch.equal(datasets.load_test(asked).pixels, test.pixels)
 
 
 def test_digits_are_kept_under_the_root_and_drawn_again_when_damaged(tmp_path: Path) -> None:
-    first = data.load_test(settings(tmp_path))
+    first = datasets.load_test(settings(tmp_path))
     cache = next((tmp_path / "synthetic_digits").glob("600_*.safetensors"))
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert torch.equal(data.load_test(settings(tmp_path)).pixels, first.pixels)
+    assert torch.equal(datasets.load_test(settings(tmp_path)).pixels, first.pixels)
     assert cache.stat().st_size > 1000
 
 
@@ -93,7 +93,7 @@ def rehashed(content: bytes) -> bytes:
     """With a digest that fits whatever else is there, as somebody would write it who knows how."""
     kept = load(content)
     kept.pop("sha256")
-    return save({**kept, "sha256": data._digest(kept)})
+    return save({**kept, "sha256": datasets._digest(kept)})
 
 
 @pytest.mark.parametrize(
@@ -121,20 +121,20 @@ def rehashed(content: bytes) -> bytes:
 def test_kept_digits_that_are_not_as_they_were_written_are_not_believed(
     damage: Callable[[bytes], bytes], data_root: Path, tmp_path: Path
 ) -> None:
-    true = data.load_test(settings(data_root))
+    true = datasets.load_test(settings(data_root))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     cache = tmp_path / "synthetic_digits" / good.name
     cache.parent.mkdir()
     cache.write_bytes(damage(good.read_bytes()))
-    found = data.load_test(settings(tmp_path))
+    found = datasets.load_test(settings(tmp_path))
     assert torch.equal(found.pixels, true.pixels) and torch.equal(found.labels, true.labels)
     assert cache.read_bytes() == good.read_bytes()
 
 
 def test_kept_digits_are_read_and_not_drawn(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = data.load_test(settings(data_root))
-    monkeypatch.delattr(data, "_draw_digits")
-    assert torch.equal(data.load_test(settings(data_root)).pixels, true.pixels)
+    true = datasets.load_test(settings(data_root))
+    monkeypatch.delattr(datasets, "_draw_digits")
+    assert torch.equal(datasets.load_test(settings(data_root)).pixels, true.pixels)
 
 
 def test_digits_of_another_drawing_are_not_believed_under_this_ones_name(
@@ -142,19 +142,19 @@ def test_digits_of_another_drawing_are_not_believed_under_this_ones_name(
 ) -> None:
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(digits, "drawing_version", lambda: "another")
-        data.load_test(settings(tmp_path))
-    true = data.load_test(settings(data_root))
+        datasets.load_test(settings(tmp_path))
+    true = datasets.load_test(settings(data_root))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     other = tmp_path / "synthetic_digits/600_another.safetensors"
     assert torch.equal(load(other.read_bytes())["test_pixels"], true.pixels)
     other.rename(other.with_name(good.name))
-    data.load_test(settings(tmp_path))
+    datasets.load_test(settings(tmp_path))
     assert other.with_name(good.name).read_bytes() == good.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "sparse", "dangling"])
 def test_what_lies_in_the_place_of_the_digits_is_not_waited_for(kind: str, data_root: Path, tmp_path: Path) -> None:
-    true = data.load_test(settings(data_root))
+    true = datasets.load_test(settings(data_root))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     cache = tmp_path / "synthetic_digits" / good.name
     cache.parent.mkdir()
@@ -167,7 +167,7 @@ def test_what_lies_in_the_place_of_the_digits_is_not_waited_for(kind: str, data_
         os.truncate(cache, 2**36)
     else:
         cache.symlink_to("/dev/zero" if kind == "device" else tmp_path / "nowhere")
-    assert torch.equal(data.load_test(settings(tmp_path)).pixels, true.pixels)
+    assert torch.equal(datasets.load_test(settings(tmp_path)).pixels, true.pixels)
     assert not (tmp_path / "nowhere").exists()
     if kind != "folder":
         assert not cache.is_symlink() and cache.read_bytes() == good.read_bytes()
@@ -175,26 +175,26 @@ def test_what_lies_in_the_place_of_the_digits_is_not_waited_for(kind: str, data_
 
 def test_more_digits_than_fit_into_memory_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.synthetic_images=4000000000 would take .* GiB"):
-        data.prepare(settings(tmp_path, synthetic_images=4_000_000_000))
+        datasets.prepare(settings(tmp_path, synthetic_images=4_000_000_000))
 
 
 def test_digits_need_no_folder_that_can_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert len(data.load_test(settings(tmp_path / "file")).labels) == 100
+    assert len(datasets.load_test(settings(tmp_path / "file")).labels) == 100
 
 
 def test_more_validation_images_than_there_are_is_refused(data_root: Path) -> None:
     with pytest.raises(UserError, match="leaves nothing of 600"):
-        data.load_training(settings(data_root, validation_images=600))
+        datasets.load_training(settings(data_root, validation_images=600))
 
 
 def test_an_unknown_name_lists_the_choices() -> None:
     with pytest.raises(UserError, match="unknown dataset 'mnits'; choose from fashion_mnist, kmnist, mnist"):
-        data.check_name("mnits")
+        datasets.check_name("mnits")
 
 
 def test_a_set_that_is_evaluated_on_has_a_name_that_there_is_and_the_models_shape(data_root: Path) -> None:
-    for load_part in (data.load_test, data.load_training):
+    for load_part in (datasets.load_test, datasets.load_training):
         with pytest.raises(UserError, match="unknown dataset 'mnits'"):
             load_part(settings(data_root, name="mnits"))
         with pytest.raises(UserError, match="name the data set"):
@@ -206,4 +206,4 @@ def test_a_set_that_is_evaluated_on_has_a_name_that_there_is_and_the_models_shap
 def test_a_root_in_the_home_of_a_user_that_there_is_none_of_is_refused() -> None:
     for name in ("synthetic_digits", "kmnist"):
         with pytest.raises(UserError, match=r"data.root=~nobody-of-that-name/data can't be found"):
-            data.load_test(settings(Path("~nobody-of-that-name/data"), name=name))
+            datasets.load_test(settings(Path("~nobody-of-that-name/data"), name=name))

@@ -13,19 +13,22 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vae_dist import config, evaluation, images, runtime
-from vae_dist.batches import Batches
+from vae_dist import config
 from vae_dist.config import Config
-from vae_dist.data import Images
-from vae_dist.gradients import Gradients
-from vae_dist.latents import Trained
-from vae_dist.meter import Meter
-from vae_dist.model import build_vae
-from vae_dist.model.vae import VAE
-from vae_dist.objective import Schedule
+from vae_dist.data.batches import Batches
+from vae_dist.data.datasets import Images
+from vae_dist.distributed import runtime
+from vae_dist.distributed.runtime import World
+from vae_dist.evaluation import metrics
+from vae_dist.models import build_vae
+from vae_dist.models.vae import VAE
+from vae_dist.objectives import Schedule
 from vae_dist.plan import Plan
-from vae_dist.runtime import World
-from vae_dist.update import Update
+from vae_dist.training.gradients import Gradients
+from vae_dist.training.meter import Meter
+from vae_dist.training.update import Update
+from vae_dist.views import pictures
+from vae_dist.views.latents import Trained
 
 CARD = torch.device("cuda", 0)
 COUNT = 700
@@ -105,9 +108,9 @@ def test_evaluations_and_views_compute_on_the_card_and_gather_on_the_host(vae: V
     settings = asked("evaluate.importance_samples=3")
     trained = Trained(vae, settings, card)
     found = [
-        *evaluation.score(vae, pixels(), card, settings),
-        *evaluation.encode(vae, pixels(), card, settings),
-        evaluation.negative_log_likelihood(vae, pixels(), card, settings),
+        *metrics.score(vae, pixels(), card, settings),
+        *metrics.encode(vae, pixels(), card, settings),
+        metrics.negative_log_likelihood(vae, pixels(), card, settings),
         *trained.encode(pixels()),
         trained.decode(torch.zeros(COUNT, 40)),
     ]
@@ -122,10 +125,10 @@ def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytes
         shown.append(of.device.type)
         return Image.new("L", (of.shape[1], of.shape[0]))
 
-    monkeypatch.setattr(images, "_to_picture", to_picture)
-    monkeypatch.setattr(images, "standard_normal", lambda *given: torch.zeros(images.PROGRESS_IMAGES, 40))
-    images.reconstructions(vae, pixels(), "held-out images")
-    images.samples(vae, "a model")
+    monkeypatch.setattr(pictures, "_to_picture", to_picture)
+    monkeypatch.setattr(pictures, "standard_normal", lambda *given: torch.zeros(pictures.PROGRESS_IMAGES, 40))
+    pictures.reconstructions(vae, pixels(), "held-out images")
+    pictures.samples(vae, "a model")
     assert shown == ["cpu", "cpu"]
 
 

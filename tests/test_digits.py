@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vae_dist.digits import draw_digits, drawing_version
+from vae_dist.data.digits import draw_digits, drawing_version
 
 
 @pytest.fixture(scope="module")

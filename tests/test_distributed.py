@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from tests import worker
 from tests.conftest import REPOSITORY
-from vae_dist import checkpoint, config, runtime
-from vae_dist.trainer import train
+from vae_dist import config
+from vae_dist.distributed import runtime
+from vae_dist.runs import checkpoint
+from vae_dist.training.loop import train
 
 WORLD_SIZES = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
 DISAGREEMENTS = {

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vae_dist.model.distributions import LOG_VARIANCE_BOUND, Bernoulli, DiagonalGaussian, Gaussian
+from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Bernoulli, DiagonalGaussian, Gaussian
 
 
 def test_kl_matches_torch_distributions() -> None:

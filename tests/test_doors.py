@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
-from vae_dist import checkpoint
+from vae_dist.runs import checkpoint
 
 TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT = (
     str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample", "compare", "study", "report")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
-from vae_dist import checkpoint
+from vae_dist.runs import checkpoint
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
 
 from tests.conftest import MakeConfig, opened
-from vae_dist import checkpoint, config, console, data, runtime
-from vae_dist.adam import Adam
+from vae_dist import config
+from vae_dist.data import datasets
+from vae_dist.distributed import runtime
 from vae_dist.errors import UserError
-from vae_dist.evaluation import encode, evaluate, negative_log_likelihood, score
-from vae_dist.model.distributions import LOG_VARIANCE_BOUND, Gaussian
-from vae_dist.model.vae import VAE
-from vae_dist.objective import active_units, elbo_terms
+from vae_dist.evaluation.metrics import encode, evaluate, negative_log_likelihood, score
+from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Gaussian
+from vae_dist.models.vae import VAE
+from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.runs import checkpoint, console
+from vae_dist.training.adam import Adam
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def estimate(vae: VAE, pixels: Tensor, *arguments: str) -> Tensor:
 def estimate_of_run(run_dir: Path, *arguments: str) -> Tensor:
     found = opened(run_dir, arguments)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    return estimate(vae, data.load_test(found.config.data).pixels, *arguments)
+    return estimate(vae, datasets.load_test(found.config.data).pixels, *arguments)
 
 
 PIXELS = torch.randint(0, 256, (300, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -73,7 +76,7 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
         partial(Gaussian, sigma=SIGMA), 4,
     ).eval()  # fmt: skip
     marginal = MultivariateNormal(bias, weight @ weight.T + SIGMA**2 * torch.eye(12).double())
-    return vae, marginal.log_prob(data.to_unit(PIXELS, torch.float64).flatten(1))
+    return vae, marginal.log_prob(datasets.to_unit(PIXELS, torch.float64).flatten(1))
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
@@ -97,9 +100,9 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     """The oracle: one image and one sample at a time, in float64."""
     found = opened(binary_run)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu")).double()
-    pixels = data.load_test(found.config.data).pixels[:5]
+    pixels = datasets.load_test(found.config.data).pixels[:5]
     expected = []
-    for index, image in enumerate(data.to_unit(pixels, torch.float64)):
+    for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
         mean, log_variance = vae.encode(image.unsqueeze(0))
         q, weights = Normal(mean, (0.5 * log_variance).exp()), []
         for number in range(9):
@@ -184,7 +187,7 @@ def test_latents_that_carry_nothing_are_neither_active_nor_cost_a_nat() -> None:
 def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
     arguments = ["evaluate.importance_samples=5"]
     result, found = evaluate(binary_run, arguments), opened(binary_run, arguments)
-    test = data.load_test(found.config.data)
+    test = datasets.load_test(found.config.data)
     with runtime.join(found.config) as world:
         vae = checkpoint.load_vae(found.folder, found.config, world.device)
         scores = score(vae, test.pixels, world, found.config)
@@ -285,10 +288,10 @@ def test_every_test_image_counts_once_also_when_the_last_block_is_ragged(
 
     found = opened(run_dir)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    test = data.load_test(found.config.data)
+    test = datasets.load_test(found.config.data)
     expected = []
     for index in range(200):
-        image = data.to_unit(test.pixels[index : index + 1])
+        image = datasets.to_unit(test.pixels[index : index + 1])
         noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, range(index, index + 1), vae.latent_dim)
         expected.append(elbo_terms(vae(image, noise), image).negative_elbo)
     assert result["negative_elbo"] == pytest.approx(torch.cat(expected).double().mean().item(), abs=1e-4)
@@ -338,7 +341,7 @@ def test_binarised_test_images_are_scored_as_they_were_drawn_once(make_config: M
 
 def test_scores_do_not_depend_on_the_order_of_the_blocks(run_dir: Path) -> None:
     found = opened(run_dir, ["evaluate.batch_size=50"])
-    test = data.load_test(found.config.data)
+    test = datasets.load_test(found.config.data)
     with runtime.join(found.config) as world:
         vae = checkpoint.load_vae(found.folder, found.config, world.device)
         whole = score(vae, test.pixels, world, found.config)
@@ -356,7 +359,7 @@ def test_other_blocks_and_threads_move_an_images_figure_by_less_than_a_ten_thous
         ["train.threads=2"],
     ):
         found = opened(run_dir, arguments)
-        test = data.load_test(found.config.data)
+        test = datasets.load_test(found.config.data)
         with runtime.join(found.config) as world:
             vae = checkpoint.load_vae(found.folder, found.config, world.device)
             result = score(vae, test.pixels, world, found.config)

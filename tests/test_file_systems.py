@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
-from vae_dist import checkpoint, config, files, record
-from vae_dist.comparison import compare, study
+from vae_dist import config, files
 from vae_dist.errors import RunError, UserError
-from vae_dist.evaluation import evaluate
+from vae_dist.evaluation.metrics import evaluate
 from vae_dist.files import advice, append, make_folder
-from vae_dist.page import report
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.reports.comparison import compare, study
+from vae_dist.reports.page import report
+from vae_dist.runs import checkpoint, record
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 # Trains, finds the mark of a training on another machine, and takes the directory over.
 PROGRAM = """
@@ -234,7 +235,7 @@ def test_runs_that_can_not_be_written_to_are_compared_elsewhere_and_evaluated_on
     disk.mount("-o", "remount,ro")
     settings = ["tracking.wandb=disabled", "evaluate.importance_samples=2", f"output={tmp_path / 'out'}"]
     compare([run_dir], [*settings, f"data.root={make_config().data.root}"])
-    monkeypatch.setattr("vae_dist.comparison.evaluate", None)
+    monkeypatch.setattr("vae_dist.reports.comparison.evaluate", None)
     compare([run_dir], [*settings, f"data.root={make_config().data.root}"])
     assert state_of(run_dir) == before
 

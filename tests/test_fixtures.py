@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from tests.conftest import REPOSITORY
 from tests.make_fixtures import SETTINGS, STUDY
 from tests.test_distributed import torchrun
-from vae_dist import checkpoint, config
-from vae_dist.comparison import study
-from vae_dist.evaluation import evaluate
-from vae_dist.page import report
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist import config
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.reports.comparison import study
+from vae_dist.reports.page import report
+from vae_dist.runs import checkpoint
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 FIXTURES = REPOSITORY / "tests/fixtures/runs"
 STOPPED = {"one_process": (6, 1), "three_processes": (6, 3), "validation_pending": (10, 1)}  # step, processes

@@ -25,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import REPOSITORY
-from vae_dist import config, data, mnist
+from vae_dist import config
 from vae_dist.config import Config, DataConfig
+from vae_dist.data import datasets, mnist
 from vae_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(900)  # the deep ones take minutes
@@ -149,7 +150,7 @@ SNIPPETS = [
     "\ud800", "\u2028", "\u202e", "\ufeff", "é", "😀", "a: b", "a #b", "a\nb", "\t", "---", "...", "%YAML 9.9",
     "%TAG ! x", "!", "!!", "!x", "!!python/object/apply:os.system [id]", "!!binary aGk=", "!!float 1", "&a", "*a",
     "&a [*a]", "<<", "<<: *a", "? ", ": ", "- ", "|", ">", "@", "`", "$", "${", "${}", "${name}",
-    "${model.latent_dim}", "${data.root}", "${model}", "${nothing}", "${oc.env:SECRET}", "${oc.env:HOME,x}",
+    "${model.latent_dim}", "${datasets.root}", "${model}", "${nothing}", "${oc.env:SECRET}", "${oc.env:HOME,x}",
     "${oc.coerce:this.x,1}", "${oc.create:{a: 1}}", "${oc.decode:1}", "${oc.select:name}", "${oc.dict.keys:model}",
     "${oc.dict.values:model}", "\\${name}", "$${name}", "${${name}}", "${.name}", "${..name}", "${name",
     "${model[latent_dim]}", "../..", "/etc/passwd", "~root", "~nobody-there", "a" * 300, "https://user:token@host/",
@@ -386,7 +387,7 @@ def test_any_answer_of_a_mirror_is_a_refusal_that_leaves_nothing(
     @given(mutated(replies, st.binary(max_size=3)) | replies)
     def claim(reply: bytes) -> None:
         raw_server.reply = reply
-        message = refusal(lambda: data.prepare(asked_for(tmp_path)))
+        message = refusal(lambda: datasets.prepare(asked_for(tmp_path)))
         assert message is not None and "no mirror gave" in message
         assert [path.name for path in (tmp_path / "KMNIST/raw").iterdir()] == [".lock"]
 
@@ -405,7 +406,7 @@ def test_any_archive_with_the_right_digest_is_unpacked_whole_or_refused(
         digest = hashlib.md5(archive).hexdigest()
         monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", [(f"{name}.gz", digest) for name in FILES])
         raw_server.reply = b"HTTP/1.1 200 OK\r\n\r\n" + archive
-        message = refusal(lambda: data.prepare(asked_for(tmp_path)))
+        message = refusal(lambda: datasets.prepare(asked_for(tmp_path)))
         assert message is not None
         for path in (tmp_path / "KMNIST/raw").iterdir():
             assert path.name == ".lock" or gzip.decompress(archive) == path.read_bytes()
@@ -419,8 +420,8 @@ def test_any_archive_with_the_right_digest_is_unpacked_whole_or_refused(
 DIGITS = 12
 
 
-def digits_in(root: Path) -> data.Images:
-    return data.load_test(DataConfig(name="synthetic_digits", root=str(root), synthetic_images=DIGITS))
+def digits_in(root: Path) -> datasets.Images:
+    return datasets.load_test(DataConfig(name="synthetic_digits", root=str(root), synthetic_images=DIGITS))
 
 
 def header_of(content: bytes) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from tests.conftest import MakeConfig, opened
 from tests.test_checkpoint import SHAPE, trained
-from vae_dist import checkpoint
-from vae_dist.adam import Adam
-from vae_dist.checkpoint import Best, TrainingState
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.manifest import FILES, MANIFEST
-from vae_dist.model import build_vae
+from vae_dist.models import build_vae
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.runs.manifest import FILES, MANIFEST
+from vae_dist.training.adam import Adam
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8),

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from tests.conftest import MakeConfig
 from tests.test_trainer import final
-from vae_dist import compiled, config, runtime
-from vae_dist.compiled import Compiled
+from vae_dist import config
+from vae_dist.compute import compiled
+from vae_dist.compute.compiled import Compiled
 from vae_dist.config import Precision
-from vae_dist.gradients import Gradients
-from vae_dist.model import build_vae
-from vae_dist.model.vae import VAE
-from vae_dist.objective import Schedule
-from vae_dist.start import settle
-from vae_dist.trainer import train
-from vae_dist.update import Update
+from vae_dist.distributed import runtime
+from vae_dist.models import build_vae
+from vae_dist.models.vae import VAE
+from vae_dist.objectives import Schedule
+from vae_dist.runs.start import settle
+from vae_dist.training.gradients import Gradients
+from vae_dist.training.loop import train
+from vae_dist.training.update import Update
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_dist.images import PADDING, SMALL, WIDEST, grid, labelled_grid
-from vae_dist.picture import NARROWEST, Picture, with_caption
+from vae_dist.runs.picture import NARROWEST, Picture, with_caption
+from vae_dist.views.pictures import PADDING, SMALL, WIDEST, grid, labelled_grid
 
 
 def test_a_grid_holds_the_images_row_by_row() -> None:

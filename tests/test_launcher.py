@@ -13,13 +13,14 @@ import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.test_mnist import unused_port
-from vae_dist import config, launcher, runtime
-from vae_dist.comparison import compare, study
+from vae_dist import config
+from vae_dist.distributed import launcher, runtime
 from vae_dist.errors import UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.page import report
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.reports.comparison import compare, study
+from vae_dist.reports.page import report
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")} | {

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from vae_dist import mixture
-from vae_dist.mixture import FLOOR, Mixture, fit
+from vae_dist.views import mixture
+from vae_dist.views.mixture import FLOOR, Mixture, fit
 
 KNOWN = Mixture(
     weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),

@@ -19,8 +19,8 @@ import torch
 import torchvision
 
 from tests.conftest import REPOSITORY
-from vae_dist import data, mnist
 from vae_dist.config import DataConfig
+from vae_dist.data import datasets, mnist
 from vae_dist.errors import UserError
 
 REAL_MNIST = REPOSITORY.parent / "shared" / "data"
@@ -124,14 +124,14 @@ def config(tmp_path: Path, **settings: object) -> DataConfig:
 
 def refusal(settings: DataConfig) -> str:
     with pytest.raises(UserError) as refused:
-        data.prepare(settings)
+        datasets.prepare(settings)
     return str(refused.value)
 
 
 def test_a_set_is_downloaded_once_and_read_as_torchvision_reads_it(server: Server, tmp_path: Path) -> None:
-    assert data.prepare(config(tmp_path)) == ("kmnist", 30, [1, 28, 28])
+    assert datasets.prepare(config(tmp_path)) == ("kmnist", 30, [1, 28, 28])
     assert len(server.requests) == 4
-    test = data.load_test(config(tmp_path))
+    test = datasets.load_test(config(tmp_path))
     theirs = torchvision.datasets.KMNIST(tmp_path / "data", train=False, download=True)  # finds what we downloaded
     assert torch.equal(test.pixels[:, 0], theirs.data)
     assert torch.equal(test.labels, theirs.targets)
@@ -140,13 +140,13 @@ def test_a_set_is_downloaded_once_and_read_as_torchvision_reads_it(server: Serve
 
 def test_what_torchvision_downloaded_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
     torchvision.datasets.KMNIST(tmp_path / "data", train=True, download=True)
-    data.prepare(config(tmp_path, download=False))
+    datasets.prepare(config(tmp_path, download=False))
     assert len(set(server.requests)) == 4
 
 
 def test_another_mirror_can_be_given(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", [])
-    data.prepare(config(tmp_path, mirror=server.url.rstrip("/")))
+    datasets.prepare(config(tmp_path, mirror=server.url.rstrip("/")))
     assert len(server.requests) == 4
 
 
@@ -155,7 +155,7 @@ def test_a_second_mirror_serves_what_the_first_does_not(
 ) -> None:
     dead = f"http://127.0.0.1:{unused_port()}/"
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", [dead, server.url])
-    data.prepare(config(tmp_path))
+    datasets.prepare(config(tmp_path))
 
 
 @pytest.mark.parametrize(("behaviour", "expected"), [("truncate", "truncated"), ("corrupt", "corrupt")])
@@ -165,7 +165,7 @@ def test_a_bad_copy_is_named_and_never_kept(behaviour: str, expected: str, serve
     assert expected in message and "train-images-idx3-ubyte.gz" in message and "synthetic_digits" in message
     assert not [path for path in (tmp_path / "data/KMNIST/raw").iterdir() if path.name != ".lock"]
     server.behaviour = "serve"
-    data.prepare(config(tmp_path))
+    datasets.prepare(config(tmp_path))
 
 
 def test_a_silent_mirror_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,12 +192,12 @@ def test_a_mirror_that_is_slow_and_never_silent_is_given_up(
 
 def test_more_than_was_promised_is_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "longer"
-    assert data.prepare(config(tmp_path)).training_images == 30
+    assert datasets.prepare(config(tmp_path)).training_images == 30
 
 
 def test_a_promise_that_is_no_number_is_no_promise(server: Server, tmp_path: Path) -> None:
     server.behaviour = "unlikely length"
-    assert data.prepare(config(tmp_path)).training_images == 30
+    assert datasets.prepare(config(tmp_path)).training_images == 30
 
 
 def test_an_archive_without_end_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_mirror_that_sends_us_elsewhere_gets_us_nowhere(
 
 def test_a_mirror_that_has_moved_is_followed_and_its_farewell_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "redirect"
-    assert data.prepare(config(tmp_path)).training_images == 30
+    assert datasets.prepare(config(tmp_path)).training_images == 30
     assert len(server.requests) == 8
 
 
@@ -275,7 +275,7 @@ print(data.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).t
     while not server.requests:
         assert other.poll() is None
         time.sleep(0.01)
-    assert data.prepare(config(tmp_path)).training_images == 30
+    assert datasets.prepare(config(tmp_path)).training_images == 30
     assert other.communicate(timeout=120)[0] == "30\n"
     assert len(server.requests) == 4
 
@@ -296,7 +296,7 @@ def test_a_lock_file_that_nobody_holds_is_not_waited_for(server: Server, tmp_pat
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text("4711\nnode7\n")
-    assert data.prepare(config(tmp_path)).training_images == 30
+    assert datasets.prepare(config(tmp_path)).training_images == 30
 
 
 def test_a_lock_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_no_server_at_all_is_said_with_the_ways_out(tmp_path: Path) -> None:
 def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{unused_port()}"
     settings = DataConfig(name="auto", root=str(tmp_path), mirror=nowhere, synthetic_images=60, validation_images=5)
-    assert data.prepare(settings).name == "synthetic_digits"
+    assert datasets.prepare(settings).name == "synthetic_digits"
     settings.name = "mnist"
     assert "no mirror gave what is missing" in refusal(settings)
 
@@ -336,7 +336,7 @@ def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Pa
     ],
 )
 def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    data.prepare(config(tmp_path))
+    datasets.prepare(config(tmp_path))
     path = tmp_path / "data/KMNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
     message = refusal(config(tmp_path))
@@ -355,7 +355,7 @@ def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Serv
 def test_what_lies_in_a_files_place_is_named_and_not_waited_for(
     kind: str, expected: str, server: Server, tmp_path: Path
 ) -> None:
-    data.prepare(config(tmp_path))
+    datasets.prepare(config(tmp_path))
     path = tmp_path / "data/KMNIST/raw/train-labels-idx1-ubyte"
     path.unlink()
     if kind == "folder":
@@ -372,10 +372,10 @@ def test_what_lies_in_a_files_place_is_named_and_not_waited_for(
 
 
 def test_a_link_to_a_file_is_followed_as_data_sets_are_often_kept_elsewhere(server: Server, tmp_path: Path) -> None:
-    data.prepare(config(tmp_path))
+    datasets.prepare(config(tmp_path))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     (tmp_path / "data").symlink_to("elsewhere")
-    assert data.prepare(config(tmp_path, download=False)).training_images == 30
+    assert datasets.prepare(config(tmp_path, download=False)).training_images == 30
 
 
 @contextmanager
@@ -391,7 +391,7 @@ def without_privileges() -> Iterator[None]:
 
 
 def test_a_folder_that_may_not_be_looked_into_is_named(server: Server, tmp_path: Path) -> None:
-    data.prepare(config(tmp_path))
+    datasets.prepare(config(tmp_path))
     folder = tmp_path / "data/KMNIST/raw"
     folder.parent.chmod(0)
     try:
@@ -426,9 +426,9 @@ def test_copies_are_used_where_they_lie_after_a_download_by_hand(
         message = refusal(settings)
         assert str(folder / NAMES[0]) in message and "put it into KMNIST/raw" in message
         return
-    data.prepare(settings)
+    datasets.prepare(settings)
     images, labels = (small_files()[f"t10k-{kind}-ubyte"] for kind in ("images-idx3", "labels-idx1"))
-    test = data.load_test(settings)
+    test = datasets.load_test(settings)
     assert test.pixels.numpy().tobytes() == images[16:] and bytes(test.labels.tolist()) == labels[8:]
     assert sorted((tmp_path / "data").rglob("*")) == before and not server.requests
 
@@ -440,7 +440,7 @@ def test_other_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> N
         path = tmp_path / "data/kmnist" / spelling.replace("{}", name.replace("-idx", ".idx"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert data.prepare(config(tmp_path, download=False)).training_images == 30
+    assert datasets.prepare(config(tmp_path, download=False)).training_images == 30
 
 
 def test_a_copy_that_is_not_whole_is_named_with_what_is_missing_and_the_rest_is_not_downloaded(
@@ -463,14 +463,14 @@ def test_a_copy_that_is_not_whole_is_named_with_what_is_missing_and_the_rest_is_
         assert "train-images" not in message and f"{folder / 'kmnist.npz'} (of another format)" in message
     nowhere = refusal(config(tmp_path, mirror=f"http://127.0.0.1:{unused_port()}"))
     assert "missing" in nowhere and "t10k-labels-idx1-ubyte" in nowhere and str(broken) in nowhere
-    assert data.prepare(config(tmp_path)).training_images == 30
+    assert datasets.prepare(config(tmp_path)).training_images == 30
     assert server.requests == ["/kmnist/t10k-labels-idx1-ubyte.gz"]
 
 
 @pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not beside this checkout")
 def test_auto_finds_the_real_mnist_in_data_root_itself(tmp_path: Path) -> None:
     settings = DataConfig(name="auto", root=str(REAL_MNIST / "MNIST/raw"), download=False, synthetic_images=60)
-    assert data.prepare(settings).name == "mnist"
+    assert datasets.prepare(settings).name == "mnist"
 
 
 def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:
@@ -486,10 +486,10 @@ def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not beside this checkout")
 def test_the_real_mnist_is_read_whole() -> None:
     settings = DataConfig(name="mnist", root=str(REAL_MNIST), download=False, validation_images=0)
-    training, _ = data.load_training(settings)
+    training, _ = datasets.load_training(settings)
     assert training.pixels.shape == (60_000, 1, 28, 28)
     assert training.pixels.double().mean().item() / 255 == pytest.approx(0.1306604762738429)
-    assert len(data.load_test(settings).labels) == 10_000
+    assert len(datasets.load_test(settings).labels) == 10_000
 
 
 def unused_port() -> int:

@@ -5,9 +5,9 @@ from torch import nn
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.model import ARCHITECTURES, build_vae
-from vae_dist.model.distributions import Bernoulli, Gaussian
-from vae_dist.model.mlp import TRANSPOSED_ROWS, Layers
+from vae_dist.models import ARCHITECTURES, build_vae
+from vae_dist.models.distributions import Bernoulli, Gaussian
+from vae_dist.models.mlp import TRANSPOSED_ROWS, Layers
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (2, 5, 7)]
 

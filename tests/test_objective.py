@@ -6,9 +6,9 @@ import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 from vae_dist import config
-from vae_dist.model import build_vae
-from vae_dist.model.distributions import DiagonalGaussian
-from vae_dist.objective import (
+from vae_dist.models import build_vae
+from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.objectives import (
     ElboTerms,
     active_units,
     bits_per_dimension,

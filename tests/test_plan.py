@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vae_dist import philox
+from vae_dist.compute import philox
 from vae_dist.plan import (
     Plan,
     Stream,

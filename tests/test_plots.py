@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 from tests.conftest import REPOSITORY
-from vae_dist import plots
-from vae_dist.picture import to_png
-from vae_dist.plots import COLOURS, Curve, lines, scatter
+from vae_dist.runs.picture import to_png
+from vae_dist.views import plots
+from vae_dist.views.plots import COLOURS, Curve, lines, scatter
 
 NAN, INFINITE = float("nan"), float("inf")
 

@@ -8,8 +8,8 @@ import pytest
 from tests.test_mnist import REAL_MNIST
 from vae_dist import config
 from vae_dist.config import Precision
-from vae_dist.evaluation import evaluate
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.training.loop import train
 
 SEEDS = (0, 1, 2)
 

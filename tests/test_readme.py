@@ -21,11 +21,12 @@ def test_every_test_that_backs_a_promise_exists(page: str) -> None:
     assert not {name for name in named if f"def {name}(" not in sources}
 
 
-def test_the_map_names_every_module_and_no_other() -> None:
-    listed = set(re.findall(r"\b(\w+\.py)\b", README.partition("## The house")[2].partition("| to change")[0]))
+def test_the_map_names_every_folder_and_module_of_the_package_and_no_other() -> None:
+    listed = README.partition("## The code")[2].partition("| to change")[0].partition("vae_dist/\n")[2]
     package = REPOSITORY / "vae_dist"
-    assert {path.name for path in package.glob("*.py")} - {"__init__.py"} <= listed
-    assert not {name for name in listed if not list(package.rglob(name))}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"\b(\w+\.py)\b", listed)) == {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^  (\w+)/", listed, re.MULTILINE)) == folders
 
 
 def test_every_make_command_is_a_target() -> None:

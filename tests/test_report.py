@@ -25,13 +25,16 @@ from PIL import Image
 
 from tests.browser import CHROMIUM, Browser, running
 from tests.conftest import REPOSITORY, opened
-from vae_dist import checkpoint, config, data, manifest, markup, plane, record
+from vae_dist import config
+from vae_dist.data import datasets
 from vae_dist.errors import UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.markup import Curve, figure
-from vae_dist.model import build_vae
-from vae_dist.page import GRIDS_CHARACTERS, MOST_GRIDS, _reproduce, report
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.models import build_vae
+from vae_dist.reports import markup, plane
+from vae_dist.reports.markup import Curve, figure
+from vae_dist.reports.page import GRIDS_CHARACTERS, MOST_GRIDS, _reproduce, report
+from vae_dist.runs import checkpoint, manifest, record
+from vae_dist.training.loop import train
 
 MINUS = "\u2212"
 VOID = {"meta", "link", "img", "input"}
@@ -195,7 +198,7 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
     """The oracle: the encoder, asked directly. Once an evaluation states them, they are its."""
     found = opened(run_dir)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    kl = vae.encode(data.to_unit(data.load_test(found.config.data).pixels)).kl().double().mean(0).tolist()
+    kl = vae.encode(datasets.to_unit(datasets.load_test(found.config.data).pixels)).kl().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
     assert list(page.readings("KL per latent").items()) == [(f"latent {i}", f"{kl[i]:.4f} nats") for i in falling]
     assert page.all("svg", **{"data-names": f"latent {falling[0]},latent {falling[1]}"})
@@ -222,7 +225,7 @@ def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> N
         expected = vae.decode(code).mean[0, 0].mul(255).numpy()
         cell = pixels[row * 28 : row * 28 + 28, column * 28 : column * 28 + 28]
         assert np.abs(cell - expected).max() < 0.51
-    mean = vae.encode(data.to_unit(data.load_test(found.config.data).pixels)).mean[:, seen.latents]
+    mean = vae.encode(datasets.to_unit(datasets.load_test(found.config.data).pixels)).mean[:, seen.latents]
     torch.testing.assert_close(seen.means, mean)
 
 
@@ -588,7 +591,7 @@ def test_the_package_brings_the_page_along(tmp_path: Path) -> None:
     build = "import setuptools.build_meta as backend; backend.build_wheel('.')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)
     with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
-        assert wheel.read("vae_dist/page.html") == (REPOSITORY / "vae_dist/page.html").read_bytes()
+        assert wheel.read("vae_dist/reports/page.html") == (REPOSITORY / "vae_dist/reports/page.html").read_bytes()
 
 
 # ---- In a browser

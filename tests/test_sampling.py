@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from tests.conftest import MakeConfig, opened
-from vae_dist import checkpoint, config, console, data, images, runtime
+from vae_dist import config
 from vae_dist.config import DataConfig
-from vae_dist.data import Images, Part
+from vae_dist.data import datasets
+from vae_dist.data.datasets import Images, Part
+from vae_dist.distributed import runtime
 from vae_dist.errors import UserError
-from vae_dist.latents import Trained, principal_components
-from vae_dist.model.distributions import DiagonalGaussian
-from vae_dist.sampling import KINDS, sample
-from vae_dist.trainer import train
+from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.runs import checkpoint, console
+from vae_dist.training.loop import train
+from vae_dist.views import pictures
+from vae_dist.views.latents import Trained, principal_components
+from vae_dist.views.sampling import KINDS, sample
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def posterior_of(run: Path) -> DiagonalGaussian:
     """The posteriors of the test images, all at once."""
     looked = opened(run)
     vae = checkpoint.load_vae(looked.folder, looked.config, torch.device("cpu"))
-    return vae.encode(data.to_unit(data.load_test(looked.config.data).pixels))
+    return vae.encode(datasets.to_unit(datasets.load_test(looked.config.data).pixels))
 
 
 EVERY_KIND = {
@@ -98,7 +102,7 @@ def draw_colours(asked: DataConfig, part: Part) -> Images:
 
 @pytest.fixture
 def colour_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(data.DATASETS, "colours", draw_colours)
+    monkeypatch.setitem(datasets.DATASETS, "colours", draw_colours)
     settings = "data.name=colours", "data.validation_images=20", "data.binarize=dynamic", "train.precision=fp64"
     return train(make_config("name=colour", "train.steps=3", *settings))
 
@@ -130,12 +134,12 @@ def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_im
     def refuse(asked: DataConfig) -> Images:
         raise AssertionError("the test images were asked for")
 
-    monkeypatch.setattr(data, "load_test", refuse)
+    monkeypatch.setattr(datasets, "load_test", refuse)
     found = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
     looked = opened(run_dir)
     vae = checkpoint.load_vae(looked.folder, looked.config, torch.device("cpu"))
-    training, _ = data.load_training(looked.config.data)
-    posterior = vae.encode(data.to_unit(training.pixels))
+    training, _ = datasets.load_training(looked.config.data)
+    posterior = vae.encode(datasets.to_unit(training.pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
     mean = posterior.mean.double().mean(0)
     covariance = posterior.mean.double().T.cov() + posterior.log_variance.exp().double().mean(0).diag()
@@ -242,7 +246,7 @@ def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path
     for run in flat_run, run_dir:
         found = tensors(run, "sample.kind=scatter")
         torch.testing.assert_close(found["latents"], posterior_of(run).mean)
-        assert torch.equal(found["labels"], data.load_test(opened(run).config.data).labels)
+        assert torch.equal(found["labels"], datasets.load_test(opened(run).config.data).labels)
     expected = principal_components(found["latents"], 2)
     torch.testing.assert_close(found["points"], expected.coordinates)  # this process may have more threads
     torch.testing.assert_close(found["variance_shares"], expected.shares)
@@ -312,13 +316,13 @@ def test_single_images_are_those_of_the_last_command(flat_run: Path) -> None:
     found = load_file(folder / "samples.safetensors")
     assert found["latents"].tolist() == [[0.5, 0.5]]
     with Image.open(folder / "000000.png") as single:
-        assert np.array_equal(np.asarray(single), np.asarray(images.grid(found["images"], 1)))
+        assert np.array_equal(np.asarray(single), np.asarray(pictures.grid(found["images"], 1)))
 
 
 def test_a_grid_says_when_it_shows_a_part(run_dir: Path) -> None:
     folder = sample(run_dir, ["sample.count=1025"])
     assert len(load_file(folder / "samples.safetensors")["images"]) == 1025
-    assert picture(folder).shape[1] == 32 * (28 + images.PADDING)  # 32 x 32 of them
+    assert picture(folder).shape[1] == 32 * (28 + pictures.PADDING)  # 32 x 32 of them
 
 
 class Process(NamedTuple):

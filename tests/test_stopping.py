@@ -15,12 +15,14 @@ import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.test_trainer import final, timeless
-from vae_dist import checkpoint, evaluation, milestones, trainer
 from vae_dist.config import Config
+from vae_dist.distributed.stopping import SIGNALS, StopRequests
 from vae_dist.errors import StoppedError
-from vae_dist.evaluation import Scores
-from vae_dist.stopping import SIGNALS, StopRequests
-from vae_dist.trainer import train
+from vae_dist.evaluation import metrics
+from vae_dist.evaluation.metrics import Scores
+from vae_dist.runs import checkpoint
+from vae_dist.training import loop, milestones
+from vae_dist.training.loop import train
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 
@@ -39,7 +41,7 @@ def none_ignored() -> Iterator[None]:
 
 def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Train, with a signal to this process after `step` steps; the exit code that the run ends with."""
-    due = trainer.due
+    due = loop.due
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
         if done == step and every == asked.train.log_every:
@@ -48,8 +50,8 @@ def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypa
         return due(done, every, last_step)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="asked to stop; step") as stopped:
-        patch.setattr(trainer, "due", with_signal)
-        patch.setattr("vae_dist.stopping.LOOK_SECONDS", 0)  # after every step
+        patch.setattr(loop, "due", with_signal)
+        patch.setattr("vae_dist.distributed.stopping.LOOK_SECONDS", 0)  # after every step
         train(asked)
     return stopped.value.exit_code
 
@@ -92,7 +94,7 @@ def test_a_stop_inside_a_validation_leaves_it_to_the_run_that_goes_on(
     whole = train(make_config("name=whole", *settings))
     for step, name in ((20, "halfway"), (40, "at_the_end")):
         with monkeypatch.context() as patch, pytest.raises(StoppedError):
-            patch.setattr(milestones, "score", interrupted(evaluation.score, step // 20))
+            patch.setattr(milestones, "score", interrupted(metrics.score, step // 20))
             train(make_config(f"name={name}", *settings))
         folder = checkpoint.find(Path("runs") / name, Path("runs"))
         assert checkpoint.read_state(folder).step == step and checkpoint.read_state(folder).validation_pending

@@ -31,15 +31,15 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.wandb_server import Fault, Run, WandbServer
-from vae_dist import checkpoint, console, tracking
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.picture import Picture
-from vae_dist.sampling import sample
-from vae_dist.tracking import Tracker
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.runs import checkpoint, console, tracking
+from vae_dist.runs.picture import Picture
+from vae_dist.runs.tracking import Tracker
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 KEY = "0123456789" * 4  # of no account
 AT_ONCE = 1  # seconds: far more than a row takes, less than any wait for a server

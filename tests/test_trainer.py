@@ -10,16 +10,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import MakeConfig
-from vae_dist import checkpoint, config, data, objective, picture, runtime, tracking, trainer
-from vae_dist.batches import Batches
+from vae_dist import config, objectives
+from vae_dist.data import datasets
+from vae_dist.data.batches import Batches
+from vae_dist.distributed import runtime
 from vae_dist.errors import RunError, UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.model import build_vae
-from vae_dist.picture import Picture
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.models import build_vae
 from vae_dist.plan import Plan
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
-from vae_dist.update import Update
+from vae_dist.runs import checkpoint, picture, tracking
+from vae_dist.runs.picture import Picture
+from vae_dist.training import loop
+from vae_dist.training.loop import train
+from vae_dist.training.update import Update
+from vae_dist.views.sampling import sample
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -74,7 +78,7 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
     asked = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
     ours = load_file(checkpoint.find(train(asked), Path()) / "model.safetensors")
 
-    training, _ = data.load_training(asked.data)
+    training, _ = datasets.load_training(asked.data)
     plan = Plan(asked.seed, 1000, 50)
     vae = build_vae(asked, (1, 28, 28)).double()
     optimizer = torch.optim.Adam(vae.parameters())
@@ -86,7 +90,7 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
         for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(objective.schedule(asked, step, 12).learning_rate).item()  # kept in float32
+            group["lr"] = torch.tensor(objectives.schedule(asked, step, 12).learning_rate).item()  # kept in float32
         optimizer.step()
     for name, parameter in vae.named_parameters():
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-10, atol=1e-12)
@@ -112,7 +116,7 @@ def test_a_stopped_run_writes_the_same_rows(make_config: MakeConfig, monkeypatch
     """Stopped by force between a checkpoint and the end, at a step that no cadence knows."""
     settings = ["checkpoint.every=9", "train.log_every=7"]
     whole = train(make_config("name=whole", *settings))
-    plain_due, calls = trainer.due, []
+    plain_due, calls = loop.due, []
 
     def stop_in_step_33(done: int, every: int, last_step: int) -> bool:
         calls.append(done)
@@ -120,7 +124,7 @@ def test_a_stopped_run_writes_the_same_rows(make_config: MakeConfig, monkeypatch
             raise KeyboardInterrupt
         return plain_due(done, every, last_step)
 
-    monkeypatch.setattr(trainer, "due", stop_in_step_33)
+    monkeypatch.setattr(loop, "due", stop_in_step_33)
     with pytest.raises(KeyboardInterrupt):
         train(make_config("name=stopped", *settings))
     monkeypatch.undo()
@@ -145,7 +149,7 @@ def test_bf16_trains_about_as_well(make_config: MakeConfig) -> None:
 
 def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) -> None:
     asked = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
-    training, _ = data.load_training(asked.data)
+    training, _ = datasets.load_training(asked.data)
     seen = []
     with runtime.join(asked) as world:
         batches = Batches(training, Plan(0, 1000, 1000), asked, world)
@@ -154,7 +158,7 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
             assert set(images.unique().tolist()) == {0, 255}
             order = Plan(0, 1000, 1000).batch(step).argsort()
             seen.append(images[order])
-    grey = data.to_unit(training.pixels)
+    grey = datasets.to_unit(training.pixels)
     assert not torch.equal(seen[0], seen[1])
     assert (seen[0] != seen[1]).float().mean().item() == pytest.approx((2 * grey * (1 - grey)).mean().item(), rel=0.05)
 
@@ -168,7 +172,7 @@ def test_what_the_first_step_takes_longer_is_not_in_the_speed(
             time.sleep(2)
             super().__call__(*arguments)
 
-    monkeypatch.setattr(trainer, "Update", CompiledFirst)
+    monkeypatch.setattr(loop, "Update", CompiledFirst)
     first, *_ = rows(train(make_config("train.steps=10", "train.log_every=10", "train.batch_size=100")))
     assert first["train/images_per_second"] > 10 * 100 / 2
 
@@ -321,14 +325,14 @@ def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, mo
 def test_a_directory_that_is_deleted_during_the_run_is_said(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain_due = trainer.due
+    plain_due = loop.due
 
     def delete_after_step_7(done: int, every: float, last_step: int) -> bool:
         if done == 7:
             shutil.rmtree("runs/a", ignore_errors=True)
         return plain_due(done, every, last_step)
 
-    monkeypatch.setattr(trainer, "due", delete_after_step_7)
+    monkeypatch.setattr(loop, "due", delete_after_step_7)
     with pytest.raises(RunError, match="runs/a"):
         train(make_config("name=a", "train.steps=10"))
     assert not Path("runs/a/checkpoints").exists()

@@ -9,13 +9,13 @@ import pytest
 
 from tests.conftest import MakeConfig
 from tests.test_tracking import inspect, tracked
-from vae_dist import wandb_records
-from vae_dist.comparison import study
 from vae_dist.config import load_study
 from vae_dist.errors import UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.sampling import sample
-from vae_dist.trainer import train
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.reports.comparison import study
+from vae_dist.runs import wandb_records
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 OFFLINE = "tracking.wandb=offline"
 

@@ -26,26 +26,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae_dist import config, console, data, evaluation, milestones, runtime, stopping
-from vae_dist.batches import Batches
-from vae_dist.compiled import Compiled
+from vae_dist import config
+from vae_dist.compute.compiled import Compiled
 from vae_dist.config import DataConfig
-from vae_dist.data import Images
+from vae_dist.data import datasets
+from vae_dist.data.batches import Batches
+from vae_dist.data.datasets import Images
+from vae_dist.distributed import runtime, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
-from vae_dist.evaluation import evaluate
-from vae_dist.objective import schedule
+from vae_dist.evaluation import metrics
+from vae_dist.evaluation.metrics import evaluate
+from vae_dist.objectives import schedule
 from vae_dist.plan import Plan
-from vae_dist.sampling import sample
-from vae_dist.start import settle
-from vae_dist.trainer import train
-from vae_dist.update import Update
+from vae_dist.runs import console
+from vae_dist.runs.start import settle
+from vae_dist.training import milestones
+from vae_dist.training.loop import train
+from vae_dist.training.update import Update
+from vae_dist.views.sampling import sample
 
 
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write what the processes of a group see together in the first 25 steps: images, noise, learning rate."""
     with ExitStack() as held, runtime.join(config.load(arguments)) as world:
         asked, _, _ = world.decide(lambda: settle(config.load(arguments), world, held))
-        training, _ = data.load_training(asked.data)
+        training, _ = datasets.load_training(asked.data)
         plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
         batches = Batches(training, plan, asked, world)
         size = plan.batch_size
@@ -82,7 +87,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
             elif what == "torch":
                 patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
-                patch.setattr(data, "load_training", partial(without_a_pixel, data.load_training))
+                patch.setattr(datasets, "load_training", partial(without_a_pixel, datasets.load_training))
             elif what in ("weights", "moments"):
                 patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__, what))
             return record_refusal(output, arguments)
@@ -117,9 +122,9 @@ def ask_to_stop(patch: pytest.MonkeyPatch) -> None:
 
 
 def ask_to_stop_in_validation(patch: pytest.MonkeyPatch) -> None:
-    score = evaluation.score
+    score = metrics.score
 
-    def with_signal(*arguments: Any) -> evaluation.Scores:
+    def with_signal(*arguments: Any) -> metrics.Scores:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
         return score(*arguments)

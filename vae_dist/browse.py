@@ -17,7 +17,8 @@ if not __package__:  # run by its path: this folder would come first, and its mo
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
-from vae_dist import config, console, wandb_records
+from vae_dist import config
+from vae_dist.runs import console, wandb_records
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ if not __package__:  # run by its path: this folder would come first, and its mo
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
-from vae_dist import config, console
+from vae_dist import config
+from vae_dist.runs import console
 
 
 def main() -> None:
@@ -22,7 +23,9 @@ def main() -> None:
         console.say(config.help_text(__doc__ or "", config.READER_KEYS))
         return
     run, arguments = config.split_run(sys.argv[1:])
-    from vae_dist.evaluation import evaluate  # after the arguments are known to be good: torch takes seconds to import
+    from vae_dist.evaluation.metrics import (
+        evaluate,  # after the arguments are known to be good: torch takes seconds to import
+    )
 
     evaluate(run, arguments)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vae_dist import philox
+from vae_dist.compute import philox
 
 # Splits, the binarisation of held-out images, the noise of evaluation and the latents of pictures do not depend on a
 # run's seed: figures of runs with different seeds could not be compared otherwise.

@@ -19,7 +19,8 @@ if not __package__:  # run by its path: this folder would come first, and its mo
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
-from vae_dist import config, console
+from vae_dist import config
+from vae_dist.runs import console
 
 
 def main() -> None:
@@ -27,7 +28,9 @@ def main() -> None:
         console.say(config.help_text(__doc__ or ""))
         return
     asked = config.load_study(sys.argv[1:])
-    from vae_dist.comparison import study  # after the arguments are known to be good: torch takes seconds to import
+    from vae_dist.reports.comparison import (
+        study,  # after the arguments are known to be good: torch takes seconds to import
+    )
 
     study(asked)
 

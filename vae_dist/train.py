@@ -15,7 +15,8 @@ if not __package__:  # run by its path: this folder would come first, and its mo
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
-from vae_dist import config, console
+from vae_dist import config
+from vae_dist.runs import console
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     if "--print-config" in sys.argv:
         console.say(config.to_yaml(asked))
         return
-    from vae_dist.trainer import train  # after the arguments are known to be good: torch takes seconds to import
+    from vae_dist.training.loop import train  # after the arguments are known to be good: torch takes seconds to import
 
     train(asked)
 

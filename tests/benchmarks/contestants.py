@@ -56,8 +56,8 @@ def ours(config: Config) -> None:
     """`trainer.train` as it is. It is only made to wait for its turn before an update."""
     import torch
 
-    from vae_dist import trainer
-    from vae_dist.update import Update
+    from vae_dist.training import loop
+    from vae_dist.training.update import Update
 
     asked = turns()
 
@@ -82,8 +82,8 @@ def ours(config: Config) -> None:
             self.sums = self.sums + (self.tally[0] - before)
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # each of them has a share of the sum
-    trainer.Update = Paced  # type: ignore[attr-defined]
-    trainer.train(config)
+    loop.Update = Paced  # type: ignore[attr-defined]
+    loop.train(config)
 
 
 def memory(config: Config, *, compiled: bool = False) -> None:
@@ -283,16 +283,18 @@ def jax(config: Config) -> None:
 
 def ours_evaluate(config: Config) -> None:
     """`evaluation.score`, as validation and `make eval` call it; a step is one pass over the test images."""
-    from vae_dist import data, evaluation, runtime
-    from vae_dist.model import build_vae
+    from vae_dist.data import datasets
+    from vae_dist.distributed import runtime
+    from vae_dist.evaluation import metrics
+    from vae_dist.models import build_vae
 
     with runtime.join(config) as world:
-        pixels = data.load_test(config.data).pixels
+        pixels = datasets.load_test(config.data).pixels
         vae = build_vae(config, pixels.shape[1:])
 
         def loop(steps: int) -> float:
             for _ in range(steps):
-                figures = evaluation.score(vae, pixels, world, config).figures("test")
+                figures = metrics.score(vae, pixels, world, config).figures("test")
             return figures["test/negative_elbo"]
 
         serve(loop)
@@ -303,10 +305,10 @@ def memory_evaluate(config: Config) -> None:
     import torch
     import torch.nn.functional as F
 
-    from vae_dist import data
+    from vae_dist.data import datasets
 
     torch.set_flush_denormal(True)
-    pixels, network = data.load_test(config.data).pixels.flatten(1), torch_network()
+    pixels, network = datasets.load_test(config.data).pixels.flatten(1), torch_network()
 
     def loop(steps: int) -> float:
         with torch.inference_mode():
@@ -324,9 +326,9 @@ def memory_evaluate(config: Config) -> None:
 
 def torch_pixels(config: Config) -> "Tensor":
     """The training images `(N, 784)`, uint8."""
-    from vae_dist import data
+    from vae_dist.data import datasets
 
-    return data.load_training(config.data)[0].pixels.flatten(1)
+    return datasets.load_training(config.data)[0].pixels.flatten(1)
 
 
 def torch_network() -> "nn.Module":

@@ -39,17 +39,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist import config as configs
-from vae_dist import data, objective, runtime, tracking
-from vae_dist.batches import Batches
+from vae_dist import objectives
 from vae_dist.config import Config
-from vae_dist.data import Images
-from vae_dist.meter import Meter
-from vae_dist.model import build_vae
-from vae_dist.model.distributions import Bernoulli
+from vae_dist.data import datasets
+from vae_dist.data.batches import Batches
+from vae_dist.data.datasets import Images
+from vae_dist.distributed import runtime
+from vae_dist.distributed.runtime import World
+from vae_dist.models import build_vae
+from vae_dist.models.distributions import Bernoulli
 from vae_dist.plan import Plan
-from vae_dist.runtime import World
-from vae_dist.trainer import due
-from vae_dist.update import Update
+from vae_dist.runs import tracking
+from vae_dist.training.loop import due
+from vae_dist.training.meter import Meter
+from vae_dist.training.update import Update
 
 RESULT = Path(__file__).resolve().parents[2] / "docs/distribution.md"
 BATCH_SIZES = (128, 1024, 8192)
@@ -93,7 +96,7 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
 
     def step() -> None:
         number = next(steps)
-        now = objective.schedule(config, number, LAST_STEP)
+        now = objectives.schedule(config, number, LAST_STEP)
         update(*batches(range(number, number + 1)), [now])
         meter.count(1)
         if due(number + 1, config.train.log_every, LAST_STEP):
@@ -233,7 +236,7 @@ def compare(repeats: int, steps_of_1024: int) -> None:
         folder = Path(name)  # this process's own
         config = settings(folder, BATCH_SIZES[0])
         with runtime.join(config) as world:
-            training, _ = data.load_training(config.data)
+            training, _ = datasets.load_training(config.data)
             results = {size: measure(training, size, steps[size], repeats, world, folder) for size in BATCH_SIZES}
             if world.is_main:
                 text = table(results, steps, repeats)

@@ -7,7 +7,7 @@ import pytest
 
 from vae_dist import config
 from vae_dist.config import Config
-from vae_dist.trainer import train
+from vae_dist.training.loop import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.gpu.conftest import Train
-from vae_dist.comparison import compare
-from vae_dist.evaluation import evaluate
-from vae_dist.page import report
+from vae_dist.evaluation.metrics import evaluate
 from vae_dist.plan import Stream, bits, standard_normals
-from vae_dist.sampling import KINDS, sample
+from vae_dist.reports.comparison import compare
+from vae_dist.reports.page import report
+from vae_dist.views.sampling import KINDS, sample
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -35,7 +35,7 @@ def test_a_card_draws_the_random_numbers_of_numpy(columns: int, compiled: bool) 
 def test_small_products_are_as_exact_as_cublas(
     m: int, k: int, n: int, turned: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vae_dist import products
+    from vae_dist.compute import products
 
     torch.manual_seed(0)
     a = torch.randn((k, m) if turned[0] else (m, k), device="cuda")

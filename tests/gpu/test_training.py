@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.gpu.conftest import Train
-from vae_dist import batches, runtime, update
-from vae_dist.cuda_graph import Recorded
+from vae_dist.compute.cuda_graph import Recorded
+from vae_dist.data import batches
+from vae_dist.distributed import runtime
 from vae_dist.errors import RunError
+from vae_dist.training import update
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)

@@ -1,0 +1,114 @@
+"""The structure of the package: folders import one another in one direction, and libraries stay where they belong."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "vae_dist"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = sorted({path.parent.name for path in MODULES} - {PACKAGE.name})
+COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+LIBRARIES = {
+    "accelerate": ["distributed"],
+    "wandb": ["runs"],
+    "omegaconf": ["config"],
+    "torchvision": ["data/mnist.py"],
+    "matplotlib": ["views/plots.py"],
+}
+
+
+def name(path: Path) -> str:
+    """The module's dotted name below the package; a folder's `__init__` has the folder's."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """The modules of the package that a file imports, by their names below it."""
+    known = {name(module) for module in MODULES}
+    found = {dotted.removeprefix("vae_dist.") for dotted in imports(path) if dotted.startswith("vae_dist.")}
+    return (found & known) - {name(path)}
+
+
+def test_no_folder_imports_one_that_imports_it() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        unit = name(path).partition(".")[0]
+        graph.setdefault(unit, set()).update({module.partition(".")[0] for module in ours(path)} - {unit})
+    assert len(list(TopologicalSorter(graph).static_order())) > len(FOLDERS)  # a CycleError names the circle
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_module_of_a_folder_imports_one_that_imports_it(folder: str) -> None:
+    paths = list((PACKAGE / folder).glob("*.py"))
+    inside = {name(path) for path in paths} - {folder}  # a module's import of its own folder is for other names
+    graph = {name(path): ours(path) & inside for path in paths}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(paths)
+
+
+def test_only_commands_import_the_reports_and_nothing_imports_a_command() -> None:
+    assert len(COMMANDS) > 5
+    for path in MODULES:
+        for module in ours(path):
+            assert module not in COMMANDS, path
+            if module.partition(".")[0] == "reports":
+                assert path.stem in COMMANDS or path.parent.name == "reports", path
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_in_one_place(library: str) -> None:
+    users = [path for path in MODULES if library in {dotted.split(".")[0] for dotted in imports(path)}]
+    assert users
+    for path in users:
+        assert str(path.relative_to(PACKAGE)).startswith(tuple(LIBRARIES[library]))
+
+
+def test_every_folder_says_what_is_in_it() -> None:
+    for folder in FOLDERS:
+        assert ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())), folder
+
+
+def test_no_module_is_named_like_a_standard_or_installed_one() -> None:
+    # `accelerate launch vae_dist/train.py` puts vae_dist/ first on sys.path.
+    top = {path.stem for path in PACKAGE.glob("*.py")} | set(FOLDERS)
+    assert not top & sys.stdlib_module_names
+    assert not top & packages_distributions().keys()
+
+
+def test_commands_hold_no_logic() -> None:
+    for command in COMMANDS:
+        tree = ast.parse((PACKAGE / f"{command}.py").read_text())
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def test_the_loop_is_short_and_knows_neither_rank_nor_device() -> None:
+    path = PACKAGE / "training/loop.py"
+    tree = ast.parse(path.read_text())
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert train.end_lineno is not None and train.end_lineno - train.lineno + 1 <= 50
+    loop = next(node for node in ast.walk(train) if isinstance(node, ast.For))
+    source = ast.unparse(loop)
+    for word in ("rank", "is_main", ".to(", "dtype", ".item()", "wandb"):
+        assert word not in source
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in MODULES:
+        source = path.read_text()
+        assert "torch.load" not in source and "pickle" not in imports(path), path

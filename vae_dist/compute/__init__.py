@@ -1,0 +1,1 @@
+"""How tensors are computed fast: compiled programs, CUDA graphs, Philox and matrix products on a GPU."""

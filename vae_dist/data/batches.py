@@ -1,0 +1,143 @@
+"""A process's share of each step's images and noise, as the plan has them, on the device where it computes.
+
+k steps, b the process's share of the global batch, L latents, C, H, W image.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from vae_dist.config import Config
+from vae_dist.data.datasets import Images
+from vae_dist.distributed import runtime
+from vae_dist.distributed.runtime import World
+from vae_dist.plan import Plan, Stream, binarized, bits, share
+
+# Random numbers are drawn for many steps at once, or entering each operation costs as much as they. A GPU is kept busy:
+# whatever their number, they take it some hundred operations.
+_NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
+_PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are copied to a place of their own
+
+_CPU = torch.device("cpu")
+
+
+class Batches:
+    """Images and noise of any steps; those of the steps after the last ones come fastest."""
+
+    def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
+        self._plan = plan
+        self._rows = share(plan.batch_size, world.rank, world.size)
+        self._latent_dim = config.model.latent_dim
+        self._dynamic = config.data.binarize == "dynamic"
+        self._device = world.device
+        self._dtype = runtime.dtype(config.train.precision)
+        self._compiled = bool(config.train.compile)
+        self._image_shape = training.pixels.shape[1:]
+        pixels, resident = runtime.place(training.pixels, world.device)
+        self._pixels = pixels.flatten(1)
+        self._rows_of_words = _in_words(self._pixels)
+        self._order, self._epoch = torch.empty(0), -1
+        # mps has no float64, which noise is computed in.
+        self._drawn_on = world.device if world.device.type == "cuda" else _CPU
+        at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
+        self._noise = Blocks(self._draw_noise, at_once // self._latent_dim)
+        self._bits = Blocks(self._draw_bits, at_once // self._pixels.shape[1])
+        self.most_steps = max(_PIXELS_AT_ONCE // (len(self._rows) * self._pixels.shape[1]), 1)
+        self._select = self._beside if resident else Blocks(Ahead(self._from_host), self.most_steps)
+
+    def __call__(self, steps: range) -> tuple[Tensor, Tensor]:
+        """Pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, L)` of k steps."""
+        pixels = self._select(steps).view(len(steps), len(self._rows), *self._image_shape)
+        if self._dynamic:
+            pixels = binarized(pixels, self._bits(steps))
+        return pixels, self._noise(steps)
+
+    def _beside(self, steps: range) -> Tensor:
+        """The rows of pixels `(k, b, C H W)`, where all of them are."""
+        rows = self._rows_of_words.index_select(0, self._indices(steps))
+        return rows.view(torch.uint8).view(len(steps), len(self._rows), -1)
+
+    def _from_host(self, steps: range) -> Tensor:
+        rows = self._beside(steps)
+        if self._device.type != "cuda":
+            return rows.to(self._device)
+        # On a stream of its own a copy does not wait for the step that is being computed.
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(stream):
+            copy = rows.pin_memory().to(self._device, non_blocking=True)
+        copy.record_stream(torch.cuda.default_stream(self._device))  # where it is used: it is not freed before
+        stream.synchronize()
+        return copy
+
+    def _indices(self, steps: range) -> Tensor:
+        """The share's indices in each of the steps `(k b,)`, where the images are."""
+        parts = [
+            self._epoch_order(epoch)[first * self._plan.batch_size : last * self._plan.batch_size]
+            .view(last - first, -1)[:, self._rows.start : self._rows.stop]
+            .flatten()
+            for epoch, first, last in self._plan.epochs(steps)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._order, self._epoch = self._plan.order(epoch).to(self._pixels.device), epoch
+        return self._order
+
+    def _draw_noise(self, steps: range) -> Tensor:
+        noise = self._plan.noise(steps, self._rows, self._latent_dim, self._drawn_on, self._compiled)
+        return noise.contiguous().to(self._device, self._dtype)  # a program that is compiled expects the same strides
+
+    def _draw_bits(self, steps: range) -> Tensor:
+        pixels, seed = self._pixels.shape[1], self._plan.seed
+        drawn = bits(seed, Stream.BINARIZATION, steps, self._rows, pixels, self._drawn_on, self._compiled)
+        return drawn.to(self._device)
+
+
+def _in_words(pixels: Tensor) -> Tensor:
+    """Rows of bytes as rows of as few numbers as they can be: a GPU copies a row number by number."""
+    widths = torch.int64, torch.int32, torch.int16, torch.uint8
+    return pixels.view(next(width for width in widths if pixels.shape[1] % width.itemsize == 0))
+
+
+class Blocks:
+    """What `draw` draws for each of many steps `(steps, ...)`, some steps at a time."""
+
+    def __init__(self, draw: Callable[[range], Tensor], steps_at_once: int) -> None:
+        self._draw = draw
+        self._steps_at_once = max(steps_at_once, 1)
+        self._steps = range(0)
+        self._drawn = torch.empty(0)
+
+    def __call__(self, steps: range) -> Tensor:
+        parts = list(self._parts(steps))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _parts(self, steps: range) -> Iterator[Tensor]:
+        while steps:
+            if steps.start not in self._steps:
+                self._steps = range(steps.start, steps.start + self._steps_at_once)
+                self._drawn = self._draw(self._steps)
+            start = steps.start - self._steps.start
+            part = self._drawn[start : start + len(steps)]
+            steps = steps[len(part) :]
+            yield part
+
+
+class Ahead:
+    """What `load` loads for some steps; a thread loads that of as many more meanwhile."""
+
+    def __init__(self, load: Callable[[range], Tensor]) -> None:
+        self._load = load
+        self._thread = ThreadPoolExecutor(1)  # one: what it loads is loaded in order
+        self._coming: tuple[range, Future[Tensor]] | None = None
+
+    def __call__(self, steps: range) -> Tensor:
+        if self._coming is None or self._coming[0] != steps:
+            self._coming = steps, self._thread.submit(self._load, steps)
+        loaded = self._coming[1].result()
+        following = range(steps.stop, steps.stop + len(steps))
+        self._coming = following, self._thread.submit(self._load, following)
+        return loaded

@@ -1,0 +1,1 @@
+"""The processes of a run: launching, agreement, collectives, the environment of each, and stop signals."""

@@ -1,0 +1,98 @@
+"""The objective: ELBO terms per image, the loss that training minimises, and what moves with the step.
+
+All values are nats per image, summed over an image's pixels and latents and never averaged over them. B batch, N images
+of a set, K importance samples, L latents, C, H, W image.
+"""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vae_dist.config import Config
+from vae_dist.models.distributions import DiagonalGaussian, at_least_float32
+from vae_dist.models.vae import VAE, VAEOutput
+
+ACTIVE_VARIANCE = 0.01  # of Burda et al. (2016), section 5.2
+
+
+class ElboTerms(NamedTuple):
+    """The two terms of the negative ELBO, one value per image."""
+
+    reconstruction: Tensor  # (B,), -log p(x|z) of one sample of z
+    kl: Tensor  # (B,), KL(q(z|x) || p(z)), at least 0
+
+    @property
+    def negative_elbo(self) -> Tensor:
+        """`(B,)`. The reported bound: beta is 1 whatever the training loss weighs the KL with."""
+        return self.reconstruction + self.kl
+
+
+def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
+    """The ELBO terms of images `(B, C, H, W)`, in float32 at least (Kingma and Welling 2013, equation 10)."""
+    return ElboTerms(
+        reconstruction=-output.likelihood.log_prob(at_least_float32(images)),
+        kl=output.posterior.kl().sum(1),
+    )
+
+
+def log_weights(vae: VAE, posterior: DiagonalGaussian, images: Tensor, noise: Tensor) -> Tensor:
+    """Importance weights log p(x, z) - log q(z|x) of K latents each: `(K, B)`, in float32 at least.
+
+    The latents are what noise `(K, B, L)` makes of the posterior `(B, L)` of images `(B, C, H, W)`. The logarithm of an
+    image's mean weight is on average at most log p(x), and rises to it with K (Burda et al. 2016, equation 8).
+    """
+    likelihood = vae.decode(posterior.sample(noise).flatten(0, 1))
+    log_likelihood = likelihood.log_prob(at_least_float32(images).repeat(len(noise), 1, 1, 1))
+    return log_likelihood.unflatten(0, noise.shape[:2]) + posterior.log_prior_ratio(noise)
+
+
+def active_units(posterior_means: Tensor) -> int:
+    """How many latents carry something: those whose posterior mean `(N, L)` varies over the images by more than 0.01.
+
+    The measure and the threshold are of Burda et al. (2016), section 5.2.
+    """
+    return int((posterior_means.double().var(0, correction=0) > ACTIVE_VARIANCE).sum())
+
+
+def bits_per_dimension(nats: float, dimensions: int) -> float:
+    """Nats per image as bits for each of its `dimensions` pixel values."""
+    return nats / (dimensions * math.log(2))
+
+
+def training_loss(terms: ElboTerms, beta: float | Tensor, batch_size: float) -> Tensor:
+    """The sum over these images of reconstruction + beta KL, as a share of a batch of `batch_size`: `()`, nats.
+
+    Beta weighs the KL as in Higgins et al. (2017). Shares of a batch add up to the batch's mean.
+    """
+    return (terms.reconstruction + beta * terms.kl).sum() / batch_size
+
+
+class Schedule(NamedTuple):
+    """What moves with the step."""
+
+    learning_rate: float
+    beta: float
+
+
+def schedule(config: Config, step: int, last_step: int) -> Schedule:
+    """The values for step `step`, which is 0 for the first; `last_step` is the run's number of steps."""
+    return Schedule(_learning_rate(config, step, last_step), _beta(config, step))
+
+
+def _learning_rate(config: Config, step: int, last_step: int) -> float:
+    optim = config.optim
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    decay_steps = max((optim.decay_steps or last_step) - optim.warmup_steps, 1)
+    progress = min((step - optim.warmup_steps) / decay_steps, 1.0)
+    return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _beta(config: Config, step: int) -> float:
+    objective = config.objective
+    if step < objective.beta_warmup_steps:
+        return objective.beta * step / objective.beta_warmup_steps
+    return objective.beta

@@ -1,0 +1,1 @@
+"""Runs as HTML pages, comparisons and studies. Only the commands import this."""

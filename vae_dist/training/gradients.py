@@ -1,0 +1,71 @@
+"""The training loss of some images, and its gradients.
+
+B images, L latents, C, H, W image. Nats.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value
+
+from vae_dist import objectives
+from vae_dist.models.vae import VAE, VAEOutput
+
+
+class Gradients:
+    """Differentiates the training loss by a model's parameters, in two ways that differ in nothing but rounding.
+
+    Of images `(B, C, H, W)` in [0, 1], standard normal noise `(B, L)`, beta `()`, the scale `()` of the loss and the
+    weights they give a list: the loss `()`, the images' share of a batch's mean; reconstruction and KL `(2,)`, summed
+    over the images; and the gradients in the order of the weights.
+
+    `batch_size` is what the sum over the images is divided by; `autocast` surrounds the network alone; `precise` is the
+    type that sums over many images are kept in; the gradients are those of the scaled loss where it is `scaled`.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        batch_size: float,
+        autocast: Callable[[], AbstractContextManager[object]],
+        precise: torch.dtype,
+        *,
+        scaled: bool = False,
+    ) -> None:
+        self._vae = vae
+        self._names = [name for name, _ in vae.named_parameters()]
+        self._batch_size = batch_size
+        self._autocast = autocast
+        self._precise = precise
+        self._scaled = scaled
+
+    def eager(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor) -> list[Tensor]:
+        """Operation by operation. The weights are the model's own parameters."""
+        with self._autocast():
+            output = self._vae(images, noise)
+        loss, terms = self._loss(output, images, beta)
+        gradients = torch.autograd.grad(self._to_differentiate(loss, scale), weights)
+        return [loss.detach(), terms, *gradients]
+
+    def functional(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor) -> list[Tensor]:
+        """A function of tensors and nothing else, as what is compiled has to be."""
+
+        def loss_of(weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            with self._autocast():
+                named = dict(zip(self._names, weights, strict=True))
+                output = functional_call(self._vae, named, (images, noise))
+            loss, terms = self._loss(output, images, beta)
+            return self._to_differentiate(loss, scale), (loss, terms)
+
+        gradients, (_, (loss, terms)) = grad_and_value(loss_of, has_aux=True)(weights)
+        return [loss, terms, *gradients]
+
+    def _loss(self, output: VAEOutput, images: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        terms = objectives.elbo_terms(output, images)
+        sums = torch.stack([term.detach().sum(dtype=self._precise) for term in terms])
+        return objectives.training_loss(terms, beta, self._batch_size), sums
+
+    def _to_differentiate(self, loss: Tensor, scale: Tensor) -> Tensor:
+        return loss * scale if self._scaled else loss

@@ -1,0 +1,195 @@
+"""What happens between steps: rows of figures, validations, checkpoints, and the end of a run that is to stop."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from vae_dist import config as configs
+from vae_dist import objectives
+from vae_dist.config import Config
+from vae_dist.data.datasets import Images
+from vae_dist.distributed import runtime
+from vae_dist.distributed.runtime import World
+from vae_dist.distributed.stopping import Watch
+from vae_dist.errors import RunError, StoppedError
+from vae_dist.evaluation.metrics import score
+from vae_dist.objectives import Schedule
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.runs.console import TrainingProgress
+from vae_dist.runs.picture import Picture
+from vae_dist.runs.start import Start
+from vae_dist.runs.tracking import Tracker
+from vae_dist.training.meter import Meter
+from vae_dist.training.update import NotFiniteError, Update
+from vae_dist.views import pictures
+
+logger = logging.getLogger(__name__)
+
+
+class Recording(NamedTuple):
+    """Where a run is seen while it trains, and what sees that it should stop."""
+
+    tracker: Tracker
+    progress: TrainingProgress
+    watch: Watch
+
+
+class Milestones:
+    """Everything that a run does after some of its steps. All processes call each method after the same steps.
+
+    The main process writes; what goes wrong there ends all of them with the same RunError.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        world: World,
+        update: Update,
+        meter: Meter,
+        recording: Recording,
+        images: tuple[Images, Images],
+        state: TrainingState,
+        last_step: int,
+    ) -> None:
+        self._config, self._run_dir, _ = start
+        self._world = world
+        self._update = update
+        self._meter = meter
+        self._tracker, self._progress, self._watch = recording
+        self._training, self._validation = images
+        self._last_step = last_step
+        self._first_step = self._step = self._saved_step = state.step
+        self._best = state.best
+        self._validation_pending = state.validation_pending
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save what there is when the run is asked to stop inside the context, and say how it goes on."""
+        try:
+            if self._validation_pending:
+                self.validate(self._step)
+                self.save(self._step)
+            yield
+        except StoppedError as stopped:
+            if self._step > self._saved_step:
+                self.save(self._step)
+            raise StoppedError(
+                f"{stopped}; step {self._step} of {self._last_step} is saved, the same command with "
+                f"name={self._config.name} goes on",
+                stopped.exit_code,
+            ) from None
+
+    def row(self, step: int, now: Schedule) -> None:
+        """Write the figures of the steps since the last row."""
+        skipped = self._require_sound(step)
+        self._update.require_same(step)
+        row = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
+        if self._config.train.nonfinite == "skip":
+            row["train/skipped_updates"] = skipped
+        self._world.decide(partial(self._tracker.scalars, step, row))
+        self._progress.show(step, row)
+
+    def validate(self, step: int) -> bool:
+        """Score the validation images and draw the pictures; whether this validation is the best so far."""
+        self._require_sound(step)
+        self._validation_pending = True  # until it is through
+        with self._meter.paused():
+            scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.glance)
+            figures = scores.figures("validation")
+            found = figures.get("validation/negative_elbo", math.nan)
+            improved = math.isfinite(found) and (self._best is None or found < self._best.negative_elbo)
+            if improved:
+                self._best = Best(step, found)
+            if self._best is not None:  # what a table of runs is sorted by
+                figures["validation/best_negative_elbo"] = self._best.negative_elbo
+            self._world.decide(partial(self._tracker.scalars, step, figures))
+            self._world.decide(partial(self._tracker.pictures, step, partial(self._pictures, step)))
+            self._progress.note(step, figures)
+        self._validation_pending = False
+        return improved
+
+    def save(self, step: int) -> None:
+        """Publish a checkpoint."""
+        skipped = self._require_sound(step)
+        with self._meter.paused():
+            self._update.require_same(step)
+            state = TrainingState(
+                step=step,
+                world_size=self._world.size,
+                window=self._meter.window(),
+                loss_scale=self._update.loss_scale(),
+                best=self._best,
+                skipped_updates=skipped,
+                validation_pending=self._validation_pending,
+            )
+            self._world.decide(partial(self._publish, state))
+        self._saved_step = step
+
+    def look(self, step: int) -> None:
+        """Raise RunError where an update was not finite, and StoppedError where a process was asked to stop."""
+        self._require_sound(step)
+        if step == self._first_step + 1:  # and done on the device too, or its soundness would not be known
+            logger.info("the first step is done, %.1f s after the start", runtime.seconds_since_start())
+            self._meter.restart_clock()
+            self._progress.restart_clock(step)
+        self._watch.look(step)
+
+    def _publish(self, state: TrainingState) -> Path:
+        self._tracker.flush()  # a checkpoint is never ahead of the rows
+        return checkpoint.write(self._run_dir, self._config, self._update.vae, self._update.optimizer, state)
+
+    def _require_sound(self, step: int) -> int:
+        """`Update.require_sound`, with all that the message needs."""
+        self._step = step
+        try:
+            return self._update.require_sound(step)
+        except NotFiniteError as error:
+            now = objectives.schedule(self._config, error.step, self._last_step)
+            raise RunError(
+                f"the loss or the gradient is not finite in step {error.step + 1} (learning rate "
+                f"{now.learning_rate:g}), and the weights are still those of the step before. "
+                f"{_advice(self._config, error.step)}"
+            ).on_every_process() from None
+        except RunError as error:
+            advice = _advice(self._config, step)
+            raise RunError(f"{error}. {advice}").on_every_process() from None
+
+    def _pictures(self, step: int) -> dict[str, Picture]:
+        """The grids of a validation. Without validation images training images are shown, and the caption says so."""
+        held_out = len(self._validation.labels) > 0
+        name = self._config.data.name
+        subject = f"{name}, {'validation' if held_out else 'TRAINING'} images, step {step}"
+        shown = self._validation if held_out else self._training
+        return {
+            "reconstructions": pictures.reconstructions(self._update.vae, shown.pixels, subject),
+            "samples": pictures.samples(self._update.vae, f"model of {name}, step {step}"),
+        }
+
+
+def _advice(config: Config, taken: int) -> str:
+    """What may keep numbers finite, of what this config does not do already, after so many updates.
+
+    Before the first update neither the learning rate nor a smaller gradient can have made a difference.
+    """
+    optim, odd = config.optim, configs.suspects(config)
+    if taken == 0:
+        odd = [suspect for suspect in odd if not suspect.startswith("optim.")]
+    options = {
+        "a lower optim.learning_rate": taken > 0,
+        "optim.max_grad_norm=100": taken > 0 and (optim.max_grad_norm is None or optim.max_grad_norm > 100),
+        "optim.warmup_steps=500": taken > 0 and optim.warmup_steps < 500,
+        "train.precision=fp32": config.train.precision in ("fp16", "bf16", "tf32"),
+        "train.precision=fp64": taken == 0 and config.train.precision == "fp32",
+    }
+    found = [option for option, helps in options.items() if helps]
+    if config.train.nonfinite != "skip" and taken > 0:
+        found.append("or leave single steps out by train.nonfinite=skip")
+    cause = f"The likely cause is {' or '.join(odd)}. " if odd else ""
+    if not found:
+        return cause.rstrip(". ") or "Check the images and model.hidden_dims"
+    return f"{cause}Try {', '.join(found)}"

@@ -1,0 +1,111 @@
+"""Pictures: grids of images with a caption. N images, L latents, C, H, W image."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from vae_dist.data.datasets import to_unit
+from vae_dist.models.vae import VAE
+from vae_dist.plan import FIXED_SEED, Stream, standard_normal
+from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
+
+PADDING = 2  # pixels between the images of a grid
+LABEL_SIZE = 12
+COLUMN_GAP = 10
+FEW = 8  # columns; images in no more than these may be twice as large
+SMALL = 56  # images smaller than this are enlarged by a whole factor, or one could not see them
+WIDEST = 1000  # pixels of a row of enlarged images
+
+PROGRESS_COLUMNS = 8
+PROGRESS_IMAGES = 64
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images `(N, C, H, W)` in [0, 1], C 1 or 3, as rows of `columns` images."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), 0.5)
+    canvas[:count, :, PADDING:, PADDING:] = images.detach().float().cpu()
+    joined = canvas.view(rows, columns, channels, height + PADDING, width + PADDING).permute(0, 3, 1, 4, 2)
+    picture = _to_picture(joined.reshape(rows * (height + PADDING), columns * (width + PADDING), channels))
+    return _enlarged(picture, _scale(height, width, columns))
+
+
+def labelled_grid(
+    images: Tensor,
+    columns: int,
+    *,
+    left: Sequence[str] = (),
+    right: Sequence[str] = (),
+    top: Sequence[str] = (),
+    below: Sequence[str] = (),
+    gaps: Collection[int] = (),
+) -> Image.Image:
+    """Images `(N, C, H, W)` in [0, 1], C 1 or 3, as rows of `columns` images on white, with words.
+
+    `left` and `right` stand beside the rows, `top` above the columns, `below` under the images; the columns in `gaps`
+    keep a distance from those before them. Words for which columns are too narrow or rows too low are left out evenly.
+    """
+    count, channels, height, width = images.shape
+    font = ImageFont.load_default(size=LABEL_SIZE)
+    scale = _scale(height, width, columns, SMALL if columns > FEW else 2 * SMALL)
+    margins = [widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
+    column = max(width * scale, widest(below, font)) + PADDING
+    row = height * scale + PADDING + (LABEL_SIZE + LABEL_SPACE) * bool(below)
+    head = (LABEL_SIZE + LABEL_SPACE) * bool(top) + PADDING
+    starts = [margins[0] + index * column + COLUMN_GAP * sum(gap <= index for gap in gaps) for index in range(columns)]
+    end = starts[-1] + column
+    result = Image.new("L" if channels == 1 else "RGB", (end + margins[1], head + row * -(-count // columns)), "white")
+    draw = ImageDraw.Draw(result)
+    for index, image in enumerate(images.detach().float().cpu()):
+        x, y = starts[index % columns] + (column - width * scale) // 2, head + index // columns * row
+        result.paste(_enlarged(_to_picture(image.permute(1, 2, 0)), scale), (x, y))
+        if below:
+            bottom = y + height * scale + LABEL_SPACE // 2
+            draw.text((x + width * scale / 2, bottom), below[index], fill="black", font=font, anchor="ma")
+    every = -(-LABEL_SIZE // row)
+    for x, anchor, texts in (margins[0] - LABEL_SPACE, "rm", left), (end + LABEL_SPACE, "lm", right):
+        for index, text in list(enumerate(texts))[::every]:
+            draw.text((x, head + index * row + height * scale / 2), text, fill="black", font=font, anchor=anchor)
+    every = -(-(widest(top, font) + LABEL_SPACE) // column)
+    for x, text in list(zip(starts, top, strict=False))[::every]:
+        draw.text((x + column / 2, LABEL_SPACE // 2), text, fill="black", font=font, anchor="ma")
+    return result
+
+
+def _scale(height: int, width: int, columns: int, small: int = SMALL) -> int:
+    """The whole factor that makes small images large enough, while their row stays narrow enough."""
+    return max(1, min(-(-small // max(height, width)), WIDEST // (columns * (width + PADDING))))
+
+
+def _to_picture(pixels: Tensor) -> Image.Image:
+    """From pixels `(H, W, C)` in [0, 1], C 1 or 3."""
+    array = pixels.mul(255).round().to(torch.uint8).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:
+    """Rows of images `(N, C, H, W)` uint8, each over a row of their reconstructions."""
+    device = next(vae.parameters()).device
+    originals = to_unit(pixels[: PROGRESS_IMAGES // 2].to(device), next(vae.parameters()).dtype)
+    with torch.inference_mode():
+        decoded = vae.decode(vae.encode(originals).mean).mean
+    pairs = zip(originals.split(PROGRESS_COLUMNS), decoded.split(PROGRESS_COLUMNS), strict=True)
+    rows = [torch.cat(pair) for pair in pairs]
+    caption = f"{subject}; each row over its reconstruction from the posterior's mean"
+    return Picture(grid(torch.cat(rows), min(PROGRESS_COLUMNS, len(originals))), caption)
+
+
+def samples(vae: VAE, subject: str) -> Picture:
+    """Decoded draws from the prior, the same latents at every step and in every run."""
+    parameter = next(vae.parameters())
+    latents = standard_normal(FIXED_SEED, Stream.PRIOR, 0, range(PROGRESS_IMAGES), vae.latent_dim)
+    with torch.inference_mode():
+        decoded = vae.decode(latents.to(parameter.device, parameter.dtype)).mean
+    return Picture(grid(decoded, PROGRESS_COLUMNS), f"{subject}; samples from the prior (means of p(x|z))")
