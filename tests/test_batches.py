@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.conftest import MakeConfig
 from vae_dist import plan
 from vae_dist.data import batches, datasets
-from vae_dist.data.batches import Ahead, Batches, Blocks
+from vae_dist.data.batches import Batches, BlockDraw, Prefetch
 from vae_dist.data.datasets import Images
 from vae_dist.distributed import runtime
 from vae_dist.plan import Plan
@@ -80,7 +80,7 @@ def test_the_next_steps_are_loaded_while_some_are_computed() -> None:
         loaded[steps.start].set()
         return torch.tensor(list(steps))
 
-    ahead = Ahead(load)
+    ahead = Prefetch(load)
     assert ahead(range(3)).tolist() == [0, 1, 2]
     assert loaded[3].wait(timeout=10)
     assert ahead(range(3, 6)).tolist() == [3, 4, 5]
@@ -93,8 +93,8 @@ def test_blocks_draw_once_for_many_steps() -> None:
         drawn.append(steps)
         return torch.arange(steps.start, steps.stop)
 
-    blocks = Blocks(numbers, 4)
+    blocks = BlockDraw(numbers, 4)
     asked = [range(5, 6), range(6, 8), range(8, 10), range(2, 3), range(3, 8)]
     assert [blocks(steps).tolist() for steps in asked] == [list(steps) for steps in asked]
     assert drawn == [range(5, 9), range(9, 13), range(2, 6), range(6, 10)]
-    assert Blocks(numbers, 0)(range(3, 5)).tolist() == [3, 4]
+    assert BlockDraw(numbers, 0)(range(3, 5)).tolist() == [3, 4]

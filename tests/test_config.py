@@ -374,9 +374,9 @@ def test_the_largest_config_that_is_taken_can_be_read_again(
 
 def test_help_shows_every_key_with_type_default_and_meaning() -> None:
     text = config.help_text("usage")
-    for knob in config.knobs():
-        assert f"\n  {knob.key}=" in text
-        assert len(knob.help) > 5
+    for option in config.options():
+        assert f"\n  {option.key}=" in text
+        assert len(option.help) > 5
     assert "model.latent_dim=40   [int]" in text
     assert "number of latents (at least 1)" in text
 

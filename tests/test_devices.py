@@ -142,6 +142,6 @@ def test_what_processes_exchange_is_on_the_card(card: World, monkeypatch: pytest
     )
     world = world_of(2)
     for device in "cpu", "cuda":
-        for exchange in world.sum, world.largest, world.gather:
+        for exchange in world.sum, world.all_reduce_max, world.gather:
             assert exchange(torch.zeros(5, device=device)).device.type == "cpu"
     assert len(exchanged) == 10 and set(exchanged) == {CARD}

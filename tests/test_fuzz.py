@@ -32,7 +32,7 @@ from vae_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(900)  # the deep ones take minutes
 
-KEYS = [knob.key for knob in config.knobs()]
+KEYS = [option.key for option in config.options()]
 GROUPS = sorted({key.rpartition(".")[0] for key in KEYS} - {""})
 SECRET = "hunter2-which-only-the-environment-knows"
 

@@ -28,7 +28,7 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there
 
 def made(*arguments: str, precision: Precision = "fp64", scaled: bool = False) -> tuple[VAE, Gradients]:
     asked = config.load(["model.latent_dim=3", "model.hidden_dims=[20]", *arguments])
-    vae = build_vae(asked, (1, 6, 6)).to(runtime.dtype(precision))
+    vae = build_vae(asked, (1, 6, 6)).to(runtime.param_dtype(precision))
     autocast = runtime.autocast(precision, torch.device("cpu"))
     return vae, Gradients(vae, 16.0, autocast, torch.float64, scaled=scaled)
 
@@ -36,7 +36,7 @@ def made(*arguments: str, precision: Precision = "fp64", scaled: bool = False) -
 def inputs(vae: VAE, precision: Precision = "fp64") -> list[Tensor]:
     """Images, noise, beta, the scale of the loss, and the weights."""
     torch.manual_seed(1)
-    dtype = runtime.dtype(precision)
+    dtype = runtime.param_dtype(precision)
     images, noise = torch.rand(16, 1, 6, 6, dtype=dtype), torch.randn(16, 3, dtype=dtype)
     return [images, noise, torch.tensor(0.7, dtype=torch.float64), torch.tensor(8.0), *vae.parameters()]
 

@@ -17,7 +17,7 @@ from vae_dist.objectives import (
     schedule,
     training_loss,
 )
-from vae_dist.plan import share
+from vae_dist.plan import shard
 
 
 def test_terms_match_torch_distributions_image_by_image() -> None:
@@ -84,7 +84,7 @@ def test_losses_of_uneven_shares_average_to_the_batchs_mean() -> None:
     terms = ElboTerms(torch.rand(100).double(), torch.rand(100).double())
     whole = training_loss(terms, beta=1.0, batch_size=100)
     for world_size in (2, 3, 8):
-        rows = [share(100, rank, world_size) for rank in range(world_size)]
+        rows = [shard(100, rank, world_size) for rank in range(world_size)]
         shares = [ElboTerms(*(term[list(part)] for term in terms)) for part in rows]
         losses = [training_loss(part, 1.0, 100 / world_size) for part in shares]
         torch.testing.assert_close(torch.stack(losses).mean(), whole)

@@ -10,7 +10,7 @@ from vae_dist.plan import (
     bits,
     permutation,
     random_words,
-    share,
+    shard,
     standard_normal,
     standard_normals,
 )
@@ -19,7 +19,7 @@ from vae_dist.plan import (
 @pytest.mark.parametrize("total", [1, 7, 100, 8192])
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_shares_are_a_partition_in_order_and_differ_by_one_at_most(total: int, parts: int) -> None:
-    shares = [share(total, part, parts) for part in range(parts)]
+    shares = [shard(total, part, parts) for part in range(parts)]
     assert [row for rows in shares for row in rows] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -27,9 +27,9 @@ def test_shares_are_a_partition_in_order_and_differ_by_one_at_most(total: int, p
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 @pytest.mark.parametrize("latent_dim", [1, 2, 13, 40])
 def test_noise_of_a_slice_is_the_slice_of_the_noise(world_size: int, latent_dim: int) -> None:
-    plan = Plan(seed=3, images=1000, batch_size=100)
+    plan = Plan(seed=3, size=1000, batch_size=100)
     whole = plan.noise(range(17, 20), range(100), latent_dim)
-    slices = [plan.noise(range(17, 20), share(100, rank, world_size), latent_dim) for rank in range(world_size)]
+    slices = [plan.noise(range(17, 20), shard(100, rank, world_size), latent_dim) for rank in range(world_size)]
     assert torch.equal(torch.cat(slices, 1), whole)
 
 
@@ -75,7 +75,7 @@ def test_noise_of_many_steps_does_not_depend_on_how_they_are_cut() -> None:
 def test_a_device_without_numpy_draws_the_same_bits(columns: int) -> None:
     steps, rows = range(2**40, 2**40 + 3), range(11, 30)
     positions = range(rows.start * -(-columns // 8), rows.stop * -(-columns // 8))
-    words = philox.blocks((2**63 - 25, Stream.POSTERIOR), positions, steps, torch.device("cpu"))
+    words = philox.philox4x64((2**63 - 25, Stream.POSTERIOR), positions, steps, torch.device("cpu"))
     drawn = words.view(torch.int32).view(3, len(rows), -1)[..., :columns]
     assert torch.equal(drawn, bits(2**63 - 25, Stream.POSTERIOR, steps, rows, columns))
 
@@ -88,7 +88,7 @@ def test_words_are_numpys_philox_at_that_counter() -> None:
 
 
 def test_an_epoch_sees_each_image_once_and_drops_the_tail() -> None:
-    plan = Plan(seed=0, images=1003, batch_size=100)
+    plan = Plan(seed=0, size=1003, batch_size=100)
     assert plan.steps_per_epoch == 10
     for epoch in (0, 1):
         seen = torch.cat([plan.batch(epoch * 10 + step) for step in range(10)])
@@ -97,12 +97,12 @@ def test_an_epoch_sees_each_image_once_and_drops_the_tail() -> None:
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    batches = [Plan(seed, images=1000, batch_size=100).batch(step) for seed in (0, 1) for step in (0, 10)]
+    batches = [Plan(seed, size=1000, batch_size=100).batch(step) for seed in (0, 1) for step in (0, 10)]
     assert len({tuple(batch.tolist()) for batch in batches}) == 4
 
 
 def test_the_plan_neither_reads_nor_moves_the_global_generators() -> None:
-    plan = Plan(seed=0, images=1000, batch_size=100)
+    plan = Plan(seed=0, size=1000, batch_size=100)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = plan.noise(range(4, 5), range(100), 8), plan.batch(4)

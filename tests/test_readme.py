@@ -36,7 +36,7 @@ def test_every_make_command_is_a_target() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_and_every_link_leads_somewhere(page: str) -> None:
-    keys = {knob.key for knob in config.knobs()}
+    keys = {option.key for option in config.options()}
     for key in re.findall(
         r"\b((?:data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample)\.\w+)=", PAGES[page]
     ):

@@ -264,12 +264,12 @@ def test_a_picture_is_exact_where_that_fits_and_bounded_where_not() -> None:
 def test_settings_that_differ_come_first_and_all_are_there(trained: Path, page: Page) -> None:
     keys = [text for way, text in page.texts if way.endswith("dl/div/dt/code")]
     stored = checkpoint.read_config(newest(trained))
-    defaults = {knob.key: knob.default for knob in config.knobs()}
+    defaults = {option.key: option.default for option in config.options()}
     assert keys == [key for key, value in config.flatten(stored).items() if value != defaults[key]]
     marked = [text for way, text in page.texts if way.endswith("mark")]
     assert len(marked) == len(keys) and "[32]" in marked
     below = [text for way, text in page.texts if way.endswith("details/div/section/dl/div/dt")]
-    assert below == [knob.key.rpartition(".")[2] for knob in config.knobs()]
+    assert below == [option.key.rpartition(".")[2] for option in config.options()]
 
 
 def test_the_command_that_it_gives_trains_bitwise_the_same_weights(trained: Path, page: Page, tmp_path: Path) -> None:

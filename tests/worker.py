@@ -49,7 +49,7 @@ from vae_dist.views.sampling import sample
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write what the processes of a group see together in the first 25 steps: images, noise, learning rate."""
     with ExitStack() as held, runtime.join(config.load(arguments)) as world:
-        asked, _, _ = world.decide(lambda: settle(config.load(arguments), world, held))
+        asked, _, _ = world.on_main(lambda: settle(config.load(arguments), world, held))
         training, _ = datasets.load_training(asked.data)
         plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
         batches = Batches(training, plan, asked, world)

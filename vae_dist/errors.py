@@ -8,11 +8,11 @@ from typing import Self
 
 
 class _EndError(Exception):
-    speaker: int | None = None  # the process that prints it for all of them; None: whichever raises it
+    reporting_rank: int | None = None  # the process that prints it for all of them; None: whichever raises it
 
-    def on_every_process(self, speaker: int = 0) -> Self:
-        """This error, marked as one that every process of the run raises and that `speaker` prints."""
-        self.speaker = speaker
+    def on_every_process(self, reporting_rank: int = 0) -> Self:
+        """This error, marked as one that every process of the run raises and that `reporting_rank` prints."""
+        self.reporting_rank = reporting_rank
         return self
 
 
@@ -27,7 +27,7 @@ class RunError(_EndError):
 class StoppedError(_EndError):
     """Somebody asked the run to stop, and it has saved what it had. The processes have agreed on that."""
 
-    speaker = 0
+    reporting_rank = 0
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

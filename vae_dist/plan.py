@@ -47,7 +47,7 @@ class Stream(IntEnum):
     MIXTURE = 24
 
 
-def share(total: int, part: int, parts: int) -> range:
+def shard(total: int, part: int, parts: int) -> range:
     """The rows of `range(total)` that belong to `part` of `parts`: in order, their numbers differing by 1 at most."""
     return range(part * total // parts, (part + 1) * total // parts)
 
@@ -132,7 +132,7 @@ def _on_device(
     """`(len(steps), len(rows), columns)` of what `draw` makes of words, two a word, drawn on the device."""
     blocks = -(-columns // (2 * _WORDS_PER_BLOCK))
     positions = range(rows.start * blocks, rows.stop * blocks)
-    drawn = philox.blocks((seed, stream), positions, steps, device, draw, compiled)
+    drawn = philox.philox4x64((seed, stream), positions, steps, device, draw, compiled)
     return drawn.view(len(steps), len(rows), -1)[..., :columns]
 
 
@@ -186,22 +186,22 @@ def permutation(seed: int, stream: Stream, epoch: int, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run over a training set of `images` images, in global batches of `batch_size`.
+    """The plan of a run over a training set of `size` images, in global batches of `batch_size`.
 
-    An epoch has `images // batch_size` steps. The images left over are dropped; which those are changes every epoch.
+    An epoch has `size // batch_size` steps. The images left over are dropped; which those are changes every epoch.
     """
 
     seed: int
-    images: int
+    size: int
     batch_size: int
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.images // self.batch_size
+        return self.size // self.batch_size
 
     def order(self, epoch: int) -> Tensor:
-        """The order of the images in an epoch, int64 `(images,)`."""
-        return permutation(self.seed, Stream.PERMUTATION, epoch, self.images)
+        """The order of the images in an epoch, int64 `(size,)`."""
+        return permutation(self.seed, Stream.PERMUTATION, epoch, self.size)
 
     def batch(self, step: int) -> Tensor:
         """The indices of the step's global batch, int64 `(batch_size,)`."""

@@ -25,7 +25,7 @@ def as_they_are(words: Tensor) -> Tensor:
     return words
 
 
-def blocks(
+def philox4x64(
     key: Key, positions: range, steps: range, device: torch.device, draw: Draw = as_they_are, compiled: bool = False
 ) -> Tensor:
     """What `draw` makes of the words that numpy's Philox draws with this key at counters (position, step, 0, 0).

@@ -1,4 +1,4 @@
-"""Every knob of a run, and how files and arguments become one.
+"""Every option of a run, and how files and arguments become one.
 
 A config is built in three layers, later ones winning: the defaults below, YAML files, `key=value` arguments. OmegaConf
 checks the types; what leaves this module are plain dataclasses.
@@ -38,7 +38,7 @@ from vae_dist.files import read_bounded, write_atomically
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 
 
-def knob(
+def option(
     default: Any,
     help: str,
     *,
@@ -55,112 +55,112 @@ def knob(
 
 @dataclass
 class DataConfig:
-    name: str = knob(
+    name: str = option(
         "auto",
         "mnist, fashion_mnist, kmnist, synthetic_digits; auto: MNIST where it can be had, otherwise synthetic_digits",
     )
-    root: str = knob("data", "folder of the data sets, laid out as torchvision does")
-    download: bool = knob(True, "download what is missing under data.root")
-    mirror: str | None = knob(None, "URL to download from in place of the data set's own mirrors")
-    validation_images: int = knob(5000, "images held out of the training set; 0 trains on all of it", at_least=0)
-    binarize: Literal["none", "threshold", "dynamic"] = knob(
+    root: str = option("data", "folder of the data sets, laid out as torchvision does")
+    download: bool = option(True, "download what is missing under data.root")
+    mirror: str | None = option(None, "URL to download from in place of the data set's own mirrors")
+    validation_images: int = option(5000, "images held out of the training set; 0 trains on all of it", at_least=0)
+    binarize: Literal["none", "threshold", "dynamic"] = option(
         "none",
         "none: grey pixels; threshold: 1 from 128 up; dynamic: training pixels drawn afresh at every step, others once",
     )
-    image_shape: list[int] | None = knob(None, "channels, height and width; null: as the data has them", at_least=1)
-    synthetic_images: int = knob(
+    image_shape: list[int] | None = option(None, "channels, height and width; null: as the data has them", at_least=1)
+    synthetic_images: int = option(
         60_000, "training images of synthetic_digits; a sixth as many test images", at_least=6, at_most=2**32
     )
 
 
 @dataclass
 class ModelConfig:
-    architecture: str = knob("mlp", "name of an entry of ARCHITECTURES in vae_dist/models/__init__.py")
-    latent_dim: int = knob(40, "number of latents", at_least=1)
-    hidden_dims: list[int] = knob([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
+    architecture: str = option("mlp", "name of an entry of ARCHITECTURES in vae_dist/models/__init__.py")
+    latent_dim: int = option(40, "number of latents", at_least=1)
+    hidden_dims: list[int] = option([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
 
 
 @dataclass
 class ObjectiveConfig:
-    reconstruction: str = knob("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
-    sigma: float = knob(1.0, "standard deviation of the gaussian likelihood, in units of white = 1", above=0)
-    beta: float = knob(1.0, "weight of the KL in the training loss; reported figures always have 1", at_least=0)
-    beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
+    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
+    sigma: float = option(1.0, "standard deviation of the gaussian likelihood, in units of white = 1", above=0)
+    beta: float = option(1.0, "weight of the KL in the training loss; reported figures always have 1", at_least=0)
+    beta_warmup_steps: int = option(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
 
 
 @dataclass
 class OptimConfig:
-    learning_rate: float = knob(1e-3, "Adam's learning rate after the warm-up", above=0)
-    warmup_steps: int = knob(0, "optimizer steps over which the learning rate rises linearly from 0", at_least=0)
-    schedule: Literal["constant", "cosine"] = knob("constant", "learning rate after the warm-up")
-    decay_steps: int | None = knob(
+    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
+    warmup_steps: int = option(0, "optimizer steps over which the learning rate rises linearly from 0", at_least=0)
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up")
+    decay_steps: int | None = option(
         None, "optimizer step at which the cosine reaches 0; null: the run's last", at_least=1
     )
-    max_grad_norm: float | None = knob(None, "clip the gradient to this norm; null: no clipping", above=0)
+    max_grad_norm: float | None = option(None, "clip the gradient to this norm; null: no clipping", above=0)
 
 
 @dataclass
 class TrainConfig:
-    epochs: int = knob(5, "passes over the training images", at_least=1)
-    steps: int | None = knob(None, "optimizer steps; overrides train.epochs", at_least=1)
-    batch_size: int = knob(100, "images per optimizer step, over all processes", at_least=1)
-    accumulate: int = knob(1, "parts that each process splits its share of a batch into, to save memory", at_least=1)
-    precision: Precision = knob("auto", "auto: what the launcher says; tf32 and fp16 need CUDA; fp64 is for checking")
-    threads: int | None = knob(
+    epochs: int = option(5, "passes over the training images", at_least=1)
+    steps: int | None = option(None, "optimizer steps; overrides train.epochs", at_least=1)
+    batch_size: int = option(100, "images per optimizer step, over all processes", at_least=1)
+    accumulate: int = option(1, "parts that each process splits its share of a batch into, to save memory", at_least=1)
+    precision: Precision = option("auto", "auto: what the launcher says; tf32 and fp16 need CUDA; fp64 is for checking")
+    threads: int | None = option(
         None, "CPU threads of each process; null: the machine's cores shared evenly", at_least=1, at_most=1024
     )
-    compile: bool | None = knob(
+    compile: bool | None = option(
         None, "compile the step, which takes some seconds; null: on a GPU, and on a CPU where a run is long enough"
     )
-    log_every: int = knob(100, "optimizer steps between rows of training metrics", at_least=1)
-    validate_every: int | None = knob(
+    log_every: int = option(100, "optimizer steps between rows of training metrics", at_least=1)
+    validate_every: int | None = option(
         None, "optimizer steps between validations and pictures; null: an epoch", at_least=1
     )
-    nonfinite: Literal["stop", "skip"] = knob(
+    nonfinite: Literal["stop", "skip"] = option(
         "stop", "when loss or gradient are not finite: stop the run, or skip that update; it is never taken"
     )
-    max_skipped: int = knob(10, "updates that may be skipped before the run stops", at_least=0)
+    max_skipped: int = option(10, "updates that may be skipped before the run stops", at_least=0)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = knob(None, "optimizer steps between checkpoints; null: an epoch", at_least=1)
-    keep: int = knob(2, "newest checkpoints to keep; the best by validation is kept beside them", at_least=2)
-    resume: str = knob("auto", "auto: go on where a run of this name stopped; must; never; or a checkpoint's path")
-    take_over: str | None = knob(
+    every: int | None = option(None, "optimizer steps between checkpoints; null: an epoch", at_least=1)
+    keep: int = option(2, "newest checkpoints to keep; the best by validation is kept beside them", at_least=2)
+    resume: str = option("auto", "auto: go on where a run of this name stopped; must; never; or a checkpoint's path")
+    take_over: str | None = option(
         None, "on a file system without locks: take a run's directory from a dead training, by what its refusal names"
     )
 
 
 @dataclass
 class TrackingConfig:
-    wandb: Literal["auto", "online", "offline", "disabled"] = knob(
+    wandb: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "auto: online where an account is set up, otherwise offline"
     )
-    project: str = knob("vae_dist", "Weights & Biases project")
-    entity: str | None = knob(None, "Weights & Biases user or team; null: the account's default")
-    tags: list[str] = knob([], "tags of the Weights & Biases run")
-    artifact: bool = knob(
+    project: str = option("vae_dist", "Weights & Biases project")
+    entity: str | None = option(None, "Weights & Biases user or team; null: the account's default")
+    tags: list[str] = option([], "tags of the Weights & Biases run")
+    artifact: bool = option(
         False, "give Weights & Biases the best checkpoint when the run is done; the newest where nothing was validated"
     )
-    id: str | None = knob(
+    id: str | None = option(
         None,
         "identity of the Weights & Biases run; null: made when the run starts; not taken from a config.yaml that a run "
         "has saved",
     )
-    owner: str | None = knob(None, "run directory that tracking.id was made for, by inode and hash; the run sets it")
-    notes: str | None = knob(None, "what to remember of the Weights & Biases run")
-    group: str | None = knob(None, "Weights & Biases group of the run; a study's runs are in one")
+    owner: str | None = option(None, "run directory that tracking.id was made for, by inode and hash; the run sets it")
+    notes: str | None = option(None, "what to remember of the Weights & Biases run")
+    group: str | None = option(None, "Weights & Biases group of the run; a study's runs are in one")
 
 
 @dataclass
 class RuntimeConfig:
-    start_timeout: float = knob(
+    start_timeout: float = option(
         600.0, "seconds that processes wait for one another until the run has begun", above=0, at_most=10**9
     )
-    timeout: float = knob(600.0, "seconds that they wait for one another from then on", above=0, at_most=10**9)
-    cuda_graph: bool = knob(True, "on one GPU, launch all operations of many steps at once")
-    verify_every: int | None = knob(
+    timeout: float = option(600.0, "seconds that they wait for one another from then on", above=0, at_most=10**9)
+    cuda_graph: bool = option(True, "on one GPU, launch all operations of many steps at once")
+    verify_every: int | None = option(
         None,
         "optimizer steps between further checks that all processes hold the same weights; null: at metrics and saves",
         at_least=1,
@@ -169,58 +169,58 @@ class RuntimeConfig:
 
 @dataclass
 class EvaluateConfig:
-    batch_size: int = knob(500, "images per block; the blocks are the same on any number of processes", at_least=1)
-    split: Literal["test", "validation"] = knob("test", "images to evaluate on: test, or validation")
-    importance_samples: int | None = knob(
+    batch_size: int = option(500, "images per block; the blocks are the same on any number of processes", at_least=1)
+    split: Literal["test", "validation"] = option("test", "images to evaluate on: test, or validation")
+    importance_samples: int | None = option(
         128, "latents per image for the estimate of the negative log-likelihood; 0 or null: none is made", at_least=0
     )
-    chunk: int = knob(
+    chunk: int = option(
         2000, "images x importance samples decoded at a time, to bound memory; a block's images at least", at_least=1
     )
 
 
 @dataclass
 class SampleConfig:
-    kind: str | None = knob(
+    kind: str | None = option(
         None,
         "prior, codes, neighbours, interpolation, traversal, manifold, reconstruction or scatter; null: codes where "
         "sample.codes is given, otherwise prior",
     )
-    count: int = knob(64, "images to draw (prior)", at_least=1)
-    seed: int = knob(0, "seed of what is drawn (prior, neighbours, reconstruction)", at_least=0)
-    sampler: Literal["prior", "mixture"] = knob(
+    count: int = option(64, "images to draw (prior)", at_least=1)
+    seed: int = option(0, "seed of what is drawn (prior, neighbours, reconstruction)", at_least=0)
+    sampler: Literal["prior", "mixture"] = option(
         "prior", "what prior draws from; mixture: Gaussians fitted to the training images' posteriors"
     )
-    mixture_components: int = knob(10, "Gaussians of the mixture", at_least=1)
-    codes: list[list[float]] | None = knob(
+    mixture_components: int = option(10, "Gaussians of the mixture", at_least=1)
+    codes: list[list[float]] | None = option(
         None, "latents, one list each: what codes decodes, or the one that neighbours and traversal start from"
     )
-    images: list[int] | None = knob(
+    images: list[int] | None = option(
         None,
         "test images by index: one that neighbours and traversal start from, pairs for interpolation, any for "
         "reconstruction; null: the zero code, or the first ten",
         at_least=0,
     )
-    steps: int | None = knob(
+    steps: int | None = option(
         None,
         "images in a row: neighbours (10), interpolation (10), traversal (13), draws for reconstruction (8); "
         "the side of manifold (20)",
         at_least=2,
     )
-    rows: int | None = knob(None, "rows of neighbours (5), or latents to traverse (20)", at_least=1)
-    radius: float | None = knob(
+    rows: int | None = option(None, "rows of neighbours (5), or latents to traverse (20)", at_least=1)
+    radius: float | None = option(
         None, "how far neighbours get from the code; null: half the typical length of a latent, sqrt(L) / 2", above=0
     )
-    files: bool = knob(False, "write each image as a file of its own too")
+    files: bool = option(False, "write each image as a file of its own too")
 
 
 @dataclass
 class Config:
-    name: str | None = knob(None, "the run's name; {time} becomes its start; null: the config file's name and {time}")
-    runs_dir: str = knob("runs", "folder of the runs")
-    seed: int = knob(0, "seed of weights, batches and noise", at_least=0)
-    device: str = knob("auto", "auto, cpu, cuda or mps")
-    output: str | None = knob(None, "folder for what evaluation and sampling write; null: the run's directory")
+    name: str | None = option(None, "the run's name; {time} becomes its start; null: the config file's name and {time}")
+    runs_dir: str = option("runs", "folder of the runs")
+    seed: int = option(0, "seed of weights, batches and noise", at_least=0)
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    output: str | None = option(None, "folder for what evaluation and sampling write; null: the run's directory")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -285,7 +285,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 
 
 @dataclass(frozen=True)
-class Knob:
+class Option:
     """One key as `--help` shows it."""
 
     key: str
@@ -298,29 +298,29 @@ class Knob:
     depth: int  # 0 for a scalar, 1 for a list, 2 for a list of lists
 
 
-def knobs(section: Any = Config, prefix: str = "") -> Iterator[Knob]:
+def options(section: Any = Config, prefix: str = "") -> Iterator[Option]:
     """Every key of the config, in the order of this file."""
     hints = get_type_hints(section)
     for item in dataclasses.fields(section):
         hint = hints[item.name]
         if dataclasses.is_dataclass(hint):
-            yield from knobs(hint, f"{prefix}{item.name}.")
+            yield from options(hint, f"{prefix}{item.name}.")
             continue
         has_factory = item.default_factory is not dataclasses.MISSING
         default = item.default_factory() if has_factory else item.default  # type: ignore[operator]
         depth = str(hint).count("list[")
-        yield Knob(f"{prefix}{item.name}", _type_name(hint), default, depth=depth, **item.metadata)
+        yield Option(f"{prefix}{item.name}", _type_name(hint), default, depth=depth, **item.metadata)
 
 
 @cache
-def _knobs() -> dict[str, Knob]:
-    return {knob.key: knob for knob in knobs()}
+def _options() -> dict[str, Option]:
+    return {option.key: option for option in options()}
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """The config as `{"model.latent_dim": 40, ...}`."""
     values = {}
-    for key in _knobs():
+    for key in _options():
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
@@ -478,9 +478,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raise UserError for the first value that no run can have, or none on this machine."""
     values = flatten(config)
-    for knob in _knobs().values():
-        for item in _leaves(values[knob.key]):
-            _check_value(knob, item)
+    for option in _options().values():
+        for item in _leaves(values[option.key]):
+            _check_value(option, item)
     for key in _PATHS:
         _check_path(key, values[key] or "")
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
@@ -524,20 +524,20 @@ def _check_names_in_wandb(tracking: TrackingConfig) -> None:
         raise UserError(f"tracking.tags has {_short(repr(bad[0]))}, which W&B does not take: 1 to 64 characters a tag")
 
 
-def _check_value(knob: Knob, item: Any) -> None:
+def _check_value(option: Option, item: Any) -> None:
     if isinstance(item, float) and not math.isfinite(item):
-        raise UserError(f"{knob.key} must be a finite number, not {item}")
+        raise UserError(f"{option.key} must be a finite number, not {item}")
     if isinstance(item, str):
-        _require_text(item, knob.key)
+        _require_text(item, option.key)
     if isinstance(item, int | float):
-        if knob.at_least is not None and item < knob.at_least:
-            raise UserError(f"{knob.key} must be at least {knob.at_least}, not {as_text(item)}")
-        if knob.above is not None and item <= knob.above:
-            raise UserError(f"{knob.key} must be above {knob.above}, not {as_text(item)}")
-        if knob.at_most is not None and item > knob.at_most:
-            raise UserError(f"{knob.key} must be at most {knob.at_most}, not {as_text(item)}")
+        if option.at_least is not None and item < option.at_least:
+            raise UserError(f"{option.key} must be at least {option.at_least}, not {as_text(item)}")
+        if option.above is not None and item <= option.above:
+            raise UserError(f"{option.key} must be above {option.above}, not {as_text(item)}")
+        if option.at_most is not None and item > option.at_most:
+            raise UserError(f"{option.key} must be at most {option.at_most}, not {as_text(item)}")
     if isinstance(item, int) and abs(item) >= 2**63:
-        raise UserError(f"{knob.key} must be below 2^63, not {as_text(item)}")
+        raise UserError(f"{option.key} must be below 2^63, not {as_text(item)}")
 
 
 def _check_path(key: str, path: str) -> None:
@@ -638,7 +638,7 @@ def expand(path: str, key: str = "") -> str:
 def differing(configs: Sequence[Config]) -> list[str]:
     """The keys in which these runs differ, of those that matter to what was learned."""
     tables = [flatten(config) for config in configs]
-    keys = [knob.key for knob in knobs() if not knob.key.startswith(_SAME_RUN_KEYS)]
+    keys = [option.key for option in options() if not option.key.startswith(_SAME_RUN_KEYS)]
     return [key for key in keys if any(table[key] != tables[0][key] for table in tables)]
 
 
@@ -717,11 +717,11 @@ def _in_a_name(value: Any) -> str:
 def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
     """What `--help` prints: the usage, then every key under `prefixes` with its type, default and meaning."""
     lines = [usage.rstrip(), "", "Keys, with their types and defaults:"]
-    for knob in (knob for knob in knobs() if knob.key.startswith(prefixes)):
-        limits = {"at least": knob.at_least, "above": knob.above, "at most": knob.at_most}
+    for option in (option for option in options() if option.key.startswith(prefixes)):
+        limits = {"at least": option.at_least, "above": option.above, "at most": option.at_most}
         bounds = ", ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
-        meaning = knob.help + (f" ({bounds})" if bounds else "")
-        lines.append(f"  {knob.key}={as_text(knob.default)}   [{knob.type}]")
+        meaning = option.help + (f" ({bounds})" if bounds else "")
+        lines.append(f"  {option.key}={as_text(option.default)}   [{option.type}]")
         lines.extend(textwrap.wrap(meaning, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)
 
@@ -758,7 +758,7 @@ def _settings(values: Any, source: str, prefix: str = "") -> Iterator[_Setting]:
         raise UserError(f"{source}{prefix.rstrip('.') or 'it'} must hold keys and values, not {as_text(values)}")
     for name, value in values.items():
         key = prefix + name
-        if any(other.startswith(f"{key}.") for other in _knobs()):
+        if any(other.startswith(f"{key}.") for other in _options()):
             yield from _settings(value, source, f"{key}.")
         else:
             _require_known(key, source)
@@ -781,7 +781,7 @@ def _parse_argument(argument: str) -> _Setting:
     """
     key, text = _split(argument)
     _require_known(key)
-    is_path, is_text = key in _PATHS, _knobs()[key].type.startswith("text")
+    is_path, is_text = key in _PATHS, _options()[key].type.startswith("text")
     is_yaml = text in ("null", "") or (text == "~" and not is_path) or text[:1] in ('"', "'")
     if (not is_text and text[:1] in ("[", "{")) or (is_yaml and not (is_path and os.path.lexists(text))):
         return _Setting(key, _parse_yaml(text, key), "")
@@ -876,7 +876,7 @@ def _require_text(text: str, what: str, limit: int | None = MAX_TEXT) -> None:
 
 
 def _require_known(key: str, source: str = "") -> None:
-    known = _knobs()
+    known = _options()
     if key in known:
         return
     inside = [other for other in known if other.startswith(f"{key}.")]
@@ -899,13 +899,13 @@ def _apply(config: Config, settings: Sequence[_Setting], *, has_homes: bool = Tr
     for key, value, source in settings:
         value = _fill_in(value, final, f"{source}{key}")
         try:
-            if value is not None and not _fits(value, _knobs()[key].depth):
+            if value is not None and not _fits(value, _options()[key].depth):
                 raise TypeError
             if has_homes and key in _PATHS and isinstance(value, str):
                 value = expand(value, f"{source}{key}")
             OmegaConf.update(result, key, value)
         except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{source}{key} must be {_knobs()[key].type}, not {as_text(value)}") from error
+            raise UserError(f"{source}{key} must be {_options()[key].type}, not {as_text(value)}") from error
     built = OmegaConf.to_object(result)
     assert isinstance(built, Config)
     return built

@@ -13,7 +13,7 @@ from vae_dist.config import Config
 from vae_dist.data.datasets import Images
 from vae_dist.distributed import runtime
 from vae_dist.distributed.runtime import World
-from vae_dist.plan import Plan, Stream, binarized, bits, share
+from vae_dist.plan import Plan, Stream, binarized, bits, shard
 
 # Random numbers are drawn for many steps at once, or entering each operation costs as much as they. A GPU is kept busy:
 # whatever their number, they take it some hundred operations.
@@ -28,11 +28,11 @@ class Batches:
 
     def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
         self._plan = plan
-        self._rows = share(plan.batch_size, world.rank, world.size)
+        self._rows = shard(plan.batch_size, world.rank, world.size)
         self._latent_dim = config.model.latent_dim
         self._dynamic = config.data.binarize == "dynamic"
         self._device = world.device
-        self._dtype = runtime.dtype(config.train.precision)
+        self._dtype = runtime.param_dtype(config.train.precision)
         self._compiled = bool(config.train.compile)
         self._image_shape = training.pixels.shape[1:]
         pixels, resident = runtime.place(training.pixels, world.device)
@@ -42,10 +42,10 @@ class Batches:
         # mps has no float64, which noise is computed in.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
         at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
-        self._noise = Blocks(self._draw_noise, at_once // self._latent_dim)
-        self._bits = Blocks(self._draw_bits, at_once // self._pixels.shape[1])
+        self._noise = BlockDraw(self._draw_noise, at_once // self._latent_dim)
+        self._bits = BlockDraw(self._draw_bits, at_once // self._pixels.shape[1])
         self.most_steps = max(_PIXELS_AT_ONCE // (len(self._rows) * self._pixels.shape[1]), 1)
-        self._select = self._beside if resident else Blocks(Ahead(self._from_host), self.most_steps)
+        self._select = self._beside if resident else BlockDraw(Prefetch(self._from_host), self.most_steps)
 
     def __call__(self, steps: range) -> tuple[Tensor, Tensor]:
         """Pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, L)` of k steps."""
@@ -102,7 +102,7 @@ def _in_words(pixels: Tensor) -> Tensor:
     return pixels.view(next(width for width in widths if pixels.shape[1] % width.itemsize == 0))
 
 
-class Blocks:
+class BlockDraw:
     """What `draw` draws for each of many steps `(steps, ...)`, some steps at a time."""
 
     def __init__(self, draw: Callable[[range], Tensor], steps_at_once: int) -> None:
@@ -126,7 +126,7 @@ class Blocks:
             yield part
 
 
-class Ahead:
+class Prefetch:
     """What `load` loads for some steps; a thread loads that of as many more meanwhile."""
 
     def __init__(self, load: Callable[[range], Tensor]) -> None:

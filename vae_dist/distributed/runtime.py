@@ -58,7 +58,7 @@ class World:
         self.is_main: bool = state.is_main_process
         self.alike = True  # whether all processes run on processors of one kind, see `compare_processors`
 
-    def decide(self, choose: Callable[[], T]) -> T:
+    def on_main(self, choose: Callable[[], T]) -> T:
         """What `choose` returns on the main process, on every process; what it raises there, all of them raise."""
         if self.size == 1:
             return choose()
@@ -78,7 +78,7 @@ class World:
             raise result.on_every_process()
         return result
 
-    def require_agreement(self, find: Callable[[], Mapping[str, object]]) -> None:
+    def assert_equal_everywhere(self, find: Callable[[], Mapping[str, object]]) -> None:
         """Raise UserError on every process where the facts that each finds are not the same. All must call this."""
         if self.size == 1:
             return
@@ -140,7 +140,7 @@ class World:
         try:
             yield
         except Exception as error:
-            known = getattr(error, "speaker", None) is not None
+            known = getattr(error, "reporting_rank", None) is not None
             if self.size > 1 and not known and torch.distributed.is_initialized():
                 store = distributed_c10d._get_default_store()
                 if _ends_alike(store, self.rank, self.size, error) and isinstance(error, UserError | RunError):
@@ -157,7 +157,7 @@ class World:
     def main_first(self, load: Callable[[], T]) -> T:
         """What `load` returns, on every process; the main one goes first, and the others find what it downloaded."""
         loaded: list[T] = []
-        self.decide(lambda: loaded.append(load()))
+        self.on_main(lambda: loaded.append(load()))
         return loaded[0] if loaded else load()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class World:
                 torch.distributed.all_gather(parts, values)
         return torch.stack(parts).cpu()
 
-    def largest(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         """The elementwise maximum of the processes' tensors, on the CPU."""
         if self.size > 1:
             values = values.to(self.device, copy=True)
@@ -196,7 +196,7 @@ class World:
         with self._answers():
             torch.distributed.all_reduce(values, operation)
 
-    def blocks(self, count: int, size: int) -> list[range]:
+    def chunks(self, count: int, size: int) -> list[range]:
         """This process's blocks of `range(count)`: cut the same way for any number of processes, then dealt in turn."""
         cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
         return cut[self.rank :: self.size]
@@ -372,7 +372,7 @@ def accelerator(precision: Precision) -> Accelerator:
     result = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=_ACCELERATE_PRECISIONS[precision],
-        # The launcher can set this too, and backward() would divide by it; train.accumulate is the one knob.
+        # The launcher can set this too, and backward() would divide by it; train.accumulate is the one option.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if before:  # a caller's Accelerator goes on counting by it
@@ -413,12 +413,12 @@ def autocast(precision: Precision, device: torch.device) -> Callable[[], Abstrac
     return nullcontext if low is None else partial(torch.autocast, device.type, dtype=low)
 
 
-def dtype(precision: Precision) -> torch.dtype:
+def param_dtype(precision: Precision) -> torch.dtype:
     """What weights, images and noise are kept in; the lower precisions are autocast's."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def precise(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
     """What sums over many images are kept in."""
     return torch.float32 if device.type == "mps" else torch.float64
 

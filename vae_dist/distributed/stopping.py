@@ -111,7 +111,7 @@ class Watch:
         asked = self._requests.poll()
         if self._world.size == 1:
             return asked, proposed
-        number, stride = self._world.largest(torch.tensor([asked, proposed])).tolist()
+        number, stride = self._world.all_reduce_max(torch.tensor([asked, proposed])).tolist()
         return number, stride
 
     def _stop_if(self, number: int) -> None:

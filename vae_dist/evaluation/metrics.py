@@ -66,7 +66,7 @@ def score(vae: VAE, pixels: Tensor, world: World, config: Config, glance: Callab
     if len(pixels) == 0:
         return Scores(torch.empty(0), torch.empty(0))
     parameter = next(vae.parameters())
-    blocks = world.blocks(len(pixels), config.evaluate.batch_size)
+    blocks = world.chunks(len(pixels), config.evaluate.batch_size)
     values = []
     with torch.inference_mode():
         for turn in range(-(-len(pixels) // (config.evaluate.batch_size * world.size))):
@@ -92,7 +92,7 @@ class Codes(NamedTuple):
 def encode(vae: VAE, pixels: Tensor, world: World, config: Config) -> Codes:
     """The codes of images `(N, C, H, W)` uint8, N at least 1. Every process calls this."""
     parameter = next(vae.parameters())
-    blocks = world.blocks(len(pixels), config.evaluate.batch_size)
+    blocks = world.chunks(len(pixels), config.evaluate.batch_size)
     values = []
     with torch.inference_mode():
         for block in blocks:
@@ -114,7 +114,7 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
     """
     parameter = next(vae.parameters())
     count = config.evaluate.importance_samples or 0
-    blocks = world.blocks(len(pixels), config.evaluate.batch_size)
+    blocks = world.chunks(len(pixels), config.evaluate.batch_size)
     values = []
     latents = count * sum(map(len, blocks))
     with torch.inference_mode(), console.progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
@@ -144,10 +144,10 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(world)
-        folder, config, step, output, live = world.decide(lambda: opened)
-        world.decide(lambda: tracking.check_online(config.tracking))
+        folder, config, step, output, live = world.on_main(lambda: opened)
+        world.on_main(lambda: tracking.check_online(config.tracking))
         kept = output / "evaluations"
-        world.decide(lambda: make_folder(kept, ELSEWHERE))
+        world.on_main(lambda: make_folder(kept, ELSEWHERE))
         vae = checkpoint.load_vae(folder, config, world.device)
         pixels = world.main_first(lambda: _pixels(config))
         warning = _warning(config)
@@ -174,7 +174,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 _write(output, result)
 
         try:
-            world.decide(keep)
+            world.on_main(keep)
         finally:  # where they can't be written too: they may have taken hours
             if world.is_main:
                 _show(result)
@@ -280,7 +280,7 @@ def _protocol(config: Config, pixels: Tensor, world: World) -> dict[str, Any]:
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,
-        "precision": "fp64" if runtime.dtype(config.train.precision) == torch.float64 else "fp32",
+        "precision": "fp64" if runtime.param_dtype(config.train.precision) == torch.float64 else "fp32",
         "training_precision": config.train.precision,
         "device": world.device.type,
         "threads": torch.get_num_threads(),

@@ -90,11 +90,11 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         found = [held.enter_context(checkpoint.open_for_reading(run, arguments)) for run in runs]
         world = held.enter_context(runtime.join(found[0].config))
         console.start(world)
-        opened = world.decide(lambda: list({run.folder.resolve(): run for run in found}.values()))
+        opened = world.on_main(lambda: list({run.folder.resolve(): run for run in found}.values()))
         _require_one_shape([run.config for run in opened])
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
-        world.decide(lambda: make_folder(folder, ELSEWHERE))
-        kept = world.decide(lambda: [_kept_evaluation(run, folder) or _place(run, folder) for run in opened])
+        world.on_main(lambda: make_folder(folder, ELSEWHERE))
+        kept = world.on_main(lambda: [_kept_evaluation(run, folder) or _place(run, folder) for run in opened])
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
             if isinstance(evaluation, Path):
@@ -359,7 +359,7 @@ def _settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:
 def _short(key: str) -> str:
     """The last part of a key where no other key ends so."""
     last = key.rpartition(".")[2]
-    return last if [knob.key.rpartition(".")[2] for knob in configs.knobs()].count(last) == 1 else key
+    return last if [option.key.rpartition(".")[2] for option in configs.options()].count(last) == 1 else key
 
 
 def _folder_name(opened: Sequence[Opened]) -> str:

@@ -62,7 +62,7 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(world)
-        return world.decide(lambda: _write(opened, world.device))
+        return world.on_main(lambda: _write(opened, world.device))
 
 
 def _write(opened: Opened, device: torch.device) -> Path:
@@ -297,15 +297,15 @@ def _changed(config: Config) -> Html:
     entries = [
         element(
             "div",
-            element("dt", element("code", knob.key), element("p", knob.help, class_="soft")),
+            element("dt", element("code", option.key), element("p", option.help, class_="soft")),
             element(
                 "dd",
-                element("b", configs.text_of(values[knob.key])),
-                element("p", f"default: {configs.text_of(knob.default)}", class_="soft"),
+                element("b", configs.text_of(values[option.key])),
+                element("p", f"default: {configs.text_of(option.default)}", class_="soft"),
             ),
         )
-        for knob in configs.knobs()
-        if values[knob.key] != knob.default
+        for option in configs.options()
+        if values[option.key] != option.default
     ]
     return element("dl", *entries, class_="facts changed")
 
@@ -314,11 +314,11 @@ def _settings(config: Config) -> Html:
     """All settings in their groups; what differs from its default is marked."""
     values = configs.flatten(config)
     groups: dict[str, dict[str, str]] = {}
-    for knob in configs.knobs():
-        group, _, name = knob.key.rpartition(".")
-        value = configs.text_of(values[knob.key])
+    for option in configs.options():
+        group, _, name = option.key.rpartition(".")
+        value = configs.text_of(values[option.key])
         groups.setdefault(group or "run", {})[name] = (
-            value if values[knob.key] == knob.default else element("mark", value)
+            value if values[option.key] == option.default else element("mark", value)
         )
     return join([element("section", element("h3", group), _facts(facts)) for group, facts in groups.items()])
 
@@ -348,9 +348,9 @@ def _reproduce(run: Record) -> dict[str, str]:
     """The command that trains this run anew, and what it then has to be equal to."""
     values = configs.flatten(run.config)
     given = [
-        configs.argument(knob.key, values[knob.key])
-        for knob in configs.knobs()
-        if values[knob.key] != knob.default and not knob.key.startswith(_OF_ONE_RUN)
+        configs.argument(option.key, values[option.key])
+        for option in configs.options()
+        if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
     ]
     size = run.state.world_size
     launch = ["python"] if size == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(size)]

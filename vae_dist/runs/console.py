@@ -202,13 +202,13 @@ _speaker: Speaker | None = None
 _starts = 0
 
 
-def start(speaker: Speaker) -> None:
+def start(reporting_rank: Speaker) -> None:
     """Send messages to the terminal: all of the main process, and of the others warnings that the main one has not."""
     global _speaker, _starts
-    _speaker, _starts = speaker, _starts + 1
+    _speaker, _starts = reporting_rank, _starts + 1
     handler = _ConsoleHandler()
     handler.setFormatter(_Formatter())
-    handler.setLevel(logging.INFO if speaker.rank == 0 else logging.WARNING)
+    handler.setLevel(logging.INFO if reporting_rank.rank == 0 else logging.WARNING)
     handler.addFilter(_is_shown)
     _unlogged.hand_over(lambda record: None)  # of an earlier run in this process
     _install(handler, _unlogged)
@@ -431,13 +431,13 @@ def run(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        _end("error: ", error, 2, error.speaker)
+        _end("error: ", error, 2, error.reporting_rank)
     except RunError as error:
-        _end("the run has ended: ", error, 1, error.speaker)
+        _end("the run has ended: ", error, 1, error.reporting_rank)
     except StoppedError as error:
-        _end("", error, error.exit_code, error.speaker)
+        _end("", error, error.exit_code, error.reporting_rank)
     except KeyboardInterrupt:
-        _end("", "interrupted", 130, speaker=0)
+        _end("", "interrupted", 130, reporting_rank=0)
     except Exception:
         _show_kept()
         if _place():
@@ -447,16 +447,16 @@ def run(command: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _end(title: str, message: str | Exception, code: int, speaker: int | None) -> NoReturn:
+def _end(title: str, message: str | Exception, code: int, reporting_rank: int | None) -> NoReturn:
     """Exit with a message, which this process prints unless it is another one that does so for all."""
     _show_kept()
     rank, size = _rank_and_size()
-    if speaker is None and size > 1 and _speaker is None and isinstance(message, Exception):
+    if reporting_rank is None and size > 1 and _speaker is None and isinstance(message, Exception):
         from vae_dist.distributed import runtime
 
-        speaker = 0 if runtime.all_end_so(message) else None
-    if size == 1 or speaker in (None, rank):
-        place = f"{_place()}: " if speaker is None and size > 1 else ""
+        reporting_rank = 0 if runtime.all_end_so(message) else None
+    if size == 1 or reporting_rank in (None, rank):
+        place = f"{_place()}: " if reporting_rank is None and size > 1 else ""
         _messages.print(Text.assemble((title, "bold red"), _plain(f"{place}{message}")))
     sys.exit(code)
 

@@ -38,7 +38,7 @@ class Gradients:
         self._names = [name for name, _ in vae.named_parameters()]
         self._batch_size = batch_size
         self._autocast = autocast
-        self._precise = precise
+        self._sum_dtype = precise
         self._scaled = scaled
 
     def eager(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -64,7 +64,7 @@ class Gradients:
 
     def _loss(self, output: VAEOutput, images: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         terms = objectives.elbo_terms(output, images)
-        sums = torch.stack([term.detach().sum(dtype=self._precise) for term in terms])
+        sums = torch.stack([term.detach().sum(dtype=self._sum_dtype) for term in terms])
         return objectives.training_loss(terms, beta, self._batch_size), sums
 
     def _to_differentiate(self, loss: Tensor, scale: Tensor) -> Tensor:

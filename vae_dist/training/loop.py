@@ -37,19 +37,19 @@ def train(asked: Config) -> Path:
     """
     with ExitStack() as held, runtime.join(asked) as world:
         console.start(world)
-        world.require_agreement(lambda: {**configs.flatten(asked), **runtime.versions()})
+        world.assert_equal_everywhere(lambda: {**configs.flatten(asked), **runtime.versions()})
         world.compare_processors()
-        start = world.decide(lambda: settle(asked, world, held))
+        start = world.on_main(lambda: settle(asked, world, held))
         config, run_dir, resumed_from = start
         runtime.set_threads(config)
         training, validation = datasets.load_training(config.data)
-        world.require_agreement(lambda: _seen(training, validation))
+        world.assert_equal_everywhere(lambda: _seen(training, validation))
         plan = Plan(config.seed, len(training.labels), config.train.batch_size)
         last_step = config.train.steps or config.train.epochs * plan.steps_per_epoch
         validate_every = config.train.validate_every or plan.steps_per_epoch
         save_every = config.checkpoint.every or plan.steps_per_epoch
         verify_every = config.runtime.verify_every or math.inf
-        vae = build_vae(config, training.pixels.shape[1:]).to(world.device, runtime.dtype(config.train.precision))
+        vae = build_vae(config, training.pixels.shape[1:]).to(world.device, runtime.param_dtype(config.train.precision))
         update = Update(vae, config, world)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= last_step and not state.validation_pending:
@@ -121,7 +121,7 @@ def _recording(start: Start, world: World, state: TrainingState, last_step: int,
             _announce(start, world, state.step, last_step, plan)
             trackers.append(tracking.track(config, run_dir, is_main=True, start=state.step, again=again))
 
-        world.decide(begin)  # where this fails it does so on all processes
+        world.on_main(begin)  # where this fails it does so on all processes
         tracker = trackers[0] if trackers else tracking.Tracker([])
         progress = TrainingProgress(world.is_main, state.step, last_step, plan.steps_per_epoch)
         kept.enter_context(tracker)
@@ -137,7 +137,7 @@ def _announce(start: Start, world: World, step: int, last_step: int, plan: Plan)
     threads = f" (threads: {config.train.threads})" if world.device.type == "cpu" else ""
     logger.info("%s: %s on %s%s, %s", run_dir, processes, world.device.type, threads, config.train.precision)
     logger.info(
-        "%s: %d training images, binarize=%s, %d steps an epoch", config.data.name, plan.images, config.data.binarize,
+        "%s: %d training images, binarize=%s, %d steps an epoch", config.data.name, plan.size, config.data.binarize,
         plan.steps_per_epoch,
     )  # fmt: skip
     if config.train.compile:

@@ -91,7 +91,7 @@ class Milestones:
         row = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
         if self._config.train.nonfinite == "skip":
             row["train/skipped_updates"] = skipped
-        self._world.decide(partial(self._tracker.scalars, step, row))
+        self._world.on_main(partial(self._tracker.scalars, step, row))
         self._progress.show(step, row)
 
     def validate(self, step: int) -> bool:
@@ -107,8 +107,8 @@ class Milestones:
                 self._best = Best(step, found)
             if self._best is not None:  # what a table of runs is sorted by
                 figures["validation/best_negative_elbo"] = self._best.negative_elbo
-            self._world.decide(partial(self._tracker.scalars, step, figures))
-            self._world.decide(partial(self._tracker.pictures, step, partial(self._pictures, step)))
+            self._world.on_main(partial(self._tracker.scalars, step, figures))
+            self._world.on_main(partial(self._tracker.pictures, step, partial(self._pictures, step)))
             self._progress.note(step, figures)
         self._validation_pending = False
         return improved
@@ -127,7 +127,7 @@ class Milestones:
                 skipped_updates=skipped,
                 validation_pending=self._validation_pending,
             )
-            self._world.decide(partial(self._publish, state))
+            self._world.on_main(partial(self._publish, state))
         self._saved_step = step
 
     def look(self, step: int) -> None:

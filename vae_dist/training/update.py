@@ -23,7 +23,7 @@ from vae_dist.distributed.runtime import World
 from vae_dist.errors import RunError
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import Schedule
-from vae_dist.plan import share
+from vae_dist.plan import shard
 from vae_dist.runs import checkpoint, manifest
 from vae_dist.runs.checkpoint import TrainingState
 from vae_dist.training.adam import Adam, FlatAdam
@@ -72,13 +72,13 @@ class Update:
         # What this process's loss is divided by, so that the mean over the processes is the batch's mean, however
         # unevenly the batch is shared.
         share_size = config.train.batch_size / world.size
-        self._precise = runtime.precise(world.device)
+        self._sum_dtype = runtime.sum_dtype(world.device)
         self._scaler = runtime.accelerator(config.train.precision).scaler  # fp16's, None elsewhere
         autocast = runtime.autocast(config.train.precision, world.device)
         scaled = self._scaler is not None
-        self._gradients = Gradients(vae, share_size, autocast, self._precise, scaled=scaled)
+        self._gradients = Gradients(vae, share_size, autocast, self._sum_dtype, scaled=scaled)
         self.optimizer = FlatAdam(vae.parameters()) if self._flat else Adam(vae.parameters())
-        self.tally = torch.zeros(7, dtype=self._precise, device=world.device)
+        self.tally = torch.zeros(7, dtype=self._sum_dtype, device=world.device)
         self._one = torch.ones((), device=world.device)
         self._first_step = self._skipped_before = 0
         self._moving: list[Schedule] = []
@@ -97,7 +97,7 @@ class Update:
         """
         if list(moving) != self._moving:
             self._moving = list(moving)
-            self._on_device = torch.tensor(self._moving, dtype=self._precise).to(self.tally.device)
+            self._on_device = torch.tensor(self._moving, dtype=self._sum_dtype).to(self.tally.device)
         self._steps(pixels, noise, self._on_device)
 
     def _one_by_one(self, *inputs: Tensor) -> None:
@@ -202,7 +202,7 @@ class Update:
         scale = self._one if self._scaler is None else self._scaler.scale(self._one)
         found: Sequence[Tensor] = []
         for part in range(self._accumulate):
-            rows = share(len(pixels), part, self._accumulate)
+            rows = shard(len(pixels), part, self._accumulate)
             images = datasets.to_unit(pixels[rows.start : rows.stop], noise.dtype)
             more = differentiate(images, noise[rows.start : rows.stop], beta, scale, *weights)
             # In place, for there may not be memory for more gradients.
@@ -247,8 +247,8 @@ class Update:
             takes = takes & (tally[6] == 0)
         reconstruction, kl = terms.unbind()
         # Norm and update are the same on every process, and are added up over the processes like the sums over images.
-        took, size = takes.to(self._precise), self._world.size
-        totals = [reconstruction + beta * kl, reconstruction, kl, norm.to(self._precise) / size, took / size, took]
+        took, size = takes.to(self._sum_dtype), self._world.size
+        totals = [reconstruction + beta * kl, reconstruction, kl, norm.to(self._sum_dtype) / size, took / size, took]
         tally.add_(torch.stack([*(torch.where(takes, total, 0.0) for total in totals), 1 - took]))
         return [takes.logical_not().float(), *bounded]
 
@@ -300,7 +300,7 @@ class Update:
     def restore(self, folder: Path) -> TrainingState:
         """Take weights, moments and loss scale from a checkpoint."""
         checkpoint.await_visible(folder)
-        self._world.require_agreement(lambda: {"the checkpoint": manifest.fingerprint(folder)})
+        self._world.assert_equal_everywhere(lambda: {"the checkpoint": manifest.fingerprint(folder)})
         state = checkpoint.load_training(folder, self.vae, self.optimizer)
         if self._scaler is not None and state.loss_scale is not None:
             self._scaler.load_state_dict(state.loss_scale)

@@ -96,11 +96,11 @@ class Trained:
             with console.progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as progress:
                 return mixture.fit(points, components, progress).mixture
 
-        return self.world.decide(fit)
+        return self.world.on_main(fit)
 
     def in_blocks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
         """The rows that `compute` finds for the blocks of `range(count)`, `(count, ...)` on the CPU."""
-        blocks = self.world.blocks(count, self.config.evaluate.batch_size)
+        blocks = self.world.chunks(count, self.config.evaluate.batch_size)
         mine = sum(len(block) for block in blocks)
         values = []
         with console.progress(title, mine, is_main=self.world.is_main) as progress, torch.inference_mode():

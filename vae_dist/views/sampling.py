@@ -51,8 +51,8 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     """
     with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
         console.start(world)
-        folder, config, step, output, live = world.decide(lambda: opened)
-        world.decide(lambda: tracking.check_online(config.tracking))
+        folder, config, step, output, live = world.on_main(lambda: opened)
+        world.on_main(lambda: tracking.check_online(config.tracking))
         kind = _chosen_kind(config, arguments)
         make, keys = KINDS[kind]
         name = config.sample.sampler if kind == "prior" else kind
@@ -78,7 +78,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
                 tracker.pictures(step, lambda: {f"sample_{name}": picture})
             logger.info("%d latents and their picture in %s", len(result.tensors["latents"]), target)
 
-        world.decide(keep)
+        world.on_main(keep)
     return target
 
 
