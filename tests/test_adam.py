@@ -70,7 +70,7 @@ def test_a_step_does_not_load_torchs_compiler() -> None:
     """It would take longer than all else before the first step."""
     code = """
 import sys, torch
-from vae_dist.adam import Adam, FlatAdam
+from vae_dist.training.adam import Adam, FlatAdam
 parameter = torch.nn.Parameter(torch.ones(3))
 Adam([parameter]).step([torch.ones(3)], torch.tensor(0.1))
 assert parameter[0] < 1

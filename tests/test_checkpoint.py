@@ -240,7 +240,7 @@ def test_a_directory_belongs_to_one_training(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    hold = "import pathlib, sys, time; from vae_dist import checkpoint\n"
+    hold = "import pathlib, sys, time; from vae_dist.runs import checkpoint\n"
     hold += "with checkpoint.locked(pathlib.Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()

@@ -125,7 +125,9 @@ def test_a_terminal_that_is_closed_changes_neither_the_training_nor_how_it_ends(
 
 
 def test_a_hangup_outside_of_a_training_ends_with_the_promised_code() -> None:
-    waiting = "import time; from vae_dist import console; console.run(lambda: (print(1, flush=True), time.sleep(60)))"
+    waiting = (
+        "import time\nfrom vae_dist.runs import console\nconsole.run(lambda: (print(1, flush=True), time.sleep(60)))"
+    )
     process = subprocess.Popen([sys.executable, "-c", waiting], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
     process.send_signal(signal.SIGHUP)
@@ -142,8 +144,8 @@ def test_exit_codes_are_the_promised_ones_wherever_the_output_goes(arguments: st
 
 
 SHOW = """
-from vae_dist import console
-from vae_dist.console import Figure
+from vae_dist.runs import console
+from vae_dist.runs.console import Figure
 from vae_dist.errors import UserError
 def command():
     console.logger.warning("a warning \\u65e5 [red]")

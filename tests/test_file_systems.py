@@ -30,9 +30,10 @@ from vae_dist.views.sampling import sample
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from vae_dist import checkpoint, config
+from vae_dist.runs import checkpoint
+from vae_dist import config
 from vae_dist.errors import UserError
-from vae_dist.trainer import train
+from vae_dist.training.loop import train
 checkpoint.LOCK_SECONDS = 0.2
 asked = sys.argv[1:]
 run_dir = train(config.load([*asked, "train.steps=20"]))

@@ -264,7 +264,7 @@ def test_an_archive_that_unpacks_to_gigabytes_is_given_up(
 def test_two_processes_at_once_download_each_archive_once(server: Server, tmp_path: Path) -> None:
     program = f"""
 import torchvision
-from vae_dist import data
+from vae_dist.data import datasets as data
 from vae_dist.config import DataConfig
 torchvision.datasets.KMNIST.mirrors = [{server.url!r}]
 torchvision.datasets.KMNIST.resources = {torchvision.datasets.KMNIST.resources!r}

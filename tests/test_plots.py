@@ -190,9 +190,11 @@ def test_a_name_is_written_as_it_is_and_without_a_warning() -> None:
 DRAWN = """
 import hashlib, locale, logging, os, sys, warnings
 import torch
-from vae_dist import comparison, config, page, sampling
-from vae_dist.plots import Curve, lines, scatter
-from vae_dist.trainer import train
+from vae_dist.reports import comparison, page
+from vae_dist import config
+from vae_dist.views import sampling
+from vae_dist.views.plots import Curve, lines, scatter
+from vae_dist.training.loop import train
 
 def is_imported():
     return [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]

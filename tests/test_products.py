@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 
 COMPARE = """
 import torch
-from vae_dist import products
+from vae_dist.compute import products
 
 torch.manual_seed(0)
 for m, k, n in (64, 300, 40), (7, 20, 33), (1, 1, 1), (33, 129, 70):

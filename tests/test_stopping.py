@@ -134,7 +134,7 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored() -> None:
 
 BLOCKED = """
 import ctypes, sys
-from vae_dist.stopping import SIGNALS, StopRequests
+from vae_dist.distributed.stopping import SIGNALS, StopRequests
 with StopRequests():
     print("ready", flush=True)
     ctypes.CDLL(None).sleep(60)  # as in an exchange with a process that does not answer

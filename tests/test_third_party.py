@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 COMPILED = """
 import torch
-from vae_dist.compiled import Compiled
+from vae_dist.compute.compiled import Compiled
 step = Compiled(lambda x: [x + 1], lambda x: [x + 1])
 print(step(torch.zeros(2))[0].tolist(), bool(step.failure))
 """
@@ -26,7 +26,8 @@ print(step(torch.zeros(2))[0].tolist(), bool(step.failure))
 TRACKED = """
 import logging, os, shlex, sys
 from pathlib import Path
-from vae_dist import config, tracking
+from vae_dist import config
+from vae_dist.runs import tracking
 
 def track(run_dir, assignments):
     for name, _, value in (word.partition("=") for word in shlex.split(assignments)):

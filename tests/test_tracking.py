@@ -411,7 +411,11 @@ def test_the_key_is_in_the_authorization_of_requests_and_nowhere_else(
 ALL_COMMANDS = """
 import os, sys
 import wandb
-from vae_dist import config, comparison, evaluation, page, sampling, trainer
+from vae_dist import config
+from vae_dist.reports import comparison, page
+from vae_dist.evaluation import metrics as evaluation
+from vae_dist.views import sampling
+from vae_dist.training import loop as trainer
 
 before = dict(os.environ)
 arguments = sys.argv[1:]
@@ -458,7 +462,8 @@ def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_
 UNREACHED = """
 import logging, sys
 from pathlib import Path
-from vae_dist import config, tracking
+from vae_dist import config
+from vae_dist.runs import tracking
 
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 tracking.REACH_SECONDS = 1
@@ -822,7 +827,7 @@ def test_a_training_ends_in_time_when_wandb_hangs_in_the_middle_of_it(
     monkeypatch.delenv("WANDB_SILENT")
     program = f"""
 import runpy, sys
-from vae_dist import tracking
+from vae_dist.runs import tracking
 tracking.FINISH_SECONDS = tracking.END_SECONDS = 1
 sys.argv[0] = {str(REPOSITORY / "vae_dist/train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
