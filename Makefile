@@ -1,12 +1,12 @@
-# The commands of vae_dist. Each one sets up what it needs first. `make help` lists them.
+# The commands of vae_dist. Each installs the environment first if needed. `make help` lists them.
 #
-#   CONFIG   settings of the training            make train CONFIG=configs/tutorial_2d.yaml
+#   CONFIG   a file of training options          make train CONFIG=configs/tutorial_2d.yaml
 #   LAUNCH   where it runs                       make train LAUNCH=launch/cpu.yaml
 #   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine; several for make compare
-#   ARGS     key=value settings                  make train ARGS="model.latent_dim=20 name=mine"
+#   ARGS     key=value options                   make train ARGS="model.latent_dim=20 name=mine"
 #   DATA     the folder of MNIST for `make bench`
 #   KILLS    how often `make chaos` kills
-#   PYTHON   an environment of your own, with its own build of torch, in place of .venv
+#   PYTHON   the Python of your own environment, with its own build of torch, instead of .venv
 
 CONFIG ?=
 LAUNCH ?= launch/one_process.yaml
@@ -41,13 +41,13 @@ eval: $(READY) ## evaluate the newest run, or RUN, on the test images
 sample: $(READY) ## decode samples from the newest run, or from RUN
 	$(PYTHON) vae_dist/sample.py $(RUN) $(ARGS)
 
-compare: $(READY) ## put runs side by side: RUN="runs/mine runs/other"
+compare: $(READY) ## compare runs: RUN="runs/mine runs/other"
 	$(PYTHON) vae_dist/compare.py $(RUN) $(ARGS)
 
 study: $(READY) ## train one VAE for each of 2, 5, 10, 20, 40 latents (or ARGS="KEY=V1,V2"), and compare them
 	$(PYTHON) -m accelerate.commands.accelerate_cli launch --quiet --config_file $(LAUNCH) vae_dist/study.py $(CONFIG) $(ARGS)
 
-report: $(READY) ## write a page about the newest run, or about RUN: one HTML file, no network
+report: $(READY) ## write a report of the newest run, or of RUN: one HTML file, no network
 	$(PYTHON) vae_dist/report.py $(RUN) $(ARGS)
 
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account; ARGS="runs_dir=FOLDER"
@@ -56,21 +56,21 @@ runs: $(READY) ## browse the runs' W&B records in the terminal, without an accou
 test: $(READY) ## run the tests
 	$(PYTHON) -m pytest -q -rs -m "not slow" $(ARGS)
 
-test-all: $(READY) ## run the tests, and the proofs that take long
+test-all: $(READY) ## run the tests, the slow ones included
 	$(PYTHON) -m pytest -q $(ARGS)
 
-test-browser: $(READY) ## run the page's tests in a browser; installs Debian's Chromium where that is allowed
+test-browser: $(READY) ## run the report's tests in a browser; installs Debian's Chromium if that is allowed
 	@tests/install_chromium.sh
 	$(PYTHON) -m pytest -q -rs -m browser $(ARGS) tests/test_report.py
 
 chaos: $(READY) ## kill real trainings at KILLS random moments, on 1 and on 3 processes; nothing may be lost
 	$(PYTHON) tests/chaos.py --kills $(KILLS) $(ARGS)
 
-bench: $(READY) ## measure the speed beside other loops (on MNIST in DATA), and on two processes
+bench: $(READY) ## measure the speed against other loops (on MNIST in DATA), and on two processes
 	$(PYTHON) tests/benchmarks/speed.py $(DATA)
 	$(PYTHON) tests/benchmarks/distribution.py $(ARGS)
 
-gpu: $(READY) ## on a machine with a GPU: is it right there, and how fast? Writes docs/gpu.md
+gpu: $(READY) ## on a machine with a GPU: test and measure the trainer, and write docs/gpu.md
 	$(PYTHON) tests/gpu/report.py $(DATA) $(ARGS)
 
 check: $(READY) ## lint, formatting and types
@@ -82,7 +82,7 @@ format: $(READY) ## format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-lock: ## write requirements.lock anew, within pyproject.toml's ranges and keeping what still fits
+lock: ## rewrite requirements.lock, within pyproject.toml's ranges and keeping versions that still fit
 	python3 -m venv .venv-lock && .venv-lock/bin/pip install -q uv
 	.venv-lock/bin/uv pip compile -q pyproject.toml --extra dev --universal --generate-hashes --no-annotate --no-header -o requirements.lock
 	sed -i.bak '1i # Exact versions of all that .venv holds, with hashes. `make lock` writes this file from pyproject.toml.' requirements.lock

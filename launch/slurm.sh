@@ -6,29 +6,28 @@
 #
 # The arguments are those of vae_dist/train.py. The run is called slurm-<job id>, unless name=... says otherwise.
 #
-# The job goes back into the queue before its time limit, and when it is preempted or loses a node. It keeps its id, so
-# the run keeps its name and goes on. Before its time limit and at a preemption with a grace time the run saves first;
-# where a node is lost it goes on from its newest checkpoint, so choose checkpoint.every for as many steps as you can
-# bear to repeat.
+# The job is requeued before its time limit, and when it is preempted or loses a node. It keeps its id, so the run keeps
+# its name and resumes. Before the time limit, and at a preemption with a grace time, the run saves first. If a node is
+# lost, it resumes from its newest checkpoint, so let checkpoint.every be as many steps as you can afford to repeat.
 #
-# runs/ and data/ are on a file system that all nodes share. Nodes without internet: start a run of one step on a node
-# that has it (train.steps=1), then the images are there. Say data.name=mnist, or embedded digits may take its place.
+# runs/ and data/ must be on a file system that all nodes share. If nodes have no internet, run one step on a node that
+# has it (train.steps=1), to download the images. Set data.name=mnist, or embedded digits may take their place.
 #
-#   PYTHON               the environment's Python; .venv/bin/python where it is not set
-#   PROCESSES_PER_NODE   one per GPU where it is not set; a number for nodes without GPUs (sbatch --gpus-per-node=0)
+#   PYTHON               the environment's Python; default .venv/bin/python
+#   PROCESSES_PER_NODE   default one per GPU; give a number for nodes without GPUs (sbatch --gpus-per-node=0)
 
 #SBATCH --job-name=vae_dist
 #SBATCH --nodes=2
-# One task a node, the launcher; it starts the processes and shares these GPUs and cores among them.
+# One task per node, the launcher; it starts the processes and divides these GPUs and cores among them.
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
-# USR1 comes to this script (B:) so many seconds before the time limit. That has to be enough for the processes to end.
+# USR1 reaches this script (B:) that many seconds before the time limit: enough for the processes to save and end.
 #SBATCH --signal=B:USR1@120
-# Preemption and lost nodes: SLURM puts the job back by itself.
+# After a preemption or a lost node, SLURM requeues the job itself.
 #SBATCH --requeue
-# A job that was put back writes on in the same file.
+# A requeued job appends to the same file.
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
 
@@ -40,9 +39,9 @@ if [[ ! -f vae_dist/train.py ]]; then
 fi
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-port=$((20000 + SLURM_JOB_ID % 10000)) # its own for every job, below those that systems give away
+port=$((20000 + SLURM_JOB_ID % 10000)) # one per job, below the ephemeral ports
 
-# Only a task knows its node's number, so the quotes are single ones: this shell leaves $SLURM_NODEID alone.
+# Single quotes: only the task knows its node's number, so this shell must not expand $SLURM_NODEID.
 # shellcheck disable=SC2016
 launch='exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"'
 
@@ -50,7 +49,7 @@ step=
 stopping=
 trap 'stopping=yes; again=yes; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null' USR1
 
-# srun forgets sbatch's --cpus-per-task. A node that fails ends the others, which would wait for it.
+# srun does not inherit sbatch's --cpus-per-task. A failed node ends the others, which would wait for it.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     bash -c "$launch" "${PYTHON:-.venv/bin/python}" \
@@ -65,7 +64,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
 step=$!
 [[ -z $stopping ]] || kill -USR1 "$step" 2>/dev/null
 
-# A signal ends `wait` early, so that the trap is run at once. Then the status is still to come.
+# A signal ends `wait` early, so that the trap runs at once; then wait again for the status.
 again=yes
 while [[ -n $again ]]; do
     again=
@@ -73,8 +72,8 @@ while [[ -n $again ]]; do
     status=$?
 done
 
-if [[ -n $stopping && $status -ne 0 ]]; then # with 0 it was done before the signal reached it
-    echo "launch/slurm.sh: stopped before the time limit; job $SLURM_JOB_ID goes back into the queue" >&2
+if [[ -n $stopping && $status -ne 0 ]]; then # 0: it finished before the signal arrived
+    echo "launch/slurm.sh: stopped before the time limit; requeueing job $SLURM_JOB_ID" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -219,7 +219,7 @@ def test_before_its_time_limit_a_job_ends_its_processes_and_goes_back_into_the_q
     cluster.wait_until_it_runs()
     job.send_signal(signal.SIGUSR1)
     _, said = job.communicate(timeout=10)
-    assert job.returncode == 1 and "goes back into the queue" in said
+    assert job.returncode == 1 and "requeueing job" in said
     assert cluster.lines()[-2:] == ["srun USR1", f"scontrol requeue {JOB}"]
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/contestants.py NAME key=value ...
 
-A contestant gets ready, and then for each line on its standard input, a number of steps, takes that many and answers by
-a line of JSON: seconds, mean loss in nats per image, and the most memory that it ever held in MiB. The settings are
-those of `vae_dist/train.py`; they name the data, and how many processes there are is in the environment.
+A contestant gets ready. For each number of steps on its standard input it takes these steps and prints a line of JSON:
+seconds, mean loss in nats per image, and its peak memory in MiB. The arguments are those of `vae_dist/train.py`, and
+name the data; the environment says how many processes there are.
 """
 
 import json
@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run by its path
 from vae_dist import config as configs
 from vae_dist.config import Config
 
-if TYPE_CHECKING:  # a contestant without torch is not to load it
+if TYPE_CHECKING:  # contestants without torch must not load it
     from torch import Tensor, nn
 
 HIDDEN, LATENTS, PIXELS = 400, 20, 784
@@ -33,15 +33,15 @@ Turns = Iterator[int]
 
 
 def turns() -> Turns:
-    """The numbers of steps that are asked for."""
+    """Number of steps of each turn, read from standard input."""
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         yield int(line)
 
 
-def answer(started: float, loss: float, share: float = 1.0) -> None:
-    """`share` is what part of the steps that were taken was asked for."""
-    seconds = (time.perf_counter() - started) * share
+def answer(started: float, loss: float, fraction: float = 1.0) -> None:
+    """Print the turn's result; `fraction` is the requested steps over the steps that were taken."""
+    seconds = (time.perf_counter() - started) * fraction
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory}), flush=True)
 
@@ -53,7 +53,7 @@ def serve(loop: Loop) -> None:
 
 
 def ours(config: Config) -> None:
-    """`trainer.train` as it is. It is only made to wait for its turn before an update."""
+    """`train` itself, made to wait for its turn before an update."""
     import torch
 
     from vae_dist.training import loop
@@ -87,7 +87,7 @@ def ours(config: Config) -> None:
 
 
 def memory(config: Config, *, compiled: bool = False) -> None:
-    """A good loop by hand: images in memory, logits, the fused optimizer, denormals flushed, no reading back."""
+    """A good hand-written loop: images in memory, logits, the fused optimizer, denormals flushed, no sync per step."""
     import torch
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
@@ -141,7 +141,7 @@ def memory(config: Config, *, compiled: bool = False) -> None:
 
 
 def tutorial(config: Config) -> None:
-    """The loop as the tutorial and PyTorch's example write it: single images, a sigmoid, Adam as it comes."""
+    """The loop of the tutorial and of PyTorch's example: single images, a sigmoid, Adam with its defaults."""
     import torch
     import torch.nn.functional as F
     from PIL import Image
@@ -184,7 +184,7 @@ def tutorial(config: Config) -> None:
 
 
 def floor(config: Config) -> None:
-    """A step's matrix products alone, and on a GPU the bytes that Adam moves beside."""
+    """A step's matrix products alone, and on a GPU the bytes that Adam moves."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
@@ -221,7 +221,7 @@ def floor(config: Config) -> None:
 
 
 def jax(config: Config) -> None:
-    """The whole turn compiled into one `lax.scan`. Its products are float32's, or where it is the precision, TF32's."""
+    """The whole turn compiled into one `lax.scan`, its products in float32, or TF32 if that is the precision."""
     import jax  # type: ignore[import-not-found,unused-ignore]
     import jax.numpy as jnp  # type: ignore[import-not-found,unused-ignore]
     import numpy as np
@@ -282,7 +282,7 @@ def jax(config: Config) -> None:
 
 
 def ours_evaluate(config: Config) -> None:
-    """`evaluation.score`, as validation and `make eval` call it; a step is one pass over the test images."""
+    """`metrics.score`, as validation and `make eval` call it; a step is one pass over the test images."""
     from vae_dist.data import datasets
     from vae_dist.distributed import runtime
     from vae_dist.evaluation import metrics
@@ -301,7 +301,7 @@ def ours_evaluate(config: Config) -> None:
 
 
 def memory_evaluate(config: Config) -> None:
-    """The same figure by a good loop by hand, in batches of 500."""
+    """The same metric by a good hand-written loop, in batches of 500."""
     import torch
     import torch.nn.functional as F
 
@@ -314,8 +314,8 @@ def memory_evaluate(config: Config) -> None:
         with torch.inference_mode():
             for _ in range(steps):
                 total = torch.zeros(())
-                for part in pixels.split(500):
-                    images = part.float().div_(255)
+                for batch in pixels.split(500):
+                    images = batch.float().div_(255)
                     logits, mean, log_variance = network(images)
                     total += F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
                     total += 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()

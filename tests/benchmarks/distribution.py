@@ -1,20 +1,20 @@
-"""A training on two CPU processes, beside a bare DistributedDataParallel loop and beside what the machine can do.
+"""Measure a training on two CPU processes against a bare DistributedDataParallel loop and the machine's limits.
 
     python tests/benchmarks/distribution.py [--repeats 20] [--steps 8]
 
 Five loops train the tutorial's network on the embedded digits, one thread a process, denormals flushed:
 
-- one: this package's loop (its batches, update, figures and metrics file, as `train` has them) in one process, while
-  the other one sleeps
-- two: the same over two processes
-- independent: two copies of `one` at the same time, each on half the batch: what two processes can reach here
-- ddp: the same network in a loop as lean as one writes it by hand, under DistributedDataParallel, nothing logged
+- one: this package's loop (its batches, update, metrics and metrics file, as in `train`) in one process, while the
+  other one sleeps
+- two: the same on two processes
+- independent: two copies of `one` at the same time, each on half the batch: the limit of two processes here
+- ddp: the same network in a lean hand-written loop under DistributedDataParallel, without a log
 - flat: that loop without DistributedDataParallel, its gradients averaged by `runtime.average_gradients`
 
-All of them live in one group of two processes and take turns. A turn is a warm-up, a barrier, and a few steps that are
-timed until the slower process is done; a ratio compares turns of the same repeat. Repeats in which other programs took
-some of the machine are made up for, up to five times as many, and the quietest count. Prints their medians, and writes
-them to docs/distribution.md.
+All loops run in one group of two processes and take turns. A turn is a warm-up, a barrier, and a few steps that are
+timed until the slower process is done; a ratio compares turns of the same repeat. Repeats in which other programs used
+the machine are repeated, up to five times as many in all, and the quietest count. The medians are printed and written
+to docs/distribution.md.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from vae_dist.training.update import Update
 RESULT = Path(__file__).resolve().parents[2] / "docs/distribution.md"
 BATCH_SIZES = (128, 1024, 8192)
 LAST_STEP = 2**31  # none of the loops ends
-QUIET = 0.02  # of the machine's CPU time: what other programs may take
+QUIET = 0.02  # fraction of the machine's CPU time that other programs may use
 
 LOOPS = {
     "one": "this package, 1 process",
@@ -75,18 +75,18 @@ RATIOS = {
 }
 
 Step = Callable[[], None]
-Rates = dict[str, list[float]]  # of a loop, images per second in each repeat; "others", their share of the machine
+Rates = dict[str, list[float]]  # by loop, images per second in each repeat; "others": their fraction of CPU time
 
 
 class Alone(World):
-    """A run of one process, inside a group of more."""
+    """A run of one process, inside a larger group."""
 
     def __init__(self) -> None:
         self.rank, self.size, self.device, self.is_main = 0, 1, torch.device("cpu"), True
 
 
 def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> Step:
-    """The steps of `trainer.train` without validation, pictures and checkpoints, one at a call."""
+    """The steps of `train` without validation, pictures and checkpoints, one per call."""
     plan = Plan(config.seed, len(training.labels), config.train.batch_size)
     update = Update(build_vae(config, training.pixels.shape[1:]), config, world)
     batches = Batches(training, plan, config, world)
@@ -106,30 +106,30 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
 
 
 def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> Step:
-    """The same training by hand. Without `ddp` the gradients are averaged by this package."""
+    """The same training by hand. Without `ddp`, this package averages the gradients."""
     vae = build_vae(config, training.pixels.shape[1:])
     parameters = list(vae.parameters())
     network = DistributedDataParallel(vae) if ddp else vae
     optimizer = torch.optim.Adam(parameters, lr=config.optim.learning_rate, fused=True)
-    share = config.train.batch_size // world.size
+    shard_size = config.train.batch_size // world.size
 
-    def shares() -> Iterator[Tensor]:
+    def shards() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)  # the same order on every process
         while True:
             order = torch.randperm(len(training.labels), generator=generator)[world.rank :: world.size]
-            yield from order[: len(order) // share * share].split(share)
+            yield from order[: len(order) // shard_size * shard_size].split(shard_size)
 
-    batches = shares()
+    batches = shards()
 
     def step() -> None:
         images = training.pixels[next(batches)].float().div_(255)
         optimizer.zero_grad()
-        posterior, likelihood = network(images, torch.randn(share, config.model.latent_dim))
+        posterior, likelihood = network(images, torch.randn(shard_size, config.model.latent_dim))
         assert isinstance(likelihood, Bernoulli)
         reconstruction = F.binary_cross_entropy_with_logits(likelihood.logits, images, reduction="sum")
         mean, log_variance = posterior
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
-        loss = (reconstruction + kl) / share
+        loss = (reconstruction + kl) / shard_size
         loss.backward()
         if not ddp:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -149,7 +149,7 @@ def settings(folder: Path, batch_size: int) -> Config:
 
 
 def turn(step: Step, steps: int, world: World) -> float:
-    """Seconds of so many steps on the slower process, after a warm-up. A gloo process that waits sleeps."""
+    """Seconds that the slower process takes for the steps, after a warm-up. A gloo process that waits sleeps."""
     for number in (max(steps // 8, 1), steps):
         torch.distributed.barrier()
         started = time.perf_counter()
@@ -161,12 +161,12 @@ def turn(step: Step, steps: int, world: World) -> float:
 
 
 def elapsed(world: World) -> Tensor:
-    """CPU seconds of other programs, those of other virtual machines included, and CPU seconds there were, so far."""
+    """CPU seconds so far of other programs (those of other virtual machines included), and CPU seconds available."""
     times = psutil.cpu_times()._asdict()
     all_programs = sum(times.get(kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
-    there_were = time.perf_counter() * (os.cpu_count() or 1) / world.size
+    available = time.perf_counter() * (os.cpu_count() or 1) / world.size
     others = all_programs * world.is_main - time.process_time()
-    return world.sum(torch.tensor([others, there_were], dtype=torch.float64))
+    return world.sum(torch.tensor([others, available], dtype=torch.float64))
 
 
 def measure(training: Images, batch_size: int, steps: int, repeats: int, world: World, folder: Path) -> Rates:
@@ -184,8 +184,8 @@ def measure(training: Images, batch_size: int, steps: int, repeats: int, world: 
     while len(rows) < 5 * repeats and sum(row["others"] <= QUIET for row in rows) < repeats:
         before = elapsed(world)
         row = {name: batch_size * steps / turn(step, steps, world) for name, step in loops.items()}
-        others, there_were = (elapsed(world) - before).tolist()
-        rows.append({**row, "others": others / there_were})
+        others, available = (elapsed(world) - before).tolist()
+        rows.append({**row, "others": others / available})
         if world.is_main:
             print(f"batch {batch_size}:", ", ".join(f"{name} {value:.5g}" for name, value in rows[-1].items()))
     rows = sorted(rows, key=lambda row: row["others"])[:repeats]
@@ -218,9 +218,11 @@ def table(results: dict[int, Rates], steps: dict[int, int], repeats: int) -> str
     most = max(max(rates["others"]) for rates in results.values())
     return "\n".join([
         "# A training on two CPU processes", "",
-        "Written by `python tests/benchmarks/distribution.py`, which says how it measures. The tutorial's network",
-        "(784-400-40) on the embedded digits, one thread a process, gloo, batches counted over all processes.", "",
-        f"Machine: {machine()}. Medians of {repeats} interleaved repeats, in which other programs took up to",
+        "This page is for those who want to know what two processes gain on two cores, and how the trainer",
+        "compares with DistributedDataParallel. `python tests/benchmarks/distribution.py` writes it and describes",
+        "the method. The tutorial's network (784-400-40) on the embedded digits, one thread per process, gloo,",
+        "batches counted over all processes.", "",
+        f"Machine: {machine()}. Medians of {repeats} interleaved repeats, in which other programs used up to",
         f"{most:.0%} of the machine; timed steps in each: {timed}.", "",
         f"| images per second |{sizes}", rule,
         *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()), "",
@@ -230,7 +232,7 @@ def table(results: dict[int, Rates], steps: dict[int, int], repeats: int) -> str
 
 
 def compare(repeats: int, steps_of_1024: int) -> None:
-    """What each of the two processes runs."""
+    """Measure all loops; each of the two processes calls this."""
     steps = {batch_size: max(steps_of_1024 * 1024 // batch_size, 2) for batch_size in BATCH_SIZES}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)  # this process's own

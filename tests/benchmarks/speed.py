@@ -1,20 +1,19 @@
-"""How fast the trainer is, beside other loops and beside what the machine can do.
+"""Measure the trainer's speed against other loops and against the machine's limits.
 
     python tests/benchmarks/speed.py [DATA_ROOT] [--repeats 7] [--only training evaluation start scale cadence]
 
-Everything is measured side by side: the loops of `contestants.py` wait in processes of their own and take turns, so
-that each ratio compares turns of the same moment. Medians of the repeats' ratios are printed, with their quartiles,
-and written to docs/speed.md.
+The loops of `contestants.py` run in processes of their own and take turns, so that each ratio compares turns of the
+same moment. The medians of the repeats' ratios, with their quartiles, are printed and written to docs/speed.md.
 
-- training: this package's trainer as a user runs it (rows and progress on, pictures and checkpoints off), as it comes
-  and compiled; PyTorch's example-style loop; a good in-memory PyTorch loop; JAX with the whole turn in one program,
-  where jax is installed; and the matrix products of a step alone
+- training: this package's trainer as a user runs it (metrics and progress on, pictures and checkpoints off), not
+  compiled and compiled; PyTorch's example-style loop; a good in-memory PyTorch loop; JAX with the whole turn in one
+  program, if jax is installed; and the matrix products of a step alone
 - evaluation: passes over the test images
-- start: from the command to the first step, beside six lines that import the same and make one Adam step
+- start: from the command to the first step, against six lines that import the same and take one Adam step
 - scale: training sets of 10^4, 10^5 and 10^6 embedded digits
 - cadence: whole epochs with pictures, validation, checkpoints and W&B at their default cadence, and with them off
 
-DATA_ROOT holds MNIST; without it the embedded digits are taken.
+DATA_ROOT contains MNIST; without it the embedded digits are used.
 """
 
 import argparse
@@ -62,7 +61,7 @@ optimizer.step(); print("the first step is done", flush=True)
 
 
 class Group:
-    """A contestant: one process or more, waiting for their turns."""
+    """A contestant: one or more processes that wait for their turn."""
 
     def __init__(self, name: str, settings: Sequence[str], processes: int = 1, wait: bool = True) -> None:
         with socket.socket() as probe:
@@ -100,7 +99,7 @@ class Group:
             member.wait()
 
     def turn(self, steps: int) -> dict[str, float]:
-        """Seconds of the slowest process, the loss of all, and the memory of all, MiB."""
+        """Seconds of the slowest process, mean loss, and total memory in MiB."""
         self.begin(steps)
         return self.finish()
 
@@ -131,7 +130,7 @@ Turns = dict[str, list[dict[str, float]]]
 def take_turns(
     contestants: Mapping[str, tuple[str, Sequence[str]]], steps: int, repeats: int, processes: int = 1
 ) -> Turns:
-    """Each contestant's turns, interleaved; one that is not counted goes before."""
+    """Each contestant's turns, interleaved, after one warm-up turn."""
     with ExitStack() as alive:
         groups = {
             name: alive.enter_context(Group(loop, settings, processes))
@@ -147,14 +146,14 @@ def take_turns(
 
 
 def ratio(turns: Turns, ours: str, theirs: str) -> str:
-    """How many times as fast `ours` is: the median and the quartiles of the repeats."""
+    """Speed of `ours` as a multiple of `theirs`: the median and the quartiles of the repeats."""
     values = [b["seconds"] / a["seconds"] for a, b in zip(turns[ours], turns[theirs], strict=True)]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def median(turns: Turns, name: str, figure: str = "seconds") -> float:
-    return statistics.median(turn[figure] for turn in turns[name])
+def median(turns: Turns, name: str) -> float:
+    return statistics.median(turn["seconds"] for turn in turns[name])
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -217,13 +216,13 @@ def training(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
     head = list(cells)
     return [
         "## Training", "",
-        "The tutorial's network (784-400-20), Adam at 1e-3. Over two processes the in-memory loop is under",
+        "The tutorial's network (784-400-20), Adam at 1e-3. On two processes the in-memory loop uses",
         "DistributedDataParallel.", "",
         *markdown(["images per second", *head], rates),
         *markdown(["times as fast, median (quartiles)", *head], ratios),
-        "That the same work was done: the mean loss of each loop's last turn, nats per image, after as many steps.", "",
+        "A check of equal work: the mean loss of each loop's last turn after equally many steps, nats per image.", "",
         *markdown(["loss", *head], losses),
-        *markdown(["most memory held, MiB", *head], memory),
+        *markdown(["peak memory, MiB", *head], memory),
     ]  # fmt: skip
 
 
@@ -242,7 +241,7 @@ def evaluation(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
 
 
 def seconds_until(command: Sequence[str], mark: str) -> float:
-    """From the command to the line that holds `mark`."""
+    """Seconds from the command to the line that contains `mark`."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -252,7 +251,7 @@ def seconds_until(command: Sequence[str], mark: str) -> float:
             process.kill()
             process.wait()
             return seconds
-    raise SystemExit(f"it ended before it said {mark!r}: {' '.join(command)}")
+    raise SystemExit(f"the command ended without printing {mark!r}: {' '.join(command)}")
 
 
 def start(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
@@ -265,13 +264,14 @@ def start(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
         for name, command in ("six lines", [*launch, str(script)]), ("ours", [*train, f"name=start_{number}"]):
             turns[name].append({"seconds": seconds_until(command, "the first step is done")})
     turns = {name: values[1:] for name, values in turns.items()}  # the first ones read the disk
-    share = [a["seconds"] / b["seconds"] for a, b in zip(turns["ours"], turns["six lines"], strict=True)]
+    pairs = zip(turns["ours"], turns["six lines"], strict=True)
+    middle = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
     rows = [[name, f"{median(turns, name):.2f}"] for name in turns]
     return [
         "## Start", "",
-        "From `accelerate launch` to the first optimizer step, data read and W&B offline, beside six lines that import",
-        "the same and make one Adam step.", "",
-        *markdown(["seconds", "one process"], [*rows, ["ours / six lines, median", f"{statistics.median(share):.2f}"]]),
+        "From `accelerate launch` to the first optimizer step, data read and W&B offline, against six lines that",
+        "import the same and take one Adam step.", "",
+        *markdown(["seconds", "one process"], [*rows, ["ours / six lines, median", f"{middle:.2f}"]]),
     ]  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def scale(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
     rows = []
     for images in (10**4, 10**5, 10**6):
         settings = [*shared, f"data.synthetic_images={images}"]
-        with Group("ours", [*settings, f"name=draw_{images}"]) as group:  # they are drawn once, and kept
+        with Group("ours", [*settings, f"name=draw_{images}"]) as group:  # drawn once, then cached
             drawn = group.seconds_to_get_ready
         with Group("ours", [*settings, f"name=again_{images}"]) as group:
             group.turn(STEPS[1024])
@@ -296,7 +296,7 @@ def scale(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
             ready, memory = group.seconds_to_get_ready, turns[-1]["memory"]
             rows.append([f"{images:,}", f"{drawn:.1f}", f"{ready:.1f}", f"{memory:.0f}", f"{rate:.0f}"])
         print(rows[-1], flush=True)
-    head = ["training images", "ready, drawn first, s", "ready, s", "most memory held, MiB", "images per second"]
+    head = ["training images", "s to load, digits drawn first", "s to load", "peak memory, MiB", "images per second"]
     return ["## Scale", "", "Embedded digits, batches of 1024.", "", *markdown(head, rows)]
 
 
@@ -315,14 +315,14 @@ def cadence(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
             "off": ("ours", [*shared, *QUIET, f"name=off_{held_out}"]),
         }
         turns = take_turns(contestants, (60_000 - held_out) // 128, repeats)
-        share = [a["seconds"] / b["seconds"] for a, b in zip(turns["on"], turns["off"], strict=True)]
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(turns["on"], turns["off"], strict=True)]
         seconds = [f"{median(turns, name):.3f}" for name in ("on", "off")]
-        rows.append([title, *seconds, f"{statistics.median(share):.3f}"])
+        rows.append([title, *seconds, f"{statistics.median(ratios):.3f}"])
         print(rows[-1], flush=True)
     return [
         "## Cadence", "",
-        "Seconds of an epoch in batches of 128, with what happens once an epoch and without it.", "",
-        *markdown(["once an epoch", "with", "without", "with / without, median"], rows),
+        "Seconds per epoch in batches of 128, with and without what happens once per epoch.", "",
+        *markdown(["once per epoch", "with", "without", "with / without, median"], rows),
     ]  # fmt: skip
 
 
@@ -351,8 +351,9 @@ if __name__ == "__main__":
         base = [f"data.root={data_root}", f"data.name={name}", "data.validation_images=0", "model.latent_dim=20"]
         text = [
             "# Speed", "",
-            "Written by `make bench`; `tests/benchmarks/speed.py` says how it measures. Loops take turns, a ratio",
-            "compares turns of the same moment, and medians are given: on a shared machine the rates move.", "",
+            "This page has the whole tables behind the summary in [performance.md](performance.md). `make bench`",
+            "writes it; `tests/benchmarks/speed.py` describes the method. Loops take turns, a ratio compares turns of",
+            "the same moment, and the numbers are medians, because rates vary on a shared machine.", "",
             f"Machine: {machine()}. Data: {name}. {given.repeats} repeats.", "",
         ]  # fmt: skip
         for part in given.only:
