@@ -1,6 +1,7 @@
-"""What the README promises is there: its tests, files, commands and keys."""
+"""README.md and docs/ name only what exists: tests, files, commands, options, links."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,14 +12,50 @@ README = (REPOSITORY / "README.md").read_text()
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))
 }
+MOST_WORDS = 1400
+SECTIONS = "data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample"
+SUFFIXES = {"py", "safetensors"}  # train.py and model.safetensors are no options
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/promises.md"])
-def test_every_test_that_backs_a_promise_exists(page: str) -> None:
+def code(page: str) -> str:
+    """The page's code blocks and code spans, one a line."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    return "\n".join([*blocks, *re.findall(r"`([^`]+)`", prose)])
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def python_files(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.split()) <= MOST_WORDS
+
+
+def test_the_readme_links_to_every_page() -> None:
+    assert {page for page in PAGES if f"]({page})" in README} == PAGES.keys() - {"README.md"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_named_test_exists(page: str) -> None:
     sources = "".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", PAGES[page]))
-    assert len(named) > 5
     assert not {name for name in named if f"def {name}(" not in sources}
+
+
+def test_every_promise_and_every_fault_has_a_test() -> None:
+    for title in "## Exactness", "## Every fault and its test":
+        section = re.split(r"\n##+ (?:Where|Ends)", PAGES["docs/promises.md"].partition(f"\n{title}\n")[2])[0]
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        claims = [row for row in rows if not re.match(r"\| (?:---|promise|fault) \|", row)]
+        assert len(claims) > 20
+        assert not [row for row in claims if not re.search(r"`(?:tests/)?test_\w+", row)]
 
 
 def test_the_map_names_every_folder_and_module_of_the_package_and_no_other() -> None:
@@ -29,20 +66,35 @@ def test_the_map_names_every_folder_and_module_of_the_package_and_no_other() -> 
     assert set(re.findall(r"^  (\w+)/", listed, re.MULTILINE)) == folders
 
 
-def test_every_make_command_is_a_target() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+def test_names_to_change_are_where_the_readme_says() -> None:
+    table = README.partition("| to change | open |\n")[2].partition("\n\n")[0]
+    for path, rest in re.findall(r"`(vae_dist/[^`]*)`(.*)", table):
+        source = "".join(file.read_text() for file in python_files(REPOSITORY / path))
+        for name in re.findall(r"`([A-Z_]+)`", rest):
+            assert re.search(rf"^{name}\b.* = ", source, re.MULTILINE), (path, name)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_key_and_every_link_leads_somewhere(page: str) -> None:
+def test_every_make_command_is_a_target(page: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", code(page))) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_exists(page: str) -> None:
     keys = {option.key for option in config.options()}
-    for key in re.findall(
-        r"\b((?:data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample)\.\w+)=", PAGES[page]
-    ):
-        assert key in keys
-    for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
-        if not link.startswith("https://"):
-            assert (REPOSITORY / page).parent.joinpath(link).exists(), link
-    for path in re.findall(r"\b((?:configs|launch|docs)/[\w/]+\.(?:yaml|sh|md|png))", PAGES[page]):
+    named = re.findall(rf"(?<![\w/.])((?:{SECTIONS})\.(\w+))", code(page))
+    assert not {key for key, name in named if name not in SUFFIXES and key not in keys}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_every_path_leads_somewhere(page: str) -> None:
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        target = (REPOSITORY / page).parent.joinpath(link) if link else REPOSITORY / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), (link, anchor)
+    folders = "configs|docs|launch|tests|vae_dist"
+    for path in re.findall(rf"(?<![\w/])(?:{folders})/[\w/.]*\w(?:\.\w+)?", PAGES[page]):
         assert (REPOSITORY / path).exists(), path
