@@ -81,7 +81,7 @@ def ours(config: Config) -> None:
             super().__call__(pixels, noise, moving)
             self.sums = self.sums + (self.tally[0] - before)
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # each of them has a share of the sum
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # each has summed over its shard
     loop.Update = Paced  # type: ignore[attr-defined]
     loop.train(config)
 
@@ -105,13 +105,13 @@ def memory(config: Config, *, compiled: bool = False) -> None:
     if size > 1:
         network = DistributedDataParallel(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.optim.learning_rate, fused=True)
-    share = config.train.batch_size // size
+    shard_size = config.train.batch_size // size
     low = torch.bfloat16 if config.train.precision == "bf16" else None
 
     def batches() -> Iterator[torch.Tensor]:
         while True:
             order = torch.randperm(len(pixels), device=device)
-            yield from order[: len(order) // share * share].split(share)
+            yield from order[: len(order) // shard_size * shard_size].split(shard_size)
 
     indices = batches()
 
@@ -121,7 +121,7 @@ def memory(config: Config, *, compiled: bool = False) -> None:
         logits, mean, log_variance = logits.float(), mean.float(), log_variance.float()
         reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
-        return (reconstruction + kl) / share
+        return (reconstruction + kl) / shard_size
 
     if compiled:
         loss_of = torch.compile(loss_of)
@@ -271,11 +271,14 @@ def jax(config: Config) -> None:
 
     compiled = jax.jit(turn, static_argnums=2, donate_argnums=0)
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    held: dict[str, Any] = {"state": (weights, zeros, jax.tree.map(jnp.zeros_like, weights), jnp.float32(0)), "turn": 0}
+    carry: dict[str, Any] = {
+        "state": (weights, zeros, jax.tree.map(jnp.zeros_like, weights), jnp.float32(0)),
+        "turn": 0,
+    }
 
     def loop(steps: int) -> float:
-        held["turn"] += 1
-        held["state"], losses = compiled(held["state"], jax.random.PRNGKey(held["turn"]), steps)
+        carry["turn"] += 1
+        carry["state"], losses = compiled(carry["state"], jax.random.PRNGKey(carry["turn"]), steps)
         return float(losses.mean())
 
     serve(loop)

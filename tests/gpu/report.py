@@ -1,10 +1,10 @@
-"""Everything that a machine with one GPU can show: first that the program is right there, then how fast it is.
+"""Test and measure the trainer on a machine with one GPU: first that it is correct, then how fast it is.
 
     python tests/gpu/report.py [DATA_ROOT] [--output FOLDER] [--only PART ...]
 
-Parts are processes of their own; each has its time limit, and the others go on when one fails. The whole is meant
-to take five minutes. FOLDER gets gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest run.
-DATA_ROOT holds MNIST; without it the embedded digits are taken. Exit code 1 where a part has failed.
+Each part is a process of its own with a time limit; if one fails, the others continue. The whole should take five
+minutes. FOLDER gets gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest run. DATA_ROOT contains
+MNIST; without it the embedded digits are used. The exit code is 1 if a part has failed.
 """
 
 import argparse
@@ -142,11 +142,12 @@ def page(found: dict[str, Any]) -> str:
     about = found["machine"]
     text = [
         "# On a GPU", "",
-        "Written by `make gpu`; `tests/gpu/report.py` says what it does. One process on one card.", "",
+        "Read this page before you rely on exact results or on a speed on a GPU. `make gpu` writes it;",
+        "`tests/gpu/report.py` describes the method. One process on one card.", "",
         f"{about['date']}: {about['gpu']}, {about['cpu']}, torch {about['torch']}, Python {about['python']}. "
         f"Data: {found['data']}. {found['seconds']:.0f} s in all.", "",
         "## Tests", "",
-        "Warnings are errors in them.", "",
+        "In these tests, warnings are errors.", "",
     ]  # fmt: skip
     rows = [
         [name, part.get("said", part.get("error", "")), f"{part.get('seconds', '')}"]
@@ -178,8 +179,8 @@ def speeds(rates: dict[int, dict[str, float | None]]) -> list[str]:
     head = [f"{size}, {precision}" for size, precision in columns]
     return [
         "## Speed", "",
-        "The tutorial's network (784-400-20), millions of images per second, medians of turns that loops take in",
-        "processes of their own. This package writes its rows of metrics meanwhile; the others write nothing.",
+        "The tutorial's network (784-400-20), millions of images per second. Loops take turns in processes of their",
+        "own; the numbers are medians. This package also writes its metrics in its turns; the others write nothing.",
         "JAX's default precision for float32 on such a card is TF32.", "",
         *markdown(
             ["", *head], [[title, *(cell(loop, *column) for column in columns)] for loop, title in titles.items()]
@@ -212,7 +213,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "data": name, "tests": {}, "speed": {}, "seconds": 0.0}
 
     def note(kind: str, part: str | int | None, outcome: dict[str, Any]) -> None:
-        """Keep what there is so far: a machine can be taken away."""
+        """Write the results so far: the machine may be lost."""
         found.setdefault(kind, {}).update(outcome if part is None else {part: outcome})
         found["seconds"] = time.monotonic() - began
         (folder / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
