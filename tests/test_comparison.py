@@ -26,7 +26,7 @@ from vae_dist.config import DataConfig, Study
 from vae_dist.data import datasets
 from vae_dist.data.datasets import Images
 from vae_dist.errors import StoppedError, UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports import comparison
 from vae_dist.reports.comparison import compare, curves, labels, reconstructions, study
 from vae_dist.runs import checkpoint

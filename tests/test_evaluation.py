@@ -15,7 +15,8 @@ from vae_dist import config
 from vae_dist.data import datasets
 from vae_dist.distributed import runtime
 from vae_dist.errors import UserError
-from vae_dist.evaluation.metrics import encode, evaluate, negative_log_likelihood, score
+from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
 from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Gaussian
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import REPOSITORY, MakeConfig, opened
 from vae_dist import config, files
 from vae_dist.errors import RunError, UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import advice, append, make_folder
 from vae_dist.reports.comparison import compare, study
 from vae_dist.reports.page import report

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.make_fixtures import SETTINGS, STUDY
 from tests.test_distributed import torchrun
 from vae_dist import config
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.comparison import study
 from vae_dist.reports.page import report
 from vae_dist.runs import checkpoint

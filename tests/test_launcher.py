@@ -16,7 +16,7 @@ from tests.test_mnist import unused_port
 from vae_dist import config
 from vae_dist.distributed import launcher, runtime
 from vae_dist.errors import UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.comparison import compare, study
 from vae_dist.reports.page import report
 from vae_dist.training.loop import train

@@ -8,7 +8,7 @@ import pytest
 from tests.test_mnist import REAL_MNIST
 from vae_dist import config
 from vae_dist.config import Precision
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.training.loop import train
 
 SEEDS = (0, 1, 2)

@@ -28,7 +28,7 @@ from tests.conftest import REPOSITORY, opened
 from vae_dist import config
 from vae_dist.data import datasets
 from vae_dist.errors import UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.reports import markup, plane
 from vae_dist.reports.markup import Curve, figure

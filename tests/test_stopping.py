@@ -19,7 +19,7 @@ from vae_dist.config import Config
 from vae_dist.distributed.stopping import SIGNALS, StopRequests
 from vae_dist.errors import StoppedError
 from vae_dist.evaluation import metrics
-from vae_dist.evaluation.metrics import Scores
+from vae_dist.objectives import ElboTerms
 from vae_dist.runs import checkpoint
 from vae_dist.training import loop, milestones
 from vae_dist.training.loop import train
@@ -74,11 +74,11 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_as_if_nothi
     assert timeless(run_dir) == timeless(whole)
 
 
-def interrupted(score: Callable[..., Scores], call: int) -> Callable[..., Scores]:
+def interrupted(score: Callable[..., ElboTerms], call: int) -> Callable[..., ElboTerms]:
     """`score`, with a signal to this process as it is called for this time."""
     calls = count(1)
 
-    def with_signal(*arguments: Any) -> Scores:
+    def with_signal(*arguments: Any) -> ElboTerms:
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)

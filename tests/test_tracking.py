@@ -34,7 +34,7 @@ from tests.wandb_server import Fault, Run, WandbServer
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.runs import checkpoint, console, tracking
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.tracking import Tracker

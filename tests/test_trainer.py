@@ -15,7 +15,7 @@ from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.distributed import runtime
 from vae_dist.errors import RunError, UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.plan import Plan
 from vae_dist.runs import checkpoint, picture, tracking

@@ -35,8 +35,8 @@ from vae_dist.data.datasets import Images
 from vae_dist.distributed import runtime, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
-from vae_dist.evaluation.metrics import evaluate
-from vae_dist.objectives import schedule
+from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.objectives import ElboTerms, schedule
 from vae_dist.plan import Plan
 from vae_dist.runs import console
 from vae_dist.runs.start import settle
@@ -124,7 +124,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch) -> None:
 def ask_to_stop_in_validation(patch: pytest.MonkeyPatch) -> None:
     score = metrics.score
 
-    def with_signal(*arguments: Any) -> metrics.Scores:
+    def with_signal(*arguments: Any) -> ElboTerms:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
         return score(*arguments)

@@ -23,7 +23,7 @@ def main() -> None:
         console.say(config.help_text(__doc__ or "", config.READER_KEYS))
         return
     run, arguments = config.split_run(sys.argv[1:])
-    from vae_dist.evaluation.metrics import (
+    from vae_dist.evaluation.evaluate import (
         evaluate,  # after the arguments are known to be good: torch takes seconds to import
     )
 

@@ -27,6 +27,16 @@ class ElboTerms(NamedTuple):
         """`(B,)`. The reported bound: beta is 1 whatever the training loss weighs the KL with."""
         return self.reconstruction + self.kl
 
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The means over the images, by name; nothing for no images."""
+        if len(self.kl) == 0:
+            return {}
+        return {
+            f"{prefix}/negative_elbo": self.negative_elbo.mean().item(),
+            f"{prefix}/reconstruction": self.reconstruction.mean().item(),
+            f"{prefix}/kl": self.kl.mean().item(),
+        }
+
 
 def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
     """The ELBO terms of images `(B, C, H, W)`, in float32 at least (Kingma and Welling 2013, equation 10)."""

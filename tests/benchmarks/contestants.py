@@ -297,7 +297,7 @@ def ours_evaluate(config: Config) -> None:
 
         def loop(steps: int) -> float:
             for _ in range(steps):
-                figures = metrics.score(vae, pixels, world, config).figures("test")
+                figures = metrics.score(vae, pixels, world, config).metrics("test")
             return figures["test/negative_elbo"]
 
         serve(loop)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.gpu.conftest import Train
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.plan import Stream, bits, standard_normals
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.page import report

@@ -6,8 +6,10 @@ Shapes: B batch, L latents, C, H, W image.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from vae_dist.data.datasets import to_unit
 from vae_dist.models.distributions import DiagonalGaussian, Likelihood
 
 
@@ -34,6 +36,18 @@ class VAE(nn.Module):
         self.decoder = decoder
         self.likelihood = likelihood
         self.latent_dim = latent_dim
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def to_input(self, pixels: Tensor) -> Tensor:
+        """Images in [0, 1] of uint8 pixels on any device, on this model's device and in its type."""
+        return to_unit(pixels.to(self.device), self.dtype)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The posterior of images `(B, C, H, W)` in [0, 1]."""

@@ -21,7 +21,7 @@ from vae_dist.data import datasets
 from vae_dist.data.datasets import Images
 from vae_dist.distributed import runtime
 from vae_dist.errors import StoppedError, UserError
-from vae_dist.evaluation.metrics import evaluate
+from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.models import check_names
 from vae_dist.runs import checkpoint, console, manifest
@@ -157,7 +157,7 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
         for label, run in runs:
             vae = checkpoint.load_vae(run.folder, run.config, device)
             with torch.inference_mode():
-                batch = originals.to(device, next(vae.parameters()).dtype)
+                batch = originals.to(vae.device, vae.dtype)
                 rows.append(vae.decode(vae.encode(batch).mean).mean.float().cpu())
             names.append(label)
     columns = min(map(len, rows))

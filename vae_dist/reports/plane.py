@@ -53,19 +53,17 @@ def look(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
 
 def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor, str | None]:
     """The posteriors and labels of the first test images; none of them, and why, where the test set can't be had."""
-    parameter = next(vae.parameters())
     try:
         pixels, labels = (part[:HELD_OUT] for part in datasets.load_test(config.data))
     except UserError as error:
         nothing = torch.empty(0, vae.latent_dim)
         return DiagonalGaussian(nothing, nothing), torch.empty(0, dtype=torch.int64), str(error)
     with torch.inference_mode():
-        return vae.encode(datasets.to_unit(pixels.to(parameter.device), parameter.dtype)), labels, None
+        return vae.encode(vae.to_input(pixels)), labels, None
 
 
 def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image.Image, tuple[int, int], int, int]:
     """The means of p(x|z) over the plane as one picture, the size of a cell, and the numbers of columns and rows."""
-    parameter = next(vae.parameters())
     channels, *sizes = image_shape
     height, width = (max(size * min(CELL_SIDE, max(sizes)) // max(sizes), 1) for size in sizes)
     columns = min(SIDE, (SPRITE_SIDE // max(height, width) - 1) // 2 * 2 + 1)
@@ -76,7 +74,7 @@ def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image
         codes[:, latents[1:]] = value
         codes[:, latents[0]] = values
         with torch.inference_mode():
-            means = vae.decode(codes.to(parameter.device, parameter.dtype)).mean.float().cpu()
+            means = vae.decode(codes.to(vae.device, vae.dtype)).mean.float().cpu()
         cells = F.adaptive_avg_pool2d(means, (height, width)) if [height, width] != sizes else means
         strips.append(cells.permute(2, 0, 3, 1).reshape(height, columns * width, channels))
     pixels = torch.cat(strips).mul(255).round().to(torch.uint8).numpy()

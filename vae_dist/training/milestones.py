@@ -100,7 +100,7 @@ class Milestones:
         self._validation_pending = True  # until it is through
         with self._meter.paused():
             scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.glance)
-            figures = scores.figures("validation")
+            figures = scores.metrics("validation")
             found = figures.get("validation/negative_elbo", math.nan)
             improved = math.isfinite(found) and (self._best is None or found < self._best.negative_elbo)
             if improved:

@@ -1,0 +1,120 @@
+"""An evaluation from a checkpoint on disk to its metrics in files, in the log and on the screen."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vae_dist.config import Config
+from vae_dist.data import datasets
+from vae_dist.distributed import runtime
+from vae_dist.errors import UserError
+from vae_dist.evaluation import protocol
+from vae_dist.evaluation.metrics import measure
+from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
+from vae_dist.runs import checkpoint, console, tracking
+from vae_dist.runs.console import Figure
+from vae_dist.views import pictures
+
+logger = logging.getLogger(__name__)
+
+_LOGGED = (
+    "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
+    "mean_squared_error", "active_units",
+)  # fmt: skip
+
+
+def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint, or the checkpoint that `run` is; the newest run by default.
+
+    Returns the content of `evaluation.json`. Raises UserError if there is no checkpoint or no data, or if a metric is
+    not finite. Every process calls this.
+    """
+    with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
+        console.start(world)
+        folder, config, step, output, live = world.on_main(lambda: opened)
+        world.on_main(lambda: tracking.check_online(config.tracking))
+        world.on_main(lambda: make_folder(output / "evaluations", ELSEWHERE))
+        vae = checkpoint.load_vae(folder, config, world.device)
+        pixels = world.main_first(lambda: _pixels(config))
+        warning = protocol.comparison_warning(config)
+        result = {
+            "run": config.name,
+            "dataset": config.data.name,
+            "split": config.evaluate.split,
+            "binarize": config.data.binarize,
+            "likelihood": config.objective.reconstruction,
+            "images": len(pixels),
+            "step": step,
+            **measure(vae, pixels, world, config),
+            "comparable": warning is None,
+            "warning": warning,
+            "protocol": protocol.describe(config, pixels, world),
+        }
+        subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
+        tracked = tracking.for_reading(config, folder, arguments)
+
+        def keep() -> None:
+            with tracking.track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
+                tracker.scalars(step, _record(result))
+                tracker.pictures(step, lambda: {config.evaluate.split: pictures.reconstructions(vae, pixels, subject)})
+                _write(output, result)
+
+        try:
+            world.on_main(keep)
+        finally:  # also if writing fails: the metrics may have taken hours
+            if world.is_main:
+                _show(result)
+        if world.is_main:
+            logger.info("written to %s", output / "evaluation.json")
+    return result
+
+
+def _pixels(config: Config) -> Tensor:
+    """Return the images to evaluate on, `(N, C, H, W)` uint8."""
+    if config.evaluate.split == "test":
+        return datasets.load_test(config.data).pixels
+    pixels = datasets.load_training(config.data)[1].pixels
+    if len(pixels) == 0:
+        raise UserError("this run has no validation images (data.validation_images=0); use evaluate.split=test")
+    return pixels
+
+
+def _record(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics as a record of the metrics file."""
+    return {f"{result['split']}/{name}": result[name] for name in _LOGGED if result[name] is not None}
+
+
+def _write(output: Path, result: Mapping[str, Any]) -> None:
+    """Write the metrics under a name of their own, and as the run's latest."""
+    samples = f"_k{result['importance_samples']}" if result["importance_samples"] else ""
+    kept = output / "evaluations" / f"step_{result['step']:08d}_{result['split']}{samples}.json"
+    content = (json.dumps(result, indent=2) + "\n").encode()
+    with writing(output, ELSEWHERE):
+        write_together({kept: content, output / "evaluation.json": content})
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    """Print the metrics with standard errors, then the protocol and any warning."""
+    conditions, errors, samples = result["protocol"], result["standard_errors"], result["importance_samples"]
+    rows = {
+        "negative_log_likelihood": ("negative log-likelihood", f"nats, at most; {samples} samples"),
+        "negative_elbo": ("negative ELBO", "nats"),
+        "reconstruction": ("  reconstruction", "nats, the distortion"),
+        "kl": ("  KL", "nats, the rate"),
+        "bits_per_dimension": ("bits per dimension", f"from the {'log-likelihood' if samples else 'ELBO'}"),
+        "mean_squared_error": ("mean squared error", "per pixel"),
+        "active_units": ("active units", f"of {len(result['kl_per_latent'])} latents"),
+    }
+    console.figures(
+        f"{result['run']}, step {result['step']}: {result['images']} {result['split']} images of {result['dataset']}",
+        [Figure(name, result[key], errors.get(key), remark) for key, (name, remark) in rows.items()],
+        "mean over the images ± its standard error\n"
+        f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood\n"
+        f"ELBO of 1 posterior sample; noise seed {conditions['noise_seed']}; {conditions['precision']} on "
+        f"{conditions['device']}, threads: {conditions['threads']}",
+        result["warning"],
+    )
