@@ -28,7 +28,7 @@ from vae_dist.training.gradients import Gradients
 from vae_dist.training.meter import Meter
 from vae_dist.training.update import Update
 from vae_dist.views import pictures
-from vae_dist.views.latents import Trained
+from vae_dist.views.latents import TrainedVAE
 
 CARD = torch.device("cuda", 0)
 COUNT = 700
@@ -106,7 +106,7 @@ def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeyp
 
 def test_evaluations_and_views_compute_on_the_card_and_gather_on_the_host(vae: VAE, card: World) -> None:
     settings = asked("evaluate.importance_samples=3")
-    trained = Trained(vae, settings, card)
+    trained = TrainedVAE(vae, settings, card)
     encodings = metrics.encode(vae, pixels(), card, settings)
     found = [
         *metrics.score(vae, pixels(), card, settings),

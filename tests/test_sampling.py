@@ -21,8 +21,9 @@ from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.runs import checkpoint, console
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
-from vae_dist.views.latents import Trained, principal_components
-from vae_dist.views.sampling import KINDS, sample
+from vae_dist.views.kinds import KINDS
+from vae_dist.views.latents import TrainedVAE, principal_components
+from vae_dist.views.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_im
 def test_every_training_image_has_one_draw_that_repeats_itself(run_dir: Path) -> None:
     looked = opened(run_dir, ["evaluate.batch_size=64"])
     with runtime.join(looked.config) as world:
-        trained = Trained(checkpoint.load_vae(looked.folder, looked.config, world.device), looked.config, world)
+        trained = TrainedVAE(checkpoint.load_vae(looked.folder, looked.config, world.device), looked.config, world)
         draws = trained.training_draws()
         assert torch.equal(trained.training_draws(), draws)
     assert draws.shape == (1000, 8)
@@ -249,7 +250,7 @@ def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path
         assert torch.equal(found["labels"], datasets.load_test(opened(run).config.data).labels)
     expected = principal_components(found["latents"], 2)
     torch.testing.assert_close(found["points"], expected.coordinates)  # this process may have more threads
-    torch.testing.assert_close(found["variance_shares"], expected.shares)
+    torch.testing.assert_close(found["variance_shares"], expected.variance_ratios)
 
 
 def test_principal_components_are_those_of_numpys_svd() -> None:
@@ -261,7 +262,7 @@ def test_principal_components_are_those_of_numpys_svd() -> None:
     signs = np.sign((found.directions.numpy() * directions[:3]).sum(1, keepdims=True))
     np.testing.assert_allclose(found.directions, signs * directions[:3], atol=1e-12)
     np.testing.assert_allclose(found.coordinates, centred @ (signs * directions[:3]).T, atol=1e-10)
-    np.testing.assert_allclose(found.shares, (spreads**2 / (spreads**2).sum())[:3])
+    np.testing.assert_allclose(found.variance_ratios, (spreads**2 / (spreads**2).sum())[:3])
     assert found.directions.gather(1, found.directions.abs().argmax(1, keepdim=True)).min() > 0
 
 
@@ -278,8 +279,8 @@ REFUSALS = {
     "sample.kind=reconstruction sample.images=[-1]": "must be at least 0",
     "sample.kind=interpolation sample.images=[1,2,3]": "interpolation needs pairs of test images, not 3",
     "sample.kind=interpolation sample.steps=1": "must be at least 2",
-    "sample.kind=scatter sample.count=10": "sample.count means nothing to sample.kind=scatter; it is for prior",
-    "sample.images=[1,2]": "sample.images means nothing to sample.kind=prior; it is for neighbours, interpolation",
+    "sample.kind=scatter sample.count=10": "sample.count does not apply to sample.kind=scatter; it is for prior",
+    "sample.images=[1,2]": "sample.images does not apply to sample.kind=prior; it is for neighbours, interpolation",
     "sample.sampler=mixture sample.mixture_components=1001": "is more than the 1000 training images",
 }
 

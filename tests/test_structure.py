@@ -19,7 +19,7 @@ LIBRARIES = {
     "wandb": ["runs"],
     "omegaconf": ["config"],
     "torchvision": ["data/mnist.py"],
-    "matplotlib": ["views/plots.py"],
+    "matplotlib": ["views/canvas.py", "views/plots.py"],
 }
 
 

@@ -13,7 +13,8 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.plan import Stream, bits, standard_normals
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.page import report
-from vae_dist.views.sampling import KINDS, sample
+from vae_dist.views.kinds import KINDS
+from vae_dist.views.sampling import sample
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)

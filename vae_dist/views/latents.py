@@ -1,6 +1,6 @@
-"""From images to latents and back with a trained VAE, bitwise the same on any number of processes.
+"""Encode images and decode latents with a trained VAE, bitwise the same on any number of processes.
 
-Images and latents are cut into fixed blocks, dealt to the processes, and gathered in order. Every process calls these.
+Images and latents are cut into fixed chunks, dealt to the processes, and gathered in order. Every process calls these.
 Shapes: N images, L latents, K components, C, H, W image.
 """
 
@@ -28,8 +28,8 @@ DYNAMIC_STEP = 2  # of the fixed binarisation: 0 is the validation images', 1 th
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained VAE, the data that it can be shown, and the processes that compute."""
+class TrainedVAE:
+    """A trained VAE with its data sets, and the processes that compute."""
 
     vae: VAE
     config: Config
@@ -37,12 +37,12 @@ class Trained:
 
     @cached_property
     def test(self) -> Images:
-        """The test images. Raises UserError where they can't be had."""
+        """The test images. Raises UserError if they can't be loaded."""
         return self.world.main_first(lambda: datasets.load_test(self.config.data))
 
     @cached_property
     def posterior(self) -> DiagonalGaussian:
-        """The posteriors of all test images, `(N, L)` each."""
+        """The posteriors of all test images: mean and log-variance `(N, L)`."""
         return self.encode(self.test.pixels)
 
     @cached_property
@@ -50,82 +50,84 @@ class Trained:
         """Each latent's KL from the prior, averaged over the test images: `(L,)` float64, nats."""
         return self.posterior.kl().double().mean(0)
 
+    @property
+    def by_kl(self) -> Tensor:
+        """The latents by falling KL: `(L,)` int64."""
+        return self.kl.argsort(descending=True, stable=True)
+
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        """The posteriors of images `(N, C, H, W)` uint8."""
+        """Return the posteriors of images `(N, C, H, W)` uint8."""
 
-        def parameters(block: range) -> Tensor:
-            return torch.cat(self._posterior(pixels[block.start : block.stop]), dim=1)
+        def parameters(chunk: range) -> Tensor:
+            return torch.cat(self.vae.encode(self.vae.to_input(pixels[chunk.start : chunk.stop])), dim=1)
 
-        return DiagonalGaussian(*self.in_blocks("encoding", len(pixels), parameters).chunk(2, dim=1))
+        return DiagonalGaussian(*self.in_chunks("encoding", len(pixels), parameters).chunk(2, dim=1))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1]."""
-        parameter = next(self.vae.parameters())
+        """Return the means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1]."""
 
-        def means(block: range) -> Tensor:
-            chosen = latents[block.start : block.stop].to(parameter.device, parameter.dtype)
-            return self.vae.decode(chosen).mean.float()
+        def means(chunk: range) -> Tensor:
+            part = latents[chunk.start : chunk.stop].to(self.vae.device, self.vae.dtype)
+            return self.vae.decode(part).mean.float()
 
-        return self.in_blocks("decoding", len(latents), means)
+        return self.in_chunks("decoding", len(latents), means)
 
     def training_draws(self) -> Tensor:
-        """One draw from the posterior of each training image, the same in every run: `(N, L)`.
+        """Draw once from the posterior of each training image, the same in every run: `(N, L)`.
 
-        Together they are draws from the aggregate posterior, which is what the decoder has learned to decode. The
-        posteriors' means alone are not: where a latent tells little, they all lie near 0.
+        Together they are a sample of the aggregate posterior, which the decoder has learned to decode. The posterior
+        means are not: those of a latent that carries little information all lie near 0.
         """
         training, _ = self.world.main_first(lambda: datasets.load_training(self.config.data))
 
-        def draws(block: range) -> Tensor:
-            pixels = training.pixels[block.start : block.stop]
+        def draws(chunk: range) -> Tensor:
+            pixels = training.pixels[chunk.start : chunk.stop]
             if self.config.data.binarize == "dynamic":
-                pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, block)
-            noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, block, self.vae.latent_dim)
-            posterior = self._posterior(pixels)
+                pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, chunk)
+            noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, chunk, self.vae.latent_dim)
+            posterior = self.vae.encode(self.vae.to_input(pixels))
             return posterior.sample(noise.to(posterior.mean.device, posterior.mean.dtype))
 
-        return self.in_blocks("encoding the training images", len(training.labels), draws)
+        return self.in_chunks("encoding the training images", len(training.labels), draws)
 
     def fit_mixture(self, components: int) -> Mixture:
-        """The mixture of `components` Gaussians that fits the training images' posteriors."""
+        """Fit a mixture of `components` Gaussians to the training images' posteriors."""
         points = self.training_draws()
         if components > len(points):
             raise UserError(f"sample.mixture_components={components} is more than the {len(points)} training images")
 
         def fit() -> Mixture:
-            with console.progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as progress:
-                return mixture.fit(points, components, progress).mixture
+            with console.progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as advance:
+                return mixture.fit(points, components, advance).mixture
 
         return self.world.on_main(fit)
 
-    def in_blocks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
-        """The rows that `compute` finds for the blocks of `range(count)`, `(count, ...)` on the CPU."""
-        blocks = self.world.chunks(count, self.config.evaluate.batch_size)
-        mine = sum(len(block) for block in blocks)
+    def in_chunks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
+        """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU."""
+        chunks = self.world.chunks(count, self.config.evaluate.batch_size)
         values = []
-        with console.progress(title, mine, is_main=self.world.is_main) as progress, torch.inference_mode():
-            for block in blocks:
-                values.append(compute(block).cpu())
-                progress(len(block))
-        return self.world.gather_rows(blocks, values, count)
-
-    def _posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        parameter = next(self.vae.parameters())
-        return self.vae.encode(datasets.to_unit(pixels.to(parameter.device), parameter.dtype))
+        with (
+            console.progress(title, sum(map(len, chunks)), is_main=self.world.is_main) as advance,
+            torch.inference_mode(),
+        ):
+            for chunk in chunks:
+                values.append(compute(chunk).cpu())
+                advance(len(chunk))
+        return self.world.gather_rows(chunks, values, count)
 
 
 class Components(NamedTuple):
-    """The directions in which points spread most."""
+    """The first K principal components of N points."""
 
-    coordinates: Tensor  # (N, K) of each point
+    coordinates: Tensor  # (N, K), of each point
     directions: Tensor  # (K, L), orthonormal
-    shares: Tensor  # (K,) of the points' variance, falling
+    variance_ratios: Tensor  # (K,), the part of the points' variance that each explains, falling
 
 
 def principal_components(points: Tensor, count: int) -> Components:
-    """Points `(N, L)` seen along their first `count` principal components, in float64 by an exact SVD.
+    """Return the first `count` principal components of points `(N, L)`, in float64 by an exact SVD.
 
-    A direction's sign is the one that makes its largest entry positive, so that a picture is never mirrored.
+    Each direction's largest entry is positive, so that a picture is never mirrored.
     """
     centred = points.double() - points.double().mean(0)
     _, spreads, directions = torch.linalg.svd(centred, full_matrices=False)

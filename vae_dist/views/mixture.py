@@ -1,6 +1,6 @@
 """A Gaussian mixture with full covariances, fitted by expectation-maximisation. N points, L latents, K components.
 
-Everything is float64 on the CPU, and the random numbers are the plan's, so a fit repeats itself.
+Everything is float64 on the CPU, and the random numbers come from the plan: a fit is reproducible.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch.nn.functional import one_hot
 
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal, uniform_bits
 
-FLOOR = 1e-6  # the smallest variance in any direction; that of the prior is 1
-TOLERANCE = 1e-4  # nats per point that a step must gain for another one to follow
+FLOOR = 1e-6  # smallest variance in any direction; the prior's is 1
+TOLERANCE = 1e-4  # nats per point; a step that gains less is the last
 MAX_STEPS = 200
 
-_CHUNK = 2**20  # numbers that are worked on together: few enough for the processor's cache
+_CHUNK = 2**20  # numbers in a chunk of the points, which then fits the processor's cache
 
 
 class Mixture(NamedTuple):
@@ -28,7 +28,7 @@ class Mixture(NamedTuple):
     covariances: Tensor  # (K, L, L)
 
     def log_joint(self, points: Tensor) -> Tensor:
-        """log p(component) + log p(point | component) of points `(N, L)`: `(N, K)`, nats."""
+        """Return log p(component) + log p(point | component) of points `(N, L)`: `(N, K)`, nats."""
         factors = torch.linalg.cholesky(self.covariances)
         identity = torch.eye(self.means.shape[1], dtype=torch.float64)
         whitening = torch.linalg.solve_triangular(factors, identity, upper=False).mT
@@ -37,27 +37,27 @@ class Mixture(NamedTuple):
         return self.weights.log() - log_scales - 0.5 * whitened.square().sum(2).T
 
     def sample(self, seed: int, rows: range) -> Tensor:
-        """Draws `(len(rows), L)`; row r is the same whichever other rows are asked for."""
+        """Draw `(len(rows), L)`; row r does not depend on the other rows."""
         uniform = torch.from_numpy(uniform_bits(seed, Stream.MIXTURE, 0, rows, 1)[:, 0] * 2.0**-32)
         chosen = torch.searchsorted(self.weights.cumsum(0), uniform, right=True).clamp(max=len(self.weights) - 1)
         noise = standard_normal(seed, Stream.MIXTURE, 1, rows, self.means.shape[1]).double()
         factors = torch.linalg.cholesky(self.covariances)
-        # A sum per row and not a matrix product, whose rounding would depend on how many rows there are.
+        # A sum per row: the rounding of a matrix product would depend on the number of rows.
         return self.means[chosen] + (factors[chosen] * noise.unsqueeze(1)).sum(2)
 
 
 class Fit(NamedTuple):
-    """A mixture, and how it came about."""
+    """A fitted mixture, and the course of its likelihood."""
 
     mixture: Mixture
-    log_likelihoods: list[float]  # of the mixture before each step, nats per point; it never falls
+    log_likelihoods: list[float]  # before each step, nats per point; never falling
 
 
 def fit(points: Tensor, components: int, progress: Callable[[int], None] = lambda steps: None) -> Fit:
-    """The mixture of `components` Gaussians that EM finds for points `(N, L)` (Dempster, Laird and Rubin 1977)."""
+    """Fit a mixture of `components` Gaussians to points `(N, L)` by EM (Dempster, Laird and Rubin 1977)."""
     points = points.double()
     chunks = points.split(max(_CHUNK // (components * points.shape[1]), 1))
-    mixture = _maximize(_Moments.of(points, _first_shares(points, components)))
+    mixture = _maximize(_Moments.of(points, _initial_responsibilities(points, components)))
     log_likelihoods: list[float] = []
     while len(log_likelihoods) < MAX_STEPS:
         total = torch.zeros((), dtype=torch.float64)
@@ -76,7 +76,7 @@ def fit(points: Tensor, components: int, progress: Callable[[int], None] = lambd
 
 
 class _Moments(NamedTuple):
-    """All that a step needs to know of the points: their sums, in the shares that the components have in each."""
+    """The sufficient statistics of a step: sums over the points, weighted by the components' responsibilities."""
 
     sizes: Tensor  # (K,)
     sums: Tensor  # (K, L)
@@ -88,20 +88,20 @@ class _Moments(NamedTuple):
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     @classmethod
-    def of(cls, points: Tensor, shares: Tensor) -> "_Moments":
-        """From points `(N, L)` and each component's share in them `(N, K)`."""
-        shared = shares.T.unsqueeze(2) * points
-        return cls(shares.sum(0), shared.sum(1), shared.mT @ points)
+    def of(cls, points: Tensor, responsibilities: Tensor) -> "_Moments":
+        """Sum over points `(N, L)`, weighted by the components' responsibilities `(N, K)`."""
+        weighted = responsibilities.T.unsqueeze(2) * points
+        return cls(responsibilities.sum(0), weighted.sum(1), weighted.mT @ points)
 
     def plus(self, other: "_Moments") -> "_Moments":
         return _Moments(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 def _maximize(moments: _Moments) -> Mixture:
-    """The likeliest mixture, given how the points are shared out.
+    """Return the mixture of maximum likelihood, given the responsibilities.
 
-    Raising small eigenvalues to the floor is the exact maximum among covariances that have none below it, so EM's
-    promise holds: no step lowers the likelihood. Adding the floor to the diagonal would break it.
+    Raising small eigenvalues to the floor is the exact maximum among covariances with no eigenvalue below it, so no
+    step of EM lowers the likelihood. Adding the floor to the diagonal would break that.
     """
     sizes = moments.sizes.clamp_min(torch.finfo(torch.float64).tiny)
     means = moments.sums / sizes.unsqueeze(1)
@@ -111,10 +111,10 @@ def _maximize(moments: _Moments) -> Mixture:
     return Mixture(sizes / sizes.sum(), means, floored)
 
 
-def _first_shares(points: Tensor, components: int) -> Tensor:
-    """Each point to the nearest of the centres of k-means++ (Arthur and Vassilvitskii 2007): one-hot `(N, K)`.
+def _initial_responsibilities(points: Tensor, components: int) -> Tensor:
+    """Assign each point to the nearest centre of k-means++ (Arthur and Vassilvitskii 2007): one-hot `(N, K)`.
 
-    A centre is a point drawn with a probability in proportion to its squared distance from the centres before it.
+    Each centre is a point, drawn with a probability proportional to its squared distance from the earlier centres.
     """
     uniform = uniform_bits(FIXED_SEED, Stream.MIXTURE_START, 0, range(components), 1)[:, 0] * 2.0**-32
     centres = [points[int(uniform[0] * len(points))]]

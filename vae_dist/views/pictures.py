@@ -1,4 +1,4 @@
-"""Pictures: grids of images with a caption. N images, L latents, C, H, W image."""
+"""Grids of images, with labels or a caption. N images, C, H, W image."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,7 +6,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vae_dist.data.datasets import to_unit
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
@@ -14,8 +13,8 @@ from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
 PADDING = 2  # pixels between the images of a grid
 LABEL_SIZE = 12
 COLUMN_GAP = 10
-FEW = 8  # columns; images in no more than these may be twice as large
-SMALL = 56  # images smaller than this are enlarged by a whole factor, or one could not see them
+FEW = 8  # columns; with no more than these, images may be twice as large
+SMALL = 56  # pixels; smaller images are enlarged by a whole factor
 WIDEST = 1000  # pixels of a row of enlarged images
 
 PROGRESS_COLUMNS = 8
@@ -23,7 +22,7 @@ PROGRESS_IMAGES = 64
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images `(N, C, H, W)` in [0, 1], C 1 or 3, as rows of `columns` images."""
+    """Draw images `(N, C, H, W)` in [0, 1], C 1 or 3, in rows of `columns` images."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), 0.5)
@@ -43,10 +42,10 @@ def labelled_grid(
     below: Sequence[str] = (),
     gaps: Collection[int] = (),
 ) -> Image.Image:
-    """Images `(N, C, H, W)` in [0, 1], C 1 or 3, as rows of `columns` images on white, with words.
+    """Draw images `(N, C, H, W)` in [0, 1], C 1 or 3, in rows of `columns` images on white, with labels.
 
-    `left` and `right` stand beside the rows, `top` above the columns, `below` under the images; the columns in `gaps`
-    keep a distance from those before them. Words for which columns are too narrow or rows too low are left out evenly.
+    `left` and `right` label the rows, `top` the columns, `below` the images. Each column in `gaps` has a gap before it.
+    If columns are too narrow or rows too low for their labels, every n-th label is drawn.
     """
     count, channels, height, width = images.shape
     font = ImageFont.load_default(size=LABEL_SIZE)
@@ -76,12 +75,12 @@ def labelled_grid(
 
 
 def _scale(height: int, width: int, columns: int, small: int = SMALL) -> int:
-    """The whole factor that makes small images large enough, while their row stays narrow enough."""
+    """Return the whole factor that enlarges small images as far as the width of a row allows."""
     return max(1, min(-(-small // max(height, width)), WIDEST // (columns * (width + PADDING))))
 
 
 def _to_picture(pixels: Tensor) -> Image.Image:
-    """From pixels `(H, W, C)` in [0, 1], C 1 or 3."""
+    """Convert pixels `(H, W, C)` in [0, 1], C 1 or 3."""
     array = pixels.mul(255).round().to(torch.uint8).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
@@ -91,9 +90,8 @@ def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
 
 
 def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:
-    """Rows of images `(N, C, H, W)` uint8, each over a row of their reconstructions."""
-    device = next(vae.parameters()).device
-    originals = to_unit(pixels[: PROGRESS_IMAGES // 2].to(device), next(vae.parameters()).dtype)
+    """Draw rows of images `(N, C, H, W)` uint8, each over a row of their reconstructions."""
+    originals = vae.to_input(pixels[: PROGRESS_IMAGES // 2])
     with torch.inference_mode():
         decoded = vae.decode(vae.encode(originals).mean).mean
     pairs = zip(originals.split(PROGRESS_COLUMNS), decoded.split(PROGRESS_COLUMNS), strict=True)
@@ -103,9 +101,8 @@ def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:
 
 
 def samples(vae: VAE, subject: str) -> Picture:
-    """Decoded draws from the prior, the same latents at every step and in every run."""
-    parameter = next(vae.parameters())
+    """Draw decoded samples from the prior, the same latents at every step and in every run."""
     latents = standard_normal(FIXED_SEED, Stream.PRIOR, 0, range(PROGRESS_IMAGES), vae.latent_dim)
     with torch.inference_mode():
-        decoded = vae.decode(latents.to(parameter.device, parameter.dtype)).mean
+        decoded = vae.decode(latents.to(vae.device, vae.dtype)).mean
     return Picture(grid(decoded, PROGRESS_COLUMNS), f"{subject}; samples from the prior (means of p(x|z))")

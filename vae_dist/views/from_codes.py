@@ -1,0 +1,153 @@
+"""Views that start from codes: drawn, given, or moved through the latent space. A function for each kind.
+
+Shapes: N images, L latents, R rows of a picture, S images in a row, C, H, W image.
+"""
+
+import math
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vae_dist.plan import Stream, standard_normal
+from vae_dist.views import pictures, selection
+from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.view import View, require_plane
+
+MAX_GRID_IMAGES = 1024  # more can't be told apart
+CODE_COLUMNS = 8
+SHORT_CODE = 3  # latents; a code of no more is written below its image
+TRAVERSAL_EXTENT = 3.0  # a latent goes from -3 to 3, which holds 99.7% of the prior
+
+
+def prior(trained: TrainedVAE) -> View:
+    """Decode draws from the prior, or from a mixture of Gaussians fitted to the training images' posteriors.
+
+    The mixture covers the regions where posteriors lie and avoids the prior's holes between them (Ghosh et al. 2020,
+    "From variational to deterministic autoencoders", section 4).
+    """
+    options = trained.config.sample
+    tensors: dict[str, Tensor] = {}
+    if options.sampler == "prior":
+        latents = standard_normal(options.seed, Stream.PRIOR, 0, range(options.count), trained.vae.latent_dim)
+        description = "samples from the prior"
+    else:
+        mixture = trained.fit_mixture(options.mixture_components)
+        latents = trained.in_chunks("drawing", options.count, lambda chunk: mixture.sample(options.seed, chunk)).float()
+        tensors = {f"mixture.{name}": value for name, value in mixture._asdict().items()}
+        fitted = f"{options.mixture_components} Gaussians fitted to the training images' posteriors"
+        description = f"samples from a mixture of {fitted}"
+    decoded = trained.decode(latents)
+    shown = decoded[:MAX_GRID_IMAGES]
+    return View(
+        description + _part_shown(shown, decoded),
+        {"images": decoded, "latents": latents, **tensors},
+        lambda: pictures.grid(shown, math.ceil(math.sqrt(len(shown)))),
+    )
+
+
+def codes(trained: TrainedVAE) -> View:
+    """Decode the codes of `sample.codes`."""
+    latents = selection.codes(trained)
+    decoded = trained.decode(latents)
+    shown = decoded[:MAX_GRID_IMAGES]
+    is_short = trained.vae.latent_dim <= SHORT_CODE
+    labels = [selection.code_text(code) if is_short else str(at) for at, code in enumerate(latents[:MAX_GRID_IMAGES])]
+    columns = max(math.ceil(math.sqrt(len(shown))), min(len(shown), CODE_COLUMNS))
+    return View(
+        "decoded codes" + _part_shown(shown, decoded),
+        {"images": decoded, "latents": latents},
+        lambda: pictures.labelled_grid(shown, columns, below=labels),
+    )
+
+
+def neighbours(trained: TrainedVAE) -> View:
+    """Decode codes around one code: a row for each distance from it, a column for each random direction."""
+    options, latent_dim = trained.config.sample, trained.vae.latent_dim
+    start = selection.start(trained)
+    rows, steps = options.rows or 5, options.steps or 10
+    radii = torch.linspace(0, options.radius or math.sqrt(latent_dim) / 2, rows + 1, dtype=torch.float64)[1:]
+    directions = standard_normal(options.seed, Stream.NEIGHBOURS, 0, range(steps), latent_dim).double()
+    directions /= directions.norm(dim=1, keepdim=True)
+    around = (start.code.double() + radii.view(-1, 1, 1) * directions).to(start.code.dtype).flatten(0, 1)
+    decoded_start, decoded = trained.decode(torch.cat([start.code.unsqueeze(0), around])).split([1, len(around)])
+
+    def draw() -> Image.Image:
+        first = torch.cat([*start.images, decoded_start])
+        return pictures.labelled_grid(
+            torch.cat([torch.cat([first, row]) for row in decoded.split(steps)]),
+            len(first) + steps,
+            left=[f"{radius:.3g}" for radius in radii.tolist()],
+            top=[*["image"] * len(start.images), "code"],
+            gaps=[len(first)],
+        )
+
+    return View(
+        f"neighbours of {start.name}: each row at the distance on its left, each column in one random direction",
+        {"images": decoded, "latents": around, "distances": radii, **start.tensors},
+        draw,
+    )
+
+
+def traversal(trained: TrainedVAE) -> View:
+    """Move one latent at a time from -3 to 3 and keep the others (Higgins et al. 2017, "beta-VAE").
+
+    The latents are in falling order of their mean KL over the test images.
+    """
+    options, latent_dim = trained.config.sample, trained.vae.latent_dim
+    start = selection.start(trained)
+    order = trained.by_kl[: options.rows or 20]
+    values = torch.linspace(-TRAVERSAL_EXTENT, TRAVERSAL_EXTENT, options.steps or 13, dtype=start.code.dtype)
+    latents = start.code.repeat(len(order), len(values), 1)
+    latents[torch.arange(len(order)), :, order] = values
+    latents = latents.flatten(0, 1)
+    decoded = trained.decode(latents)
+
+    def draw() -> Image.Image:
+        return pictures.labelled_grid(
+            decoded,
+            len(values),
+            left=[f"z{latent}  {trained.kl[latent]:.2f} nats" for latent in order.tolist()],
+            top=[f"{value:.3g}" for value in values.tolist()],
+        )
+
+    return View(
+        f"traversal from {start.name}: in each row one latent takes the values above while the others stay; "
+        f"{len(order)} of {latent_dim} latents, by their KL over the test images",
+        {"images": decoded, "latents": latents, "order": order, "kl": trained.kl[order], **start.tensors},
+        draw,
+    )
+
+
+def manifold(trained: TrainedVAE) -> View:
+    """Decode the plane of two latents at evenly spaced quantiles of the prior (Kingma and Welling 2013, figure 4).
+
+    Of more than two latents these are the two with the largest KL over the test images, and the others are 0.
+    """
+    latent_dim = trained.vae.latent_dim
+    require_plane("manifold", latent_dim)
+    across, up = [0, 1] if latent_dim == 2 else trained.by_kl[:2].tolist()
+    side = trained.config.sample.steps or 20
+    values = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side)
+    latents = torch.zeros(side, side, latent_dim)
+    latents[:, :, across] = values.float()
+    latents[:, :, up] = values.flip(0).float().unsqueeze(1)
+    latents = latents.flatten(0, 1)
+    decoded = trained.decode(latents)
+
+    def draw() -> Image.Image:
+        texts = [f"{value:.2f}" for value in values.tolist()]
+        return pictures.labelled_grid(decoded, side, left=texts[::-1], top=texts)
+
+    others = "" if latent_dim == 2 else " (the two with the largest KL over the test images, the others at 0)"
+    return View(
+        f"latent space at evenly spaced quantiles of the prior: z{across} to the right, z{up} upwards{others}",
+        {"images": decoded, "latents": latents, "axes": torch.tensor([across, up])},
+        draw,
+    )
+
+
+def _part_shown(shown: Tensor, decoded: Tensor) -> str:
+    if len(shown) == len(decoded):
+        return ""
+    return f"; the first {len(shown)} of {len(decoded)}, all are in samples.safetensors"

@@ -1,0 +1,99 @@
+"""Views that start from test images: their posteriors, and the codes between them. A function for each kind."""
+
+import torch
+from PIL import Image
+
+from vae_dist.errors import UserError
+from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.plan import Stream, standard_normal
+from vae_dist.views import pictures, plots, selection
+from vae_dist.views.latents import TrainedVAE, principal_components
+from vae_dist.views.view import View, require_plane
+
+
+def interpolation(trained: TrainedVAE) -> View:
+    """Decode the straight line between the posterior means of two test images, a row for each pair."""
+    steps = trained.config.sample.steps or 10
+    indices = selection.images(trained)
+    if trained.config.sample.images is None:
+        indices = indices[: len(indices) // 2 * 2]
+    if not indices or len(indices) % 2:
+        raise UserError(f"interpolation needs pairs of test images, not {len(indices)} images; see sample.images")
+    first, last = trained.encode(trained.test.pixels[indices]).mean.unflatten(0, (-1, 2, 1)).unbind(1)
+    position = torch.linspace(0, 1, steps, dtype=first.dtype).unsqueeze(1)
+    latents = torch.lerp(first, last, position).flatten(0, 1)  # unlike a + t (b - a), it ends at b exactly
+    decoded = trained.decode(latents)
+    originals = selection.image_tensors(trained, indices)
+
+    def draw() -> Image.Image:
+        pairs = zip(originals["test_images"].split(2), decoded.split(steps), strict=True)
+        names = [selection.image_text(trained, index) for index in indices]
+        return pictures.labelled_grid(
+            torch.cat([torch.cat([ends[:1], between, ends[1:]]) for ends, between in pairs]),
+            steps + 2,
+            left=names[0::2],
+            right=names[1::2],
+            gaps=[1, steps + 1],
+        )
+
+    return View(
+        "interpolation: each row has two test images at its ends (label, #index) and between them decoded codes on the "
+        "straight line from one's code to the other's",
+        {"images": decoded, "latents": latents, **originals},
+        draw,
+    )
+
+
+def reconstruction(trained: TrainedVAE) -> View:
+    """Decode the posterior's mean and some draws from it, for each of some test images."""
+    options = trained.config.sample
+    indices, steps = selection.images(trained), options.steps or 8
+    mean, log_variance = (part.unsqueeze(1) for part in trained.encode(trained.test.pixels[indices]))
+    noise = [
+        standard_normal(options.seed, Stream.RECONSTRUCTION, index, range(steps), trained.vae.latent_dim)
+        for index in indices
+    ]
+    draws = DiagonalGaussian(mean, log_variance).sample(torch.stack(noise).to(mean.dtype))
+    latents = torch.cat([mean, draws], dim=1).flatten(0, 1)
+    decoded = trained.decode(latents)
+    originals = selection.image_tensors(trained, indices)
+
+    def draw() -> Image.Image:
+        rows = decoded.unflatten(0, (len(indices), steps + 1))
+        return pictures.labelled_grid(
+            torch.cat([originals["test_images"].unsqueeze(1), rows], dim=1).flatten(0, 1),
+            steps + 2,
+            left=[selection.image_text(trained, index) for index in indices],
+            top=["image", "mean", "draws"],
+            gaps=[1, 2],
+        )
+
+    return View(
+        f"test images (label, #index), each with its posterior's mean and {steps} draws from it, decoded",
+        {"images": decoded, "latents": latents, **originals},
+        draw,
+    )
+
+
+def scatter(trained: TrainedVAE) -> View:
+    """Plot the posterior means of the test images by label; more than two latents along their principal components."""
+    require_plane("scatter", trained.vae.latent_dim)
+    means, labels = trained.posterior.mean, trained.test.labels
+    if len(means) < 2:
+        raise UserError("scatter needs at least 2 test images")
+    tensors = {"latents": means, "labels": labels}
+    points, names = means, ["z0", "z1"]
+    description = f"posterior means of the {len(means)} test images, by label"
+    if trained.vae.latent_dim > 2:
+        components = principal_components(means, 2)
+        points = components.coordinates
+        ratios = [f"{ratio:.1%}" for ratio in components.variance_ratios.tolist()]
+        names = [f"principal component {index} ({ratio} of the variance)" for index, ratio in enumerate(ratios, 1)]
+        description += f"; the first two principal components explain {' and '.join(ratios)} of the means' variance"
+        tensors |= {
+            "points": points,
+            "directions": components.directions,
+            "variance_shares": components.variance_ratios,
+        }
+    x, y = (f"{name}, in standard deviations of the prior" for name in names)
+    return View(description, tensors, lambda: plots.scatter(points, labels, x, y))

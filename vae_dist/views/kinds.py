@@ -1,0 +1,20 @@
+"""The views that `sample.kind` can name. A new one is a function and a line here."""
+
+from collections.abc import Callable
+
+from vae_dist.views.from_codes import codes, manifold, neighbours, prior, traversal
+from vae_dist.views.from_images import interpolation, reconstruction, scatter
+from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.view import View
+
+# sample.kind -> the function that makes it, and the keys of `sample` that it reads.
+KINDS: dict[str, tuple[Callable[[TrainedVAE], View], set[str]]] = {
+    "prior": (prior, {"count", "seed", "sampler", "mixture_components", "files"}),
+    "codes": (codes, {"codes", "files"}),
+    "neighbours": (neighbours, {"codes", "images", "rows", "steps", "radius", "seed", "files"}),
+    "interpolation": (interpolation, {"images", "steps", "files"}),
+    "traversal": (traversal, {"codes", "images", "rows", "steps", "files"}),
+    "manifold": (manifold, {"steps", "files"}),
+    "reconstruction": (reconstruction, {"images", "steps", "seed", "files"}),
+    "scatter": (scatter, set()),
+}

@@ -1,0 +1,85 @@
+"""The codes and test images that the options of `sample` select. N codes or images, L latents, C, H, W image."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_dist.data import datasets
+from vae_dist.errors import UserError
+from vae_dist.views.latents import TrainedVAE
+
+DEFAULT_IMAGES = range(10)  # the test images that are shown when none are selected
+
+
+class Start(NamedTuple):
+    """The code that a view starts from."""
+
+    name: str
+    code: Tensor  # (L,)
+    images: list[Tensor]  # the test image that was encoded, (1, C, H, W), or none
+    tensors: dict[str, Tensor]  # that test image, as `image_tensors` has it
+
+
+def start(trained: TrainedVAE) -> Start:
+    """Return the one code of `sample.codes`, that of the one test image of `sample.images`, or 0 by default."""
+    options = trained.config.sample
+    if options.codes is not None and options.images is not None:
+        raise UserError("give sample.codes or sample.images, not both")
+    if options.codes is not None:
+        given = codes(trained)
+        if len(given) > 1:
+            raise UserError(f"{options.kind} starts from one code, but sample.codes has {len(given)}")
+        return Start(f"the code {code_text(given[0])}", given[0], [], {})
+    if options.images is None:
+        return Start("the origin", torch.zeros(trained.vae.latent_dim), [], {})
+    indices = images(trained)
+    if len(indices) > 1:
+        raise UserError(f"{options.kind} starts from one test image, but sample.images has {len(indices)}")
+    tensors = image_tensors(trained, indices)
+    code = trained.encode(trained.test.pixels[indices]).mean[0]
+    name = f"the code of test image #{indices[0]} (label {tensors['test_labels'].item()})"
+    return Start(name, code, [tensors["test_images"]], tensors)
+
+
+def codes(trained: TrainedVAE) -> Tensor:
+    """Return `sample.codes` as latents `(N, L)`."""
+    given, latent_dim = trained.config.sample.codes or [], trained.vae.latent_dim
+    sizes = sorted({len(code) for code in given})
+    if sizes != [latent_dim]:
+        text = " or ".join(str(size) for size in sizes) or "no"
+        raise UserError(f"sample.codes has codes of {text} numbers, but this model has {latent_dim} latents")
+    latents = torch.tensor(given)
+    if not latents.isfinite().all():
+        raise UserError("sample.codes has a number that is too large for float32")
+    return latents
+
+
+def images(trained: TrainedVAE) -> list[int]:
+    """Return the indices of the test images in `sample.images`, by default of the first ones."""
+    count = len(trained.test.labels)
+    indices = trained.config.sample.images
+    if indices is None:
+        return list(DEFAULT_IMAGES)[:count]
+    if not indices:
+        raise UserError("sample.images is empty; give indices of test images, such as sample.images=[0,1]")
+    if max(indices) >= count:
+        raise UserError(f"sample.images has {max(indices)}, but the {count} test images are 0 to {count - 1}")
+    return indices
+
+
+def image_tensors(trained: TrainedVAE, indices: list[int]) -> dict[str, Tensor]:
+    """Return test images `(N, C, H, W)` in [0, 1] with their labels and indices, by their names in a view's file."""
+    return {
+        "test_images": datasets.to_unit(trained.test.pixels[indices]),
+        "test_labels": trained.test.labels[indices],
+        "test_indices": torch.tensor(indices),
+    }
+
+
+def image_text(trained: TrainedVAE, index: int) -> str:
+    return f"{trained.test.labels[index]}  #{index}"
+
+
+def code_text(code: Tensor) -> str:
+    return "(" + ", ".join(f"{number:g}" for number in code.tolist()) + ")"

@@ -1,0 +1,23 @@
+"""A view of a trained VAE: what each function of `from_codes` and `from_images` returns."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from vae_dist.errors import UserError
+
+
+class View(NamedTuple):
+    """The result of a kind. Every process has it, and the main one draws it."""
+
+    description: str  # in the caption
+    tensors: dict[str, Tensor]  # `latents` (N, L), their `images` (N, C, H, W) except in a scatter, and the kind's own
+    draw: Callable[[], Image.Image]
+
+
+def require_plane(kind: str, latent_dim: int) -> None:
+    """Raise UserError for a model of one latent."""
+    if latent_dim < 2:
+        raise UserError(f"{kind} shows a plane, but this model has 1 latent; use sample.kind=traversal")
