@@ -39,15 +39,15 @@ def binary_run(make_config: MakeConfig) -> Path:
 
 def estimate(vae: VAE, pixels: Tensor, *arguments: str) -> Tensor:
     """The negative log-likelihood of each image, by one process."""
-    asked = config.load(["device=cpu", "train.threads=1", *arguments])
-    with runtime.join(asked) as world:
-        return negative_log_likelihood(vae, pixels, world, asked)
+    settings = config.load(["device=cpu", "train.threads=1", *arguments])
+    with runtime.join(settings) as world:
+        return negative_log_likelihood(vae, pixels, world, settings)
 
 
 def estimate_of_run(run_dir: Path, *arguments: str) -> Tensor:
-    found = opened(run_dir, arguments)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    return estimate(vae, datasets.load_test(found.config.data).pixels, *arguments)
+    source = opened(run_dir, arguments)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    return estimate(vae, datasets.load_test(source.config.data).pixels, *arguments)
 
 
 PIXELS = torch.randint(0, 256, (300, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
     """A VAE whose p(x) is known, and log p(x) of `PIXELS`.
 
     x = W z + b + sigma e with orthogonal columns in W, so that the exact posterior is a diagonal Gaussian; the encoder
-    gives its mean plus `shift` and its log-variance plus `widen`. The fourth latent is dead: its column is 0.
+    returns its mean plus `shift` and its log-variance plus `widen`. The fourth latent is dead: its column is 0.
     """
     generator = torch.Generator().manual_seed(1)
     columns = torch.linalg.qr(torch.randn(12, 3, generator=generator).double()).Q * torch.tensor([1.0, 0.5, 0.2])
@@ -81,13 +81,13 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
-def test_with_the_exact_posterior_the_log_likelihood_is_exact_for_any_number_of_samples(count: int) -> None:
+def test_with_the_exact_posterior_any_number_of_samples_is_exact(count: int) -> None:
     vae, log_likelihood = linear_gaussian_vae()
     found = estimate(vae, PIXELS, f"evaluate.importance_samples={count}", "evaluate.chunk=700")
     torch.testing.assert_close(found, -log_likelihood, rtol=0, atol=1e-9)
 
 
-def test_with_another_posterior_the_estimate_falls_to_the_exact_value_from_above() -> None:
+def test_with_another_posterior_the_estimate_falls_to_the_exact_value() -> None:
     vae, log_likelihood = linear_gaussian_vae(shift=0.3, widen=0.5)
     excess = [
         (estimate(vae, PIXELS, f"evaluate.importance_samples={count}") + log_likelihood).mean().item()
@@ -99,9 +99,9 @@ def test_with_another_posterior_the_estimate_falls_to_the_exact_value_from_above
 
 def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: Path) -> None:
     """The oracle: one image and one sample at a time, in float64."""
-    found = opened(binary_run)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu")).double()
-    pixels = datasets.load_test(found.config.data).pixels[:5]
+    source = opened(binary_run)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu")).double()
+    pixels = datasets.load_test(source.config.data).pixels[:5]
     expected = []
     for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
         mean, log_variance = vae.encode(image.unsqueeze(0))
@@ -118,7 +118,7 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
 
 
-def test_the_estimate_is_the_same_to_a_ten_thousandth_however_the_work_is_cut(binary_run: Path) -> None:
+def test_chunks_and_threads_move_the_estimate_by_less_than_a_ten_thousandth(binary_run: Path) -> None:
     cuts = [
         ["evaluate.chunk=1"],
         ["evaluate.chunk=640", "evaluate.batch_size=64"],
@@ -136,15 +136,15 @@ def test_more_samples_begin_with_the_same_ones_and_tighten_the_bound(binary_run:
     estimates = {count: estimate_of_run(binary_run, f"evaluate.importance_samples={count}") for count in (1, 9, 90)}
     means = [value.mean().item() for value in estimates.values()]
     assert means == sorted(means, reverse=True) and means[0] > means[2] + 1
-    for count in (9, 90):  # the first weight alone is a share of 1 / count of the mean weight
+    for count in (9, 90):  # the first weight alone contributes 1 / count of itself to the mean weight
         assert (estimates[count] <= estimates[1] + math.log(count) + 1e-4).all()
     result = evaluate(binary_run, ["evaluate.importance_samples=90"])
     assert result["negative_log_likelihood"] == pytest.approx(means[2], abs=1e-4) and means[2] < result["negative_elbo"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_does_not_hide_among_the_others(bad: float) -> None:
-    """A weight of zero, which -inf is the logarithm of, would be passed over by the sum."""
+def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
+    """A sum would hide a weight of zero, whose logarithm is -inf."""
     vae, _ = linear_gaussian_vae()
 
     class Spoiled(Gaussian):
@@ -158,48 +158,48 @@ def test_a_weight_that_is_not_finite_does_not_hide_among_the_others(bad: float) 
     assert found[33].isnan() and found.isfinite().sum() == 299
 
 
-def test_a_model_that_has_gone_bad_is_refused(run_dir: Path) -> None:
-    found = opened(run_dir)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
+    source = opened(run_dir)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
     optimizer = Adam(vae.requires_grad_().parameters())
     optimizer.step([torch.ones_like(parameter) for parameter in vae.parameters()], torch.tensor(1e-3))
     list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
-    state = checkpoint.read_state(found.folder)
+    state = checkpoint.read_state(source.folder)
     state.step = 11
-    checkpoint.write(run_dir, found.config, vae, optimizer, state)
+    checkpoint.write(run_dir, source.config, vae, optimizer, state)
     with pytest.raises(UserError, match=r"negative_elbo is not finite for 200 of 200 images .* evaluate an earlier"):
         evaluate(run_dir)
     assert not (run_dir / "evaluation.json").exists()
     assert evaluate(run_dir / "checkpoints/step_00000010")["step"] == 10
 
 
-def test_latents_that_carry_nothing_are_neither_active_nor_cost_a_nat() -> None:
+def test_a_dead_latent_is_not_active_and_has_no_kl() -> None:
     vae, _ = linear_gaussian_vae()
-    asked = config.load(["device=cpu", "evaluate.batch_size=70"])
-    with runtime.join(asked) as world:
-        codes = encode(vae, PIXELS, world, asked)
-    assert active_units(codes.mean) == 3
-    assert codes.kl[:, 3].abs().max() < 1e-12 and (codes.kl[:, :3].mean(0) > 0.01).all()
-    decoded = vae.decode(codes.mean).mean.detach().numpy()
+    settings = config.load(["device=cpu", "evaluate.batch_size=70"])
+    with runtime.join(settings) as world:
+        encodings = encode(vae, PIXELS, world, settings)
+    assert active_units(encodings.mean) == 3
+    assert encodings.kl[:, 3].abs().max() < 1e-12 and (encodings.kl[:, :3].mean(0) > 0.01).all()
+    decoded = vae.decode(encodings.mean).mean.detach().numpy()
     expected = ((decoded - PIXELS.numpy() / 255.0) ** 2).mean((1, 2, 3))
-    np.testing.assert_allclose(codes.squared_error.numpy(), expected)
+    np.testing.assert_allclose(encodings.squared_error.numpy(), expected)
 
 
 def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
     arguments = ["evaluate.importance_samples=5"]
-    result, found = evaluate(binary_run, arguments), opened(binary_run, arguments)
-    test = datasets.load_test(found.config.data)
-    with runtime.join(found.config) as world:
-        vae = checkpoint.load_vae(found.folder, found.config, world.device)
-        scores = score(vae, test.pixels, world, found.config)
-        codes = encode(vae, test.pixels, world, found.config)
-        nll = negative_log_likelihood(vae, test.pixels, world, found.config)
+    result, source = evaluate(binary_run, arguments), opened(binary_run, arguments)
+    test = datasets.load_test(source.config.data)
+    with runtime.join(source.config) as world:
+        vae = checkpoint.load_vae(source.folder, source.config, world.device)
+        terms = score(vae, test.pixels, world, source.config)
+        encodings = encode(vae, test.pixels, world, source.config)
+        nll = negative_log_likelihood(vae, test.pixels, world, source.config)
     by_image = {
-        "negative_elbo": (scores.reconstruction + scores.kl).numpy(),
-        "reconstruction": scores.reconstruction.numpy(),
-        "kl": scores.kl.numpy(),
+        "negative_elbo": terms.negative_elbo.numpy(),
+        "reconstruction": terms.reconstruction.numpy(),
+        "kl": terms.kl.numpy(),
         "negative_log_likelihood": nll.numpy(),
-        "mean_squared_error": codes.squared_error.numpy(),
+        "mean_squared_error": encodings.squared_error.numpy(),
     }
     assert result["standard_errors"].keys() == by_image.keys()
     for name, values in by_image.items():
@@ -222,7 +222,7 @@ def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
         (["objective.reconstruction=gaussian"], "a density, of which sigma decides the size"),
     ],
 )
-def test_figures_that_do_not_compare_with_published_ones_say_so(
+def test_metrics_that_do_not_compare_with_published_ones_have_a_warning(
     arguments: list[str], warning: str | None, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = evaluate(train(make_config("name=a", "train.steps=1", *arguments)), ["evaluate.importance_samples=2"])
@@ -233,7 +233,7 @@ def test_figures_that_do_not_compare_with_published_ones_say_so(
     assert math.isfinite(result["negative_log_likelihood"])
 
 
-def test_the_protocol_says_how_the_figures_were_come_by(binary_run: Path) -> None:
+def test_the_protocol_states_the_conditions_of_the_metrics(binary_run: Path) -> None:
     protocol = evaluate(binary_run, ["evaluate.importance_samples=3", "train.threads=1"])["protocol"]
     expected = {
         "dataset": "synthetic_digits", "split": "test", "images": 200, "image_shape": [1, 28, 28],
@@ -254,25 +254,25 @@ def test_each_split_and_number_of_samples_is_kept(run_dir: Path) -> None:
     assert [json.loads((kept / name).read_text()) for name in names] == [latest, few, held_out]
     assert json.loads((run_dir / "evaluation.json").read_text()) == latest
 
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    trained = next(row for row in rows if "validation/negative_elbo" in row)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = next(record for record in records if "validation/negative_elbo" in record)
     assert held_out["negative_elbo"] == trained["validation/negative_elbo"]
-    assert rows[-2]["validation/negative_log_likelihood"] == held_out["negative_log_likelihood"]
-    assert rows[-3]["test/active_units"] == few["active_units"] and rows[-3]["test/importance_samples"] == 2
-    assert "test/negative_log_likelihood" not in rows[-1]
+    assert records[-2]["validation/negative_log_likelihood"] == held_out["negative_log_likelihood"]
+    assert records[-3]["test/active_units"] == few["active_units"] and records[-3]["test/importance_samples"] == 2
+    assert "test/negative_log_likelihood" not in records[-1]
 
 
-def test_a_run_without_validation_images_can_not_be_evaluated_on_them(make_config: MakeConfig) -> None:
+def test_a_run_without_validation_images_cannot_be_evaluated_on_them(make_config: MakeConfig) -> None:
     run_dir = train(make_config("name=a", "train.steps=1", "data.validation_images=0"))
     with pytest.raises(UserError, match=r"use evaluate\.split=test"):
         evaluate(run_dir, ["evaluate.split=validation"])
 
 
-def test_a_long_estimate_shows_how_far_it_is(
+def test_a_long_estimate_shows_its_progress(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(run_dir)
-    assert "left" not in capsys.readouterr().err  # it is done before there is anything to say
+    assert "left" not in capsys.readouterr().err  # it ends before the first message is due
     monkeypatch.setattr(console, "LINE_SECONDS", 0)
     evaluate(run_dir, ["evaluate.importance_samples=100", "evaluate.chunk=5000"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("negative log-likelihood: ")]
@@ -280,16 +280,14 @@ def test_a_long_estimate_shows_how_far_it_is(
     assert lines[-1].endswith("0:00 left")
 
 
-def test_every_test_image_counts_once_also_when_the_last_block_is_ragged(
-    run_dir: Path, make_config: MakeConfig
-) -> None:
+def test_every_image_counts_once_also_in_a_last_smaller_chunk(run_dir: Path, make_config: MakeConfig) -> None:
     """The oracle: the test images one by one."""
-    result = evaluate(run_dir, ["evaluate.batch_size=64"])  # 200 images: three blocks and a ragged one
+    result = evaluate(run_dir, ["evaluate.batch_size=64"])  # 200 images: three chunks and a smaller one
     assert result["images"] == 200 and result["split"] == "test" and result["step"] == 10
 
-    found = opened(run_dir)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    test = datasets.load_test(found.config.data)
+    source = opened(run_dir)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    test = datasets.load_test(source.config.data)
     expected = []
     for index in range(200):
         image = datasets.to_unit(test.pixels[index : index + 1])
@@ -299,11 +297,11 @@ def test_every_test_image_counts_once_also_when_the_last_block_is_ragged(
     assert result["negative_elbo"] == pytest.approx(result["reconstruction"] + result["kl"])
 
 
-def test_an_evaluation_repeats_itself_bitwise_whatever_the_training_seed(run_dir: Path) -> None:
+def test_an_evaluation_is_reproducible_bitwise(run_dir: Path) -> None:
     assert evaluate(run_dir) == evaluate(run_dir)
 
 
-def test_figures_are_written_where_the_contract_says(run_dir: Path) -> None:
+def test_metrics_are_written_to_the_files_of_the_contract(run_dir: Path) -> None:
     result = evaluate(run_dir)
     assert json.loads((run_dir / "evaluation.json").read_text()) == result
     assert json.loads((run_dir / "evaluations/step_00000010_test_k128.json").read_text()) == result
@@ -314,7 +312,7 @@ def test_figures_are_written_where_the_contract_says(run_dir: Path) -> None:
     assert (run_dir / "images/test_step_00000010.png").exists()
 
 
-def test_figures_can_go_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+def test_output_can_go_elsewhere(run_dir: Path, tmp_path: Path) -> None:
     before = sorted(run_dir.rglob("*"))
     evaluate(run_dir, [f"output={tmp_path / 'out'}"])
     sample(run_dir, [f"output={tmp_path / 'out'}"])
@@ -329,48 +327,48 @@ def test_an_older_checkpoint_can_be_evaluated(make_config: MakeConfig) -> None:
     assert older["negative_elbo"] > evaluate(run_dir)["negative_elbo"]
 
 
-def test_a_run_that_was_moved_is_still_enough(run_dir: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_can_be_evaluated(run_dir: Path, tmp_path: Path) -> None:
     first = evaluate(run_dir)
     assert evaluate(run_dir.rename(tmp_path / "moved")) == first
 
 
-def test_binarised_test_images_are_scored_as_they_were_drawn_once(make_config: MakeConfig) -> None:
+def test_binarised_test_images_are_the_same_in_every_evaluation(make_config: MakeConfig) -> None:
     run_dir = train(make_config("name=a", "train.steps=10", "data.binarize=dynamic"))
     assert evaluate(run_dir) == evaluate(run_dir)
     assert evaluate(run_dir)["binarize"] == "dynamic"
 
 
-def test_scores_do_not_depend_on_the_order_of_the_blocks(run_dir: Path) -> None:
-    found = opened(run_dir, ["evaluate.batch_size=50"])
-    test = datasets.load_test(found.config.data)
-    with runtime.join(found.config) as world:
-        vae = checkpoint.load_vae(found.folder, found.config, world.device)
-        whole = score(vae, test.pixels, world, found.config)
-        first = score(vae, test.pixels[:100], world, found.config)
+def test_an_images_terms_do_not_depend_on_the_images_after_its_chunk(run_dir: Path) -> None:
+    source = opened(run_dir, ["evaluate.batch_size=50"])
+    test = datasets.load_test(source.config.data)
+    with runtime.join(source.config) as world:
+        vae = checkpoint.load_vae(source.folder, source.config, world.device)
+        whole = score(vae, test.pixels, world, source.config)
+        first = score(vae, test.pixels[:100], world, source.config)
     assert torch.equal(whole.kl[:100], first.kl)
     assert torch.equal(whole.reconstruction[:100], first.reconstruction)
 
 
-def test_other_blocks_and_threads_move_an_images_figure_by_less_than_a_ten_thousandth(run_dir: Path) -> None:
-    scores = []
+def test_chunks_and_threads_move_the_elbo_by_less_than_a_ten_thousandth(run_dir: Path) -> None:
+    bounds = []
     for arguments in (
         ["evaluate.batch_size=200"],
         ["evaluate.batch_size=37"],
         ["train.threads=1"],
         ["train.threads=2"],
     ):
-        found = opened(run_dir, arguments)
-        test = datasets.load_test(found.config.data)
-        with runtime.join(found.config) as world:
-            vae = checkpoint.load_vae(found.folder, found.config, world.device)
-            result = score(vae, test.pixels, world, found.config)
-            scores.append(result.reconstruction + result.kl)
-    for other in scores[1:]:
-        torch.testing.assert_close(other, scores[0], rtol=0, atol=1e-3)
-        assert abs(other.mean() - scores[0].mean()) < 1e-4
+        source = opened(run_dir, arguments)
+        test = datasets.load_test(source.config.data)
+        with runtime.join(source.config) as world:
+            vae = checkpoint.load_vae(source.folder, source.config, world.device)
+            result = score(vae, test.pixels, world, source.config)
+            bounds.append(result.negative_elbo)
+    for other in bounds[1:]:
+        torch.testing.assert_close(other, bounds[0], rtol=0, atol=1e-3)
+        assert abs(other.mean() - bounds[0].mean()) < 1e-4
 
 
-def test_samples_come_from_the_seed_and_more_of_them_begin_alike(run_dir: Path) -> None:
+def test_samples_come_from_the_seed_and_more_begin_with_the_same(run_dir: Path) -> None:
     few = load_file(sample(run_dir, ["sample.count=5"]) / "samples.safetensors")
     many = load_file(sample(run_dir, ["sample.count=700"]) / "samples.safetensors")
     other = load_file(sample(run_dir, ["sample.count=5", "sample.seed=1"]) / "samples.safetensors")
@@ -383,8 +381,8 @@ def test_samples_come_from_the_seed_and_more_of_them_begin_alike(run_dir: Path) 
 
 def test_samples_are_the_means_of_the_likelihood(run_dir: Path) -> None:
     tensors = load_file(sample(run_dir, ["sample.count=5"]) / "samples.safetensors")
-    found = opened(run_dir)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    source = opened(run_dir)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
     torch.testing.assert_close(vae.decode(tensors["latents"]).mean, tensors["images"])
 
 
@@ -405,10 +403,10 @@ def test_codes_of_the_wrong_size_are_refused(run_dir: Path) -> None:
         sample(run_dir, ["sample.codes=[[0],[0,0,0,0,0,0,0,0]]"])
 
 
-def test_an_evaluation_beside_a_live_training_writes_files_alone_and_says_so(
+def test_an_evaluation_during_a_training_writes_files_only_and_says_so(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever it writes: the page of the run is the training's."""
+    """Whatever `output` is: the run in W&B belongs to the training."""
     run_dir = train(make_config("name=a", "train.steps=10", "tracking.wandb=offline"))
     records = sorted((run_dir / "wandb").iterdir())
     for output in run_dir, tmp_path / "elsewhere":

@@ -52,7 +52,7 @@ def test_draws_have_the_mixtures_mean_and_covariance(draws: Tensor) -> None:
     torch.testing.assert_close(draws.T.cov(), covariance, rtol=0.05, atol=0.05)
 
 
-def test_a_draw_is_the_same_whichever_others_are_asked_for(draws: Tensor) -> None:
+def test_a_draw_does_not_depend_on_the_others(draws: Tensor) -> None:
     assert torch.equal(KNOWN.sample(1, range(777, 1000)), draws[777:1000])
     assert not torch.equal(KNOWN.sample(2, range(10)), draws[:10])
 
@@ -74,7 +74,7 @@ def test_the_likelihood_never_falls(
     components: int, floor: float, draws: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mixture, "FLOOR", floor)
-    monkeypatch.setattr(mixture, "TOLERANCE", -math.inf)  # a step that loses does not end the fit
+    monkeypatch.setattr(mixture, "TOLERANCE", -math.inf)  # a step that lowers the likelihood does not end the fit
     monkeypatch.setattr(mixture, "MAX_STEPS", 60)
     found = fit(draws[:2000], components).log_likelihoods
     assert len(found) == 60 and found[-1] > found[0]
@@ -86,7 +86,7 @@ def test_the_reported_likelihood_is_that_of_the_returned_mixture(draws: Tensor) 
     assert found.log_likelihoods[-1] == pytest.approx(density(found.mixture).log_prob(draws).mean().item(), abs=1e-9)
 
 
-def test_a_fit_repeats_itself_bitwise(draws: Tensor) -> None:
+def test_a_fit_is_reproducible_bitwise(draws: Tensor) -> None:
     first, second = fit(draws, 3), fit(draws, 3)
     assert first.log_likelihoods == second.log_likelihoods
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.mixture, second.mixture, strict=True))
@@ -99,7 +99,7 @@ def test_one_component_is_the_sample_mean_and_covariance(draws: Tensor) -> None:
 
 
 @pytest.mark.parametrize("components", [1, 3, 10])
-def test_points_in_a_plane_or_all_alike_get_the_floor_as_their_variance(components: int) -> None:
+def test_flat_or_equal_points_get_the_floor_as_variance(components: int) -> None:
     flat = torch.cat([KNOWN.sample(3, range(1000)), torch.zeros(1000, 1, dtype=torch.float64)], dim=1)
     values = torch.linalg.eigvalsh(fit(flat, components).mixture.covariances)
     assert values.min().item() == pytest.approx(FLOOR, rel=1e-6)

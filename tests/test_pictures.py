@@ -47,7 +47,7 @@ def boxes(picture: Image.Image, level: int) -> list[tuple[int, int, int, int]]:
         bottom = y + int(np.argmin([*left[y:, x], False]))
         is_whole = left[y:bottom, x:right].all()
         left[y:bottom, x:right] = False
-        if (bottom - y) * (right - x) > 50:  # otherwise a pixel of a letter's edge
+        if (bottom - y) * (right - x) > 50:  # smaller ones are pixels of a letter's edge
             assert is_whole
             found.append((x, y, right, bottom))
     return found
@@ -68,7 +68,7 @@ def test_a_labelled_grid_holds_every_image_whole_in_rows_on_white(channels: int,
     assert {(right - left, bottom - top) for left, top, right, bottom in found} == {(width * scale, height * scale)}
     lefts = [left for left, _, _, _ in found[:5]]
     steps = [after - before for before, after in itertools.pairwise(lefts)]
-    assert steps[0] == steps[2] == steps[3] < steps[1]  # the third column keeps a distance
+    assert steps[0] == steps[2] == steps[3] < steps[1]  # there is a gap before the third column
     assert [left for left, _, _, _ in found[5:]] == lefts
     assert len({top for _, top, _, _ in found[:5]}) == 1 and found[5][1] > found[0][3]
     assert drawn.mode == ("L" if channels == 1 else "RGB")
@@ -78,7 +78,7 @@ def ink(picture: Image.Image, box: tuple[int, int, int, int]) -> bool:
     return bool((np.asarray(picture.convert("L").crop(box)) < 128).any())
 
 
-def test_labels_stand_where_they_belong_and_are_not_cut() -> None:
+def test_labels_are_in_their_places_and_not_cut() -> None:
     pictures = torch.ones(4, 1, 64, 64)
 
     def white_around(picture: Image.Image) -> bool:
@@ -102,7 +102,7 @@ def test_labels_stand_where_they_belong_and_are_not_cut() -> None:
     assert all(white_around(picture) for picture in (left, right, top, below))
 
 
-def test_words_for_narrow_columns_are_left_out_evenly() -> None:
+def test_narrow_columns_have_every_nth_label() -> None:
     drawn = labelled_grid(torch.full((1, 1, 28, 28), 0.5).expand(40, -1, -1, -1), 40, top=["-1.96"] * 40)
     columns = np.asarray((np.asarray(drawn)[:16] < 128).any(0))
     starts = [left for left, _, _, _ in boxes(drawn, 128)]

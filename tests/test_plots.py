@@ -83,14 +83,14 @@ def test_each_label_has_its_colour_and_a_legend_and_nothing_is_clipped() -> None
     assert edges_are_white(picture)
 
 
-def test_without_labels_there_is_one_colour_and_no_legend() -> None:
+def test_a_single_label_has_one_colour_and_no_legend() -> None:
     points = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).repeat(5, 1)  # five times: opaque
     picture = scatter(points, torch.zeros(500), "x", "y")
     assert near(picture, COLOURS[0]).sum() > 500
     assert (np.asarray(picture)[:, frame(picture)[2] + 3 :] == 255).all()
 
 
-def test_any_points_can_be_drawn_and_those_that_are_not_finite_are_left_out() -> None:
+def test_points_that_are_not_finite_are_left_out_of_a_scatter() -> None:
     corners, labels = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).repeat(50, 1), torch.arange(2).repeat(50)
     broken = torch.tensor([[NAN, 0.0], [0.0, INFINITE], [NAN, NAN]])
     assert scatter(torch.cat([corners, broken]), torch.cat([labels, torch.tensor([0, 1, 2])]), "x", "y") == scatter(
@@ -135,7 +135,7 @@ def test_a_value_that_is_not_finite_leaves_a_gap() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 12, 40])
-def test_each_of_many_runs_has_its_name_and_no_name_touches_another(count: int) -> None:
+def test_names_of_many_curves_do_not_overlap(count: int) -> None:
     curves = [Curve(f"run {number}", falling(100 + number % 3)) for number in range(count)]  # most end at one height
     picture = lines(curves, ("steps", "nats"))
     names = np.asarray(picture.crop((frame(picture)[2] + 40, 0, *picture.size)))
@@ -146,7 +146,7 @@ def test_each_of_many_runs_has_its_name_and_no_name_touches_another(count: int) 
 
 @given(st.lists(st.floats(0, 1), max_size=30), st.floats(0.001, 1 / 30))
 @settings(max_examples=50)
-def test_names_stand_apart_in_order_and_near_what_they_name(wanted: list[float], distance: float) -> None:
+def test_names_keep_their_distance_and_order_near_their_curves(wanted: list[float], distance: float) -> None:
     placed = plots._apart(wanted, distance)
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     assert all(-1e-9 <= position <= 1 + 1e-9 for position in placed)

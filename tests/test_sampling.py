@@ -28,7 +28,7 @@ from vae_dist.views.sampling import sample
 
 @pytest.fixture(scope="module")
 def run_dir(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight latents, trained long enough for some of them to say something."""
+    """Eight latents, trained until some of them are active."""
     folder = tmp_path_factory.mktemp("runs")
     return train(config.load([*smoke_arguments, f"runs_dir={folder}", "name=eight", "train.steps=100"]))
 
@@ -44,7 +44,7 @@ def tensors(run: Path, *arguments: str) -> dict[str, Tensor]:
 
 
 def picture(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """The one picture of a folder: rows, columns and, if it has colours, channels."""
+    """The one picture of a folder: rows, columns and, in colour, channels."""
     (path,) = [*folder.glob("grid.png"), *folder.glob("scatter.png")]
     with Image.open(path) as image:
         return np.asarray(image)
@@ -52,9 +52,9 @@ def picture(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 def posterior_of(run: Path) -> DiagonalGaussian:
     """The posteriors of the test images, all at once."""
-    looked = opened(run)
-    vae = checkpoint.load_vae(looked.folder, looked.config, torch.device("cpu"))
-    return vae.encode(datasets.to_unit(datasets.load_test(looked.config.data).pixels))
+    source = opened(run)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    return vae.encode(datasets.to_unit(datasets.load_test(source.config.data).pixels))
 
 
 EVERY_KIND = {
@@ -70,16 +70,14 @@ EVERY_KIND = {
 }
 
 
-def test_every_kind_is_tried_here() -> None:
+def test_every_kind_is_tested_here() -> None:
     assert EVERY_KIND.keys() == KINDS.keys() | {"mixture"}
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)
-def test_a_kind_leaves_a_picture_and_its_tensors_and_twice_the_same_bytes(
-    name: str, run_dir: Path, tmp_path: Path
-) -> None:
-    asked = ["train.threads=1", *EVERY_KIND[name]]
-    folders = [sample(run_dir, [*asked, f"output={tmp_path / side}"]) for side in ("a", "b")]
+def test_a_kind_writes_a_picture_and_tensors_the_same_bytes_twice(name: str, run_dir: Path, tmp_path: Path) -> None:
+    arguments = ["train.threads=1", *EVERY_KIND[name]]
+    folders = [sample(run_dir, [*arguments, f"output={tmp_path / side}"]) for side in ("a", "b")]
     is_scatter = name == "scatter"
     assert {path.name for path in folders[0].iterdir()} == {
         "scatter.png" if is_scatter else "grid.png", "samples.safetensors"
@@ -95,7 +93,7 @@ def test_a_kind_leaves_a_picture_and_its_tensors_and_twice_the_same_bytes(
         assert np.array_equal(np.asarray(logged), picture(folders[0]))
 
 
-def draw_colours(asked: DataConfig, part: Part) -> Images:
+def draw_colours(config: DataConfig, part: Part) -> Images:
     """Colour images, wider than they are high, without labels."""
     pixels = torch.randint(0, 256, (200, 3, 6, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Images(pixels, torch.zeros(200, dtype=torch.int64))
@@ -117,7 +115,7 @@ def test_every_kind_takes_colour_images_that_are_not_square_in_float64(colour_ru
 
 
 @pytest.mark.parametrize("sampler", ["prior", "mixture"])
-def test_samples_come_from_the_seed_and_more_of_them_begin_alike(sampler: str, run_dir: Path) -> None:
+def test_samples_come_from_the_seed_and_more_begin_with_the_same(sampler: str, run_dir: Path) -> None:
     def draw(*arguments: str) -> dict[str, Tensor]:
         return tensors(run_dir, f"sample.sampler={sampler}", *arguments)
 
@@ -129,17 +127,15 @@ def test_samples_come_from_the_seed_and_more_of_them_begin_alike(sampler: str, r
     assert not torch.equal(other["latents"], one["latents"])
 
 
-def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_images(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(asked: DataConfig) -> Images:
-        raise AssertionError("the test images were asked for")
+def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: DataConfig) -> Images:
+        raise AssertionError("the test images were loaded")
 
     monkeypatch.setattr(datasets, "load_test", refuse)
     found = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
-    looked = opened(run_dir)
-    vae = checkpoint.load_vae(looked.folder, looked.config, torch.device("cpu"))
-    training, _ = datasets.load_training(looked.config.data)
+    source = opened(run_dir)
+    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    training, _ = datasets.load_training(source.config.data)
     posterior = vae.encode(datasets.to_unit(training.pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
     mean = posterior.mean.double().mean(0)
@@ -150,17 +146,17 @@ def test_the_mixture_is_fitted_to_the_training_images_and_never_sees_the_test_im
     torch.testing.assert_close(found["latents"].double().mean(0), mean, rtol=0, atol=2 * error)
 
 
-def test_every_training_image_has_one_draw_that_repeats_itself(run_dir: Path) -> None:
-    looked = opened(run_dir, ["evaluate.batch_size=64"])
-    with runtime.join(looked.config) as world:
-        trained = TrainedVAE(checkpoint.load_vae(looked.folder, looked.config, world.device), looked.config, world)
+def test_every_training_image_has_one_reproducible_draw(run_dir: Path) -> None:
+    source = opened(run_dir, ["evaluate.batch_size=64"])
+    with runtime.join(source.config) as world:
+        trained = TrainedVAE(checkpoint.load_vae(source.folder, source.config, world.device), source.config, world)
         draws = trained.training_draws()
         assert torch.equal(trained.training_draws(), draws)
     assert draws.shape == (1000, 8)
 
 
 def test_an_interpolation_ends_exactly_at_the_codes_of_its_images(run_dir: Path) -> None:
-    chosen = list(range(200))  # so many that an end off by one bit would be among them
+    chosen = list(range(200))  # enough to include an end that is off by one bit
     between = tensors(run_dir, "sample.kind=interpolation", f"sample.images={chosen}", "sample.steps=3")
     ends = tensors(run_dir, "sample.kind=reconstruction", f"sample.images={chosen}", "sample.steps=2")
     assert between["test_indices"].tolist() == chosen
@@ -168,7 +164,7 @@ def test_an_interpolation_ends_exactly_at_the_codes_of_its_images(run_dir: Path)
         ours, theirs = between["latents"].view(100, 3, 8)[:, end], ends["latents"].view(100, 2, 3, 8)[:, side, 0]
         assert torch.equal(ours, theirs)
         ours, theirs = between["images"].view(100, 3, 784)[:, end], ends["images"].view(100, 2, 3, 784)[:, side, 0]
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # they were decoded in blocks of another size
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # they were decoded in chunks of another size
 
 
 def test_an_interpolation_is_a_straight_line_in_even_steps(run_dir: Path) -> None:
@@ -186,7 +182,7 @@ def test_reconstructions_come_from_the_mean_and_from_draws_of_the_posterior(run_
     assert (standardised.mean(1).abs() < 5 / 500**0.5).all()
     assert ((standardised.std(1) - 1).abs() < 5 / 1000**0.5).all()
     alone = tensors(run_dir, "sample.kind=reconstruction", "sample.images=[1]", "sample.steps=2")["latents"]
-    torch.testing.assert_close(alone, latents[1, :3])  # an image's draws do not depend on the others'
+    torch.testing.assert_close(alone, latents[1, :3])  # an image's draws do not depend on the other images
 
 
 def test_a_traversal_moves_one_latent_a_row_in_the_order_of_their_kl(run_dir: Path) -> None:
@@ -194,7 +190,7 @@ def test_a_traversal_moves_one_latent_a_row_in_the_order_of_their_kl(run_dir: Pa
     posterior = posterior_of(run_dir)
     oracle = kl_divergence(Normal(posterior.mean, torch.exp(0.5 * posterior.log_variance)), Normal(0.0, 1.0)).mean(0)
     torch.testing.assert_close(found["kl"].float(), oracle.sort(descending=True).values[:5])
-    assert oracle.max() > 2 * oracle.min()  # so the order means something
+    assert oracle.max() > 2 * oracle.min()  # so the order is not arbitrary
     for row, latent in zip(found["latents"].view(5, 7, 8), found["order"].tolist(), strict=True):
         torch.testing.assert_close(row[:, latent], torch.linspace(-3, 3, 7))
         others = [index for index in range(8) if index != latent]
@@ -286,7 +282,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("arguments", REFUSALS)
-def test_what_makes_no_sense_is_refused_in_one_line_and_leaves_nothing(
+def test_an_invalid_request_is_refused_in_one_line_and_writes_nothing(
     arguments: str, run_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r".") as refusal:
@@ -296,14 +292,14 @@ def test_what_makes_no_sense_is_refused_in_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", ["manifold", "scatter"])
-def test_one_latent_makes_no_plane(kind: str, make_config: MakeConfig) -> None:
+def test_one_latent_has_no_plane(kind: str, make_config: MakeConfig) -> None:
     line = train(make_config("name=line", "model.latent_dim=1", "train.steps=2"))
     with pytest.raises(UserError, match="this model has 1 latent; use"):
         sample(line, [f"sample.kind={kind}"])
     assert tensors(line, "sample.kind=traversal")["latents"].shape == (13, 1)
 
 
-def test_what_the_training_set_for_another_kind_stops_none(make_config: MakeConfig) -> None:
+def test_options_of_the_training_for_another_kind_are_ignored(make_config: MakeConfig) -> None:
     run = train(make_config("name=a", "train.steps=2", "sample.count=3", "sample.rows=2"))
     assert len(tensors(run)["images"]) == 3
     assert len(tensors(run, "sample.kind=interpolation")["images"]) == 50
@@ -320,7 +316,7 @@ def test_single_images_are_those_of_the_last_command(flat_run: Path) -> None:
         assert np.array_equal(np.asarray(single), np.asarray(pictures.grid(found["images"], 1)))
 
 
-def test_a_grid_says_when_it_shows_a_part(run_dir: Path) -> None:
+def test_a_grid_shows_1024_images_at_most(run_dir: Path) -> None:
     folder = sample(run_dir, ["sample.count=1025"])
     assert len(load_file(folder / "samples.safetensors")["images"]) == 1025
     assert picture(folder).shape[1] == 32 * (28 + pictures.PADDING)  # 32 x 32 of them
@@ -334,7 +330,7 @@ class Process(NamedTuple):
         return True
 
 
-def test_progress_speaks_of_long_work_on_the_main_process_alone(
+def test_only_the_main_process_shows_the_progress_of_long_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(is_main: bool) -> str:

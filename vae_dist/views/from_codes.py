@@ -35,8 +35,8 @@ def prior(trained: TrainedVAE) -> View:
         mixture = trained.fit_mixture(options.mixture_components)
         latents = trained.in_chunks("drawing", options.count, lambda chunk: mixture.sample(options.seed, chunk)).float()
         tensors = {f"mixture.{name}": value for name, value in mixture._asdict().items()}
-        fitted = f"{options.mixture_components} Gaussians fitted to the training images' posteriors"
-        description = f"samples from a mixture of {fitted}"
+        count = options.mixture_components
+        description = f"samples from a mixture of {count} Gaussians fitted to the training images' posteriors"
     decoded = trained.decode(latents)
     shown = decoded[:MAX_GRID_IMAGES]
     return View(

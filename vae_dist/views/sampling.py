@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
-    """Make one of the KINDS from a run's newest checkpoint, or from the checkpoint that `run` is; the newest run's.
+    """Make a view from a run's newest checkpoint, or from the checkpoint that `run` is; the newest run by default.
 
     Returns the folder of the picture (`scatter.png`, or `grid.png` for all other kinds), `samples.safetensors` and, on
     request, a file per image. Raises UserError if there is no checkpoint, or for an option that the kind can't use.
