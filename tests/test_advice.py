@@ -106,9 +106,9 @@ def test_a_branch_with_another_learning_rate_is_told_what_would_work(make_config
     ("arguments", "message"),
     [
         (["tracking.project=team/digits"], "use tracking.entity=team tracking.project=digits"),
-        (["tracking.project=a:b"], "tracking.project=a:b is no name that W&B takes"),
-        (["tracking.project=" + "a" * 129], "tracking.project=a* is no name"),
-        (["tracking.entity=a/b"], "tracking.entity=a/b is no name"),
+        (["tracking.project=a:b"], "W&B takes no tracking.project=a:b: use 1 to 128"),
+        (["tracking.project=" + "a" * 129], "W&B takes no tracking.project=a*: use"),
+        (["tracking.entity=a/b"], "W&B takes no tracking.entity=a/b: use"),
         (["tracking.tags=[good,'']"], "tracking.tags has '', which W&B does not take"),
         ([f"tracking.tags=[{'a' * 65}]"], "tracking.tags has 'a*', which"),
     ],

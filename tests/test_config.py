@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from vae_dist import config
-from vae_dist.config import Config
+from vae_dist.config import Config, yaml_text
 from vae_dist.errors import UserError
 
 CONFIGS = sorted(set((REPOSITORY / "configs").glob("*.yaml")) - set((REPOSITORY / "configs").glob("sweep_*.yaml")))
@@ -98,10 +98,10 @@ def test_interpolations_reach_other_keys_and_nothing_else(monkeypatch: pytest.Mo
 def test_interpolations_do_not_grow() -> None:
     keys = ["name", "runs_dir", "output", "data.root", "tracking.project", "tracking.entity", "tracking.id"]
     chain = [f"{key}={f'${{{other}}}' * 9}" for key, other in pairwise(keys)]
-    assert "whose value has none itself" in refusal(*chain, "tracking.id=" + "a" * 100)
+    assert "a key whose value has no ${...} itself" in refusal(*chain, "tracking.id=" + "a" * 100)
     assert "bytes; 2048 are the most" in refusal("runs_dir=" + "a" * 200, "name=" + "${runs_dir}" * 100)
-    assert "none itself" in refusal("name=${name}")
-    assert "none itself" in refusal("runs_dir=$", "name=${runs_dir}{seed}")
+    assert "has no ${...} itself" in refusal("name=${name}")
+    assert "has no ${...} itself" in refusal("runs_dir=$", "name=${runs_dir}{seed}")
 
 
 def test_a_saved_config_comes_back_and_is_never_interpolated(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def refusal_of_file(content: str | bytes) -> str:
         ("[seed]: 4", "a key must be text"),
         ("null: 4", "a key must be text"),
         ("? {a: b}\n: 4", "a key must be text"),
-        ("seed: 1\n---\nseed: 2", "line 2 can't be used: it goes on after its end"),
+        ("seed: 1\n---\nseed: 2", "line 2 can't be used: expected a single document in the stream, but found another"),
         ("model: mlp", "model must hold keys and values, not mlp"),
         ("seed: ???", "seed must be int, not ???"),
         ("tracking: {tags: ['???']}", "tracking.tags must be list of text"),
@@ -354,8 +354,8 @@ def test_keys_may_be_written_with_dots_in_a_file_and_groups_may_be_empty() -> No
 def test_the_largest_config_that_is_taken_can_be_read_again(
     key: str, item: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "MAX_VALUES", 200)
-    monkeypatch.setattr(config, "MAX_BYTES", 6000)
+    monkeypatch.setattr(yaml_text, "MAX_VALUES", 200)
+    monkeypatch.setattr(yaml_text, "MAX_BYTES", 6000)
 
     def is_too_large(count: int) -> bool:
         try:

@@ -1,0 +1,71 @@
+"""The grammar of a command's arguments: paths and `key=value`."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vae_dist.config import yaml_text
+from vae_dist.config.keys import by_key, require_known
+from vae_dist.config.paths import PATHS, expand, is_path
+from vae_dist.config.text import require_text, text_of, truncate
+from vae_dist.errors import UserError
+
+YAML = (".yaml", ".yml")
+
+
+def separate(arguments: Sequence[str], suffixes: tuple[str, ...] = ("",)) -> tuple[list[str], list[str]]:
+    """The arguments that are paths with one of the suffixes, and those that are `key=value`."""
+    paths = [text for text in arguments if "=" not in text or (text.endswith(suffixes) and is_path(text))]
+    return paths, [argument for argument in arguments if argument not in paths]
+
+
+def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """`[RUN] [key=value ...]` as the run's path, or None if it is left out, and the rest."""
+    paths, rest = split_runs(arguments)
+    if len(paths) > 1:
+        raise UserError(f"one run at a time, not {truncate(', '.join(map(str, paths)))}")
+    return paths[0] if paths else None, rest
+
+
+def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """`[RUN ...] [key=value ...]` as the runs' paths and the rest. What exists is a path, even with a `=` in it."""
+    paths, rest = separate(arguments)
+    for path in paths:
+        require_text(path, "a run's path")
+        if path.startswith("-") and not is_path(path):
+            raise UserError(
+                f"unknown option {truncate(path)}; give a run's directory and key=value (--help lists them)"
+            )
+    return [Path(expand(path)) for path in paths], rest
+
+
+def split_key(argument: str) -> tuple[str, str]:
+    """`key=value` as key and text; dashes before the key are dropped."""
+    require_text(argument, "an argument", limit=None)
+    key, separator, text = argument.partition("=")
+    if not separator:
+        raise UserError(f"can't use {truncate(repr(argument))}: give key=value (--help lists the keys)")
+    return key.removeprefix("--"), text
+
+
+def parse_argument(argument: str) -> tuple[str, Any]:
+    """`a.b=value` as key and value. The inverse of `argument`.
+
+    Without brackets or quotes a value is text, whatever it looks like: `name=a: b`, `name=#1`. So is a value in
+    brackets for a key of text, and a path that exists.
+    """
+    key, text = split_key(argument)
+    require_known(key)
+    holds_path, holds_text = key in PATHS, by_key()[key].type.startswith("text")
+    is_yaml = text in ("null", "") or (text == "~" and not holds_path) or text[:1] in ('"', "'")
+    if (not holds_text and text[:1] in ("[", "{")) or (is_yaml and not (holds_path and os.path.lexists(text))):
+        return key, yaml_text.parse(text, key)
+    return key, text
+
+
+def argument(key: str, value: Any) -> str:
+    """`key=value` as a user types it to give the key this value."""
+    is_parsed = isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
+    return f"{key}={json.dumps(value, ensure_ascii=False) if is_parsed else text_of(value)}"

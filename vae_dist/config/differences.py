@@ -1,0 +1,62 @@
+"""Keys that may differ between a run and a command that reads, resumes or is compared with it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vae_dist.config.keys import flatten, options
+from vae_dist.config.schema import Config
+from vae_dist.config.text import as_text
+from vae_dist.errors import UserError
+
+# A command that reads a finished run may set these. The model and its training data are the run's.
+READER_KEYS = (
+    "device", "output", "runs_dir", "data.root", "data.download", "data.mirror", "train.threads", "tracking.",
+    "runtime.", "evaluate.", "sample.",
+)  # fmt: skip
+
+# A resumed run may change these: none changes what is learned. Its length matters to a cosine alone (`resume`).
+_RESUMABLE_KEYS = (
+    *READER_KEYS, "name", "train.epochs", "train.steps", "train.accumulate", "train.precision",
+    "train.compile", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+)  # fmt: skip
+
+# A comparison does not tell runs apart by these.
+_SAME_RUN_KEYS = (
+    *READER_KEYS, "name", "data.image_shape", "train.accumulate", "train.compile", "train.log_every",
+    "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+)  # fmt: skip
+
+
+def resume(config: Config, stored: Config) -> Config:
+    """`config` for resuming a run whose config is `stored`: `auto` becomes what the run had resolved it to.
+
+    Raises UserError if the two differ in what is learned.
+    """
+    merged = replace(config, data=replace(config.data), train=replace(config.train))
+    if config.data.name == "auto":
+        merged.data.name = stored.data.name
+    merged.data.image_shape = config.data.image_shape or stored.data.image_shape
+    if config.train.precision == "auto":
+        merged.train.precision = stored.train.precision
+    now, before = flatten(merged), flatten(stored)
+    keys = [key for key in now if now[key] != before[key] and not key.startswith(_RESUMABLE_KEYS)]
+    if stored.optim.schedule == "cosine" and stored.optim.decay_steps is None:
+        keys += [key for key in ("train.epochs", "train.steps") if now[key] != before[key]]
+    if keys:
+        changes = ", ".join(f"{key} (was {as_text(before[key])}, now {as_text(now[key])})" for key in keys)
+        if config.checkpoint.resume in ("auto", "never"):
+            remedy = "choose another name for a new run"
+        else:  # under any name it would be refused again
+            remedy = (
+                f"leave {', '.join(keys)} as it was, or leave out checkpoint.resume={config.checkpoint.resume} and "
+                "choose a new name to train from the start"
+            )
+        raise UserError(f"run {config.name} can't be resumed with another {changes}; {remedy}")
+    return merged
+
+
+def differing(configs: Sequence[Config]) -> list[str]:
+    """The keys in which the runs differ, of those that matter to what was learned."""
+    tables = [flatten(config) for config in configs]
+    keys = [option.key for option in options() if not option.key.startswith(_SAME_RUN_KEYS)]
+    return [key for key in keys if any(table[key] != tables[0][key] for table in tables)]

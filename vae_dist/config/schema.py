@@ -1,0 +1,232 @@
+"""Every option of a run: key, type, default, bounds, meaning. There is a dataclass per concern; `Config` holds them."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and its bounds; the bounds of a list hold for each item."""
+    metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    name: str = option(
+        "auto",
+        "mnist, fashion_mnist, kmnist or synthetic_digits; auto: MNIST if it is under data.root or can be downloaded, "
+        "otherwise synthetic_digits",
+    )
+    root: str = option("data", "folder of the data sets, in torchvision's layout")
+    download: bool = option(True, "download a data set that is missing under data.root")
+    mirror: str | None = option(None, "URL to download from instead of the data set's own mirrors")
+    validation_images: int = option(5000, "training images held out for validation; 0: train on all", at_least=0)
+    binarize: Literal["none", "threshold", "dynamic"] = option(
+        "none",
+        "none: grey pixels; threshold: 1 from 128 up; dynamic: Bernoulli draws, new at each step for training images, "
+        "fixed for all others",
+    )
+    image_shape: list[int] | None = option(None, "channels, height and width; null: the data set's", at_least=1)
+    synthetic_images: int = option(
+        60_000,
+        "training images of synthetic_digits; it has a sixth as many test images",
+        at_least=6,
+        at_most=2**32,
+    )
+
+
+@dataclass
+class ModelConfig:
+    architecture: str = option("mlp", "name of an entry of ARCHITECTURES in vae_dist/models/__init__.py")
+    latent_dim: int = option(40, "number of latents", at_least=1)
+    hidden_dims: list[int] = option([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
+
+
+@dataclass
+class ObjectiveConfig:
+    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
+    sigma: float = option(1.0, "standard deviation of the gaussian likelihood; pixels lie in [0, 1]", above=0)
+    beta: float = option(
+        1.0, "weight of the KL in the training loss; the reported ELBO always has a weight of 1", at_least=0
+    )
+    beta_warmup_steps: int = option(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
+
+
+@dataclass
+class OptimConfig:
+    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
+    warmup_steps: int = option(0, "optimizer steps over which the learning rate rises linearly from 0", at_least=0)
+    schedule: Literal["constant", "cosine"] = option(
+        "constant", "learning rate after the warm-up: constant, or a cosine down to 0"
+    )
+    decay_steps: int | None = option(
+        None, "optimizer step at which the cosine reaches 0; null: the run's last", at_least=1
+    )
+    max_grad_norm: float | None = option(None, "clip the gradient to this norm; null: no clipping", above=0)
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = option(5, "passes over the training images", at_least=1)
+    steps: int | None = option(None, "optimizer steps; overrides train.epochs", at_least=1)
+    batch_size: int = option(100, "images per optimizer step, over all processes", at_least=1)
+    accumulate: int = option(
+        1, "micro-batches into which each process splits its shard of a batch, to save memory", at_least=1
+    )
+    precision: Precision = option(
+        "auto", "auto: the launcher's mixed precision, or fp32; tf32 and fp16 need CUDA; fp64 is for checking"
+    )
+    threads: int | None = option(
+        None, "CPU threads per process; null: the machine's cores, shared evenly", at_least=1, at_most=1024
+    )
+    compile: bool | None = option(
+        None, "compile the step, which takes some seconds; null: on a GPU, and on a CPU if the run is long enough"
+    )
+    log_every: int = option(100, "optimizer steps between records of training metrics", at_least=1)
+    validate_every: int | None = option(
+        None, "optimizer steps between validations, with their pictures; null: an epoch", at_least=1
+    )
+    nonfinite: Literal["stop", "skip"] = option(
+        "stop", "if the loss or the gradient is not finite, stop the run or skip that update; it is never applied"
+    )
+    max_skipped: int = option(10, "updates that may be skipped before the run stops", at_least=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int | None = option(None, "optimizer steps between checkpoints; null: an epoch", at_least=1)
+    keep: int = option(2, "number of newest checkpoints to keep, in addition to the best by validation", at_least=2)
+    resume: str = option(
+        "auto",
+        "auto: resume the run of this name if it has a checkpoint; must: refuse if it has none; never: refuse if it "
+        "has one; or the path of a checkpoint to start from",
+    )
+    take_over: str | None = option(
+        None,
+        "on a file system without locks, take over the directory of a run whose training is dead; the value is in the "
+        "message that refuses the directory",
+    )
+
+
+@dataclass
+class TrackingConfig:
+    wandb: Literal["auto", "online", "offline", "disabled"] = option(
+        "auto", "auto: online if an account is set up, otherwise offline"
+    )
+    project: str = option("vae_dist", "Weights & Biases project")
+    entity: str | None = option(None, "Weights & Biases user or team; null: the account's default")
+    tags: list[str] = option([], "tags of the Weights & Biases run")
+    artifact: bool = option(
+        False,
+        "give Weights & Biases the best checkpoint when the run is done, or the newest if nothing was validated",
+    )
+    id: str | None = option(
+        None,
+        "ID of the Weights & Biases run; null: generated at the start of the run; ignored in a config.yaml that a run "
+        "has saved",
+    )
+    owner: str | None = option(
+        None, "run directory that tracking.id belongs to, as inode and hash; the run sets it, not you"
+    )
+    notes: str | None = option(None, "notes on the Weights & Biases run")
+    group: str | None = option(None, "Weights & Biases group of the run; the runs of a study share one")
+
+
+@dataclass
+class RuntimeConfig:
+    start_timeout: float = option(
+        600.0, "seconds that processes wait for one another until the run has started", above=0, at_most=10**9
+    )
+    timeout: float = option(
+        600.0, "seconds that processes wait for one another once the run has started", above=0, at_most=10**9
+    )
+    cuda_graph: bool = option(True, "on one GPU, capture the operations of many steps and launch them at once")
+    verify_every: int | None = option(
+        None,
+        "optimizer steps between additional checks that all processes hold the same weights; null: check only where "
+        "metrics or checkpoints are written",
+        at_least=1,
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    batch_size: int = option(500, "images per batch; the batches are the same on any number of processes", at_least=1)
+    split: Literal["test", "validation"] = option("test", "images to evaluate on: test or validation")
+    importance_samples: int | None = option(
+        128, "latents per image for the estimate of the negative log-likelihood; 0 or null: no estimate", at_least=0
+    )
+    chunk: int = option(
+        2000,
+        "images x importance samples decoded at a time, to bound memory; at least one sample of each image in a batch",
+        at_least=1,
+    )
+
+
+@dataclass
+class SampleConfig:
+    kind: str | None = option(
+        None,
+        "prior, codes, neighbours, interpolation, traversal, manifold, reconstruction or scatter; null: codes if "
+        "sample.codes is given, otherwise prior",
+    )
+    count: int = option(64, "images to draw (prior)", at_least=1)
+    seed: int = option(0, "seed of the draws (prior, neighbours, reconstruction)", at_least=0)
+    sampler: Literal["prior", "mixture"] = option(
+        "prior", "source of the latents (prior); mixture: Gaussians fitted to the posteriors of the training images"
+    )
+    mixture_components: int = option(10, "Gaussians of the mixture", at_least=1)
+    codes: list[list[float]] | None = option(
+        None, "latents, a list per code: any number to decode (codes), or one to start from (neighbours, traversal)"
+    )
+    images: list[int] | None = option(
+        None,
+        "indices of test images: one to start from (neighbours, traversal), pairs (interpolation) or any number "
+        "(reconstruction); null: start from the zero code, otherwise the first ten images",
+        at_least=0,
+    )
+    steps: int | None = option(
+        None,
+        "images in a row (neighbours 10, interpolation 10, traversal 13), draws of each image (reconstruction 8), or "
+        "side of the square (manifold 20)",
+        at_least=2,
+    )
+    rows: int | None = option(None, "rows (neighbours 5), or latents to traverse (traversal 20)", at_least=1)
+    radius: float | None = option(
+        None,
+        "largest distance from the code (neighbours); null: half the typical length of a latent code, sqrt(L) / 2",
+        above=0,
+    )
+    files: bool = option(False, "write each image to a file of its own, in addition to the grid")
+
+
+@dataclass
+class Config:
+    name: str | None = option(
+        None, "name of the run; {time} becomes its start time; null: the config file's name and {time}"
+    )
+    runs_dir: str = option("runs", "folder of the runs")
+    seed: int = option(0, "seed of weights, batches and noise", at_least=0)
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    output: str | None = option(None, "folder for results of evaluation and sampling; null: the run's directory")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)

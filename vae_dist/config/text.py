@@ -1,0 +1,46 @@
+"""Values as text, for messages and files, and what text a config may hold."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from vae_dist.errors import UserError
+
+MAX_TEXT = 2048  # bytes of a value
+
+# Controls, lone surrogates, line ends, and marks that turn the direction of writing: no path or name needs them, and a
+# terminal that shows them obeys them.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def text_of(value: Any) -> str:
+    """The value as a file has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_text(value: Any) -> str:
+    """The value as a message shows it: as a user would type it, in one line, truncated."""
+    return truncate(text_of(value))
+
+
+def truncate(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The scalars of a value, in lists or not."""
+    if isinstance(value, list | dict):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def require_text(text: str, subject: str, limit: int | None = MAX_TEXT) -> None:
+    """Raise UserError for text that no path and no name can be. The message calls it `subject`."""
+    if unprintable := UNPRINTABLE.search(text):
+        raise UserError(f"{subject} has the character {unprintable[0]!a}; remove it: {truncate(ascii(text))}")
+    if limit is not None and len(text.encode()) > limit:
+        raise UserError(f"{subject} has {len(text.encode())} bytes; {limit} are the most: {truncate(text)}")
