@@ -1,4 +1,4 @@
-"""Numbers and names that a config may hold and a run can't use: the message names the key that matters."""
+"""Numbers and names that parse and that a run can't use: the message names the key to change."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ FP64 = "train.precision=fp64"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([GAUSSIAN, "objective.sigma=1e-10"], r"objective.sigma=1e-10 can't .* fp32, .* from 2.3e-10 to 9.2e\+18"),
+        ([GAUSSIAN, "objective.sigma=1e-10"], r"objective.sigma=1e-10 can't .* fp32: .* from 2.3e-10 to 9.2e\+18"),
         ([GAUSSIAN, "objective.sigma=1e30"], r"objective.sigma=1e\+30 can't"),
-        ([GAUSSIAN, "objective.sigma=1e-100", FP64], "objective.sigma=1e-100 can't .* fp64, .* from 8.6e-78"),
+        ([GAUSSIAN, "objective.sigma=1e-100", FP64], "objective.sigma=1e-100 can't .* fp64: .* from 8.6e-78"),
         (["objective.beta=1e30"], r"objective.beta=1e\+30 can't .* use 0, or a value from 1.2e-38 to 1.8e\+19"),
         (["objective.beta=1e-40", "train.precision=bf16"], "objective.beta=1e-40 can't .* bf16"),
         (["optim.learning_rate=1e39"], r"optim.learning_rate=1e\+39 can't"),
@@ -31,7 +31,7 @@ FP64 = "train.precision=fp64"
         (["optim.max_grad_norm=1e-40"], "optim.max_grad_norm=1e-40 can't .* use a value at least 1.2e-38"),
     ],
 )
-def test_numbers_that_a_precision_lacks_are_refused_before_anything_is_written(
+def test_numbers_out_of_a_precisions_range_are_refused_before_anything_is_written(
     arguments: list[str], message: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -49,14 +49,14 @@ def test_a_study_is_refused_before_the_first_of_its_runs(smoke_arguments: list[s
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["objective.sigma=1e-10"],  # which a Bernoulli does not have
+        ["objective.sigma=1e-10"],  # a Bernoulli likelihood has none
         [GAUSSIAN, "objective.sigma=1e-20", FP64],
         ["objective.beta=0"],
         ["objective.beta=1e30", FP64],
         ["optim.max_grad_norm=1e300"],
     ],
 )
-def test_numbers_that_can_be_used_are(arguments: list[str], make_config: MakeConfig) -> None:
+def test_numbers_within_a_precisions_range_are_accepted(arguments: list[str], make_config: MakeConfig) -> None:
     config.check_numbers(make_config(*arguments))
 
 
@@ -68,17 +68,17 @@ def test_numbers_that_can_be_used_are(arguments: list[str], make_config: MakeCon
         (["train.nonfinite=skip", "optim.learning_rate=1e30"], r"were skipped .* cause is optim.learning_rate=1e\+30 "),
     ],
 )
-def test_numbers_gone_bad_name_the_setting_that_is_unlike_all_others(
+def test_a_diverged_run_names_the_most_unusual_setting(
     arguments: list[str], message: str, make_config: MakeConfig
 ) -> None:
     with pytest.raises(RunError, match=message):
         train(make_config("name=a", "train.log_every=1", *arguments))
 
 
-def test_nothing_is_advised_that_is_done_already_or_can_not_have_mattered(make_config: MakeConfig) -> None:
+def test_advice_leaves_out_settings_that_are_in_use_or_could_not_matter(make_config: MakeConfig) -> None:
     def advice(*arguments: str, taken: int = 5) -> str:
-        asked: Config = make_config("train.precision=fp32", *arguments)
-        return _advice(asked, taken)
+        loaded: Config = make_config("train.precision=fp32", *arguments)
+        return _advice(loaded, taken)
 
     assert advice().startswith("Try a lower optim.learning_rate, optim.max_grad_norm=100, optim.warmup_steps=500, or")
     done = advice("optim.max_grad_norm=10", "optim.warmup_steps=500", "train.nonfinite=skip")
@@ -88,7 +88,7 @@ def test_nothing_is_advised_that_is_done_already_or_can_not_have_mattered(make_c
     assert "objective.beta=1e+18" in advice("objective.beta=1e18", taken=0)
 
 
-def test_a_branch_with_another_learning_rate_is_told_what_would_work(make_config: MakeConfig) -> None:
+def test_a_refused_branch_is_told_what_would_work(make_config: MakeConfig) -> None:
     run = train(make_config("name=a", "train.steps=2"))
     branch = ["name=b", f"checkpoint.resume={run}", "optim.learning_rate=0.01"]
     with pytest.raises(UserError) as refused:
@@ -114,17 +114,17 @@ def test_a_branch_with_another_learning_rate_is_told_what_would_work(make_config
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "online", "offline"])
-def test_names_that_wandb_refuses_are_refused_with_the_arguments(arguments: list[str], message: str, mode: str) -> None:
+def test_names_that_wandb_rejects_are_refused_with_the_arguments(arguments: list[str], message: str, mode: str) -> None:
     with pytest.raises(UserError, match=message):
         config.load([f"tracking.wandb={mode}", *arguments])
     stored = Config()
-    stored.tracking.project = "of/old"  # a run that was trained when this was not looked at
+    stored.tracking.project = "of/old"  # a run that an earlier version trained without this check
     config.load_reader(stored, [])
     with pytest.raises(UserError, match=message):
         config.load_reader(stored, [*arguments, *(["tracking.project=a"] if "project" not in arguments[0] else [])])
 
 
-def test_where_wandb_is_disabled_its_names_do_not_matter() -> None:
+def test_names_in_wandb_are_not_checked_if_it_is_disabled() -> None:
     config.load(["tracking.wandb=disabled", "tracking.project=a/b"])
 
 

@@ -25,11 +25,11 @@ def refusal(*arguments: str) -> str:
     return message
 
 
-def test_no_arguments_are_the_tutorials_run() -> None:
-    asked = config.load([])
-    assert (asked.model.hidden_dims, asked.model.latent_dim) == ([400], 40)
-    assert (asked.train.epochs, asked.train.batch_size, asked.optim.learning_rate) == (5, 100, 1e-3)
-    assert config.load([str(REPOSITORY / "configs/tutorial.yaml")]) == asked
+def test_no_arguments_give_the_tutorials_config() -> None:
+    loaded = config.load([])
+    assert (loaded.model.hidden_dims, loaded.model.latent_dim) == ([400], 40)
+    assert (loaded.train.epochs, loaded.train.batch_size, loaded.optim.learning_rate) == (5, 100, 1e-3)
+    assert config.load([str(REPOSITORY / "configs/tutorial.yaml")]) == loaded
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -43,10 +43,10 @@ def test_later_layers_win(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("seed: 1\nmodel: {latent_dim: 3}\ntrain: {epochs: 7}")
     second.write_text("seed: 2\nmodel: {latent_dim: 4}")
-    asked = config.load(["seed=3", str(first), str(second)])
-    assert (asked.seed, asked.model.latent_dim, asked.train.epochs) == (3, 4, 7)
+    loaded = config.load(["seed=3", str(first), str(second)])
+    assert (loaded.seed, loaded.model.latent_dim, loaded.train.epochs) == (3, 4, 7)
     assert config.load(["tracking.tags=[a,b]", "tracking.tags=[c]"]).tracking.tags == ["c"]
-    assert asked.name == "second-{time}"
+    assert loaded.name == "second-{time}"
     odd = tmp_path / "my run (2).yaml"
     odd.write_text("")
     assert config.load([str(odd)]).name == "my_run__2_-{time}"
@@ -60,9 +60,9 @@ def test_arguments_may_begin_with_dashes() -> None:
 def test_text_stays_what_was_typed(text: str, tmp_path: Path) -> None:
     assert config.load([f"name={text}", f"tracking.tags=[{text}]"]).tracking.tags == [text]
     (tmp_path / "some.yaml").write_text(f"name: {text}")
-    asked = config.load([str(tmp_path / "some.yaml")])
-    assert asked.name == text
-    config.save(asked, tmp_path / "saved.yaml")
+    loaded = config.load([str(tmp_path / "some.yaml")])
+    assert loaded.name == text
+    config.save(loaded, tmp_path / "saved.yaml")
     assert config.read(tmp_path / "saved.yaml").name == text
 
 
@@ -72,18 +72,20 @@ def test_values_may_hold_equals_signs_and_colons() -> None:
 
 def test_null_and_quoted_null_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "some.yaml").write_text("data: {mirror: null}\ntracking: {entity: 'null'}")
-    asked = config.load([str(tmp_path / "some.yaml")])
-    assert (asked.data.mirror, asked.tracking.entity) == (None, "null")
-    config.save(asked, tmp_path / "saved.yaml")
-    assert config.read(tmp_path / "saved.yaml") == asked
+    loaded = config.load([str(tmp_path / "some.yaml")])
+    assert (loaded.data.mirror, loaded.tracking.entity) == (None, "null")
+    config.save(loaded, tmp_path / "saved.yaml")
+    assert config.read(tmp_path / "saved.yaml") == loaded
     assert config.load(["train.steps=null"]).train.steps is None
 
 
 def test_interpolations_reach_other_keys_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     assert config.load(["name=vae-z${model.latent_dim}", "model.latent_dim=8"]).name == "vae-z8"
-    asked = config.load(["name=a", "tracking.tags=['beta ${objective.beta}',b]", "train.log_every=${train.batch_size}"])
-    assert (asked.tracking.tags, asked.train.log_every) == (["beta 1.0", "b"], 100)
+    loaded = config.load(
+        ["name=a", "tracking.tags=['beta ${objective.beta}',b]", "train.log_every=${train.batch_size}"]
+    )
+    assert (loaded.tracking.tags, loaded.train.log_every) == (["beta 1.0", "b"], 100)
     for inside in (
         "oc.env:SECRET", "oc.env:HOME,x", "oc.coerce:this.x,1", "oc.decode:1", "oc.create:{a: 1}", "oc.select:SECRET",
         "oc.dict.keys:model", "oc.dict.values:model", "", "name", ".seed", "..seed", "model[latent_dim]", "${seed}",
@@ -105,9 +107,9 @@ def test_interpolations_do_not_grow() -> None:
 
 
 def test_a_saved_config_comes_back_and_is_never_interpolated(tmp_path: Path) -> None:
-    asked = config.load(["sample.codes=[[0,1],[2.5,-3]]", "name=a", "tracking.tags=[x,'1']", "train.precision=bf16"])
-    config.save(asked, tmp_path / "config.yaml")
-    assert config.read(tmp_path / "config.yaml") == asked
+    loaded = config.load(["sample.codes=[[0,1],[2.5,-3]]", "name=a", "tracking.tags=[x,'1']", "train.precision=bf16"])
+    config.save(loaded, tmp_path / "config.yaml")
+    assert config.read(tmp_path / "config.yaml") == loaded
     for text in ("'${name}'", '"\\x24{name}"', '"$\\u007bname}"', "[['${name}']]"):
         (tmp_path / "config.yaml").write_text(f"data: {{root: {text}}}")
         with pytest.raises(UserError, match="interpolation"):
@@ -142,7 +144,7 @@ def test_a_mirror_is_an_address_without_a_secret_in_it(mirror: str, good: bool) 
         assert message.startswith("data.mirror must") and "hunter2" not in message
 
 
-def test_a_stored_config_does_not_say_where_its_readers_write_or_whom_they_ask() -> None:
+def test_paths_and_mirrors_of_a_stored_config_do_not_reach_its_readers() -> None:
     stored = config.load(["name=a", "output=/elsewhere", "runs_dir=/elsewhere", "data.mirror=http://elsewhere"])
     read = config.load_reader(stored, ["data.root=d"])
     assert (read.output, read.runs_dir, read.data.mirror, read.data.root) == (None, "runs", None, "d")
@@ -150,7 +152,7 @@ def test_a_stored_config_does_not_say_where_its_readers_write_or_whom_they_ask()
     assert (read.output, read.runs_dir) == ("here", "mine")
 
 
-def test_an_argument_that_is_taken_out_is_checked_like_the_others() -> None:
+def test_an_argument_that_is_taken_out_is_checked_too() -> None:
     assert config.take(["runs_dir=a", "seed=1", "runs_dir=b"], "runs_dir") == ("b", ["seed=1"])
     assert config.take([], "runs_dir") == ("runs", [])
     for value in ("null", "a" * 300, "a\0", "${oc.env:HOME}"):
@@ -158,7 +160,7 @@ def test_an_argument_that_is_taken_out_is_checked_like_the_others() -> None:
             config.take([f"runs_dir={value}"], "runs_dir")
 
 
-def test_a_run_to_be_read_has_a_name_that_can_be_shown() -> None:
+def test_a_runs_path_must_be_printable() -> None:
     for arguments in (["\x1b[2J"], ["a\0b"], ["-\x1b"], ["a" * 5000], ["a\n", "b"]):
         with pytest.raises(UserError) as refused:
             config.split_run(arguments)
@@ -278,7 +280,7 @@ def test_hostile_files_are_refused_at_once_in_a_short_line(content: str | bytes,
     assert sorted(path.name for path in Path().iterdir()) == ["hostile.yaml"]
 
 
-def test_pipes_devices_and_folders_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo("pipe.yaml")
     Path("zero.yaml").symlink_to("/dev/zero")
     Path("folder.yaml").mkdir()
@@ -334,26 +336,24 @@ def test_hostile_arguments_are_refused_in_a_short_line(argument: str, expected: 
     assert message.isprintable() and len(message) < 1000
 
 
-def test_a_stored_config_of_a_model_for_images_that_no_memory_holds_is_refused() -> None:
-    asked = replace(config.load(["name=a"]), data=config.DataConfig(image_shape=[1, 2**40, 2**40]))
-    config.save(asked, Path("a.yaml"))
+def test_a_stored_config_whose_model_exceeds_memory_is_refused() -> None:
+    loaded = replace(config.load(["name=a"]), data=config.DataConfig(image_shape=[1, 2**40, 2**40]))
+    config.save(loaded, Path("a.yaml"))
     with pytest.raises(UserError, match=r"the model's weights .* would take"):
         config.read(Path("a.yaml"))
 
 
 def test_keys_may_be_written_with_dots_in_a_file_and_groups_may_be_empty() -> None:
     Path("some.yaml").write_text("model.latent_dim: 3\ndata:\nmodel:\n  hidden_dims: [5]\n")
-    asked = config.load(["some.yaml"])
-    assert (asked.model.latent_dim, asked.model.hidden_dims) == (3, [5])
+    loaded = config.load(["some.yaml"])
+    assert (loaded.model.latent_dim, loaded.model.hidden_dims) == (3, [5])
 
 
 @pytest.mark.parametrize(
     ("key", "item"),
     [("sample.codes", "[0.5]"), ("tracking.tags", "a"), ("tracking.tags", "'\u200b\U000e0001'")],  # escaped in YAML
 )
-def test_the_largest_config_that_is_taken_can_be_read_again(
-    key: str, item: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_largest_valid_config_can_be_read_again(key: str, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yaml_text, "MAX_VALUES", 200)
     monkeypatch.setattr(yaml_text, "MAX_BYTES", 6000)
 
@@ -367,9 +367,9 @@ def test_the_largest_config_that_is_taken_can_be_read_again(
 
     largest = bisect.bisect_left(range(300), True, key=is_too_large) - 1
     assert 20 < largest < 200
-    asked = config.load(["name=a", f"{key}=[{','.join([item] * largest)}]"])
-    config.save(asked, Path("config.yaml"))
-    assert config.read(Path("config.yaml")) == asked
+    loaded = config.load(["name=a", f"{key}=[{','.join([item] * largest)}]"])
+    config.save(loaded, Path("config.yaml"))
+    assert config.read(Path("config.yaml")) == loaded
 
 
 def test_help_shows_every_key_with_type_default_and_meaning() -> None:
@@ -394,7 +394,7 @@ def resumed(before: list[str], now: list[str]) -> Config:
     return config.resume(config.load(["name=a", *now]), config.load(["name=a", *before]))
 
 
-def test_a_resumed_run_keeps_what_was_settled_before() -> None:
+def test_a_resumed_run_keeps_what_auto_was_resolved_to() -> None:
     before = ["data.name=synthetic_digits", "train.precision=bf16", "data.image_shape=[1,28,28]"]
     merged = resumed(before, [])
     assert (merged.data.name, merged.train.precision) == ("synthetic_digits", "bf16")
@@ -402,19 +402,19 @@ def test_a_resumed_run_keeps_what_was_settled_before() -> None:
 
 
 @pytest.mark.parametrize("change", ["train.epochs=9", "train.log_every=7", "runs_dir=other", "train.accumulate=2"])
-def test_what_is_not_learned_from_may_change_in_a_resumed_run(change: str) -> None:
+def test_options_that_do_not_change_learning_may_change_on_resume(change: str) -> None:
     resumed([], [change])
 
 
 @pytest.mark.parametrize(
     "change", ["seed=1", "model.latent_dim=3", "objective.beta=2", "train.batch_size=50", "data.binarize=dynamic"]
 )
-def test_what_is_learned_may_not_change_in_a_resumed_run(change: str) -> None:
+def test_options_that_change_learning_may_not_change_on_resume(change: str) -> None:
     with pytest.raises(UserError, match=change.split("=")[0]):
         resumed([], [change])
 
 
-def test_a_longer_run_is_refused_where_the_schedule_depends_on_the_length() -> None:
+def test_a_longer_run_is_refused_if_its_schedule_depends_on_its_length() -> None:
     with pytest.raises(UserError, match=r"train.epochs \(was 5, now 9\)"):
         resumed(["optim.schedule=cosine"], ["optim.schedule=cosine", "train.epochs=9"])
     fixed = ["optim.schedule=cosine", "optim.decay_steps=100"]

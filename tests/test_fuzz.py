@@ -1,4 +1,4 @@
-"""Hostile and broken input: whatever comes, there is an answer of ours or a refusal in one line, and nothing else."""
+"""Hostile and broken input: any of it is either accepted or refused in one line, and has no other effect."""
 
 import dataclasses
 import gzip
@@ -39,26 +39,26 @@ SECRET = "hunter2-which-only-the-environment-knows"
 
 @pytest.fixture(params=[1, pytest.param(20, marks=pytest.mark.slow)], ids=["quick", "deep"])
 def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What the number of examples is multiplied with."""
+    """Factor on the number of examples."""
     monkeypatch.setenv("SECRET", SECRET)
-    torch.set_flush_denormal(False)  # as a training in this process may have left it, no such number could be drawn
+    torch.set_flush_denormal(False)  # hypothesis draws denormals, and a training in this process flushes them
     Path("first.yaml").write_text("seed: 1")
-    config.load(["first.yaml"])  # what Python imports when it is first needed is none of the input's doing
+    config.load(["first.yaml"])  # Python's imports on first use are no effect of the input
     return int(request.param)
 
 
-# What is done beside the answer.
+# Effects in addition to the result.
 
 _done: list[str] | None = None
 _doer = threading.get_ident()
-_TELLING = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
+_AUDITED = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.")
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _done is None or not event.startswith(_TELLING) or threading.get_ident() != _doer:
+    if _done is None or not event.startswith(_AUDITED) or threading.get_ident() != _doer:
         return
     first = arguments[0] if arguments else ""
-    if not (event == "open" and (isinstance(first, int) or first == "/proc/meminfo")):  # a descriptor; what psutil asks
+    if not (event == "open" and (isinstance(first, int) or first == "/proc/meminfo")):  # a descriptor; psutil's
         _done.append(f"{event} {first}")
 
 
@@ -67,7 +67,7 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def touching_only(path: Path | None) -> Iterator[None]:
-    """Hold the block to opening `path` and doing nothing else that Python's audit events tell of."""
+    """Assert that the block opens `path` and raises no other audit event of Python's."""
     global _done
     _done = []
     try:
@@ -77,30 +77,30 @@ def touching_only(path: Path | None) -> Iterator[None]:
         assert not [what for what in done if path is None or what != f"open {path}"]
 
 
-def answer(ask: Callable[[], Config], path: Path | None = None) -> Config | None:
-    """The config that is asked for, None where it is refused in a line that a terminal can show."""
+def accepted(load: Callable[[], Config], path: Path | None = None) -> Config | None:
+    """The loaded config, or None if it is refused in one printable line."""
     try:
         with touching_only(path):
-            asked = ask()
+            loaded = load()
     except UserError as error:
         assert_short_line(str(error))
         assert SECRET not in str(error)
         return None
-    assert_sound(asked)
-    return asked
+    assert_sound(loaded)
+    return loaded
 
 
 def assert_short_line(message: str) -> None:
-    """That a terminal shows what the message says, and obeys nothing in it."""
+    """Assert that a terminal shows the whole message and obeys nothing in it."""
     assert 10 < len(message) < 3000
     assert not {unicodedata.category(letter) for letter in message} & {"Cc", "Cs", "Zl", "Zp"}
     assert not {unicodedata.bidirectional(letter) for letter in message} & {"LRE", "RLE", "LRO", "RLO", "LRI", "RLI"}
 
 
-def assert_sound(asked: Config) -> None:
-    """Every value has its type, within what a run can have, and comes back from where it is saved."""
-    assert_typed(asked)
-    for value in leaves(dataclasses.asdict(asked)):
+def assert_sound(loaded: Config) -> None:
+    """Assert that every value has its type and is within bounds, and that the config survives a save."""
+    assert_typed(loaded)
+    for value in leaves(dataclasses.asdict(loaded)):
         if isinstance(value, str):
             assert "${" not in value and value != "???" and SECRET not in value
             assert len(os.fsencode(value)) < 4096 and "\0" not in value and len(value.splitlines()) < 2
@@ -109,8 +109,8 @@ def assert_sound(asked: Config) -> None:
         if isinstance(value, int):
             assert torch.tensor(value).item() == value
     saved = Path("saved.yaml")
-    config.save(asked, saved)
-    assert config.read(saved) == asked
+    config.save(loaded, saved)
+    assert config.read(saved) == loaded
 
 
 def assert_typed(section: Any) -> None:
@@ -141,7 +141,7 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-# Texts that somebody who wants to break in, or has only slipped, would write.
+# Texts of attacks and of typing errors.
 
 SNIPPETS = [
     "", " ", "null", "~", "???", "nan", "-inf", "1e999", "1e5", "-0", "0x10", "007", "no", "true", "1_000", "٣",
@@ -193,7 +193,7 @@ files = documents.map(lambda document: json.dumps(document).encode("utf-8", "sur
 
 @st.composite
 def mutated(draw: st.DrawFn, contents: st.SearchStrategy[bytes], pieces: st.SearchStrategy[bytes]) -> bytes:
-    """Some content with a few places overwritten, cut out or added to."""
+    """Content with a few places overwritten, cut out or inserted."""
     content = draw(contents)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
@@ -209,7 +209,7 @@ changed = mutated(st.sampled_from(own), (snippets | st.text(max_size=3)).map(lam
 
 
 @pytest.mark.parametrize("kind", ["bytes", "structured", "changed"])
-def test_any_config_file_is_taken_or_refused(kind: str, depth: int, tmp_path: Path) -> None:
+def test_any_config_file_is_accepted_or_refused(kind: str, depth: int, tmp_path: Path) -> None:
     contents = {"bytes": st.binary(max_size=100), "structured": files, "changed": changed}[kind]
     path = tmp_path / "any.yaml"
 
@@ -217,41 +217,41 @@ def test_any_config_file_is_taken_or_refused(kind: str, depth: int, tmp_path: Pa
     @given(contents)
     def claim(content: bytes) -> None:
         path.write_bytes(content)
-        answer(lambda: config.load([str(path)]), path)
-        answer(lambda: config.read(path), path)
+        accepted(lambda: config.load([str(path)]), path)
+        accepted(lambda: config.read(path), path)
 
     claim()
 
 
-def test_any_arguments_are_taken_or_refused(depth: int) -> None:
+def test_any_arguments_are_accepted_or_refused(depth: int) -> None:
     arguments = st.tuples(keys, scalars).map("=".join) | scalars.filter(lambda text: "/" not in text)
 
     @settings(max_examples=60 * depth)
     @given(st.lists(arguments, min_size=1, max_size=4))
-    def claim(asked: list[str]) -> None:
-        if all("=" in argument for argument in asked):
-            answer(lambda: config.load(asked))
+    def claim(given: list[str]) -> None:
+        if all("=" in argument for argument in given):
+            accepted(lambda: config.load(given))
         stored = config.load(["name=stored"])
-        answer(lambda: config.load_reader(stored, asked))
-        answer(lambda: dataclasses.replace(stored, runs_dir=config.take(asked, "runs_dir")[0]))
-        answer(lambda: (config.split_run(asked), stored)[1])
+        accepted(lambda: config.load_reader(stored, given))
+        accepted(lambda: dataclasses.replace(stored, runs_dir=config.take(given, "runs_dir")[0]))
+        accepted(lambda: (config.split_run(given), stored)[1])
 
     claim()
 
 
-def test_a_text_that_is_taken_is_what_was_typed(depth: int) -> None:
+def test_text_that_is_accepted_is_what_was_typed(depth: int) -> None:
     plain = scalars.filter(lambda text: "${" not in text and text[:1] not in ("[", "{", '"', "'", "~"))
 
     @settings(max_examples=40 * depth)
     @given(plain)
     def claim(text: str) -> None:
-        asked = answer(lambda: config.load([f"tracking.project={text}"]))
-        assert asked is None or asked.tracking.project == text
+        loaded = accepted(lambda: config.load([f"tracking.project={text}"]))
+        assert loaded is None or loaded.tracking.project == text
 
     claim()
 
 
-# Data sets in the IDX format, their archives, and who serves them.
+# Data sets in the IDX format, their archives, and their servers.
 
 
 def idx(*sizes: int, kind: int = 8) -> bytes:
@@ -292,16 +292,16 @@ def lay_out(root: Path, contents: dict[str, bytes]) -> Path:
     return folder
 
 
-def refusal(ask: Callable[[], object]) -> str | None:
+def refusal(read: Callable[[], object]) -> str | None:
     try:
-        ask()
+        read()
     except UserError as error:
         assert_short_line(str(error))
         return str(error)
     return None
 
 
-def test_any_idx_file_is_read_for_what_it_says_or_named(depth: int, tmp_path: Path) -> None:
+def test_any_idx_file_is_read_whole_or_named_in_a_refusal(depth: int, tmp_path: Path) -> None:
     @settings(max_examples=150 * depth)
     @given(st.sampled_from(FILES), idx_files)
     def claim(name: str, content: bytes) -> None:
@@ -321,7 +321,7 @@ def test_any_idx_file_is_read_for_what_it_says_or_named(depth: int, tmp_path: Pa
 
 
 class RawServer:
-    """Answers every connection with the same bytes, whatever these are, and hangs up."""
+    """Reply to every connection with the same bytes, and hang up."""
 
     def __init__(self) -> None:
         self.reply = b""
@@ -380,7 +380,7 @@ replies = st.builds(
 )
 
 
-def test_any_answer_of_a_mirror_is_a_refusal_that_leaves_nothing(
+def test_any_hostile_reply_of_a_mirror_is_refused_and_leaves_no_file(
     depth: int, raw_server: RawServer, tmp_path: Path
 ) -> None:
     @settings(max_examples=200 * depth)
@@ -415,7 +415,7 @@ def test_any_archive_with_the_right_digest_is_unpacked_whole_or_refused(
     claim()
 
 
-# The digits that are kept.
+# The cache of the digits.
 
 DIGITS = 12
 
@@ -434,7 +434,7 @@ def with_header(header: Any, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def test_any_file_in_the_place_of_the_digits_is_not_believed(depth: int, tmp_path: Path) -> None:
+def test_a_corrupt_cache_of_the_digits_is_never_used(depth: int, tmp_path: Path) -> None:
     true = digits_in(tmp_path)
     (cache,) = (tmp_path / "synthetic_digits").iterdir()
     good = cache.read_bytes()

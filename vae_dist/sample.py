@@ -1,42 +1,37 @@
-"""Decode images from a trained VAE, and look at its latent space.
+"""Decode images from a trained VAE, and view its latent space.
 
 python vae_dist/sample.py [RUN] [sample.kind=KIND] [key=value ...]
 
-KIND        prior            draws, 64 unless sample.count says otherwise; sample.sampler=mixture makes them better
+KIND        prior            draws, 64 by default (sample.count); sample.sampler=mixture makes them better
             codes            the codes of sample.codes=[[0,0],[0,1]]
-            neighbours       a ball around a code, or around a test image's
-            interpolation    between test images
+            neighbours       a ball around a code, or around the code of a test image
+            interpolation    straight lines between the codes of test images
             traversal        each latent from -3 to 3
             manifold         a plane of the latent space
-            reconstruction   test images, and what their posteriors decode to
+            reconstruction   test images, and decoded draws from their posteriors
             scatter          the posterior means of all test images, by label
-RUN         a run's directory, or one of its checkpoints; left out, the newest run in runs_dir
-key=value   one of the settings below that do not belong to the training
---help      print this, and stop
+RUN         a run's directory, or one of its checkpoints; by default the newest run in runs_dir
+key=value   one of the options below, none of which belongs to the training
+--help      print this and exit
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run by its path: this folder would come first, and its modules would hide others of their names
+if not __package__:  # run by path: the modules of this folder must not shadow others of their names
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
-from vae_dist import config
-from vae_dist.runs import console
+from vae_dist import cli
+from vae_dist.config import READER_KEYS, split_run
 
 
-def main() -> None:
-    if "--help" in sys.argv or "-h" in sys.argv:
-        console.say(config.help_text(__doc__ or "", config.READER_KEYS))
-        return
-    run, arguments = config.split_run(sys.argv[1:])
-    from vae_dist.views.sampling import (
-        sample,  # after the arguments are known to be good: torch takes seconds to import
-    )
+def main(arguments: list[str]) -> None:
+    run, settings = split_run(arguments)
+    from vae_dist.views.sampling import sample
 
-    sample(run, arguments)
+    sample(run, settings)
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main, __doc__, READER_KEYS)

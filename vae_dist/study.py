@@ -1,39 +1,34 @@
-"""Train one VAE for each value of a setting, and compare them.
+"""Train one VAE for each value of an option, and compare them.
 
 accelerate launch vae_dist/study.py [FILE.yaml ...] [KEY=V1,V2,...] [key=value ...]
 
-KEY=V1,V2,...  what the runs differ in; left out, model.latent_dim=2,5,10,20,40. Commas inside brackets or quotes
-               separate nothing: model.hidden_dims=[400],[400,400]
-FILE.yaml      settings of all runs that differ from the defaults below; later files win
-key=value      one setting of all runs; wins over the files
---help         print this, and stop
+KEY=V1,V2,...  the option that varies, and its values; by default model.latent_dim=2,5,10,20,40. Commas inside brackets
+               or quotes separate no values: model.hidden_dims=[400],[400,400]
+FILE.yaml      options of all runs that differ from the defaults below; later files win
+key=value      one option of all runs; wins over the files
+--help         print this and exit
 
 The runs are runs_dir/<name>-<key>-<value>, and the comparison is in runs_dir/<name>-<key>, or in output. The same
-command goes on where it was stopped: what is trained stays.
+command resumes a study that was stopped; runs that are finished are not trained again.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run by its path: this folder would come first, and its modules would hide others of their names
+if not __package__:  # run by path: the modules of this folder must not shadow others of their names
     folder = Path(__file__).resolve().parent
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
-from vae_dist import config
-from vae_dist.runs import console
+from vae_dist import cli
+from vae_dist.config import load_study
 
 
-def main() -> None:
-    if "--help" in sys.argv or "-h" in sys.argv:
-        console.say(config.help_text(__doc__ or ""))
-        return
-    asked = config.load_study(sys.argv[1:])
-    from vae_dist.reports.comparison import (
-        study,  # after the arguments are known to be good: torch takes seconds to import
-    )
+def main(arguments: list[str]) -> None:
+    loaded = load_study(arguments)
+    from vae_dist.reports.comparison import study
 
-    study(asked)
+    study(loaded)
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main, __doc__)

@@ -156,7 +156,7 @@ def check_numbers(config: Config) -> None:
             zero = "0, or " if key == "objective.beta" else ""
             limits = f"at least {least:.2g}" if most == math.inf else f"from {least:.2g} to {most:.2g}"
             raise UserError(
-                f"{key}={values[key]:g} can't be computed with in {precision}: the loss or its gradients would "
+                f"{key}={values[key]:g} can't be used in {precision}: the loss or its gradients would "
                 f"overflow or vanish; use {zero}a value {limits}"
             )
 

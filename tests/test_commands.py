@@ -14,7 +14,8 @@ from tests.conftest import REPOSITORY
 from vae_dist.runs import checkpoint
 
 TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT = (
-    str(REPOSITORY / f"vae_dist/{door}.py") for door in ("train", "evaluate", "sample", "compare", "study", "report")
+    str(REPOSITORY / f"vae_dist/{command}.py")
+    for command in ("train", "evaluate", "sample", "compare", "study", "report")
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,13 +30,11 @@ def run(*command: str, cwd: Path | None = None, **environment: str) -> Result:
     return subprocess.run(command, cwd=cwd, env=outside, capture_output=True, text=True, timeout=120)
 
 
-def test_train_evaluate_sample_and_report_from_any_folder_uninstalled(
-    smoke_arguments: list[str], tmp_path: Path
-) -> None:
+def test_commands_run_from_any_folder_without_installation(smoke_arguments: list[str], tmp_path: Path) -> None:
     trained = run(*LAUNCH, TRAIN, *smoke_arguments)
     assert trained.returncode == 0, trained.stderr
     assert "step 40/40" in trained.stderr and "validation/negative_elbo" in trained.stdout
-    assert not {"\x1b", "\r"} & set(trained.stderr + trained.stdout)  # it is no terminal
+    assert not {"\x1b", "\r"} & set(trained.stderr + trained.stdout)  # stderr is no terminal
     run_dir = next((tmp_path / "runs").iterdir())
 
     evaluated = run(sys.executable, EVALUATE)
@@ -60,14 +59,14 @@ def test_train_evaluate_sample_and_report_from_any_folder_uninstalled(
     assert f"{result['negative_elbo']:.2f}" in (run_dir / "report.html").read_text()
 
 
-def test_as_a_module(tmp_path: Path) -> None:
+def test_a_command_runs_as_a_module(tmp_path: Path) -> None:
     arguments = [*TINY, "data.name=synthetic_digits", f"data.root={tmp_path}", f"runs_dir={tmp_path}/runs", "name=a"]
     trained = run(sys.executable, "-m", "vae_dist.train", *arguments, cwd=REPOSITORY)
     assert trained.returncode == 0, trained.stderr
     assert checkpoint.newest(tmp_path / "runs/a") is not None
 
 
-def test_without_data_and_network_the_first_command_trains_on_the_embedded_digits_and_says_so(tmp_path: Path) -> None:
+def test_without_data_and_network_a_training_falls_back_to_the_embedded_digits(tmp_path: Path) -> None:
     trained = run(*LAUNCH, TRAIN, *TINY, "name=a", "data.mirror=http://127.0.0.1:9")
     assert trained.returncode == 0, trained.stderr
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
@@ -77,7 +76,7 @@ def test_without_data_and_network_the_first_command_trains_on_the_embedded_digit
 
 
 @pytest.mark.parametrize(
-    ("door", "argument", "expected"),
+    ("command", "argument", "expected"),
     [
         (TRAIN, "model.latnt_dim=3", "did you mean model.latent_dim"),
         (TRAIN, "--help-me", "give a YAML file, or key=value"),
@@ -93,8 +92,8 @@ def test_without_data_and_network_the_first_command_trains_on_the_embedded_digit
         (REPORT, "model.latent_dim=3", "there is no trained run in runs"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(door: str, argument: str, expected: str) -> None:
-    refused = run(sys.executable, door, argument)
+def test_bad_input_is_one_message_and_exit_code_2(command: str, argument: str, expected: str) -> None:
+    refused = run(sys.executable, command, argument)
     assert refused.returncode == 2
     assert expected in refused.stderr and refused.stderr.count("\n") == 1
     assert refused.stdout == ""
@@ -109,7 +108,7 @@ def test_the_launch_file_for_cpus_starts_processes_that_train_together(tmp_path:
     assert checkpoint.newest(tmp_path / "runs/a") is not None
 
 
-def test_of_several_processes_one_gives_the_message() -> None:
+def test_one_of_several_processes_prints_the_message() -> None:
     refused = run(*TORCHRUN, TRAIN, "data.name=synthetic_digits", "train.batch_size=1", *TINY)
     assert refused.returncode == 1  # the launcher's; each process's own is 2
     assert refused.stderr.count("it must be at least 2") == 1
@@ -122,9 +121,7 @@ def test_of_several_processes_one_gives_the_message() -> None:
     ("arguments", "message"),
     [([TRAIN, "model.latnt_dim=3"], "unknown key 'model.latnt_dim'"), ([EVALUATE, "nowhere"], "no run at nowhere")],
 )
-def test_an_error_of_all_processes_is_printed_once_before_they_have_joined_too(
-    arguments: list[str], message: str
-) -> None:
+def test_an_error_of_all_processes_is_printed_once_even_before_they_join(arguments: list[str], message: str) -> None:
     refused = run(*TORCHRUN, *arguments)
     assert refused.stderr.count(message) == 1 and refused.stderr.count("exitcode  : 2") >= 1
 
@@ -160,7 +157,7 @@ def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_argume
     text = shown.decode()
     for part in ("epoch 2/2", "step 40/40", "loss 3", "images/s", "0:00:00", "\x1b["):
         assert part in text
-    assert " left" not in text  # the plain lines are for where there is no terminal
+    assert " left" not in text  # plain progress lines are for other outputs than terminals
 
 
 def test_make_lists_its_commands() -> None:
