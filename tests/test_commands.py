@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from vae_dist.runs import checkpoint
 
-TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT = (
+TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE = (
     str(REPOSITORY / f"vae_dist/{command}.py")
-    for command in ("train", "evaluate", "sample", "compare", "study", "report")
+    for command in ("train", "evaluate", "sample", "compare", "study", "report", "browse")
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -126,11 +127,19 @@ def test_an_error_of_all_processes_is_printed_once_even_before_they_join(argumen
     assert refused.stderr.count(message) == 1 and refused.stderr.count("exitcode  : 2") >= 1
 
 
-def test_help_and_print_config_need_no_torch() -> None:
-    helped = run(sys.executable, "-X", "importtime", TRAIN, "--help")
-    assert helped.returncode == 0 and "model.latent_dim=40   [int]" in helped.stdout
-    assert "accelerate launch vae_dist/train.py" in helped.stdout
-    assert " torch" not in helped.stderr and "wandb" not in helped.stderr
+@pytest.mark.parametrize(
+    "command", [TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE], ids=lambda path: Path(path).stem
+)
+def test_help_needs_no_torch(command: str) -> None:
+    helped = run(sys.executable, "-X", "importtime", command, "--help")
+    assert helped.returncode == 0 and f"vae_dist/{Path(command).name}" in helped.stdout
+    assert "\n  runs_dir=runs   [text]\n" in helped.stdout
+    imported = set(re.findall(r"\| +(\w+)", helped.stderr))
+    assert "vae_dist" in imported and not imported & {"torch", "wandb"}
+
+
+def test_help_shows_the_keys_that_a_command_takes_and_print_config_the_config() -> None:
+    assert "model.latent_dim=40   [int]" in run(sys.executable, TRAIN, "--help").stdout
     printed = run(sys.executable, TRAIN, "--print-config", "--model.latent_dim=7")
     assert "latent_dim: 7" in printed.stdout and printed.stderr == ""
     readable = run(sys.executable, EVALUATE, "--help").stdout
