@@ -25,7 +25,7 @@ def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """`[RUN] [key=value ...]` as the run's path, or None if it is left out, and the rest."""
     paths, rest = split_runs(arguments)
     if len(paths) > 1:
-        raise UserError(f"one run at a time, not {truncate(', '.join(map(str, paths)))}")
+        raise UserError(f"give one run, not {truncate(', '.join(map(str, paths)))}")
     return paths[0] if paths else None, rest
 
 

@@ -92,7 +92,7 @@ def read(path: Path) -> Config:
     """The config that `save` wrote. All values are literal: `${key}` is refused, and `~` is no home."""
     settings = _read_settings(path)
     if any("${" in text for setting in settings for text in leaves(setting.value) if isinstance(text, str)):
-        raise UserError(f"{path} holds an interpolation, which a saved config never does; it is not to be trusted")
+        raise UserError(f"{path} holds an interpolation, which a saved config never does; don't trust it")
     config = _apply(Config(), settings, has_homes=False)
     check(config)
     return config
@@ -189,7 +189,7 @@ def _interpolate(value: Any, values: Mapping[str, Any], where: str) -> Any:
         require_known(match[1], f"{where}: ")
         other = values[match[1]]
         if other is None or isinstance(other, list | dict):
-            raise UserError(f"{where}: {match[0]} stands for no text; {match[1]} is {as_text(other)}")
+            raise UserError(f"{where}: {match[0]} must stand for a text or number, but {match[1]} is {as_text(other)}")
         return other if isinstance(other, str) else as_text(other)
 
     require_text(value, where)

@@ -23,7 +23,7 @@ class Study(NamedTuple):
 
     key: str
     configs: list[Config]
-    reading: list[str]  # those of its arguments that also apply to reading the finished runs
+    reading: list[str]  # those of its arguments that apply to reading the finished runs too
     output: Path  # for their comparison
 
 
@@ -45,7 +45,7 @@ def load_study(arguments: Sequence[str]) -> Study:
     if any(argument.removeprefix("--").startswith(f"{key}=") for argument in rest):
         raise UserError(f"a study needs several values of {key} in one argument, such as {DEFAULT_STUDY}")
     if key in ("name", "runs_dir", "output"):
-        raise UserError(f"a study can't vary {key}: its runs get names and folders by what they differ in")
+        raise UserError(f"a study can't vary {key}: it names its runs and folders itself")
     configs = [load([*rest, f"{key}={value}"]) for value in _alternatives(varied)]
     stem = f"{str(configs[0].name).removesuffix('-{time}')}-{key.rpartition('.')[2]}"
     output = Path(configs[0].output or f"{configs[0].runs_dir}/{stem}")
@@ -55,7 +55,7 @@ def load_study(arguments: Sequence[str]) -> Study:
         config.tracking.group = config.tracking.group or stem
         check(config)
     if "{time}" in stem:
-        raise UserError(f"a study is found again by its name; leave {{time}} out of {stem}")
+        raise UserError(f"a study finds its runs by their names; leave {{time}} out of {stem}")
     if len({config.name for config in configs}) < len(configs):
         raise UserError(f"two of the values are the same: {truncate(varied)}")
     if configs[0].tracking.id is not None:
