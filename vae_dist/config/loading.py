@@ -112,7 +112,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def _has_id_of_a_run(settings: Sequence[Setting]) -> bool:
-    """Whether tracking.id comes from a config that a run has saved: no other config states an image shape."""
+    """True if tracking.id comes from a config that a run has saved: no other config states an image shape."""
     sources = [setting.source for setting in settings if setting.key == "tracking.id"]
     saved = {setting.source for setting in settings if setting.key == "data.image_shape" and setting.value} - {""}
     return bool(sources) and sources[-1] in saved
@@ -172,7 +172,7 @@ def _apply(config: Config, settings: Sequence[Setting], *, has_homes: bool = Tru
 
 
 def _fits(value: Any, depth: int) -> bool:
-    """Whether `value` is text in `depth` lists. OmegaConf would take a list for text, and `???` for a missing value."""
+    """True for text in `depth` lists. OmegaConf would take a list for text, and `???` for a missing value."""
     if isinstance(value, list):
         return depth > 0 and all(_fits(item, depth - 1) for item in value)
     return depth == 0 and isinstance(value, str) and value != "???"

@@ -28,7 +28,7 @@ def expand(path: str, key: str = "") -> str:
 
 
 def is_path(text: str) -> bool:
-    """Whether the text is the path of something that exists, or of something missing from a folder that exists.
+    """True for the path of something that exists, or of something missing from a folder that exists.
 
     A text with a slash before any `=` is a path too: no key has one.
     """
