@@ -98,10 +98,10 @@ def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeyp
     update = Update(vae, asked("train.accumulate=2"), world_of(processes))
     update(torch.zeros(3, 100, 1, 28, 28, dtype=torch.uint8, device=CARD), torch.zeros(3, 100, 40, device=CARD),
            [Schedule(1e-3, 0.1 * step) for step in range(3)])  # fmt: skip
-    state = [*update.optimizer.tensors, update.tally, *update.vae.parameters()]
+    state = [*update.optimizer.tensors, update.totals, *update.vae.parameters()]
     assert {tensor.device for tensor in state} == {CARD}
     assert reduced == [CARD] * 3 * (processes > 1)
-    Meter(update.tally[:5], card, 100, [{"loss": 1.0}])
+    Meter(update.totals[:5], card, 100, [{"loss": 1.0}])
 
 
 def test_evaluations_and_views_compute_on_the_card_and_gather_on_the_host(vae: VAE, card: World) -> None:

@@ -102,12 +102,12 @@ def test_a_compiled_step_is_the_step(
         with runtime.join(asked) as world:
             vae = build_vae(asked, (1, 8, 8)).double()
             update = Update(vae, asked, world, flat=flat and choice == "true")
-            tallies = []
+            totals = []
             for step in range(6):
                 update(pixels[step : step + 1], noise[step : step + 1], [Schedule(1e-3, 0.1 * step)])
-                tallies.append(update.tally.clone())
-            results.append([*tallies, *(weight.detach() for weight in vae.parameters())])
-            assert update.require_sound(6) == 1
+                totals.append(update.totals.clone())
+            results.append([*totals, *(weight.detach() for weight in vae.parameters())])
+            assert update.require_healthy(6) == 1
     assert "can't be compiled" not in caplog.text
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -66,7 +66,7 @@ def ours(config: Config) -> None:
         started = 0.0
         sums: Any = 0
 
-        def __call__(self, pixels: torch.Tensor, noise: torch.Tensor, moving: Any) -> None:
+        def __call__(self, pixels: torch.Tensor, noise: torch.Tensor, values: Any) -> None:
             if self.left <= 0:
                 if self.steps:
                     loss = self.sums.item()  # and on a GPU all is done by then
@@ -76,10 +76,10 @@ def ours(config: Config) -> None:
                 if self.left == 0:
                     os._exit(0)
                 self.started, self.sums = time.perf_counter(), 0
-            self.left -= len(moving)
-            before = self.tally[0].clone()
-            super().__call__(pixels, noise, moving)
-            self.sums = self.sums + (self.tally[0] - before)
+            self.left -= len(values)
+            before = self.totals[0].clone()
+            super().__call__(pixels, noise, values)
+            self.sums = self.sums + (self.totals[0] - before)
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # each has summed over its shard
     loop.Update = Paced  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
     plan = Plan(config.seed, len(training.labels), config.train.batch_size)
     update = Update(build_vae(config, training.pixels.shape[1:]), config, world)
     batches = Batches(training, plan, config, world)
-    meter = Meter(update.tally[:5], world, plan.batch_size, [])
+    meter = Meter(update.totals[:5], world, plan.batch_size, [])
     tracker = tracking.track(config, run_dir, is_main=world.is_main, start=0)
     steps = count()
 

@@ -1,4 +1,4 @@
-"""The training loss of some images, and its gradients.
+"""The training loss of a micro-batch, and its gradients.
 
 B images, L latents, C, H, W image. Nats.
 """
@@ -15,14 +15,14 @@ from vae_dist.models.vae import VAE, VAEOutput
 
 
 class Gradients:
-    """Differentiates the training loss by a model's parameters, in two ways that differ in nothing but rounding.
+    """Differentiates the training loss by a model's parameters, in two ways that differ in rounding alone.
 
-    Of images `(B, C, H, W)` in [0, 1], standard normal noise `(B, L)`, beta `()`, the scale `()` of the loss and the
-    weights they give a list: the loss `()`, the images' share of a batch's mean; reconstruction and KL `(2,)`, summed
-    over the images; and the gradients in the order of the weights.
+    Both take (images, noise, beta, scale, *weights) and return [loss, terms, *gradients]. Images are `(B, C, H, W)` in
+    [0, 1], noise is standard normal `(B, L)`, beta and the loss scale are `()`. The loss `()` is these images' part of
+    the batch mean; terms `(2,)` are reconstruction and KL, summed over the images; gradients are in the weights' order.
 
-    `batch_size` is what the sum over the images is divided by; `autocast` surrounds the network alone; `precise` is the
-    type that sums over many images are kept in; the gradients are those of the scaled loss where it is `scaled`.
+    `batch_size` divides the sum over the images. `autocast` surrounds the network alone. `sum_dtype` is the type of
+    sums over images. If `scaled`, the gradients are those of the loss times its scale.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Gradients:
         vae: VAE,
         batch_size: float,
         autocast: Callable[[], AbstractContextManager[object]],
-        precise: torch.dtype,
+        sum_dtype: torch.dtype,
         *,
         scaled: bool = False,
     ) -> None:
@@ -38,11 +38,11 @@ class Gradients:
         self._names = [name for name, _ in vae.named_parameters()]
         self._batch_size = batch_size
         self._autocast = autocast
-        self._sum_dtype = precise
+        self._sum_dtype = sum_dtype
         self._scaled = scaled
 
     def eager(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor) -> list[Tensor]:
-        """Operation by operation. The weights are the model's own parameters."""
+        """Run forward and autograd's backward. The weights are the model's own parameters."""
         with self._autocast():
             output = self._vae(images, noise)
         loss, terms = self._loss(output, images, beta)
@@ -50,7 +50,7 @@ class Gradients:
         return [loss.detach(), terms, *gradients]
 
     def functional(self, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor) -> list[Tensor]:
-        """A function of tensors and nothing else, as what is compiled has to be."""
+        """Do the same as a pure function of tensors, which can be compiled and captured."""
 
         def loss_of(weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             with self._autocast():

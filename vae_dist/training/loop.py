@@ -55,9 +55,9 @@ def train(asked: Config) -> Path:
         if state.step >= last_step and not state.validation_pending:
             logger.info("run %s is finished: %d steps of %d; train.epochs=... goes on", run_dir, state.step, last_step)
             return run_dir
-        update.require_same(state.step)
+        update.assert_equal_weights(state.step)
         batches = Batches(training, plan, config, world)
-        meter = Meter(update.tally[:5], world, plan.batch_size, state.window)
+        meter = Meter(update.totals[:5], world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
         ends = config.train.log_every, validate_every, save_every, verify_every
         world.expect_answers_within(config.runtime.timeout)
@@ -73,7 +73,7 @@ def train(asked: Config) -> Path:
                         at.row(done, moving[-1])
                     improved = due(done, validate_every, last_step) and at.validate(done)
                     if due(done, verify_every, last_step):
-                        update.require_same(done)
+                        update.assert_equal_weights(done)
                     if improved or due(done, save_every, last_step):
                         at.save(done)
                     if done >= recording.watch.next_step:

@@ -86,8 +86,8 @@ class Milestones:
 
     def row(self, step: int, now: Schedule) -> None:
         """Write the figures of the steps since the last row."""
-        skipped = self._require_sound(step)
-        self._update.require_same(step)
+        skipped = self._require_healthy(step)
+        self._update.assert_equal_weights(step)
         row = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
         if self._config.train.nonfinite == "skip":
             row["train/skipped_updates"] = skipped
@@ -96,7 +96,7 @@ class Milestones:
 
     def validate(self, step: int) -> bool:
         """Score the validation images and draw the pictures; whether this validation is the best so far."""
-        self._require_sound(step)
+        self._require_healthy(step)
         self._validation_pending = True  # until it is through
         with self._meter.paused():
             scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.glance)
@@ -115,9 +115,9 @@ class Milestones:
 
     def save(self, step: int) -> None:
         """Publish a checkpoint."""
-        skipped = self._require_sound(step)
+        skipped = self._require_healthy(step)
         with self._meter.paused():
-            self._update.require_same(step)
+            self._update.assert_equal_weights(step)
             state = TrainingState(
                 step=step,
                 world_size=self._world.size,
@@ -132,7 +132,7 @@ class Milestones:
 
     def look(self, step: int) -> None:
         """Raise RunError where an update was not finite, and StoppedError where a process was asked to stop."""
-        self._require_sound(step)
+        self._require_healthy(step)
         if step == self._first_step + 1:  # and done on the device too, or its soundness would not be known
             logger.info("the first step is done, %.1f s after the start", runtime.seconds_since_start())
             self._meter.restart_clock()
@@ -143,11 +143,11 @@ class Milestones:
         self._tracker.flush()  # a checkpoint is never ahead of the rows
         return checkpoint.write(self._run_dir, self._config, self._update.vae, self._update.optimizer, state)
 
-    def _require_sound(self, step: int) -> int:
-        """`Update.require_sound`, with all that the message needs."""
+    def _require_healthy(self, step: int) -> int:
+        """`Update.require_healthy`, with all that the message needs."""
         self._step = step
         try:
-            return self._update.require_sound(step)
+            return self._update.require_healthy(step)
         except NotFiniteError as error:
             now = objectives.schedule(self._config, error.step, self._last_step)
             raise RunError(
