@@ -20,7 +20,8 @@ import torchvision
 
 from tests.conftest import REPOSITORY
 from vae_dist.config import DataConfig
-from vae_dist.data import datasets, mnist
+from vae_dist.data import datasets, download, mnist
+from vae_dist.data.idx import FILE_BYTES
 from vae_dist.errors import UserError
 
 REAL_MNIST = REPOSITORY.parent / "shared" / "data"
@@ -170,8 +171,8 @@ def test_a_bad_copy_is_named_and_never_kept(behaviour: str, expected: str, serve
 
 def test_a_silent_mirror_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = 8 + 2  # of MNIST's two mirrors, at most
-    assert addresses * mnist.SILENCE_SECONDS < 60
-    monkeypatch.setattr(mnist, "SILENCE_SECONDS", 0.5)
+    assert addresses * download.SILENCE_SECONDS < 60
+    monkeypatch.setattr(download, "SILENCE_SECONDS", 0.5)
     server.behaviour = "hang"
     started = time.monotonic()
     assert "timed out" in refusal(config(tmp_path))
@@ -182,7 +183,7 @@ def test_a_silent_mirror_is_given_up(server: Server, tmp_path: Path, monkeypatch
 def test_a_mirror_that_is_slow_and_never_silent_is_given_up(
     part: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mnist, "ARCHIVE_SECONDS", 0.5)
+    monkeypatch.setattr(download, "ARCHIVE_SECONDS", 0.5)
     server.behaviour = f"trickle {part}"
     started = time.monotonic()
     message = refusal(config(tmp_path))
@@ -201,20 +202,20 @@ def test_a_promise_that_is_no_number_is_no_promise(server: Server, tmp_path: Pat
 
 
 def test_an_archive_without_end_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mnist, "ARCHIVE_BYTES", 100)
+    monkeypatch.setattr(download, "ARCHIVE_BYTES", 100)
     assert "exceeds 300 s or 100 bytes" in refusal(config(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("elsewhere", "expected"),
     [
-        ("file:///etc/passwd", "it has moved to file:///etc/passwd, which is not followed"),
-        ("ftp://127.0.0.1:9/", "it has moved to ftp://127.0.0.1:9/, which is not followed"),
-        ("data:,x", "it has moved to data:,x, which is not followed"),
+        ("file:///etc/passwd", "it redirects to file:///etc/passwd, which is not followed"),
+        ("ftp://127.0.0.1:9/", "it redirects to ftp://127.0.0.1:9/, which is not followed"),
+        ("data:,x", "it redirects to data:,x, which is not followed"),
         ("file:///\x1bc", "file:///?c"),
         ("http://a..b/", "encod"),
         ("http://[", "Invalid IPv6 URL"),
-        ("/again", "it moves on and on, at last to http://127.0.0.1"),
+        ("/again", "it redirects more than 5 times, at last to http://127.0.0.1"),
     ],
 )
 def test_a_mirror_that_sends_us_elsewhere_gets_us_nowhere(
@@ -253,8 +254,8 @@ def test_an_archive_that_unpacks_to_gigabytes_is_given_up(
     serve_archive(server, gzip.compress(bytes(2**26)) * 64, monkeypatch)
     tracemalloc.start()
     try:
-        assert f"holds more than {mnist.FILE_BYTES} bytes" in refusal(config(tmp_path))
-        assert tracemalloc.get_traced_memory()[1] < 3 * mnist.FILE_BYTES
+        assert f"holds more than {FILE_BYTES} bytes" in refusal(config(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 3 * FILE_BYTES
     finally:
         tracemalloc.stop()
     assert [path.name for path in (tmp_path / "data/KMNIST/raw").iterdir()] == [".lock"]
@@ -264,11 +265,11 @@ def test_an_archive_that_unpacks_to_gigabytes_is_given_up(
 def test_two_processes_at_once_download_each_archive_once(server: Server, tmp_path: Path) -> None:
     program = f"""
 import torchvision
-from vae_dist.data import datasets as data
+from vae_dist.data import datasets
 from vae_dist.config import DataConfig
 torchvision.datasets.KMNIST.mirrors = [{server.url!r}]
 torchvision.datasets.KMNIST.resources = {torchvision.datasets.KMNIST.resources!r}
-print(data.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).training_images)
+print(datasets.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).training_images)
 """
     server.behaviour = "slow"
     other = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -318,7 +319,7 @@ def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Pa
     settings = DataConfig(name="auto", root=str(tmp_path), mirror=nowhere, synthetic_images=60, validation_images=5)
     assert datasets.prepare(settings).name == "synthetic_digits"
     settings.name = "mnist"
-    assert "no mirror gave what is missing" in refusal(settings)
+    assert "no mirror has what is missing" in refusal(settings)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Serv
         ("folder", "Is a directory"),
         ("pipe", "Is not a regular file"),
         ("device", "Is not a regular file"),
-        ("sparse", f"Has more than {mnist.FILE_BYTES} bytes"),
+        ("sparse", f"Has more than {FILE_BYTES} bytes"),
     ],
 )
 def test_what_lies_in_a_files_place_is_named_and_not_waited_for(
@@ -399,7 +400,7 @@ def test_a_folder_that_may_not_be_looked_into_is_named(server: Server, tmp_path:
             message = refusal(config(tmp_path))
     finally:
         folder.parent.chmod(0o700)
-    assert f"can't look into {folder} (Permission denied)" in message or "can't download into" in message
+    assert f"can't read {folder} (Permission denied)" in message or "can't download into" in message
 
 
 def test_a_root_that_is_too_long_for_a_path_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The objective: ELBO terms per image, the loss that training minimises, and what moves with the step.
+"""The objective: ELBO terms per image, the training loss, and the schedules of learning rate and beta.
 
 All values are nats per image, summed over an image's pixels and latents and never averaged over them. B batch, N images
 of a set, K importance samples, L latents, C, H, W image.
@@ -24,7 +24,7 @@ class ElboTerms(NamedTuple):
 
     @property
     def negative_elbo(self) -> Tensor:
-        """`(B,)`. The reported bound: beta is 1 whatever the training loss weighs the KL with."""
+        """The reported bound `(B,)`: beta is 1 here, whatever weight the training loss gives the KL."""
         return self.reconstruction + self.kl
 
     def metrics(self, prefix: str) -> dict[str, float]:
@@ -39,7 +39,7 @@ class ElboTerms(NamedTuple):
 
 
 def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
-    """The ELBO terms of images `(B, C, H, W)`, in float32 at least (Kingma and Welling 2013, equation 10)."""
+    """Return the ELBO terms of images `(B, C, H, W)`, in float32 at least (Kingma and Welling 2013, equation 10)."""
     return ElboTerms(
         reconstruction=-output.likelihood.log_prob(at_least_float32(images)),
         kl=output.posterior.kl().sum(1),
@@ -47,9 +47,9 @@ def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
 
 
 def log_weights(vae: VAE, posterior: DiagonalGaussian, images: Tensor, noise: Tensor) -> Tensor:
-    """Importance weights log p(x, z) - log q(z|x) of K latents each: `(K, B)`, in float32 at least.
+    """Log importance weights log p(x, z) - log q(z|x) of K latents per image: `(K, B)`, in float32 at least.
 
-    The latents are what noise `(K, B, L)` makes of the posterior `(B, L)` of images `(B, C, H, W)`. The logarithm of an
+    Latents are drawn from the posterior `(B, L)` of images `(B, C, H, W)` with noise `(K, B, L)`. The logarithm of an
     image's mean weight is on average at most log p(x), and rises to it with K (Burda et al. 2016, equation 8).
     """
     likelihood = vae.decode(posterior.sample(noise).flatten(0, 1))
@@ -58,35 +58,35 @@ def log_weights(vae: VAE, posterior: DiagonalGaussian, images: Tensor, noise: Te
 
 
 def active_units(posterior_means: Tensor) -> int:
-    """How many latents carry something: those whose posterior mean `(N, L)` varies over the images by more than 0.01.
+    """Count the latents whose posterior mean `(N, L)` has a variance over the images above 0.01.
 
-    The measure and the threshold are of Burda et al. (2016), section 5.2.
+    Measure and threshold are those of Burda et al. (2016), section 5.2.
     """
     return int((posterior_means.double().var(0, correction=0) > ACTIVE_VARIANCE).sum())
 
 
 def bits_per_dimension(nats: float, dimensions: int) -> float:
-    """Nats per image as bits for each of its `dimensions` pixel values."""
+    """Convert nats per image to bits per dimension; an image has `dimensions` pixel values."""
     return nats / (dimensions * math.log(2))
 
 
 def training_loss(terms: ElboTerms, beta: float | Tensor, batch_size: float) -> Tensor:
-    """The sum over these images of reconstruction + beta KL, as a share of a batch of `batch_size`: `()`, nats.
+    """Sum reconstruction + beta KL over these images and divide by `batch_size`: `()`, nats.
 
-    Beta weighs the KL as in Higgins et al. (2017). Shares of a batch add up to the batch's mean.
+    Beta weighs the KL as in Higgins et al. (2017). The losses of a batch's parts add up to the batch mean.
     """
     return (terms.reconstruction + beta * terms.kl).sum() / batch_size
 
 
 class Schedule(NamedTuple):
-    """What moves with the step."""
+    """The values of one step that depend on its number."""
 
     learning_rate: float
     beta: float
 
 
 def schedule(config: Config, step: int, last_step: int) -> Schedule:
-    """The values for step `step`, which is 0 for the first; `last_step` is the run's number of steps."""
+    """Return the values of step `step`, from 0; `last_step` is the run's number of steps."""
     return Schedule(_learning_rate(config, step, last_step), _beta(config, step))
 
 

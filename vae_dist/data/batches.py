@@ -1,6 +1,6 @@
-"""A process's share of each step's images and noise, as the plan has them, on the device where it computes.
+"""A process's shard of each step's images and noise, as the plan has them, on the device where it computes.
 
-k steps, b the process's share of the global batch, L latents, C, H, W image.
+k steps, b is the size of the shard, L latents, C, H, W image.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ from vae_dist.distributed import runtime
 from vae_dist.distributed.runtime import World
 from vae_dist.plan import Plan, Stream, binarized, bits, shard
 
-# Random numbers are drawn for many steps at once, or entering each operation costs as much as they. A GPU is kept busy:
-# whatever their number, they take it some hundred operations.
+# Draw noise for many steps at a time: per call, the overhead would cost as much as the numbers. On a GPU one draw is a
+# few hundred kernels, however many numbers it makes.
 _NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
-_PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are copied to a place of their own
+_PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are copied into one tensor
 
 _CPU = torch.device("cpu")
 
 
 class Batches:
-    """Images and noise of any steps; those of the steps after the last ones come fastest."""
+    """Images and noise of any steps; fastest for consecutive ones, whose noise and images are made ahead of time."""
 
     def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
         self._plan = plan
@@ -39,40 +39,41 @@ class Batches:
         self._pixels = pixels.flatten(1)
         self._rows_of_words = _in_words(self._pixels)
         self._order, self._epoch = torch.empty(0), -1
-        # mps has no float64, which noise is computed in.
+        # Noise is computed in float64, which mps lacks.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
         at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
         self._noise = BlockDraw(self._draw_noise, at_once // self._latent_dim)
         self._bits = BlockDraw(self._draw_bits, at_once // self._pixels.shape[1])
         self.most_steps = max(_PIXELS_AT_ONCE // (len(self._rows) * self._pixels.shape[1]), 1)
-        self._select = self._beside if resident else BlockDraw(Prefetch(self._from_host), self.most_steps)
+        self._prefetched = None if resident else BlockDraw(Prefetch(self._select_and_copy), self.most_steps)
 
     def __call__(self, steps: range) -> tuple[Tensor, Tensor]:
-        """Pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, L)` of k steps."""
-        pixels = self._select(steps).view(len(steps), len(self._rows), *self._image_shape)
+        """Return pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, L)` of k steps."""
+        rows = self._select(steps) if self._prefetched is None else self._prefetched(steps)
+        pixels = rows.view(len(steps), len(self._rows), *self._image_shape)
         if self._dynamic:
             pixels = binarized(pixels, self._bits(steps))
         return pixels, self._noise(steps)
 
-    def _beside(self, steps: range) -> Tensor:
-        """The rows of pixels `(k, b, C H W)`, where all of them are."""
+    def _select(self, steps: range) -> Tensor:
+        """Rows of pixels `(k, b, C H W)`, on the device that holds the data set."""
         rows = self._rows_of_words.index_select(0, self._indices(steps))
         return rows.view(torch.uint8).view(len(steps), len(self._rows), -1)
 
-    def _from_host(self, steps: range) -> Tensor:
-        rows = self._beside(steps)
+    def _select_and_copy(self, steps: range) -> Tensor:
+        rows = self._select(steps)
         if self._device.type != "cuda":
             return rows.to(self._device)
-        # On a stream of its own a copy does not wait for the step that is being computed.
+        # On its own stream the copy does not wait for the step that is running.
         stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(stream):
             copy = rows.pin_memory().to(self._device, non_blocking=True)
-        copy.record_stream(torch.cuda.default_stream(self._device))  # where it is used: it is not freed before
+        copy.record_stream(torch.cuda.default_stream(self._device))  # which uses it: its memory is kept until then
         stream.synchronize()
         return copy
 
     def _indices(self, steps: range) -> Tensor:
-        """The share's indices in each of the steps `(k b,)`, where the images are."""
+        """Indices of the shard's images in each of the steps `(k b,)`, on the device that holds the data set."""
         parts = [
             self._epoch_order(epoch)[first * self._plan.batch_size : last * self._plan.batch_size]
             .view(last - first, -1)[:, self._rows.start : self._rows.stop]
@@ -88,7 +89,7 @@ class Batches:
 
     def _draw_noise(self, steps: range) -> Tensor:
         noise = self._plan.noise(steps, self._rows, self._latent_dim, self._drawn_on, self._compiled)
-        return noise.contiguous().to(self._device, self._dtype)  # a program that is compiled expects the same strides
+        return noise.contiguous().to(self._device, self._dtype)  # a compiled program expects one layout
 
     def _draw_bits(self, steps: range) -> Tensor:
         pixels, seed = self._pixels.shape[1], self._plan.seed
@@ -97,13 +98,13 @@ class Batches:
 
 
 def _in_words(pixels: Tensor) -> Tensor:
-    """Rows of bytes as rows of as few numbers as they can be: a GPU copies a row number by number."""
+    """View rows of bytes as rows of the widest integers that fit: a GPU copies a row element by element."""
     widths = torch.int64, torch.int32, torch.int16, torch.uint8
     return pixels.view(next(width for width in widths if pixels.shape[1] % width.itemsize == 0))
 
 
 class BlockDraw:
-    """What `draw` draws for each of many steps `(steps, ...)`, some steps at a time."""
+    """Calls `draw` for blocks of `steps_at_once` steps, and returns the parts `(k, ...)` of any k steps."""
 
     def __init__(self, draw: Callable[[range], Tensor], steps_at_once: int) -> None:
         self._draw = draw
@@ -127,17 +128,17 @@ class BlockDraw:
 
 
 class Prefetch:
-    """What `load` loads for some steps; a thread loads that of as many more meanwhile."""
+    """Calls `load` for some steps, and in a thread for as many following steps, before they are needed."""
 
     def __init__(self, load: Callable[[range], Tensor]) -> None:
         self._load = load
-        self._thread = ThreadPoolExecutor(1)  # one: what it loads is loaded in order
-        self._coming: tuple[range, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1)  # one alone: loads stay in order
+        self._next: tuple[range, Future[Tensor]] | None = None
 
     def __call__(self, steps: range) -> Tensor:
-        if self._coming is None or self._coming[0] != steps:
-            self._coming = steps, self._thread.submit(self._load, steps)
-        loaded = self._coming[1].result()
+        if self._next is None or self._next[0] != steps:
+            self._next = steps, self._thread.submit(self._load, steps)
+        loaded = self._next[1].result()
         following = range(steps.stop, steps.stop + len(steps))
-        self._coming = following, self._thread.submit(self._load, following)
+        self._next = following, self._thread.submit(self._load, following)
         return loaded

@@ -1,8 +1,8 @@
-"""Grey images of digits in the format of MNIST, drawn from Pillow's built-in font: the data where there is no MNIST.
+"""Grey images of digits in the format of MNIST, drawn from Pillow's built-in font: the data set if MNIST is missing.
 
-A hundred or so masks (digit, stroke, blur) are rendered once. Image r is one of them seen through a smooth warp; the
-mask and the warp come from the random bits of row r. The arithmetic is arranged so that nothing else has a say in the
-pixels: neither the rows it is drawn with, nor the block it falls into, nor the number of threads.
+A hundred or so masks (digit, stroke, blur) are rendered once. Image r is one of them under a smooth warp; mask and warp
+come from the random bits of row r. The arithmetic makes the pixels depend on nothing else: neither on the other rows,
+nor on the block that r falls into, nor on the number of threads.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ _DRAWING = 1  # counts the changes to this file that change pixels
 
 _SIDE = 28
 _CLASSES = 10
-_BLOCK = 512  # images drawn at once, which bounds the memory
+_BLOCK = 512  # images drawn at once, to bound the memory
 
 # The font is drawn on a canvas of 8 x 8 points per pixel, which is blurred and reduced to a mask of 2 x 2.
 _CANVAS_SCALE = 8
@@ -30,7 +30,7 @@ _MASK_SCALE = 2
 _FONT_SIZE = 192  # in canvas points: a digit is then some 18 pixels high
 _STROKES = (0, 1, 3, 5)  # canvas points added on either side of the font's own stroke
 _BLURS = (2.5, 3.5, 4.5)  # standard deviations in canvas points; much less and strokes would alias
-_GAIN = 1.15  # makes up for what the blur takes from thin strokes: nearly every image reaches white
+_GAIN = 1.15  # restores the brightness that the blur takes from thin strokes: nearly every image reaches white
 
 # The warp maps each pixel to the point of the mask that it shows; both are (x, y) in (-1, 1). Each coordinate of the
 # point is a sum over the terms of `_basis`, with coefficients uniform in centre +- spread.
@@ -43,15 +43,15 @@ _WAVE = 5.0  # radians per unit of x or y: a digit is about one wave high
 
 
 def drawing_version() -> str:
-    """What the pixels depend on, fit for a file name."""
+    """Return the versions that the pixels depend on, as a part of a file name."""
     freetype = features.version("freetype2")
     return f"digits{_DRAWING}-pillow{pillow_version}-freetype{freetype}-torch{torch.__version__}"
 
 
 def draw_digits(rows: range) -> tuple[Tensor, Tensor]:
-    """Images `(len(rows), 1, 28, 28)` uint8 and labels `(len(rows),)` int64; row r is the same in every range.
+    """Draw images `(len(rows), 1, 28, 28)` uint8 and labels `(len(rows),)` int64; row r is the same in every range.
 
-    `rows` is contiguous. Which rows are for training and which for testing is the caller's choice: all are alike.
+    `rows` is contiguous. The caller chooses the rows for training and for testing: all have the same distribution.
     """
     images = torch.empty(len(rows), 1, _SIDE, _SIDE, dtype=torch.uint8)
     labels = torch.empty(len(rows), dtype=torch.int64)
@@ -62,7 +62,7 @@ def draw_digits(rows: range) -> tuple[Tensor, Tensor]:
 
 
 def _draw_block(rows: range) -> tuple[Tensor, Tensor]:
-    """What `draw_digits` returns, for a few rows."""
+    """Draw as `draw_digits` does, for one block of rows."""
     bits = uniform_bits(FIXED_SEED, Stream.DIGITS, 0, rows, 1 + _CENTRE.size)
     masks = _masks()
     chosen = torch.from_numpy(bits[:, 0] % len(masks)).long()
@@ -72,7 +72,7 @@ def _draw_block(rows: range) -> tuple[Tensor, Tensor]:
 
 
 def _warp(bits: npt.NDArray[np.uint32]) -> Tensor:
-    """Where each pixel looks, `(B, 28, 28, 2)` float32, from random bits `(B, 14)`."""
+    """The point of the mask that each pixel shows, `(B, 28, 28, 2)` float32, from random bits `(B, 14)`."""
     uniform = (bits + 0.5) * 2.0**-31 - 1
     coefficients = _CENTRE + _SPREAD * uniform.reshape(-1, *_CENTRE.shape)
     coefficients[:, 0, 2] -= coefficients[:, 1, 1]  # a rotation: x moves against y
@@ -81,13 +81,13 @@ def _warp(bits: npt.NDArray[np.uint32]) -> Tensor:
 
 
 def _exact(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Multiples of 2^-20: their products and sums fit float64, so a matrix product does not depend on its order."""
+    """Round to multiples of 2^-20: products and sums are then exact in float64, in any order of summation."""
     return np.round(values * 2.0**20) * 2.0**-20
 
 
 @cache
 def _basis() -> Tensor:
-    """The terms of the warp at every pixel, `(7, 784)` float64."""
+    """Evaluate the terms of the warp at every pixel, `(7, 784)` float64."""
     centres = (np.arange(_SIDE) + 0.5) * (2 / _SIDE) - 1
     y, x = (axis.ravel() for axis in np.meshgrid(centres, centres, indexing="ij"))
     waves = [wave(_WAVE * axis) for axis in (y, x) for wave in (np.sin, np.cos)]
@@ -96,14 +96,14 @@ def _basis() -> Tensor:
 
 @cache
 def _masks() -> Tensor:
-    """Every digit in every style, `(120, 1, 56, 56)` float32 from 0 to 255; mask m shows the digit m % 10."""
+    """Render every digit in every style, `(120, 1, 56, 56)` float32 from 0 to 255; mask m shows the digit m % 10."""
     styles = product(_STROKES, _BLURS, range(_CLASSES))
     pixels = np.stack([np.asarray(_mask(digit, stroke, blur)) for stroke, blur, digit in styles])
     return torch.from_numpy(pixels).unsqueeze(1).float()
 
 
 def _mask(digit: int, stroke: int, blur: float) -> Image.Image:
-    """A digit, white on black, its box in the middle."""
+    """Render a digit, white on black, its bounding box in the middle."""
     canvas = Image.new("L", (2 * _FONT_SIZE, 2 * _FONT_SIZE))
     middle, half = (_FONT_SIZE, _FONT_SIZE), _SIDE * _CANVAS_SCALE // 2
     font = ImageFont.load_default(_FONT_SIZE)

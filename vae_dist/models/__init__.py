@@ -12,16 +12,16 @@ from vae_dist.models.distributions import LIKELIHOODS
 from vae_dist.models.mlp import MLPDecoder, MLPEncoder
 from vae_dist.models.vae import VAE
 
-Network = Callable[[Sequence[int], Sequence[int], int], nn.Module]  # of image shape, hidden sizes, latent dimension
+Network = Callable[[Sequence[int], Sequence[int], int], nn.Module]  # (image shape, hidden sizes, latent dimension)
 
-# Name in a config -> encoder and decoder. The contract is their shapes, which tests check for every entry.
+# Name in a config -> encoder and decoder. Tests check the shapes of every entry.
 ARCHITECTURES: dict[str, tuple[Network, Network]] = {
     "mlp": (MLPEncoder, MLPDecoder),
 }
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError where the config names a model or a likelihood that there is none of."""
+    """Raise UserError if the config names an unknown architecture or likelihood."""
     if config.model.architecture not in ARCHITECTURES:
         choices = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"unknown architecture {config.model.architecture!r}; choose from {choices}")
@@ -31,9 +31,9 @@ def check_names(config: Config) -> None:
 
 
 def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
-    """The config's VAE for images `(C, H, W)`, on the CPU; its weights are a function of the seed alone.
+    """Build the config's VAE for images `(C, H, W)`, on the CPU; its weights depend on the seed alone.
 
-    Raises UserError for names that there are none of, and for a model that does not fit into the memory.
+    Raises UserError for unknown names, and for a model that does not fit into memory.
     """
     check_names(config)
     build_encoder, build_decoder = ARCHITECTURES[config.model.architecture]

@@ -1,7 +1,7 @@
 """The distributions of a VAE in closed form: log-densities in nats, one value per image.
 
-Shapes: B batch, L latents, C, H, W image. Everything is computed in float32 at least, whatever precision the network
-ran in: a sum over 784 pixels in bfloat16 is off by half a nat, and autocast on a CPU keeps exp, log and sum in it.
+Shapes: B batch, L latents, C, H, W image. Everything is computed in float32 at least, whatever the network's precision:
+a sum over 784 pixels in bfloat16 is off by half a nat, and autocast on a CPU computes exp, log and sum in bfloat16.
 """
 
 import math
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FACTORS = 112  # 2^-112 is not yet denormal in float32
-LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in every precision, float16 too
+_FACTORS = 112  # of at least 1/2: their product, 2^-112, is not yet denormal in float32
+LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in float16 too
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class DiagonalGaussian(NamedTuple):
 
     @classmethod
     def from_network(cls, parameters: Tensor) -> "DiagonalGaussian":
-        """From a network's output `(B, 2 L)`: the means, then the log-variances, softly bounded.
+        """Split a network's output `(B, 2 L)` into means and log-variances, the latter softly bounded.
 
         The bound is a tanh, which is the identity near 0 and, unlike a clamp, has a gradient everywhere.
         """
@@ -36,33 +36,33 @@ class DiagonalGaussian(NamedTuple):
         return cls(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Latents `(B, L)` from standard normal noise `(B, L)`: the reparameterisation of Kingma and Welling (2013)."""
+        """Reparameterise (Kingma and Welling 2013): latents `(B, L)` from standard normal noise `(B, L)`."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def log_prior_ratio(self, noise: Tensor) -> Tensor:
-        """log p(z) - log q(z|x) of the latents z that `sample` makes of noise `(..., B, L)`: `(..., B)`, nats.
+        """log p(z) - log q(z|x) of the latents z that `sample` draws with noise `(..., B, L)`: `(..., B)`, nats.
 
-        The constants of the two densities cancel, and the noise is how many deviations z lies from the mean.
+        The constants of the two densities cancel, and the noise is z's distance from the mean in standard deviations.
         """
         return 0.5 * (self.log_variance + noise.square() - self.sample(noise).square()).sum(-1)
 
     def kl(self) -> Tensor:
-        """KL(q(z|x) || N(0, I)) of each latent `(B, L)`, nats, at least 0 (Kingma and Welling 2013, appendix B)."""
+        """KL(q(z|x) || N(0, I)) per latent `(B, L)`, nats, at least 0 (Kingma and Welling 2013, appendix B)."""
         mean, log_variance = at_least_float32(self.mean), at_least_float32(self.log_variance)
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
 class _BernoulliLogProb(torch.autograd.Function):
-    """Rows `(B,)` of log p(x|z) from logits l and pixels x `(B, D)`, for any finite logits.
+    """log p(x|z) `(B,)` from logits l and pixels x `(B, D)`, for any finite logits.
 
-    log p(x|z) = sum of x l - relu(l) + log max(s, 1 - s), where s is the sigmoid of l. One logarithm serves many
-    pixels: the factors, at least 1/2 each, are multiplied with one another first. The gradient is x - s. torch's binary
+    log p(x|z) = sum of x l - relu(l) + log max(s, 1 - s), where s is the sigmoid of l. The factors max(s, 1 - s) of
+    many pixels are multiplied first, so that one logarithm serves them all. The gradient is x - s. torch's binary
     cross-entropy takes several times as long on a CPU.
     """
 
     @staticmethod
     def forward(logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows, and the sigmoid of the logits for the gradient."""
+        """Return log p(x|z), and the sigmoid of the logits for the gradient."""
         sigmoid = logits.sigmoid()
         factors = torch.maximum(sigmoid, 1 - sigmoid)
         products = torch.stack([part.prod(1) for part in factors.split(_FACTORS, dim=1)])
@@ -83,46 +83,46 @@ class _BernoulliLogProb(torch.autograd.Function):
 
 
 class Bernoulli(NamedTuple):
-    """The likelihood p(x|z) of binary pixels. Grey pixels in [0, 1] are accepted, but then it is not a density."""
+    """The likelihood p(x|z) of binary pixels. It accepts grey pixels in [0, 1], but is no probability of those."""
 
     logits: Tensor  # (B, C, H, W)
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """log p(x|z) of images `(B, C, H, W)` in [0, 1]: `(B,)`, nats. The images get no gradient."""
+        """log p(x|z) of images `(B, C, H, W)` in [0, 1]: `(B,)`, nats. Images get no gradient."""
         logits = at_least_float32(self.logits).flatten(1)
         images = images.to(logits.dtype).flatten(1)
-        if logits.device.type != "cpu":  # where a logarithm costs less than passing over the pixels once more
+        if logits.device.type != "cpu":  # there logarithms cost less than another pass over the pixels
             return -F.binary_cross_entropy_with_logits(logits, images, reduction="none").sum(1)
         log_prob: Tensor = _BernoulliLogProb.apply(logits, images)[0]
         return log_prob
 
     @property
     def mean(self) -> Tensor:
-        """Pixels `(B, C, H, W)` in [0, 1], for pictures."""
+        """Mean pixels `(B, C, H, W)` in [0, 1]."""
         return torch.sigmoid(at_least_float32(self.logits))
 
 
 class Gaussian(NamedTuple):
-    """The likelihood p(x|z) of grey pixels with one fixed standard deviation: squared error, normalised."""
+    """The likelihood p(x|z) of grey pixels with a fixed standard deviation: squared error, normalised."""
 
     location: Tensor  # (B, C, H, W)
     sigma: float
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """log p(x|z) of images `(B, C, H, W)`: `(B,)`, nats. The normaliser counts, so it can be positive."""
+        """log p(x|z) of images `(B, C, H, W)`: `(B,)`, nats. It includes the normaliser, so it can be positive."""
         location = at_least_float32(self.location)
         squared = ((images.to(location.dtype) - location) / self.sigma).square().flatten(1)
         return -0.5 * squared.sum(1) - squared.shape[1] * (math.log(self.sigma) + 0.5 * math.log(2 * math.pi))
 
     @property
     def mean(self) -> Tensor:
-        """Pixels `(B, C, H, W)` in [0, 1], for pictures."""
+        """Mean pixels `(B, C, H, W)` in [0, 1]."""
         return at_least_float32(self.location).clamp(0, 1)
 
 
 Likelihood = Bernoulli | Gaussian
 
-# Name in a config -> p(x|z) of sigma and the decoder's output (B, C, H, W).
+# Name in a config -> p(x|z) from sigma and the decoder's output (B, C, H, W).
 LIKELIHOODS: dict[str, Callable[[float, Tensor], Likelihood]] = {
     "bernoulli": lambda sigma, output: Bernoulli(output),
     "gaussian": lambda sigma, output: Gaussian(output, sigma),

@@ -1,4 +1,4 @@
-"""The variational autoencoder: an encoder and a decoder, and what joins them (Kingma and Welling 2013).
+"""The variational autoencoder: an encoder, a decoder, and the distributions of their outputs (Kingma and Welling 2013).
 
 Shapes: B batch, L latents, C, H, W image.
 """
@@ -14,17 +14,17 @@ from vae_dist.models.distributions import DiagonalGaussian, Likelihood
 
 
 class VAEOutput(NamedTuple):
-    """All that the objective needs."""
+    """The distributions that the objective is computed from."""
 
     posterior: DiagonalGaussian  # q(z|x), (B, L)
     likelihood: Likelihood  # p(x|z), (B, C, H, W)
 
 
 class VAE(nn.Module):
-    """Takes its noise as an argument, so that nothing about a step is hidden.
+    """A VAE whose noise is an argument: it draws no random numbers itself.
 
     `encoder` maps images `(B, C, H, W)` to posterior parameters `(B, 2 L)`; `decoder` maps latents `(B, L)` to the
-    parameters of the likelihood `(B, C, H, W)`. No layer may look across the batch (BatchNorm does), or a run would
+    parameters of the likelihood `(B, C, H, W)`. No layer may mix images of a batch (BatchNorm does), or a run would
     depend on the number of its processes.
     """
 
@@ -50,11 +50,11 @@ class VAE(nn.Module):
         return to_unit(pixels.to(self.device), self.dtype)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """The posterior of images `(B, C, H, W)` in [0, 1]."""
+        """Return the posterior of images `(B, C, H, W)` in [0, 1]."""
         return DiagonalGaussian.from_network(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Likelihood:
-        """The likelihood of images given latents `(B, L)`."""
+        """Return the likelihood of images given latents `(B, L)`."""
         return self.likelihood(self.decoder(latents))
 
     def forward(self, images: Tensor, noise: Tensor) -> VAEOutput:

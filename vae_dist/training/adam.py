@@ -1,7 +1,7 @@
-"""Adam (Kingma and Ba 2015, algorithm 1): torch's fused kernel on a CPU, one tensor for all weights on other devices.
+"""Adam (Kingma and Ba 2015, algorithm 1): torch's fused kernel on a CPU, all weights in one tensor on a GPU.
 
-torch.optim.Adam calls the same kernel. For a network of this size it spends as long in Python as there, and to make one
-loads torch's compiler, which takes longer than all else before the first step.
+torch.optim.Adam calls the same kernel. For a small network its Python overhead equals the kernel's time, and creating
+it imports torch's compiler, which takes longer than everything else before the first step.
 """
 
 import math
@@ -15,15 +15,15 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Adam:
-    """Updates its parameters in place, and leaves them alone where the device is told to: the host need not look.
+    """Updates its parameters in place, or skips the update if a flag on the device says so, without a host sync.
 
-    `grad_scale`, `found_inf` and `param_groups` are what torch's GradScaler expects of an optimizer.
+    torch's GradScaler reads `param_groups` and sets `grad_scale` and `found_inf`.
     """
 
     MOMENTS: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
 
-    _step_supports_amp_scaling = True  # otherwise the scaler would ask the device at every step whether to step
-    grad_scale: Tensor | None = None  # set on an instance, and deleted there
+    _step_supports_amp_scaling = True  # otherwise the scaler syncs with the device at every step
+    grad_scale: Tensor | None = None  # the scaler sets it on the instance, and deletes it there
     found_inf: Tensor | None = None
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -32,7 +32,7 @@ class Adam:
         self._steps = torch.zeros(len(self.parameters), device=self.parameters[0].device)
         self._averages = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
         self._squares = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
-        # Of each parameter: how many updates it took, `()`, float32, and its moments, of its own shape.
+        # Of each parameter: its count of updates `()`, float32, and its moments, of its own shape.
         self.state = [
             dict(zip(self.MOMENTS, state, strict=True))
             for state in zip(self._steps.unbind(), self._averages, self._squares, strict=True)
@@ -40,19 +40,19 @@ class Adam:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters one by one."""
+        """The model's parameters."""
         return self.parameters
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that a step changes: parameters, moments, and the counts of updates."""
+        """Everything that a step changes: parameters, moments, and the counts of updates."""
         return *self.parameters, *self._averages, *self._squares, self._steps
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
-        """One update by gradients in the order of the parameters. `learning_rate` is `()`.
+        """Update by gradients in the order of the parameters. `learning_rate` is `()`.
 
-        `skip`, `()` and float32, is 1 where nothing is to change: neither parameters nor moments nor counts.
+        If `skip` `()`, float32, is 1, neither parameters nor moments nor counts change.
         """
         found_inf = self.found_inf if skip is None else skip
         self._steps.add_(1)
@@ -66,55 +66,55 @@ class Adam:
             self._steps.sub_(found_inf)
 
     def load(self, state: Iterable[Mapping[str, Tensor]]) -> None:
-        """Take each parameter's state, in their order."""
+        """Copy the states of all parameters, in their order."""
         for ours, theirs in zip(self.state, state, strict=True):
             for name in self.MOMENTS:
                 ours[name].copy_(theirs[name])
 
 
 class FlatAdam(Adam):
-    """Adam over all parameters as one tensor, of which they become views, so that one small kernel updates them.
+    """Adam over one tensor of all parameters, which become views of it, so that one small kernel updates them.
 
-    torch's fused kernel hands out 65,536 weights at a time: a network of half a million occupies ten of a large GPU's
-    hundred multiprocessors. `parameters` holds the one tensor, and `step` takes one gradient `(weights,)`.
+    torch's fused kernel gives each block of a GPU 65,536 weights: half a million occupy ten of a large GPU's hundred
+    multiprocessors. `parameters` holds the one tensor, and `step` takes one gradient `(weights,)`.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._named = list(parameters)
-        weights = torch.cat([parameter.detach().flatten() for parameter in self._named])
-        for parameter, part in zip(self._named, self.split(weights), strict=True):
-            parameter.data = part
+        self._views = list(parameters)
+        weights = torch.cat([parameter.detach().flatten() for parameter in self._views])
+        for parameter, view in zip(self._views, self.split(weights), strict=True):
+            parameter.data = view
         super().__init__([weights])
-        self._steps = self._steps.repeat(len(self._named))  # they are all the same
+        self._steps = self._steps.repeat(len(self._views))  # one of each parameter, all equal
         moments = self._steps, *map(self.split, (self._averages[0], self._squares[0]))
         self.state = [dict(zip(self.MOMENTS, state, strict=True)) for state in zip(*moments, strict=True)]
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters one by one, without a history for autograd."""
+        """The model's parameters, detached from autograd."""
         return self.split(self.parameters[0])
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of `(weights,)`, one of each parameter's shape."""
-        parts = flat.split([parameter.numel() for parameter in self._named])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self._named, strict=True)]
+        """Return views of `(weights,)`, one in each parameter's shape."""
+        parts = flat.split([parameter.numel() for parameter in self._views])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self._views, strict=True)]
 
     def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
-        """One update by the gradient that `gradients` holds. `learning_rate` and `skip` are as in `Adam.step`."""
+        """Update by the one gradient of `gradients`. `learning_rate` and `skip` are as in `Adam.step`."""
         skip = self.found_inf if skip is None else skip
         skip = torch.zeros_like(learning_rate) if skip is None else skip
         self.update(self.tensors, gradients[0], learning_rate, skip)
 
     @staticmethod
     def update(tensors: Sequence[Tensor], gradient: Tensor, learning_rate: Tensor, skip: Tensor) -> None:
-        """The formula, in place, as a function of tensors alone: it can be compiled with what is before it."""
+        """Update `tensors` in place, as a function of tensors that can be compiled with the rest of the step."""
         weights, averages, squares, steps = tensors
-        keeps = skip > 0
+        skipped = skip > 0
         count = (steps[0] + 1).to(weights.dtype)
-        # 1 - beta^count, without the digits that the difference would lose.
+        # Bias corrections 1 - beta^count, by expm1: the difference would cancel digits.
         first, second = (-torch.expm1(count * math.log(beta)) for beta in (BETA1, BETA2))
         average = averages + (1 - BETA1) * (gradient - averages)
         square = BETA2 * squares + (1 - BETA2) * gradient * gradient
-        moved = weights - learning_rate / first * average / ((square / second).sqrt() + EPSILON)
-        for old, new in (weights, moved), (averages, average), (squares, square), (steps, steps + 1):
-            old.copy_(torch.where(keeps, old, new))
+        updated = weights - learning_rate / first * average / ((square / second).sqrt() + EPSILON)
+        for old, new in (weights, updated), (averages, average), (squares, square), (steps, steps + 1):
+            old.copy_(torch.where(skipped, old, new))

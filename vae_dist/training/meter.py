@@ -1,4 +1,4 @@
-"""Training figures between two rows of the metrics file: summed on the device, read seldom."""
+"""Training metrics between two records of the metrics file: summed on the device, read seldom."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,61 +10,61 @@ from vae_dist.distributed.runtime import World
 
 
 class Meter:
-    """The sums of the training figures since the last row. They stay on the device until somebody needs them.
+    """Sums of the training metrics since the last record. They stay on the device until they are read.
 
-    Each process has its own, and they are added up for a row alone: were they at every checkpoint too, then a run that
-    was stopped would add in another order, and the last digits of its rows would tell.
+    Sums are kept per process and reduced only when a record is written. Reducing at checkpoints as well would change
+    the summation order of a resumed run, and the last digits of its records.
     """
 
     NAMES = ("loss", "reconstruction", "kl", "grad_norm", "updates")
 
     def __init__(self, sums: Tensor, world: World, batch_size: int, window: Sequence[Mapping[str, float]]) -> None:
-        """`sums` `(5,)` is where an `Update` adds up what `NAMES` says."""
+        """`sums` `(5,)` follow `NAMES`; an `Update` adds to them. `window` is from a checkpoint, or empty."""
         self._world = world
         self._batch_size = batch_size
         self._sums = sums
         for rank, saved in enumerate(window):
-            if rank % world.size == world.rank:  # its own, or, saved by more processes, theirs too
+            if rank % world.size == world.rank:  # this process's own, and more if more processes have saved
                 self._sums += self._sums.new_tensor([saved.get(name, 0.0) for name in self.NAMES])
         self._timed_steps = 0
         self._resumed_at = time.perf_counter()
         self._seconds = 0.0
 
     def count(self, steps: int) -> None:
-        """So many more steps were taken."""
+        """Count steps for the images per second."""
         self._timed_steps += steps
 
     def window(self) -> list[dict[str, float]]:
-        """Each process's sums so far. A checkpoint holds them, so that a resumed run writes the same rows."""
+        """Return each process's sums, which a checkpoint holds, so that a resumed run writes the same records."""
         return [dict(zip(self.NAMES, sums, strict=True)) for sums in self._world.gather(self._sums).tolist()]
 
     def read(self) -> dict[str, float]:
-        """The row of the steps since the last one, and start anew. Updates that were not taken are left out of it."""
+        """Return the metrics since the last call, and reset the sums. Skipped updates do not count."""
         sums = dict(zip(self.NAMES, self._world.sum(self._sums).tolist(), strict=True))
         updates = sums["updates"]
         seconds = self._seconds + time.perf_counter() - self._resumed_at
-        row = {"train/images_per_second": self._timed_steps * self._batch_size / seconds}
+        metrics = {"train/images_per_second": self._timed_steps * self._batch_size / seconds}
         if updates:
             means = {name: sums[name] / (updates * self._batch_size) for name in ("loss", "reconstruction", "kl")}
-            row = {
+            metrics = {
                 "train/loss": means["loss"],
                 "train/negative_elbo": means["reconstruction"] + means["kl"],
                 "train/reconstruction": means["reconstruction"],
                 "train/kl": means["kl"],
                 "train/grad_norm": sums["grad_norm"] / updates,
-                **row,
+                **metrics,
             }
         self._sums.zero_()
         self.restart_clock()
-        return row
+        return metrics
 
     def restart_clock(self) -> None:
-        """Leave the steps so far out of the images per second: the first one may have been compiled."""
+        """Exclude the steps so far from the images per second: the first one may include compilation."""
         self._timed_steps, self._seconds, self._resumed_at = 0, 0.0, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside out of the images per second."""
+        """Exclude the time inside the context from the images per second."""
         self._seconds += time.perf_counter() - self._resumed_at
         try:
             yield
