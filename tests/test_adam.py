@@ -49,7 +49,7 @@ def test_a_skipped_update_changes_nothing() -> None:
         assert all(torch.equal(old[name], new[name]) for name in Adam.MOMENTS)
 
 
-def test_torchs_loss_scaler_knows_how_to_use_it() -> None:
+def test_torchs_gradient_scaler_drives_it_as_it_does_torchs_adam() -> None:
     ours, theirs = parameters(), parameters()
     optimizer, reference = Adam(ours), torch.optim.Adam(theirs, lr=torch.tensor(1e-3), fused=True)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in range(2)]
@@ -67,7 +67,7 @@ def test_torchs_loss_scaler_knows_how_to_use_it() -> None:
 
 
 def test_a_step_does_not_load_torchs_compiler() -> None:
-    """It would take longer than all else before the first step."""
+    """The import takes longer than everything else before the first step."""
     code = """
 import sys, torch
 from vae_dist.training.adam import Adam, FlatAdam
@@ -108,7 +108,7 @@ def test_adam_over_one_tensor_skips_and_loads() -> None:
 
 
 def test_parameters_are_views_of_the_one_tensor() -> None:
-    """So that a checkpoint, which knows the model's parameters, loads into it."""
+    """A checkpoint is loaded into the model's parameters, and reaches the one tensor through them."""
     tensors = parameters()
     optimizer = FlatAdam(tensors)
     with torch.no_grad():

@@ -21,29 +21,29 @@ def draw(batches: Batches, steps: range) -> list[Tensor]:
 @pytest.mark.parametrize("start", [0, 1, 19, 37])
 def test_a_step_is_the_same_wherever_a_run_begins(binarize: str, start: int, make_config: MakeConfig) -> None:
     """Over the ends of blocks and of epochs."""
-    asked = make_config(f"data.binarize={binarize}")
-    training, _ = datasets.load_training(asked.data)
-    with runtime.join(asked) as world:
-        straight, late = (Batches(training, Plan(3, 1000, 50), asked, world) for _ in range(2))
+    config = make_config(f"data.binarize={binarize}")
+    training, _ = datasets.load_training(config.data)
+    with runtime.join(config) as world:
+        straight, late = (Batches(training, Plan(3, 1000, 50), config, world) for _ in range(2))
         whole = draw(straight, range(60))
         assert all(map(torch.equal, draw(late, range(start, 60)), whole[2 * start :]))
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
 @pytest.mark.parametrize("steps_at_once", [1, 7])
-def test_many_steps_at_once_are_each_of_them(
+def test_a_draw_of_many_steps_equals_single_draws(
     binarize: str, steps_at_once: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the ends of blocks and of epochs, wherever the images are."""
-    asked = make_config(f"data.binarize={binarize}")
-    training, _ = datasets.load_training(asked.data)
+    config = make_config(f"data.binarize={binarize}")
+    training, _ = datasets.load_training(config.data)
     monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", steps_at_once * 50 * 784)
-    with runtime.join(asked) as world:
-        expected = draw(Batches(training, Plan(3, 1000, 50), asked, world), range(60))
-        beside = Batches(training, Plan(3, 1000, 50), asked, world)
+    with runtime.join(config) as world:
+        expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(60))
+        near = Batches(training, Plan(3, 1000, 50), config, world)
         monkeypatch.setattr(runtime, "place", lambda pixels, device: (pixels, False))
-        far = Batches(training, Plan(3, 1000, 50), asked, world)
-        for source in beside, far:
+        far = Batches(training, Plan(3, 1000, 50), config, world)
+        for source in near, far:
             for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
                 pixels, noise = source(steps)
                 for place, step in enumerate(steps):
@@ -56,37 +56,37 @@ def test_rows_of_any_length_are_selected_whole(size: int, make_config: MakeConfi
     torch.manual_seed(0)
     images = Images(torch.randint(256, (40, 1, size, size), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
     plan = Plan(3, 40, 10)
-    asked = make_config()
-    with runtime.join(asked) as world:
-        pixels, _ = Batches(images, plan, asked, world)(range(2, 4))
+    config = make_config()
+    with runtime.join(config) as world:
+        pixels, _ = Batches(images, plan, config, world)(range(2, 4))
     assert torch.equal(pixels, torch.stack([images.pixels[plan.batch(step)] for step in (2, 3)]))
 
 
 def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's way to draw them, on the CPU."""
-    asked = make_config("data.binarize=dynamic")
-    training, _ = datasets.load_training(asked.data)
-    with runtime.join(asked) as world:
-        expected = draw(Batches(training, Plan(3, 1000, 50), asked, world), range(3))
+    """The path of a GPU, run on the CPU."""
+    config = make_config("data.binarize=dynamic")
+    training, _ = datasets.load_training(config.data)
+    with runtime.join(config) as world:
+        expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
         monkeypatch.setattr(plan, "_has_numpy", lambda device: False)
-        found = draw(Batches(training, Plan(3, 1000, 50), asked, world), range(3))
+        found = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
     assert all(map(torch.equal, found, expected))
 
 
-def test_the_next_steps_are_loaded_while_some_are_computed() -> None:
+def test_prefetch_loads_the_next_steps_before_they_are_needed() -> None:
     loaded = {start: threading.Event() for start in range(0, 9, 3)}
 
     def load(steps: range) -> Tensor:
         loaded[steps.start].set()
         return torch.tensor(list(steps))
 
-    ahead = Prefetch(load)
-    assert ahead(range(3)).tolist() == [0, 1, 2]
+    prefetch = Prefetch(load)
+    assert prefetch(range(3)).tolist() == [0, 1, 2]
     assert loaded[3].wait(timeout=10)
-    assert ahead(range(3, 6)).tolist() == [3, 4, 5]
+    assert prefetch(range(3, 6)).tolist() == [3, 4, 5]
 
 
-def test_blocks_draw_once_for_many_steps() -> None:
+def test_a_block_is_drawn_once_for_many_steps() -> None:
     drawn: list[range] = []
 
     def numbers(steps: range) -> Tensor:
@@ -94,7 +94,7 @@ def test_blocks_draw_once_for_many_steps() -> None:
         return torch.arange(steps.start, steps.stop)
 
     blocks = BlockDraw(numbers, 4)
-    asked = [range(5, 6), range(6, 8), range(8, 10), range(2, 3), range(3, 8)]
-    assert [blocks(steps).tolist() for steps in asked] == [list(steps) for steps in asked]
+    ranges = [range(5, 6), range(6, 8), range(8, 10), range(2, 3), range(3, 8)]
+    assert [blocks(steps).tolist() for steps in ranges] == [list(steps) for steps in ranges]
     assert drawn == [range(5, 9), range(9, 13), range(2, 6), range(6, 10)]
     assert BlockDraw(numbers, 0)(range(3, 5)).tolist() == [3, 4]

@@ -12,10 +12,10 @@ from vae_dist.errors import UserError
 
 
 def settings(root: Path, **changes: object) -> DataConfig:
-    asked = DataConfig(name="synthetic_digits", root=str(root), synthetic_images=600, validation_images=100)
+    config = DataConfig(name="synthetic_digits", root=str(root), synthetic_images=600, validation_images=100)
     for key, value in changes.items():
-        setattr(asked, key, value)
-    return asked
+        setattr(config, key, value)
+    return config
 
 
 def rows(images: torch.Tensor) -> set[bytes]:
@@ -51,26 +51,26 @@ def test_images_are_bytes_and_become_floats_from_black_to_white(data_root: Path)
 
 
 def test_threshold_makes_every_split_binary(data_root: Path) -> None:
-    asked = settings(data_root, binarize="threshold")
+    config = settings(data_root, binarize="threshold")
     grey, _ = datasets.load_training(settings(data_root))
-    training, validation = datasets.load_training(asked)
-    for images in (training, validation, datasets.load_test(asked)):
+    training, validation = datasets.load_training(config)
+    for images in (training, validation, datasets.load_test(config)):
         assert set(images.pixels.unique().tolist()) == {0, 255}
     assert torch.equal(training.pixels == 255, grey.pixels >= 128)
 
 
 def test_dynamic_leaves_training_to_the_plan_and_draws_held_out_images_once(data_root: Path) -> None:
-    asked = settings(data_root, binarize="dynamic")
-    training, validation = datasets.load_training(asked)
+    config = settings(data_root, binarize="dynamic")
+    training, validation = datasets.load_training(config)
     assert len(training.pixels.unique()) > 2
     assert set(validation.pixels.unique().tolist()) == {0, 255}
-    assert torch.equal(datasets.load_training(asked)[1].pixels, validation.pixels)
-    test = datasets.load_test(asked)
+    assert torch.equal(datasets.load_training(config)[1].pixels, validation.pixels)
+    test = datasets.load_test(config)
     assert set(test.pixels.unique().tolist()) == {0, 255}
-    assert torch.equal(datasets.load_test(asked).pixels, test.pixels)
+    assert torch.equal(datasets.load_test(config).pixels, test.pixels)
 
 
-def test_digits_are_kept_under_the_root_and_drawn_again_when_damaged(tmp_path: Path) -> None:
+def test_digits_are_cached_under_the_root_and_drawn_again_if_damaged(tmp_path: Path) -> None:
     first = datasets.load_test(settings(tmp_path))
     cache = next((tmp_path / "synthetic_digits").glob("600_*.safetensors"))
     cache.write_bytes(cache.read_bytes()[:1000])
@@ -79,7 +79,7 @@ def test_digits_are_kept_under_the_root_and_drawn_again_when_damaged(tmp_path: P
 
 
 def change(pixel: int = 0, **tensors: torch.Tensor) -> Callable[[bytes], bytes]:
-    """The kept digits with another first pixel, and with other tensors of these names."""
+    """Return an edit of the cached digits: another first pixel, and other tensors of these names."""
 
     def changed(content: bytes) -> bytes:
         kept = load(content)
@@ -90,7 +90,7 @@ def change(pixel: int = 0, **tensors: torch.Tensor) -> Callable[[bytes], bytes]:
 
 
 def rehashed(content: bytes) -> bytes:
-    """With a digest that fits whatever else is there, as somebody would write it who knows how."""
+    """Return the content with a matching digest, as an attacker would write it."""
     kept = load(content)
     kept.pop("sha256")
     return save({**kept, "sha256": datasets._digest(kept)})
@@ -118,7 +118,7 @@ def rehashed(content: bytes) -> bytes:
         lambda content: save({name: tensor for name, tensor in load(content).items() if name != "sha256"}),
     ],
 )
-def test_kept_digits_that_are_not_as_they_were_written_are_not_believed(
+def test_a_changed_cache_of_digits_is_rejected(
     damage: Callable[[bytes], bytes], data_root: Path, tmp_path: Path
 ) -> None:
     true = datasets.load_test(settings(data_root))
@@ -131,13 +131,13 @@ def test_kept_digits_that_are_not_as_they_were_written_are_not_believed(
     assert cache.read_bytes() == good.read_bytes()
 
 
-def test_kept_digits_are_read_and_not_drawn(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_digits_are_read_and_not_drawn(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true = datasets.load_test(settings(data_root))
     monkeypatch.delattr(datasets, "_draw_digits")
     assert torch.equal(datasets.load_test(settings(data_root)).pixels, true.pixels)
 
 
-def test_digits_of_another_drawing_are_not_believed_under_this_ones_name(
+def test_a_renamed_cache_of_another_drawing_is_rejected(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as elsewhere:
@@ -153,7 +153,7 @@ def test_digits_of_another_drawing_are_not_believed_under_this_ones_name(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "sparse", "dangling"])
-def test_what_lies_in_the_place_of_the_digits_is_not_waited_for(kind: str, data_root: Path, tmp_path: Path) -> None:
+def test_whatever_lies_in_the_caches_place_does_not_block(kind: str, data_root: Path, tmp_path: Path) -> None:
     true = datasets.load_test(settings(data_root))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     cache = tmp_path / "synthetic_digits" / good.name
@@ -193,7 +193,7 @@ def test_an_unknown_name_lists_the_choices() -> None:
         datasets.check_name("mnits")
 
 
-def test_a_set_that_is_evaluated_on_has_a_name_that_there_is_and_the_models_shape(data_root: Path) -> None:
+def test_an_evaluations_data_set_needs_a_known_name_and_the_models_shape(data_root: Path) -> None:
     for load_part in (datasets.load_test, datasets.load_training):
         with pytest.raises(UserError, match="unknown dataset 'mnits'"):
             load_part(settings(data_root, name="mnits"))
@@ -203,7 +203,7 @@ def test_a_set_that_is_evaluated_on_has_a_name_that_there_is_and_the_models_shap
             load_part(settings(data_root, image_shape=[3, 2, 2]))
 
 
-def test_a_root_in_the_home_of_a_user_that_there_is_none_of_is_refused() -> None:
+def test_a_root_in_an_unknown_users_home_is_refused() -> None:
     for name in ("synthetic_digits", "kmnist"):
         with pytest.raises(UserError, match=r"data.root=~nobody-of-that-name/data can't be found"):
             datasets.load_test(settings(Path("~nobody-of-that-name/data"), name=name))

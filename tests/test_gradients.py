@@ -27,8 +27,8 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there
 
 
 def made(*arguments: str, precision: Precision = "fp64", scaled: bool = False) -> tuple[VAE, Gradients]:
-    asked = config.load(["model.latent_dim=3", "model.hidden_dims=[20]", *arguments])
-    vae = build_vae(asked, (1, 6, 6)).to(runtime.param_dtype(precision))
+    settings = config.load(["model.latent_dim=3", "model.hidden_dims=[20]", *arguments])
+    vae = build_vae(settings, (1, 6, 6)).to(runtime.param_dtype(precision))
     autocast = runtime.autocast(precision, torch.device("cpu"))
     return vae, Gradients(vae, 16.0, autocast, torch.float64, scaled=scaled)
 
@@ -46,27 +46,27 @@ def inputs(vae: VAE, precision: Precision = "fp64") -> list[Tensor]:
 def test_the_gradients_are_those_of_the_loss(likelihood: str, scale: int) -> None:
     vae, gradients = made(f"objective.reconstruction={likelihood}", scaled=scale > 1)
     given = inputs(vae)
-    loss, terms, *found = gradients.eager(*given)
+    loss, terms, *results = gradients.eager(*given)
     posterior, likelihood_of = vae(*given[:2])
     reconstruction, kl = -likelihood_of.log_prob(given[0]).sum(), posterior.kl().sum()
     expected = (reconstruction + 0.7 * kl) / 16
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(terms, torch.stack([reconstruction, kl]).detach())
-    torch.testing.assert_close(found, list(torch.autograd.grad(scale * expected, list(vae.parameters()))))
+    torch.testing.assert_close(results, list(torch.autograd.grad(scale * expected, list(vae.parameters()))))
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("as_program", [False, pytest.param(True, marks=[pytest.mark.slow, needs_a_compiler])])
-def test_what_is_compiled_gives_the_same(precision: Precision, as_program: bool) -> None:
+def test_compiled_gradients_equal_eager_ones(precision: Precision, as_program: bool) -> None:
     vae, gradients = made(precision=precision, scaled=True)
     other = Compiled(gradients.functional, gradients.eager) if as_program else gradients.functional
-    ours, theirs = (list(find(*inputs(vae, precision))) for find in (gradients.eager, other))
+    ours, theirs = (list(compute(*inputs(vae, precision))) for compute in (gradients.eager, other))
     assert not (isinstance(other, Compiled) and other.failure)
     tolerance = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 3e-2}[precision]
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_a_step_that_can_not_be_compiled_runs_as_it_is(
+def test_a_step_that_can_not_be_compiled_runs_uncompiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*arguments: object) -> object:
@@ -74,13 +74,13 @@ def test_a_step_that_can_not_be_compiled_runs_as_it_is(
 
     monkeypatch.setattr(torch._inductor, "compile", broken)
     vae, gradients = made()
-    find = Compiled(gradients.functional, gradients.eager)
+    program = Compiled(gradients.functional, gradients.eager)
     with caplog.at_level(logging.WARNING, logger=compiled.__name__):
-        found = [find(*inputs(vae)) for _ in range(2)]
+        results = [program(*inputs(vae)) for _ in range(2)]
     assert [record.message for record in caplog.records if record.name == compiled.__name__] == [
         "the step can't be compiled (RuntimeError: no working C++ compiler) and runs as it is"
     ]
-    assert torch.equal(found[1][0], gradients.eager(*inputs(vae))[0])
+    assert torch.equal(results[1][0], gradients.eager(*inputs(vae))[0])
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_step_that_can_not_be_compiled_runs_as_it_is(
 def test_a_compiled_step_is_the_step(
     bound: str, flat: bool, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Over parts of unlike sizes, and over an update that is not finite and left out."""
+    """Over micro-batches of unlike sizes, and over an update that is not finite and skipped."""
     arguments = ["train.precision=fp64", "train.accumulate=3", f"optim.max_grad_norm={bound}", "train.nonfinite=skip"]
     torch.manual_seed(2)
     pixels = torch.randint(256, (6, 32, 1, 8, 8), dtype=torch.uint8)
@@ -98,10 +98,10 @@ def test_a_compiled_step_is_the_step(
     noise[2, 7, 3] = math.nan
     results = []
     for choice in ("false", "true"):
-        asked = make_config(*arguments, f"train.compile={choice}", "train.batch_size=32", "model.latent_dim=4")
-        with runtime.join(asked) as world:
-            vae = build_vae(asked, (1, 8, 8)).double()
-            update = Update(vae, asked, world, flat=flat and choice == "true")
+        settings = make_config(*arguments, f"train.compile={choice}", "train.batch_size=32", "model.latent_dim=4")
+        with runtime.join(settings) as world:
+            vae = build_vae(settings, (1, 8, 8)).double()
+            update = Update(vae, settings, world, flat=flat and choice == "true")
             totals = []
             for step in range(6):
                 update(pixels[step : step + 1], noise[step : step + 1], [Schedule(1e-3, 0.1 * step)])
@@ -115,7 +115,7 @@ def test_a_compiled_step_is_the_step(
 
 @pytest.mark.slow
 @needs_a_compiler
-def test_a_compiled_run_that_went_on_is_bitwise_the_run_that_never_stopped(make_config: MakeConfig) -> None:
+def test_a_resumed_compiled_run_is_bitwise_the_uninterrupted_one(make_config: MakeConfig) -> None:
     straight = train(make_config("train.compile=true", "train.steps=30", "name=straight"))
     for steps in (11, 30):
         torch.compiler.reset()  # the second one compiles anew, as another process would
@@ -125,9 +125,9 @@ def test_a_compiled_run_that_went_on_is_bitwise_the_run_that_never_stopped(make_
 
 def test_short_runs_are_not_compiled_and_long_ones_are(make_config: MakeConfig, tmp_path: Path) -> None:
     def settled(*arguments: str) -> bool | None:
-        asked = make_config("train.compile=null", *arguments)
-        with ExitStack() as held, runtime.join(asked) as world:
-            return settle(asked, world, held).config.train.compile
+        settings = make_config("train.compile=null", *arguments)
+        with ExitStack() as held, runtime.join(settings) as world:
+            return settle(settings, world, held).config.train.compile
 
     assert settled("train.epochs=2") is False
     assert settled("train.steps=10000000") is (shutil.which("g++") is not None)

@@ -44,7 +44,7 @@ def small_files() -> dict[str, bytes]:
 
 
 class Server:
-    """A mirror on this machine that can be told to misbehave."""
+    """A local mirror that misbehaves on demand."""
 
     def __init__(self) -> None:
         self.archives = {f"{name}.gz": gzip.compress(content) for name, content in small_files().items()}
@@ -59,7 +59,7 @@ class Server:
                 content = outer.archives.get(self.path.rpartition("/")[2])
                 try:
                     self.misbehave(content)
-                except ConnectionError:  # given up on
+                except ConnectionError:  # the client has given up
                     self.close_connection = True
 
             def misbehave(self, content: bytes | None) -> None:
@@ -68,7 +68,7 @@ class Server:
                 if outer.behaviour == "redirect" and not self.path.startswith("/new/"):
                     self.send_response(302)
                     self.send_header("Location", outer.elsewhere or f"/new{self.path}")
-                    self.send_header("Content-Length", str(10**11))  # nobody wants to read it
+                    self.send_header("Content-Length", str(10**11))  # must not be read
                     self.end_headers()
                     return
                 if outer.behaviour == "trickle head":
@@ -110,7 +110,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A mirror whose small files are what torchvision expects of KMNIST."""
+    """A mirror of small files with the digests that torchvision expects of KMNIST."""
     mirror = Server()
     digests = [(name, hashlib.md5(content).hexdigest()) for name, content in mirror.archives.items()]
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", [mirror.url])
@@ -191,12 +191,12 @@ def test_a_mirror_that_is_slow_and_never_silent_is_given_up(
     assert time.monotonic() - started < 2.5
 
 
-def test_more_than_was_promised_is_not_read(server: Server, tmp_path: Path) -> None:
+def test_bytes_beyond_the_content_length_are_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "longer"
     assert datasets.prepare(config(tmp_path)).training_images == 30
 
 
-def test_a_promise_that_is_no_number_is_no_promise(server: Server, tmp_path: Path) -> None:
+def test_a_content_length_that_is_no_number_is_ignored(server: Server, tmp_path: Path) -> None:
     server.behaviour = "unlikely length"
     assert datasets.prepare(config(tmp_path)).training_images == 30
 
@@ -218,7 +218,7 @@ def test_an_archive_without_end_is_given_up(server: Server, tmp_path: Path, monk
         ("/again", "it redirects more than 5 times, at last to http://127.0.0.1"),
     ],
 )
-def test_a_mirror_that_sends_us_elsewhere_gets_us_nowhere(
+def test_an_unsafe_or_endless_redirect_is_not_followed(
     elsewhere: str, expected: str, server: Server, tmp_path: Path
 ) -> None:
     server.behaviour, server.elsewhere = "redirect", elsewhere
@@ -226,21 +226,21 @@ def test_a_mirror_that_sends_us_elsewhere_gets_us_nowhere(
     assert expected in message and message.isprintable()
 
 
-def test_a_mirror_that_has_moved_is_followed_and_its_farewell_not_read(server: Server, tmp_path: Path) -> None:
+def test_a_redirect_is_followed_and_its_body_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "redirect"
     assert datasets.prepare(config(tmp_path)).training_images == 30
     assert len(server.requests) == 8
 
 
 def serve_archive(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this in the place of the training images, as if it were what is expected."""
+    """Serve this in place of the training images, with the digest that is expected."""
     server.archives["train-images-idx3-ubyte.gz"] = content
     digests = [(name, hashlib.md5(content).hexdigest()) for name, content in server.archives.items()]
     monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", digests)
 
 
 @pytest.mark.parametrize("archive", [gzip.compress(b"abc")[:-1], gzip.compress(b"abc") + b"x", b"PK\3\4", b"\x1f\x8b"])
-def test_what_is_no_whole_archive_is_not_unpacked(
+def test_an_incomplete_archive_is_rejected(
     archive: bytes, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_archive(server, archive, monkeypatch)
@@ -281,7 +281,7 @@ print(datasets.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r}
     assert len(server.requests) == 4
 
 
-def test_a_lock_that_is_never_given_back_is_not_waited_for_for_ever(
+def test_a_lock_that_is_never_released_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mnist, "LOCK_SECONDS", 0.2)
@@ -292,8 +292,8 @@ def test_a_lock_that_is_never_given_back_is_not_waited_for_for_ever(
         assert "another process has held" in refusal(config(tmp_path))
 
 
-def test_a_lock_file_that_nobody_holds_is_not_waited_for(server: Server, tmp_path: Path) -> None:
-    """Such as one that a process of another host, or of an earlier version, has left behind."""
+def test_a_stale_lock_file_does_not_block(server: Server, tmp_path: Path) -> None:
+    """Left behind by a process of another host, or of an earlier version."""
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text("4711\nnode7\n")
@@ -308,7 +308,7 @@ def test_a_lock_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -
     assert not (tmp_path / "victim").exists() and not server.requests
 
 
-def test_no_server_at_all_is_said_with_the_ways_out(tmp_path: Path) -> None:
+def test_an_unreachable_mirror_is_reported_with_remedies(tmp_path: Path) -> None:
     message = refusal(config(tmp_path, mirror=f"http://127.0.0.1:{unused_port()}"))
     assert "Connection refused" in message and "data.name=synthetic_digits" in message
     assert "data.download=false" in refusal(config(tmp_path, download=False))
@@ -353,7 +353,7 @@ def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Serv
         ("sparse", f"Has more than {FILE_BYTES} bytes"),
     ],
 )
-def test_what_lies_in_a_files_place_is_named_and_not_waited_for(
+def test_whatever_lies_in_a_files_place_is_named_and_does_not_block(
     kind: str, expected: str, server: Server, tmp_path: Path
 ) -> None:
     datasets.prepare(config(tmp_path))
@@ -372,7 +372,7 @@ def test_what_lies_in_a_files_place_is_named_and_not_waited_for(
     assert expected in message and str(path) in message
 
 
-def test_a_link_to_a_file_is_followed_as_data_sets_are_often_kept_elsewhere(server: Server, tmp_path: Path) -> None:
+def test_a_linked_data_root_is_followed(server: Server, tmp_path: Path) -> None:
     datasets.prepare(config(tmp_path))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     (tmp_path / "data").symlink_to("elsewhere")
@@ -381,7 +381,7 @@ def test_a_link_to_a_file_is_followed_as_data_sets_are_often_kept_elsewhere(serv
 
 @contextmanager
 def without_privileges() -> Iterator[None]:
-    """Nobody's rights, where these tests are run by root, whom no permission stops."""
+    """Drop root's rights, for which permissions do not count."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -391,7 +391,7 @@ def without_privileges() -> Iterator[None]:
         os.seteuid(user)
 
 
-def test_a_folder_that_may_not_be_looked_into_is_named(server: Server, tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_named(server: Server, tmp_path: Path) -> None:
     datasets.prepare(config(tmp_path))
     folder = tmp_path / "data/KMNIST/raw"
     folder.parent.chmod(0)
@@ -414,9 +414,7 @@ PLACES = ["KMNIST/raw", "KMNIST", "kmnist", "kmnist/raw"]
 
 @pytest.mark.parametrize("place", [*PLACES, "", "raw"])
 @pytest.mark.parametrize("form", ["{}.gz", "{}"])
-def test_copies_are_used_where_they_lie_after_a_download_by_hand(
-    place: str, form: str, server: Server, tmp_path: Path
-) -> None:
+def test_copies_downloaded_by_hand_are_used_in_place(place: str, form: str, server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "data" / place
     folder.mkdir(parents=True)
     for name, content in small_files().items():
@@ -435,8 +433,8 @@ def test_copies_are_used_where_they_lie_after_a_download_by_hand(
 
 
 @pytest.mark.parametrize("spelling", ["{}.gz", "{}", "{}/{}"])
-def test_other_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> None:
-    """Of archives that are around: with a dot for a dash, unpacked into a folder, unpacked by a browser."""
+def test_common_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> None:
+    """A dot for the dash, unpacked into a folder, unpacked by a browser."""
     for name, content in small_files().items():
         path = tmp_path / "data/kmnist" / spelling.replace("{}", name.replace("-idx", ".idx"))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -444,9 +442,7 @@ def test_other_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> N
     assert datasets.prepare(config(tmp_path, download=False)).training_images == 30
 
 
-def test_a_copy_that_is_not_whole_is_named_with_what_is_missing_and_the_rest_is_not_downloaded(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_damaged_copy_is_named_and_only_its_file_is_downloaded(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
     for archive, content in server.archives.items():
@@ -468,7 +464,7 @@ def test_a_copy_that_is_not_whole_is_named_with_what_is_missing_and_the_rest_is_
     assert server.requests == ["/kmnist/t10k-labels-idx1-ubyte.gz"]
 
 
-@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not beside this checkout")
+@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not next to this checkout")
 def test_auto_finds_the_real_mnist_in_data_root_itself(tmp_path: Path) -> None:
     settings = DataConfig(name="auto", root=str(REAL_MNIST / "MNIST/raw"), download=False, synthetic_images=60)
     assert datasets.prepare(settings).name == "mnist"
@@ -484,7 +480,7 @@ def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:
     assert "sha256 is not the published one" in refusal(settings)
 
 
-@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not beside this checkout")
+@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not next to this checkout")
 def test_the_real_mnist_is_read_whole() -> None:
     settings = DataConfig(name="mnist", root=str(REAL_MNIST), download=False, validation_images=0)
     training, _ = datasets.load_training(settings)

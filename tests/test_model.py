@@ -40,7 +40,7 @@ def test_an_image_does_not_see_the_others_of_its_batch(architecture: str) -> Non
 
 
 @pytest.mark.parametrize("rows", [1, 5, TRANSPOSED_ROWS, TRANSPOSED_ROWS + 1])
-def test_layers_are_torchs_however_they_are_computed(rows: int) -> None:
+def test_transposed_layers_equal_torchs_sequential(rows: int) -> None:
     layers = Layers(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     images = torch.randn(rows, 7, dtype=torch.float64)
     weights = torch.randn(rows, 3, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_layers_are_torchs_however_they_are_computed(rows: int) -> None:
 
 
 @pytest.mark.parametrize("hidden_dims", ["[]", "[7]", "[9,8,7]"])
-def test_any_list_of_hidden_sizes_is_a_network_and_its_mirror(hidden_dims: str) -> None:
+def test_the_decoder_mirrors_any_hidden_sizes(hidden_dims: str) -> None:
     vae = build_vae(make(f"model.hidden_dims={hidden_dims}"), (1, 4, 4))
     sizes = [module.in_features for module in vae.encoder.modules() if isinstance(module, nn.Linear)]
     mirrored = [module.out_features for module in vae.decoder.modules() if isinstance(module, nn.Linear)]

@@ -36,8 +36,8 @@ def test_terms_match_torch_distributions_image_by_image() -> None:
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_log_weights_match_torch_distributions(likelihood: str) -> None:
     """Sample by sample and image by image, grey pixels too."""
-    asked = config.load(["model.latent_dim=5", "model.hidden_dims=[16]", f"objective.reconstruction={likelihood}"])
-    vae = build_vae(asked, (2, 9, 13)).double()  # 234 pixels: neither a multiple nor a divisor of anything
+    settings = config.load(["model.latent_dim=5", "model.hidden_dims=[16]", f"objective.reconstruction={likelihood}"])
+    vae = build_vae(settings, (2, 9, 13)).double()  # 234 pixels: neither a multiple nor a divisor of anything
     images, noise = torch.rand(4, 2, 9, 13).double().round(decimals=1), torch.randn(3, 4, 5).double()
     posterior = vae.encode(images)
     found = log_weights(vae, posterior, images, noise)
@@ -64,7 +64,7 @@ def test_log_weights_in_float32_are_those_of_float64_to_a_ten_thousandth(scale: 
     torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=1e-4)
 
 
-def test_a_latent_is_active_whose_posterior_mean_varies_by_more_than_a_hundredth() -> None:
+def test_a_latent_is_active_if_its_posterior_mean_has_variance_above_a_hundredth() -> None:
     deviations = torch.tensor([1.0, 0.101, 0.099, 0.0])  # their squares: 1, 0.0102, 0.0098, 0
     means = 7 + deviations * torch.tensor([1.0, -1.0]).repeat(500).unsqueeze(1)
     assert active_units(means) == int((np.var(means.double().numpy(), axis=0) > 0.01).sum()) == 2
@@ -80,17 +80,17 @@ def test_beta_weighs_the_loss_and_never_the_reported_bound() -> None:
     assert terms.negative_elbo.tolist() == [100.0, 120.0]
 
 
-def test_losses_of_uneven_shares_average_to_the_batchs_mean() -> None:
+def test_losses_of_uneven_shards_average_to_the_batch_mean() -> None:
     terms = ElboTerms(torch.rand(100).double(), torch.rand(100).double())
     whole = training_loss(terms, beta=1.0, batch_size=100)
     for world_size in (2, 3, 8):
         rows = [shard(100, rank, world_size) for rank in range(world_size)]
-        shares = [ElboTerms(*(term[list(part)] for term in terms)) for part in rows]
-        losses = [training_loss(part, 1.0, 100 / world_size) for part in shares]
+        shards = [ElboTerms(*(term[list(part)] for term in terms)) for part in rows]
+        losses = [training_loss(part, 1.0, 100 / world_size) for part in shards]
         torch.testing.assert_close(torch.stack(losses).mean(), whole)
 
 
-def test_nothing_of_the_objective_runs_in_low_precision_under_autocast() -> None:
+def test_the_objective_stays_in_float32_under_autocast() -> None:
     vae = build_vae(config.load([]), (1, 28, 28))
     images, noise = torch.rand(8, 1, 28, 28), torch.randn(8, 40)
     with torch.autocast("cpu", torch.bfloat16):
@@ -103,21 +103,21 @@ def test_nothing_of_the_objective_runs_in_low_precision_under_autocast() -> None
 
 
 def test_learning_rate_warms_up_linearly_and_stays() -> None:
-    asked = config.load(["optim.learning_rate=0.1", "optim.warmup_steps=4"])
-    rates = [schedule(asked, step, 10).learning_rate for step in range(6)]
+    settings = config.load(["optim.learning_rate=0.1", "optim.warmup_steps=4"])
+    rates = [schedule(settings, step, 10).learning_rate for step in range(6)]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
 def test_cosine_falls_to_zero_at_the_last_step_or_at_decay_steps() -> None:
-    asked = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.warmup_steps=2"])
-    assert schedule(asked, 2, 12).learning_rate == pytest.approx(1.0)
-    assert schedule(asked, 7, 12).learning_rate == pytest.approx(0.5)
-    assert schedule(asked, 11, 12).learning_rate == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
-    assert schedule(asked, 12, 12).learning_rate == pytest.approx(0.0)
+    settings = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.warmup_steps=2"])
+    assert schedule(settings, 2, 12).learning_rate == pytest.approx(1.0)
+    assert schedule(settings, 7, 12).learning_rate == pytest.approx(0.5)
+    assert schedule(settings, 11, 12).learning_rate == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
+    assert schedule(settings, 12, 12).learning_rate == pytest.approx(0.0)
     sooner = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.decay_steps=5"])
     assert schedule(sooner, 5, 12).learning_rate == schedule(sooner, 11, 12).learning_rate == pytest.approx(0.0)
 
 
 def test_beta_rises_linearly_from_zero() -> None:
-    asked = config.load(["objective.beta=4", "objective.beta_warmup_steps=4"])
-    assert [schedule(asked, step, 10).beta for step in range(6)] == pytest.approx([0, 1, 2, 3, 4, 4])
+    settings = config.load(["objective.beta=4", "objective.beta_warmup_steps=4"])
+    assert [schedule(settings, step, 10).beta for step in range(6)] == pytest.approx([0, 1, 2, 3, 4, 4])

@@ -1,4 +1,4 @@
-"""What a lower precision costs, on the tutorial's run."""
+"""The cost of a lower precision, on the tutorial's run."""
 
 import statistics
 from pathlib import Path
@@ -22,10 +22,10 @@ def negative_elbo(precision: Precision, seed: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not beside this checkout")
-def test_bf16_reaches_the_fp32_figure_within_0_3_nats(tmp_path: Path) -> None:
+@pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not next to this checkout")
+def test_bf16_reaches_the_elbo_of_fp32_within_0_3_nats(tmp_path: Path) -> None:
     precisions: tuple[Precision, ...] = ("bf16", "fp32")
-    figures = {precision: [negative_elbo(precision, seed) for seed in SEEDS] for precision in precisions}
-    print(figures)
-    assert max(figures["fp32"]) < 109.5
-    assert abs(statistics.mean(figures["bf16"]) - statistics.mean(figures["fp32"])) < 0.3
+    elbos = {precision: [negative_elbo(precision, seed) for seed in SEEDS] for precision in precisions}
+    print(elbos)
+    assert max(elbos["fp32"]) < 109.5
+    assert abs(statistics.mean(elbos["bf16"]) - statistics.mean(elbos["fp32"])) < 0.3
