@@ -1,1 +1,1 @@
-"""The training loop, and what one optimizer step does."""
+"""The training loop, and the optimizer step: gradients, guard, optimizer, loss scale, metrics."""

@@ -1,4 +1,4 @@
-"""The guard of a step: it bounds the gradients, skips updates that are not finite, and sums the metrics."""
+"""The guard of a step: it clips the gradients, skips updates that are not finite, and sums the metrics."""
 
 import math
 
@@ -14,8 +14,8 @@ SKIPPED = TOTALS.index("skipped")
 class Guard:
     """Decides on the device, without a host sync, whether the mean gradients of a batch are applied.
 
-    They are skipped if the loss or a gradient is not finite on any process, and after the first such step for ever,
-    unless `skip_nonfinite`. A function of tensors, which can be compiled.
+    The update is skipped if the loss or a gradient is not finite on any process. So are all later ones, unless
+    `skip_nonfinite`. A call is a function of tensors, which can be compiled.
     """
 
     def __init__(
