@@ -28,7 +28,7 @@ class ElboTerms(NamedTuple):
         return self.reconstruction + self.kl
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The means over the images, by name; nothing for no images."""
+        """The means over the images, by name; empty without images."""
         if len(self.kl) == 0:
             return {}
         return {
