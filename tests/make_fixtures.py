@@ -66,7 +66,7 @@ def calling(function: Callable[..., Any], call: int) -> Callable[..., Any]:
 def stopped(name: str, target: str, function: Callable[..., Any], call: int) -> None:
     """A run that is asked to stop at a call of one of its functions."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr("vae_dist.distributed.stopping.LOOK_SECONDS", 0.0)  # after every step
+        patch.setattr("vae_dist.distributed.stopping.CHECK_SECONDS", 0.0)  # after every step
         patch.setattr(target, calling(function, call))
         train(config.load([*SETTINGS, f"name={name}", "model.latent_dim=2"]))
 

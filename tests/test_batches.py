@@ -9,7 +9,7 @@ from vae_dist import plan
 from vae_dist.data import batches, datasets
 from vae_dist.data.batches import Batches, BlockDraw, Prefetch
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.plan import Plan
 
 
@@ -23,7 +23,7 @@ def test_a_step_is_the_same_wherever_a_run_begins(binarize: str, start: int, mak
     """Over the ends of blocks and of epochs."""
     config = make_config(f"data.binarize={binarize}")
     training, _ = datasets.load_training(config.data)
-    with runtime.join(config) as world:
+    with processes.join(config) as world:
         straight, late = (Batches(training, Plan(3, 1000, 50), config, world) for _ in range(2))
         whole = draw(straight, range(60))
         assert all(map(torch.equal, draw(late, range(start, 60)), whole[2 * start :]))
@@ -38,10 +38,10 @@ def test_a_draw_of_many_steps_equals_single_draws(
     config = make_config(f"data.binarize={binarize}")
     training, _ = datasets.load_training(config.data)
     monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", steps_at_once * 50 * 784)
-    with runtime.join(config) as world:
+    with processes.join(config) as world:
         expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(60))
         near = Batches(training, Plan(3, 1000, 50), config, world)
-        monkeypatch.setattr(runtime, "place", lambda pixels, device: (pixels, False))
+        monkeypatch.setattr("vae_dist.data.batches.place", lambda pixels, device: (pixels, False))
         far = Batches(training, Plan(3, 1000, 50), config, world)
         for source in near, far:
             for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
@@ -57,7 +57,7 @@ def test_rows_of_any_length_are_selected_whole(size: int, make_config: MakeConfi
     images = Images(torch.randint(256, (40, 1, size, size), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
     plan = Plan(3, 40, 10)
     config = make_config()
-    with runtime.join(config) as world:
+    with processes.join(config) as world:
         pixels, _ = Batches(images, plan, config, world)(range(2, 4))
     assert torch.equal(pixels, torch.stack([images.pixels[plan.batch(step)] for step in (2, 3)]))
 
@@ -66,7 +66,7 @@ def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypa
     """The path of a GPU, run on the CPU."""
     config = make_config("data.binarize=dynamic")
     training, _ = datasets.load_training(config.data)
-    with runtime.join(config) as world:
+    with processes.join(config) as world:
         expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
         monkeypatch.setattr(plan, "_has_numpy", lambda device: False)
         found = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tests.conftest import MakeConfig
 from tests.test_mnist import unused_port
 from vae_dist import config
-from vae_dist.distributed import caller, runtime
+from vae_dist.distributed import caller, environment, failures, precision, processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.comparison import compare, study
@@ -146,8 +146,8 @@ def test_settings_that_only_a_gpu_needs_are_restored(
     with caller.restored_afterwards():
         make()
         before = world()
-        with runtime.join(make_config()):
-            runtime._make_cuda_repeat_itself()
+        with processes.join(make_config()):
+            environment.make_cuda_deterministic()
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             os.environ["OMP_NUM_THREADS"] = "7"
         assert world() == before
@@ -161,8 +161,8 @@ def test_a_caller_s_accelerator_works_during_a_run_and_after_it(
     with caller.restored_afterwards():
         own = Accelerator(cpu=True, gradient_accumulation_steps=4)
         layer = own.prepare(torch.nn.Linear(2, 1))
-        with runtime.join(make_config()):
-            runtime.accelerator("fp32")
+        with processes.join(make_config()):
+            precision.accelerator("fp32")
             assert own.gradient_accumulation_steps == 4 and own.device.type == "cpu"
         for name in ("train", "evaluate"):
             before = world()
@@ -199,12 +199,12 @@ def test_a_caller_s_processes_keep_their_timeouts(
         group: Any = torch.distributed.group.WORLD
         backend = group._get_backend(torch.device("cpu"))
         before = world()
-        with runtime.join(make_config()) as joined:
+        with processes.join(make_config()) as joined:
             joined.size = 2  # or it would have nobody to wait for
-            joined.expect_answers_within(5)
+            joined.set_timeout(5)
             assert backend.options._timeout == timedelta(seconds=5)
-            monkeypatch.setattr(runtime, "ANSWER_SECONDS", 0.1)
-            joined._missing()
+            monkeypatch.setattr(failures, "ANSWER_SECONDS", 0.1)
+            failures.missing_processes(joined.rank, joined.size)
         assert backend.options._timeout == timedelta(seconds=77)
         store: Any = torch.distributed.distributed_c10d._get_default_store()
         assert store.timeout == timedelta(seconds=77)

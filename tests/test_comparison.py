@@ -395,7 +395,7 @@ def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> No
         return due(done, every, last_step)
 
     monkeypatch.setattr(loop, "due", with_signal)
-    monkeypatch.setattr("vae_dist.distributed.stopping.LOOK_SECONDS", 0)  # after every step
+    monkeypatch.setattr("vae_dist.distributed.stopping.CHECK_SECONDS", 0)  # after every step
 
 
 def test_a_study_that_was_stopped_goes_on_and_ends_bitwise_as_one_that_was_not(

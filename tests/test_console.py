@@ -198,7 +198,7 @@ def test_nothing_that_a_terminal_would_obey_is_shown_or_logged(
 class Alone:
     rank, size = 0, 1
 
-    def says_first(self, text: str) -> bool:
+    def should_log(self, text: str) -> bool:
         return True
 
 

@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vae_dist import config
 from vae_dist.config import Config
-from vae_dist.data.batches import Batches
+from vae_dist.data.batches import Batches, place
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed.world import World
 from vae_dist.evaluation import metrics
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
@@ -77,7 +76,7 @@ def test_images_and_noise_are_on_the_card_and_not_fetched_from_the_host(binarize
 
 def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**10, 2**40))
-    placed, resident = runtime.place(pixels(), card.device)
+    placed, resident = place(pixels(), card.device)
     assert (placed.device.type, resident) == ("cpu", False)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests import worker
 from tests.conftest import REPOSITORY
 from vae_dist import config
-from vae_dist.distributed import runtime
+from vae_dist.distributed import fingerprints
 from vae_dist.runs import checkpoint
 from vae_dist.training.loop import train
 
@@ -229,7 +229,7 @@ def test_a_run_on_unlike_cpus_is_finished_and_goes_on(tmp_path: Path, smoke_argu
     ):
         result = different(1, "ATEN_CPU_CAPABILITY=default", [*common, *choice])
         assert result.returncode == 0, result.stderr
-        assert len(re.findall("unlike processors .*DEFAULT on process 1", result.stderr)) == 1
+        assert len(re.findall("different processors .*DEFAULT on process 1", result.stderr)) == 1
     ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "straight")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -297,16 +297,16 @@ def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int
     """Of tensors of odd and even lengths, and of a view that starts in the middle of a word."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(30, generator=generator), torch.randn(31, generator=generator)[1:], torch.randn(5, 7)[:, :6]
-    found = int(runtime.checksum(made))
-    assert int(runtime.checksum([tensor.clone() for tensor in made])) == found
+    found = int(fingerprints.checksum(made))
+    assert int(fingerprints.checksum([tensor.clone() for tensor in made])) == found
     bits = made[which].view(torch.int32)
     at, elsewhere = (tuple(int(i) for i in torch.unravel_index(torch.tensor(n), bits.shape)) for n in (place, other))
     bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
-    assert int(runtime.checksum(made)) != found
+    assert int(fingerprints.checksum(made)) != found
     bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
     bits[at] += 1  # and where the next number falls by as much as this one rises
     bits[elsewhere] -= 1
-    assert (int(runtime.checksum(made)) == found) is (at == elsewhere)
+    assert (int(fingerprints.checksum(made)) == found) is (at == elsewhere)
 
 
 @pytest.mark.parametrize("what", UNCOMPILED)
@@ -336,7 +336,7 @@ def test_processes_on_unlike_processors_go_on_from_the_state_of_the_main_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert any(not torch.equal(value, tensors(runs / "clipped")[name]) for name, value in theirs.items())
     kind, others = torch.backends.cpu.get_cpu_capability(), ", ".join(map(str, range(world_size - 1)))
-    named = f"unlike processors ({kind} on process {others}; an abacus on process {world_size - 1})"
+    named = f"different processors ({kind} on process {others}; an abacus on process {world_size - 1})"
     assert (runs / "unlike/log.txt").read_text().count(named) == 1
 
 

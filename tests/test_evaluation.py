@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal
 from tests.conftest import MakeConfig, opened
 from vae_dist import config
 from vae_dist.data import datasets
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
@@ -40,7 +40,7 @@ def binary_run(make_config: MakeConfig) -> Path:
 def estimate(vae: VAE, pixels: Tensor, *arguments: str) -> Tensor:
     """The negative log-likelihood of each image, by one process."""
     settings = config.load(["device=cpu", "train.threads=1", *arguments])
-    with runtime.join(settings) as world:
+    with processes.join(settings) as world:
         return negative_log_likelihood(vae, pixels, world, settings)
 
 
@@ -176,7 +176,7 @@ def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
 def test_a_dead_latent_is_not_active_and_has_no_kl() -> None:
     vae, _ = linear_gaussian_vae()
     settings = config.load(["device=cpu", "evaluate.batch_size=70"])
-    with runtime.join(settings) as world:
+    with processes.join(settings) as world:
         encodings = encode(vae, PIXELS, world, settings)
     assert active_units(encodings.mean) == 3
     assert encodings.kl[:, 3].abs().max() < 1e-12 and (encodings.kl[:, :3].mean(0) > 0.01).all()
@@ -189,7 +189,7 @@ def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
     arguments = ["evaluate.importance_samples=5"]
     result, source = evaluate(binary_run, arguments), opened(binary_run, arguments)
     test = datasets.load_test(source.config.data)
-    with runtime.join(source.config) as world:
+    with processes.join(source.config) as world:
         vae = checkpoint.load_vae(source.folder, source.config, world.device)
         terms = score(vae, test.pixels, world, source.config)
         encodings = encode(vae, test.pixels, world, source.config)
@@ -341,7 +341,7 @@ def test_binarised_test_images_are_the_same_in_every_evaluation(make_config: Mak
 def test_an_images_terms_do_not_depend_on_the_images_after_its_chunk(run_dir: Path) -> None:
     source = opened(run_dir, ["evaluate.batch_size=50"])
     test = datasets.load_test(source.config.data)
-    with runtime.join(source.config) as world:
+    with processes.join(source.config) as world:
         vae = checkpoint.load_vae(source.folder, source.config, world.device)
         whole = score(vae, test.pixels, world, source.config)
         first = score(vae, test.pixels[:100], world, source.config)
@@ -359,7 +359,7 @@ def test_chunks_and_threads_move_the_elbo_by_less_than_a_ten_thousandth(run_dir:
     ):
         source = opened(run_dir, arguments)
         test = datasets.load_test(source.config.data)
-        with runtime.join(source.config) as world:
+        with processes.join(source.config) as world:
             vae = checkpoint.load_vae(source.folder, source.config, world.device)
             result = score(vae, test.pixels, world, source.config)
             bounds.append(result.negative_elbo)

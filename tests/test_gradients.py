@@ -14,7 +14,8 @@ from vae_dist import config
 from vae_dist.compute import compiled
 from vae_dist.compute.compiled import Compiled
 from vae_dist.config import Precision
-from vae_dist.distributed import runtime
+from vae_dist.distributed import precision as precisions
+from vae_dist.distributed import processes
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import Schedule
@@ -28,15 +29,15 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there
 
 def made(*arguments: str, precision: Precision = "fp64", scaled: bool = False) -> tuple[VAE, Gradients]:
     settings = config.load(["model.latent_dim=3", "model.hidden_dims=[20]", *arguments])
-    vae = build_vae(settings, (1, 6, 6)).to(runtime.param_dtype(precision))
-    autocast = runtime.autocast(precision, torch.device("cpu"))
+    vae = build_vae(settings, (1, 6, 6)).to(precisions.param_dtype(precision))
+    autocast = precisions.autocast(precision, torch.device("cpu"))
     return vae, Gradients(vae, 16.0, autocast, torch.float64, scaled=scaled)
 
 
 def inputs(vae: VAE, precision: Precision = "fp64") -> list[Tensor]:
     """Images, noise, beta, the scale of the loss, and the weights."""
     torch.manual_seed(1)
-    dtype = runtime.param_dtype(precision)
+    dtype = precisions.param_dtype(precision)
     images, noise = torch.rand(16, 1, 6, 6, dtype=dtype), torch.randn(16, 3, dtype=dtype)
     return [images, noise, torch.tensor(0.7, dtype=torch.float64), torch.tensor(8.0), *vae.parameters()]
 
@@ -99,7 +100,7 @@ def test_a_compiled_step_is_the_step(
     results = []
     for choice in ("false", "true"):
         settings = make_config(*arguments, f"train.compile={choice}", "train.batch_size=32", "model.latent_dim=4")
-        with runtime.join(settings) as world:
+        with processes.join(settings) as world:
             vae = build_vae(settings, (1, 8, 8)).double()
             update = Update(vae, settings, world, flat=flat and choice == "true")
             totals = []
@@ -126,7 +127,7 @@ def test_a_resumed_compiled_run_is_bitwise_the_uninterrupted_one(make_config: Ma
 def test_short_runs_are_not_compiled_and_long_ones_are(make_config: MakeConfig, tmp_path: Path) -> None:
     def settled(*arguments: str) -> bool | None:
         settings = make_config("train.compile=null", *arguments)
-        with ExitStack() as held, runtime.join(settings) as world:
+        with ExitStack() as held, processes.join(settings) as world:
             return settle(settings, world, held).config.train.compile
 
     assert settled("train.epochs=2") is False

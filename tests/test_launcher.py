@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.test_mnist import unused_port
 from vae_dist import config
-from vae_dist.distributed import launcher, runtime
+from vae_dist.distributed import launcher, precision, processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.comparison import compare, study
@@ -41,21 +41,21 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 says .* RANK, WORLD_SIZE, MASTER_ADDR is not set: .* or unset LOCAL_RANK"),
         ({"RANK": "3"}, "RANK=3 says .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR is not set"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is no number: .* unset WORLD_SIZE"),
-        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK='one' in the environment is no number"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment is no number"),
-        ({"PMI_SIZE": ""}, "PMI_SIZE='' in the environment is no number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not a number: .* unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK='one' in the environment is not a number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment is not a number"),
+        ({"PMI_SIZE": ""}, "PMI_SIZE='' in the environment is not a number"),
         ({**PLACE, "RANK": "2"}, "RANK=2 does not fit WORLD_SIZE=2"),
         ({**PLACE, "WORLD_SIZE": "0"}, "RANK=0 does not fit WORLD_SIZE=0"),
         ({**PLACE, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK=0 does not fit LOCAL_WORLD_SIZE=0"),
         ({**PLACE, "MASTER_ADDR": " "}, "WORLD_SIZE=2 says .* MASTER_ADDR is not set"),
-        ({**PLACE, "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is no number"),
-        ({**PLACE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
-        (OPEN_MPI, "OMPI_COMM_WORLD_SIZE=2 says .* MASTER_ADDR is not set: .* set what is missing"),
+        ({**PLACE, "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is not a number"),
+        ({**PLACE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
+        (OPEN_MPI, "OMPI_COMM_WORLD_SIZE=2 says .* MASTER_ADDR is not set: .* set the missing variables"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}, "PMI_SIZE=2 says .* MASTER_ADDR is not set"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed .* --config_file launch/one_process.yaml"),
-        ({"ACCELERATE_USE_FSDP": "1", "ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for FSDP .*, Megatron-LM"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "asks for dynamo"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "turns on DeepSpeed .* --config_file launch/one_process.yaml"),
+        ({"ACCELERATE_USE_FSDP": "1", "ACCELERATE_USE_MEGATRON_LM": "true"}, "turns on FSDP .*, Megatron-LM"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "turns on dynamo"),
         ({"ACCELERATE_DEBUG_MODE": "maybe"}, "can't be joined: invalid truth value maybe; .* ACCELERATE_"),
     ],
 )
@@ -64,7 +64,7 @@ def test_what_a_launcher_has_left_is_one_message_that_says_what_to_set(
 ) -> None:
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message) as refused, runtime.join(make_config()):
+    with pytest.raises(UserError, match=message) as refused, processes.join(make_config()):
         pass
     assert "\n" not in str(refused.value)
 
@@ -85,8 +85,8 @@ def test_what_says_nothing_is_passed_over(
 ) -> None:
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    with runtime.join(make_config()) as world:
-        runtime.accelerator("fp32")
+    with processes.join(make_config()) as world:
+        precision.accelerator("fp32")
         assert (world.rank, world.size) == (0, 1)
     assert not caplog.records
 
@@ -95,10 +95,10 @@ def test_tasks_of_srun_that_know_nothing_of_one_another_are_warned_of(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with runtime.join(make_config()), runtime.join(make_config()):
+    with processes.join(make_config()), processes.join(make_config()):
         pass
     (record,) = caplog.records
-    assert "srun has started 2 tasks, and each runs alone" in record.getMessage()
+    assert "srun started 2 tasks, and each runs alone" in record.getMessage()
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def listener() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("rank", "is_taken", "message"),
     [
-        ("0", True, "MASTER_PORT={port} is taken on .* by another program: choose another"),
-        ("0", False, "not all processes have come to MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
+        ("0", True, "MASTER_PORT={port} is used on .* by another program: choose another"),
+        ("0", False, "not all processes connected to MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
         ("1", True, "no process 0 answers at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
         ("1", False, "no process 0 answers at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
     ],
@@ -143,9 +143,9 @@ def test_processes_that_do_not_find_one_another_say_where_they_have_looked(
     port = listener if is_taken else unused_port()
     for name, value in {**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launcher, "LONGER_SECONDS", 0.5)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
     asked = make_config("runtime.start_timeout=1")
-    with pytest.raises(UserError, match=message.format(port=port)), runtime.join(asked):
+    with pytest.raises(UserError, match=message.format(port=port)), processes.join(asked):
         pass
 
 

@@ -15,7 +15,7 @@ from vae_dist import config
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets
 from vae_dist.data.datasets import Images, Part
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.runs import checkpoint, console
@@ -148,7 +148,7 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
 
 def test_every_training_image_has_one_reproducible_draw(run_dir: Path) -> None:
     source = opened(run_dir, ["evaluate.batch_size=64"])
-    with runtime.join(source.config) as world:
+    with processes.join(source.config) as world:
         trained = TrainedVAE(checkpoint.load_vae(source.folder, source.config, world.device), source.config, world)
         draws = trained.training_draws()
         assert torch.equal(trained.training_draws(), draws)
@@ -326,7 +326,7 @@ class Process(NamedTuple):
     rank: int
     size: int = 2
 
-    def says_first(self, text: str) -> bool:
+    def should_log(self, text: str) -> bool:
         return True
 
 

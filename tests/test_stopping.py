@@ -51,7 +51,7 @@ def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="asked to stop; step") as stopped:
         patch.setattr(loop, "due", with_signal)
-        patch.setattr("vae_dist.distributed.stopping.LOOK_SECONDS", 0)  # after every step
+        patch.setattr("vae_dist.distributed.stopping.CHECK_SECONDS", 0)  # after every step
         train(asked)
     return stopped.value.exit_code
 

@@ -13,7 +13,7 @@ from tests.conftest import MakeConfig
 from vae_dist import config, objectives
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
@@ -151,7 +151,7 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
     asked = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
     training, _ = datasets.load_training(asked.data)
     seen = []
-    with runtime.join(asked) as world:
+    with processes.join(asked) as world:
         batches = Batches(training, Plan(0, 1000, 1000), asked, world)
         for step in (0, 1):
             images = batches(range(step, step + 1))[0][0]

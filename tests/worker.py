@@ -32,7 +32,7 @@ from vae_dist.config import DataConfig
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime, stopping
+from vae_dist.distributed import environment, fingerprints, precision, processes, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
@@ -48,7 +48,7 @@ from vae_dist.views.sampling import sample
 
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write what the processes of a group see together in the first 25 steps: images, noise, learning rate."""
-    with ExitStack() as held, runtime.join(config.load(arguments)) as world:
+    with ExitStack() as held, processes.join(config.load(arguments)) as world:
         asked, _, _ = world.on_main(lambda: settle(config.load(arguments), world, held))
         training, _ = datasets.load_training(asked.data)
         plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
@@ -83,7 +83,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
             if what == "config":
                 arguments = [*arguments, "seed=17"]
             elif what == "code":
-                patch.setattr(runtime, "code_fingerprint", lambda: "another")
+                patch.setattr(fingerprints, "code_fingerprint", lambda: "another")
             elif what == "torch":
                 patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
@@ -100,7 +100,7 @@ def on_last_process(fault: Callable[[pytest.MonkeyPatch], None]) -> Callable[[st
 
     def record(output: str, arguments: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stopping, "LOOK_SECONDS", 0.0)  # after every step
+            patch.setattr(stopping, "CHECK_SECONDS", 0.0)  # after every step
             if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
                 fault(patch)
             record_refusal(output, arguments)
@@ -145,7 +145,7 @@ def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
 
 def warn(output: str, arguments: list[str]) -> None:
     """Warnings of all processes, of the last one, and of all but the main one."""
-    with runtime.join(config.load(arguments)) as world:
+    with processes.join(config.load(arguments)) as world:
         console.start(world)
         console.logger.warning("said by all")
         if world.rank == world.size - 1:
@@ -182,7 +182,7 @@ def on_unlike_processors(output: str, arguments: list[str]) -> None:
     """A training in which the last process runs on another processor and rounds otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-            patch.setattr(runtime, "processor", lambda device: "an abacus")
+            patch.setattr(environment, "processor", lambda device: "an abacus")
             patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__, "weights"))
         record_refusal(output, arguments)
 
@@ -191,7 +191,7 @@ def with_a_loss_scaler(output: str, arguments: list[str]) -> None:
     """A training with fp16's scaler, whose first scale is too large, and programs that are the functions themselves."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "accelerator", lambda precision: SimpleNamespace(scaler=scaler))
+        patch.setattr(precision, "accelerator", lambda precision: SimpleNamespace(scaler=scaler))
         patch.setattr(
             Compiled, "_compile", lambda made, shapes, inputs: made._programs.update({shapes: made._function})
         )

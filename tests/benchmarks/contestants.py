@@ -287,11 +287,11 @@ def jax(config: Config) -> None:
 def ours_evaluate(config: Config) -> None:
     """`metrics.score`, as validation and `make eval` call it; a step is one pass over the test images."""
     from vae_dist.data import datasets
-    from vae_dist.distributed import runtime
+    from vae_dist.distributed import processes
     from vae_dist.evaluation import metrics
     from vae_dist.models import build_vae
 
-    with runtime.join(config) as world:
+    with processes.join(config) as world:
         pixels = datasets.load_test(config.data).pixels
         vae = build_vae(config, pixels.shape[1:])
 

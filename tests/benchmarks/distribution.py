@@ -9,7 +9,7 @@ Five loops train the tutorial's network on the embedded digits, one thread a pro
 - two: the same on two processes
 - independent: two copies of `one` at the same time, each on half the batch: the limit of two processes here
 - ddp: the same network in a lean hand-written loop under DistributedDataParallel, without a log
-- flat: that loop without DistributedDataParallel, its gradients averaged by `runtime.average_gradients`
+- flat: that loop without DistributedDataParallel, its gradients averaged by `average_gradients`
 
 All loops run in one group of two processes and take turns. A turn is a warm-up, a barrier, and a few steps that are
 timed until the slower process is done; a ratio compares turns of the same repeat. Repeats in which other programs used
@@ -44,8 +44,8 @@ from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import processes
+from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models import build_vae
 from vae_dist.models.distributions import Bernoulli
 from vae_dist.plan import Plan
@@ -133,7 +133,7 @@ def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> S
         loss.backward()
         if not ddp:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            means, _ = runtime.average_gradients(gradients, loss.detach(), world)
+            means, _ = average_gradients(gradients, loss.detach(), world)
             for parameter, mean in zip(parameters, means, strict=True):
                 parameter.grad = mean
         optimizer.step()
@@ -237,7 +237,7 @@ def compare(repeats: int, steps_of_1024: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)  # this process's own
         config = settings(folder, BATCH_SIZES[0])
-        with runtime.join(config) as world:
+        with processes.join(config) as world:
             training, _ = datasets.load_training(config.data)
             results = {size: measure(training, size, steps[size], repeats, world, folder) for size in BATCH_SIZES}
             if world.is_main:

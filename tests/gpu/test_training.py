@@ -11,7 +11,6 @@ from torch import Tensor
 from tests.gpu.conftest import Train
 from vae_dist.compute.cuda_graph import Recorded
 from vae_dist.data import batches
-from vae_dist.distributed import runtime
 from vae_dist.errors import RunError
 from vae_dist.training import update
 
@@ -55,7 +54,7 @@ def test_images_on_the_host_train_as_those_on_the_card(
 ) -> None:
     given = [f"data.binarize={binarize}", "train.accumulate=3", "optim.max_grad_norm=20", "optim.warmup_steps=30"]
     card = run(f"{binarize}_card", *given)
-    monkeypatch.setattr(runtime, "place", lambda pixels, device: (pixels, False))
+    monkeypatch.setattr("vae_dist.data.batches.place", lambda pixels, device: (pixels, False))
     monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 100 * 784 * 7)  # blocks that end within launches
     assert outcome(run(f"{binarize}_host", *given)) == outcome(card)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import precision
+from vae_dist.distributed.world import World
 from vae_dist.plan import Plan, Stream, binarized, bits, shard
 
 # Draw noise for many steps at a time: per call, the overhead would cost as much as the numbers. On a GPU one draw is a
@@ -32,10 +32,10 @@ class Batches:
         self._latent_dim = config.model.latent_dim
         self._dynamic = config.data.binarize == "dynamic"
         self._device = world.device
-        self._dtype = runtime.param_dtype(config.train.precision)
+        self._dtype = precision.param_dtype(config.train.precision)
         self._compiled = bool(config.train.compile)
         self._image_shape = training.pixels.shape[1:]
-        pixels, resident = runtime.place(training.pixels, world.device)
+        pixels, resident = place(training.pixels, world.device)
         self._pixels = pixels.flatten(1)
         self._rows_of_words = _in_words(self._pixels)
         self._order, self._epoch = torch.empty(0), -1
@@ -95,6 +95,16 @@ class Batches:
         pixels, seed = self._pixels.shape[1], self._plan.seed
         drawn = bits(seed, Stream.BINARIZATION, steps, self._rows, pixels, self._drawn_on, self._compiled)
         return drawn.to(self._device)
+
+
+def place(pixels: Tensor, device: torch.device) -> tuple[Tensor, bool]:
+    """Move images to the device; leave them on the host if they need more than half of its free memory.
+
+    Returns the images and whether they were moved.
+    """
+    if device.type == "cuda" and pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return pixels, False
+    return pixels.to(device), True
 
 
 def _in_words(pixels: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The processes of a run: launching, agreement, collectives, the environment of each, and stop signals."""
+"""The processes of a run: launching, agreement, collectives, failures, their environment, precision, stop signals."""

@@ -1,4 +1,4 @@
-"""How this process was launched: its place among others by its environment, and how it finds them."""
+"""How this process was launched: its rank, from the environment, and its connection to the other processes."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from vae_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LONGER_SECONDS = 5  # than it was told to, before a store that does not answer is given up
+GRACE_SECONDS = 5  # that a store gets beyond its own timeout before it counts as silent
 
-# A process's place among those of its launch: torch's name of each number, then the names that MPI's launchers use.
-_PLACE = {
+# torch's name of each variable, then the names that MPI's launchers use.
+_RANK_VARIABLES = {
     "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
     "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
     "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
@@ -28,7 +28,7 @@ _PLACE = {
 }
 _DEFAULT_PORT = 29500  # torch's and Accelerate's
 
-# What Accelerate's launcher turns on by these variables, and this program does not have.
+# Features that Accelerate's launcher turns on by these variables, and that this program does not support.
 _UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -40,45 +40,45 @@ _UNSUPPORTED = {
 _OFF = ("", "no", "n", "false", "f", "off", "0")
 
 
-def launched() -> dict[str, str]:
-    """The variables by which this process finds the others of its launch, in torch's names; none where it is alone.
+def process_variables() -> dict[str, str]:
+    """Return torch's variables for this process's rank and the address of process 0; none if it runs alone.
 
-    Raises UserError where the environment has only some of them, or has what can't be right.
+    Raises UserError if the environment has only some of them, or impossible values.
     """
-    given = {name: name for name in _PLACE if name in os.environ}
-    place = {name: _number(name) for name in given}
-    if place in ({}, {"WORLD_SIZE": 1}):
-        given = {name: found[0] for name, names in _PLACE.items() if (found := [n for n in names if n in os.environ])}
-        place = {name: _number(theirs) for name, theirs in given.items()}
-        if place.get("WORLD_SIZE", 1) == 1:
-            _warn_of_tasks()
+    sources = {name: name for name in _RANK_VARIABLES if name in os.environ}
+    ranks = {name: _number(name) for name in sources}
+    if ranks in ({}, {"WORLD_SIZE": 1}):
+        by_mpi = {name: [n for n in names if n in os.environ] for name, names in _RANK_VARIABLES.items()}
+        sources = {name: given[0] for name, given in by_mpi.items() if given}
+        ranks = {name: _number(source) for name, source in sources.items()}
+        if ranks.get("WORLD_SIZE", 1) == 1:
+            _warn_of_independent_tasks()
             return {}
     address = {"MASTER_ADDR": os.environ.get("MASTER_ADDR", "").strip()}
-    telling = given.get("WORLD_SIZE", next(iter(given.values())))
+    evidence = sources.get("WORLD_SIZE", next(iter(sources.values())))
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if missing := [name for name in needed if name not in place] + [name for name in address if not address[name]]:
+    if missing := [name for name in needed if name not in ranks] + [name for name in address if not address[name]]:
         raise UserError(
-            f"{telling}={os.environ[telling]} says that a launcher has started this process, but "
-            f"{', '.join(missing)} is not set: start all processes with accelerate launch or torchrun, set what is "
-            f"missing (MASTER_ADDR is the address of process 0's machine), or unset {', '.join(given.values())} to run "
-            "alone"
+            f"{evidence}={os.environ[evidence]} says that a launcher started this process, but {', '.join(missing)} is "
+            "not set: start all processes with accelerate launch or torchrun, set the missing variables (MASTER_ADDR "
+            f"is the address of process 0's machine), or unset {', '.join(sources.values())} to run alone"
         )
-    _require_possible(place, given)
+    _require_possible(ranks, sources)
     port = _number("MASTER_PORT") if "MASTER_PORT" in os.environ else _DEFAULT_PORT
     if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT={port} is no port: set it to a free one, from 1024 to 65535, for all processes")
-    return {**{name: str(value) for name, value in place.items()}, **address, "MASTER_PORT": str(port)}
+        raise UserError(f"MASTER_PORT={port} is not a port: set it to a free one, 1024 to 65535, for all processes")
+    return {**{name: str(value) for name, value in ranks.items()}, **address, "MASTER_PORT": str(port)}
 
 
-def _require_possible(place: Mapping[str, int], names: Mapping[str, str]) -> None:
-    """Raise UserError for a rank that is none of so many, or for none at all."""
+def _require_possible(ranks: Mapping[str, int], sources: Mapping[str, str]) -> None:
+    """Raise UserError for a rank that is not below its world size, or for a world of no processes."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
-        if rank not in place or size not in place:
+        if rank not in ranks or size not in ranks:
             continue
-        most = place[size] - (rank != "LOCAL_WORLD_SIZE")
-        if not int(rank == "LOCAL_WORLD_SIZE") <= place[rank] <= most:
+        largest = ranks[size] - (rank != "LOCAL_WORLD_SIZE")
+        if not int(rank == "LOCAL_WORLD_SIZE") <= ranks[rank] <= largest:
             raise UserError(
-                f"{names[rank]}={place[rank]} does not fit {names[size]}={place[size]}: ranks are 0 to "
+                f"{sources[rank]}={ranks[rank]} does not fit {sources[size]}={ranks[size]}: ranks are 0 to "
                 "WORLD_SIZE - 1; start all processes with accelerate launch or torchrun"
             )
 
@@ -86,31 +86,32 @@ def _require_possible(place: Mapping[str, int], names: Mapping[str, str]) -> Non
 def _number(name: str) -> int:
     text = os.environ[name].strip()
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        others = [other for other in (*_PLACE, "MASTER_PORT") if other in os.environ and other != name]
+        others = [other for other in (*_RANK_VARIABLES, "MASTER_PORT") if other in os.environ and other != name]
         raise UserError(
-            f"{name}={text[:40]!r} in the environment is no number: start all processes with accelerate launch or "
+            f"{name}={text[:40]!r} in the environment is not a number: start all processes with accelerate launch or "
             f"torchrun, or unset {', '.join([name, *others])} to run alone"
         )
     return int(text)
 
 
 def require_supported() -> None:
-    """Raise UserError for what Accelerate's launcher, or its default configuration, turns on and this program lacks."""
-    found = [name for name in _UNSUPPORTED if os.environ.get(name, "").lower() not in _OFF]
-    if found:
-        what = ", ".join(f"{_UNSUPPORTED[name]} ({name}={os.environ[name]})" for name in found)
+    """Raise UserError if Accelerate's launcher, or its default configuration, turns on an unsupported feature."""
+    given = [name for name in _UNSUPPORTED if os.environ.get(name, "").lower() not in _OFF]
+    if given:
+        features = ", ".join(f"{_UNSUPPORTED[name]} ({name}={os.environ[name]})" for name in given)
         raise UserError(
-            f"Accelerate's launcher asks for {what}, which this program does not have: launch it with one of its own "
-            f"files, such as accelerate launch --config_file launch/one_process.yaml, or unset {', '.join(found)}"
+            f"Accelerate's launcher turns on {features}, which this program does not support: launch it with one of "
+            "its own files, such as accelerate launch --config_file launch/one_process.yaml, or unset "
+            f"{', '.join(given)}"
         )
 
 
-def _warn_of_tasks() -> None:
-    """Warn where srun has started several of this process, which know nothing of one another."""
+def _warn_of_independent_tasks() -> None:
+    """Log a warning if srun started several tasks of this program that do not know one another."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     if tasks.isdecimal() and int(tasks) > 1 and PartialState._shared_state == {}:
         logger.warning(
-            "srun has started %s tasks, and each runs alone and does the same: start one task a node, and in it "
+            "srun started %s tasks, and each runs alone and does the same work: start one task per node, and in it "
             "torchrun or accelerate launch, as launch/slurm.sh does",
             tasks,
         )
@@ -122,63 +123,63 @@ def expected_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def joined(device: str, seconds: float) -> PartialState:
-    """Accelerate's state of the joined processes. Raises UserError where they don't find one another."""
+def connect(device: str, seconds: float) -> PartialState:
+    """Connect to the other processes and return Accelerate's state. Raises UserError if they do not connect in time."""
     try:
         if not torch.distributed.is_initialized() and "LOCAL_RANK" in os.environ:
             _require_store(seconds)
         return PartialState(cpu=device == "cpu", timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError, ImportError, OSError) as error:
-        raise UserError(_why_apart(str(error).strip().partition("\n")[0], seconds)) from error
+        raise UserError(_connection_advice(str(error).strip().partition("\n")[0], seconds)) from error
 
 
 def _require_store(seconds: float) -> None:
-    """Raise RuntimeError where no store of torch's answers a process that is to be its client.
+    """Raise RuntimeError if this process is to be a client of torch's store and no store answers.
 
-    Where nothing listens torch gives up by itself, but prints its stack for every try; where another program listens
-    it waits without a bound.
+    If nothing listens there, torch gives up by itself, but prints a stack trace for every attempt. If another program
+    listens, torch waits for ever.
     """
     if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return  # it is the store
-    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+        return  # this process serves the store
+    address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
     errors: list[Exception] = []
-    give_up = time.monotonic() + seconds
-    while not _listens(address, port, give_up - time.monotonic()):
-        if time.monotonic() > give_up:
+    deadline = time.monotonic() + seconds
+    while not _accepts_connections(address, port, deadline - time.monotonic()):
+        if time.monotonic() > deadline:
             raise RuntimeError("timed out")
         time.sleep(0.2)
 
-    def ask() -> None:
+    def connect_to_store() -> None:
         try:
-            TCPStore(address, port, is_master=False, timeout=wait, wait_for_workers=False)
+            TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
         except Exception as error:
             errors.append(error)
 
-    asking = Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds + LONGER_SECONDS)
+    attempt = Thread(target=connect_to_store, daemon=True)
+    attempt.start()
+    attempt.join(seconds + GRACE_SECONDS)
     if errors:
         raise errors[0]
-    if asking.is_alive():
+    if attempt.is_alive():
         raise RuntimeError("timed out")
 
 
-def _listens(address: str, port: int, seconds: float) -> bool:
+def _accepts_connections(address: str, port: int, seconds: float) -> bool:
     try:
         socket.create_connection((address, port), max(seconds, 1)).close()
-    except (OSError, UnicodeError):  # the latter from a name that can be no host's
+    except (OSError, UnicodeError):  # the latter from a name that can't be a host's
         return False
     return True
 
 
-def _why_apart(reason: str, seconds: float) -> str:
-    """What to tell of an error of torch's or Accelerate's while processes are joined."""
+def _connection_advice(reason: str, seconds: float) -> str:
+    """The message for an error of torch's or Accelerate's while the processes connect."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     place, within = f"MASTER_ADDR={address} MASTER_PORT={port}", f"within runtime.start_timeout={seconds:g} seconds"
     if "EADDRINUSE" in reason or "already in use" in reason:
-        return f"MASTER_PORT={port} is taken on {platform.node()} by another program: choose another, for all processes"
+        return f"MASTER_PORT={port} is used on {platform.node()} by another program: choose another, for all processes"
     if "clients joined" in reason:
-        return f"not all processes have come to {place} {within}: start the others, with the same address and port"
+        return f"not all processes connected to {place} {within}: start the others, with the same address and port"
     if "socket" in reason or "timed out" in reason:
         return f"no process 0 answers at {place} {within}: check both, and that process 0 runs on that machine"
     return f"the processes can't be joined: {reason or 'for no reason given'}; check {place} and ACCELERATE_* variables"

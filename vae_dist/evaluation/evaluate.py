@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation import protocol
 from vae_dist.evaluation.metrics import measure
@@ -33,7 +33,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     Returns the content of `evaluation.json`. Raises UserError if there is no checkpoint or no data, or if a metric is
     not finite. Every process calls this.
     """
-    with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
+    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
         folder, config, step, output, live = world.on_main(lambda: opened)
         world.on_main(lambda: tracking.check_online(config.tracking))

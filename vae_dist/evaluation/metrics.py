@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vae_dist import objectives
 from vae_dist.config import Config
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation.protocol import is_probability
 from vae_dist.models.distributions import DiagonalGaussian

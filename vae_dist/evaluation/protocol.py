@@ -9,8 +9,8 @@ from torch import Tensor
 
 import vae_dist
 from vae_dist.config import Config
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import precision
+from vae_dist.distributed.world import World
 from vae_dist.plan import FIXED_SEED
 
 _PIXEL_VALUES = {
@@ -33,7 +33,7 @@ def describe(config: Config, pixels: Tensor, world: World) -> dict[str, Any]:
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,
-        "precision": "fp64" if runtime.param_dtype(config.train.precision) == torch.float64 else "fp32",
+        "precision": "fp64" if precision.param_dtype(config.train.precision) == torch.float64 else "fp32",
         "training_precision": config.train.precision,
         "device": world.device.type,
         "threads": torch.get_num_threads(),

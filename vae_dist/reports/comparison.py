@@ -19,7 +19,7 @@ from vae_dist import config as configs
 from vae_dist.config import Config, Study
 from vae_dist.data import datasets
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
@@ -59,11 +59,11 @@ def study(asked: Study) -> Path:
         datasets.check_name(config.data.name)
         check_names(config)
         configs.check_numbers(config)
-    with runtime.join(asked.configs[0]) as world:  # around all of them: a launch can't join its processes twice
+    with processes.join(asked.configs[0]) as world:  # around all of them: a launch can't join its processes twice
         console.start(world)
         for number, config in enumerate(asked.configs, start=1):
             logger.info("run %d of %d: %s", number, len(asked.configs), config.name)
-            world.expect_answers_within(config.runtime.start_timeout)
+            world.set_timeout(config.runtime.start_timeout)
             try:
                 train(config)
             except StoppedError as stopped:
@@ -88,7 +88,7 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
     output, arguments = configs.take(arguments, "output")
     with ExitStack() as held:
         found = [held.enter_context(checkpoint.open_for_reading(run, arguments)) for run in runs]
-        world = held.enter_context(runtime.join(found[0].config))
+        world = held.enter_context(processes.join(found[0].config))
         console.start(world)
         opened = world.on_main(lambda: list({run.folder.resolve(): run for run in found}.values()))
         _require_one_shape([run.config for run in opened])

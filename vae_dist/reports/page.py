@@ -14,7 +14,7 @@ import torch
 
 from vae_dist import config as configs
 from vae_dist.config import Config
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.models.vae import VAE
 from vae_dist.reports import plane
@@ -60,7 +60,7 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
     Returns the file. Raises UserError where there is no checkpoint.
     """
-    with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
+    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
         return world.on_main(lambda: _write(opened, world.device))
 

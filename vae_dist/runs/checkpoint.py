@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from vae_dist import config as configs
 from vae_dist import files
 from vae_dist.config import Config
-from vae_dist.distributed import runtime
+from vae_dist.distributed import precision
 from vae_dist.errors import RunError, UserError
 from vae_dist.files import NOT_RENAMED, advice, reason, require_no_links, sync, write_atomically, writing
 from vae_dist.models import build_vae
@@ -322,7 +322,7 @@ def read_config(folder: Path) -> Config:
 
 def load_vae(folder: Path, config: Config, device: torch.device) -> VAE:
     """The model in a checkpoint, in float32 (float64 for a run in fp64), for looking at and not for training."""
-    shape, dtype = config.data.image_shape, runtime.param_dtype(config.train.precision)
+    shape, dtype = config.data.image_shape, precision.param_dtype(config.train.precision)
     if shape is None or len(shape) != 3 or min(shape) < 1:
         raise BadCheckpointError(f"{folder / 'config.yaml'} does not state a data.image_shape of three sizes")
     try:

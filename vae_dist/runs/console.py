@@ -143,7 +143,7 @@ class Speaker(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
-    def says_first(self, text: str) -> bool: ...
+    def should_log(self, text: str) -> bool: ...
 
 
 def _plain(text: object) -> str:
@@ -225,7 +225,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
     if record.name == progress_logger.name and _messages.is_terminal:
         return False  # the bar shows what these lines say
     told_apart = f"{_starts} {record.getMessage()}"
-    return record.levelno < logging.WARNING or _speaker is None or _speaker.says_first(told_apart)
+    return record.levelno < logging.WARNING or _speaker is None or _speaker.should_log(told_apart)
 
 
 @contextmanager
@@ -452,9 +452,9 @@ def _end(title: str, message: str | Exception, code: int, reporting_rank: int | 
     _show_kept()
     rank, size = _rank_and_size()
     if reporting_rank is None and size > 1 and _speaker is None and isinstance(message, Exception):
-        from vae_dist.distributed import runtime
+        from vae_dist.distributed import failures
 
-        reporting_rank = 0 if runtime.all_end_so(message) else None
+        reporting_rank = 0 if failures.all_fail_alike(message) else None
     if size == 1 or reporting_rank in (None, rank):
         place = f"{_place()}: " if reporting_rank is None and size > 1 else ""
         _messages.print(Text.assemble((title, "bold red"), _plain(f"{place}{message}")))

@@ -17,8 +17,8 @@ import torch
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed.precision import resolve_precision
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, require_no_links, writing
 from vae_dist.models import build_vae, check_names
@@ -80,7 +80,7 @@ def settle(config: Config, world: World, held: ExitStack) -> Start:
         if checkpoint.read_state(resumed_from).world_size == world.size:
             threads = threads or stored.train.threads
             compiled = stored.train.compile if compiled is None else compiled
-    precision = runtime.resolve_precision(config.train.precision, world.device)
+    precision = resolve_precision(config.train.precision, world.device)
     configs.check_numbers(replace(config, train=replace(config.train, precision=precision)))
     name, image_count, image_shape = datasets.prepare(config.data)
     _check_sizes(config, image_count)

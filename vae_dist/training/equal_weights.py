@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import fingerprints
+from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
 
 
@@ -22,7 +22,7 @@ def assert_equal_weights(world: World, tensors: Sequence[Tensor], step: int, run
     if not world.alike:
         world.copy_from_main(tensors)
         return
-    checksums = world.gather(runtime.checksum(tensors)).tolist()
+    checksums = world.gather(fingerprints.checksum(tensors)).tolist()
     if len(set(checksums)) > 1:
         raise _drift(world, checksums, step, run_name).on_every_process()
 

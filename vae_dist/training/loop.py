@@ -12,9 +12,10 @@ from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import environment, fingerprints, processes
+from vae_dist.distributed.precision import param_dtype
 from vae_dist.distributed.stopping import StopRequests, Watch
+from vae_dist.distributed.world import World
 from vae_dist.files import writing
 from vae_dist.models import build_vae
 from vae_dist.plan import Plan
@@ -35,13 +36,13 @@ def train(asked: Config) -> Path:
     Raises UserError, on every process and before anything is written, for a config that can't be run here; RunError for
     a run that can't go on; StoppedError when it was asked to stop, once it has saved.
     """
-    with ExitStack() as held, runtime.join(asked) as world:
+    with ExitStack() as held, processes.join(asked) as world:
         console.start(world)
-        world.assert_equal_everywhere(lambda: {**configs.flatten(asked), **runtime.versions()})
+        world.assert_equal_everywhere(lambda: {**configs.flatten(asked), **fingerprints.versions()})
         world.compare_processors()
         start = world.on_main(lambda: settle(asked, world, held))
         config, run_dir, resumed_from = start
-        runtime.set_threads(config)
+        environment.set_threads(config)
         training, validation = datasets.load_training(config.data)
         world.assert_equal_everywhere(lambda: _seen(training, validation))
         plan = Plan(config.seed, len(training.labels), config.train.batch_size)
@@ -49,7 +50,7 @@ def train(asked: Config) -> Path:
         validate_every = config.train.validate_every or plan.steps_per_epoch
         save_every = config.checkpoint.every or plan.steps_per_epoch
         verify_every = config.runtime.verify_every or math.inf
-        vae = build_vae(config, training.pixels.shape[1:]).to(world.device, runtime.param_dtype(config.train.precision))
+        vae = build_vae(config, training.pixels.shape[1:]).to(world.device, param_dtype(config.train.precision))
         update = Update(vae, config, world)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= last_step and not state.validation_pending:
@@ -60,7 +61,7 @@ def train(asked: Config) -> Path:
         meter = Meter(update.totals[:5], world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
         ends = config.train.log_every, validate_every, save_every, verify_every
-        world.expect_answers_within(config.runtime.timeout)
+        world.set_timeout(config.runtime.timeout)
         with _recording(start, world, state, last_step, plan) as recording:
             at = Milestones(start, world, update, meter, recording, (training, validation), state, last_step)
             with at.saved_when_stopped():
@@ -84,7 +85,7 @@ def train(asked: Config) -> Path:
 def _seen(training: Images, validation: Images) -> dict[str, str]:
     """Hashes of the images: no process may have others."""
     shown = {"the training images": training, "the validation images": validation}
-    return {name: runtime.fingerprint([images.pixels]) for name, images in shown.items()}
+    return {name: fingerprints.fingerprint([images.pixels]) for name, images in shown.items()}
 
 
 def due(done: int, every: float, last_step: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config import Precision
-from vae_dist.distributed import runtime
+from vae_dist.distributed import precision as precisions
 from vae_dist.training.adam import Adam
 
 
@@ -19,7 +19,7 @@ class LossScaler:
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
-        self._scaler: Any = runtime.accelerator(precision).scaler
+        self._scaler: Any = precisions.accelerator(precision).scaler
         self._one = torch.ones((), device=device)
 
     @property

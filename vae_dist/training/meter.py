@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed.world import World
 
 
 class Meter:

@@ -12,9 +12,9 @@ from vae_dist import config as configs
 from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data.datasets import Images
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import environment
 from vae_dist.distributed.stopping import Watch
+from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
 from vae_dist.objectives import Schedule
@@ -99,7 +99,7 @@ class Milestones:
         self._require_healthy(step)
         self._validation_pending = True  # until it is through
         with self._meter.paused():
-            scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.glance)
+            scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.check_stop)
             figures = scores.metrics("validation")
             found = figures.get("validation/negative_elbo", math.nan)
             improved = math.isfinite(found) and (self._best is None or found < self._best.negative_elbo)
@@ -134,10 +134,10 @@ class Milestones:
         """Raise RunError where an update was not finite, and StoppedError where a process was asked to stop."""
         self._require_healthy(step)
         if step == self._first_step + 1:  # and done on the device too, or its soundness would not be known
-            logger.info("the first step is done, %.1f s after the start", runtime.seconds_since_start())
+            logger.info("the first step is done, %.1f s after the start", environment.seconds_since_start())
             self._meter.restart_clock()
             self._progress.restart_clock(step)
-        self._watch.look(step)
+        self._watch.check_stop_after(step)
 
     def _publish(self, state: TrainingState) -> Path:
         self._tracker.flush()  # a checkpoint is never ahead of the rows

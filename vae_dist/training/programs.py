@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vae_dist.compute.compiled import Compiled
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import fingerprints
+from vae_dist.distributed.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def use_everywhere_or_nowhere(world: World, programs: Sequence[Compiled], result
     equal, or the weights drift apart. On unlike processors they may differ.
     """
     failure = next((program.failure for program in programs if program.failure), "")
-    reports = world.gather_objects(_Report(failure, platform.node(), int(runtime.checksum(results))))
+    reports = world.gather_objects(_Report(failure, platform.node(), int(fingerprints.checksum(results))))
     failed = [rank for rank, report in enumerate(reports) if report.failure]
     differ = world.alike and len({report.checksum for report in reports}) > 1
     if not failed and not differ:

@@ -12,8 +12,8 @@ from torch import Tensor
 from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import precision
+from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models.vae import VAE
 from vae_dist.plan import shard
 from vae_dist.training import programs
@@ -90,7 +90,7 @@ class Step:
         loss, terms, *gradients = self._accumulated(compute_gradients, pixels, noise, beta, *weights)
         if self._flat:
             gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
-        means, mean_loss = runtime.average_gradients(gradients, loss, self._world)
+        means, mean_loss = average_gradients(gradients, loss, self._world)
         if self._scaler.active:
             self._scaler.unscale(self._optimizer, means)
         return guard(terms, mean_loss, beta, totals, *means)
@@ -146,8 +146,8 @@ def _gradients(vae: VAE, config: Config, world: World, scaler: LossScaler) -> Gr
         vae,
         # The mean of the processes' losses is then the batch mean, however uneven their shards are.
         config.train.batch_size / world.size,
-        runtime.autocast(config.train.precision, world.device),
-        runtime.sum_dtype(world.device),
+        precision.autocast(config.train.precision, world.device),
+        precision.sum_dtype(world.device),
         scaled=scaler.active,
     )
 
@@ -158,5 +158,5 @@ def _guard(config: Config, world: World, scaler: LossScaler) -> Guard:
         skip_nonfinite=config.train.nonfinite == "skip",
         scaled=scaler.active,
         processes=world.size,
-        sum_dtype=runtime.sum_dtype(world.device),
+        sum_dtype=precision.sum_dtype(world.device),
     )

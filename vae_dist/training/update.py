@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vae_dist.compute.cuda_graph import CudaGraphs, Recorded, Recorder, Steps
 from vae_dist.config import Config
-from vae_dist.distributed import runtime
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed import precision
+from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import Schedule
@@ -59,7 +59,7 @@ class Update:
         self._scaler = LossScaler(config.train.precision, world.device)
         flat = on_gpu if flat is None else flat
         self.optimizer: Adam = (FlatAdam if flat else Adam)(vae.parameters())
-        self.totals = torch.zeros(len(TOTALS), dtype=runtime.sum_dtype(world.device), device=world.device)
+        self.totals = torch.zeros(len(TOTALS), dtype=precision.sum_dtype(world.device), device=world.device)
         self._first_step = self._skipped_before = 0
         self._values: list[Schedule] = []
         self._values_on_device = torch.empty(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.datasets import Images
-from vae_dist.distributed.runtime import World
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.models.vae import VAE

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vae_dist.config import Config
-from vae_dist.distributed import runtime
+from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import checkpoint, console, tracking
@@ -27,7 +27,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     request, a file per image. Raises UserError if there is no checkpoint, or for an option that the kind can't use.
     Every process calls this.
     """
-    with checkpoint.open_for_reading(run, arguments) as opened, runtime.join(opened.config) as world:
+    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
         folder, config, step, output, live = world.on_main(lambda: opened)
         world.on_main(lambda: tracking.check_online(config.tracking))

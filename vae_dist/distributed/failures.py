@@ -1,0 +1,140 @@
+"""How the processes of a run learn that one of them failed, and why.
+
+A process that fails writes the reason to the store that the processes joined by; it works when a collective does not.
+A process whose collective fails reads the reason there, or finds out which processes no longer answer.
+"""
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
+
+from vae_dist.errors import RunError, UserError
+
+REPORT_SECONDS = 2  # to wait for a message that another process is about to write
+ANSWER_SECONDS = 5  # after a failed collective, to wait for the other processes to answer
+
+_RESUME = "start the run again to resume from its newest checkpoint"
+
+
+@contextmanager
+def reported(rank: int, size: int) -> Iterator[None]:
+    """Write an error that leaves the context to the store, unless all processes are known to raise it."""
+    if size > 1:
+        with suppress(RuntimeError):  # some kinds of store can't delete
+            store().delete_key(_failure_key(rank))  # of an earlier run in the same processes
+    try:
+        yield
+    except Exception as error:
+        known = getattr(error, "reporting_rank", None) is not None
+        alike = size > 1 and not known and torch.distributed.is_initialized() and _report(store(), rank, size, error)
+        if alike and isinstance(error, UserError | RunError):
+            error.on_every_process()
+        raise
+
+
+@contextmanager
+def explained(rank: int, size: int) -> Iterator[None]:
+    """Around a collective: if it fails, raise the error that another process wrote, or name the missing processes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (failure := _failure_of_another(rank, size)) is not None:
+            raise failure from error
+        missing = missing_processes(rank, size)
+        # Drop the place in gloo's source and its advice.
+        reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
+        if not missing:
+            raise RunError(f"communication between the processes failed ({reason}); {_RESUME}") from error
+        ranks = ", ".join(map(str, missing))
+        dead = RunError(f"process {ranks} of {size} died or hangs ({reason}); {_RESUME}")
+        raise dead.on_every_process(_first_alive(size, missing)) from error
+
+
+def missing_processes(rank: int, size: int) -> list[int]:
+    """The processes that do not answer within ANSWER_SECONDS, as those do whose collective failed too."""
+    try:
+        shared = store()
+        shared.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        shared.set(f"vae_dist/waits/{rank}", "yes")
+        missing = [other for other in range(size) if other != rank]
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.1)
+            missing = [other for other in missing if not shared.check([f"vae_dist/waits/{other}"])]
+        return missing
+    except RuntimeError:
+        return [0]  # without a launcher's store the main process serves it
+
+
+def all_fail_alike(error: Exception) -> bool:
+    """Return whether all processes of a torchrun fail with this error before they have joined."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False  # process 0 would serve the store, and does not do so yet
+    names = ("TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    restart, address, port, rank, size = (os.environ.get(name, "") for name in names)
+    try:
+        timeout = timedelta(seconds=ANSWER_SECONDS)
+        agents = TCPStore(address, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+        return _report(PrefixStore(restart, agents), int(rank), int(size), error, ANSWER_SECONDS)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def store() -> Any:
+    """The key-value store that the processes joined by."""
+    return distributed_c10d._get_default_store()
+
+
+def wait_for_keys(shared: Any, keys: list[str], seconds: float) -> bool:
+    """Return whether other processes set all of these keys in time. The store's own wait logs a warning if not."""
+    deadline = time.monotonic() + seconds
+    while not (is_set := bool(shared.check(keys))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return is_set
+
+
+def _report(shared: Any, rank: int, size: int, error: Exception, seconds: float = REPORT_SECONDS) -> bool:
+    """Write how this process fails; return whether all processes report the same reason in time."""
+    kind = "input" if isinstance(error, UserError) else "run"
+    reason = str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
+    keys = [_failure_key(other) for other in range(size)]
+    try:
+        shared.set(keys[rank], json.dumps([kind, platform.node(), reason]))
+        return wait_for_keys(shared, keys, seconds) and len({json.loads(shared.get(key))[2] for key in keys}) == 1
+    except (RuntimeError, ValueError):  # the store is gone
+        return False
+
+
+def _failure_of_another(rank: int, size: int) -> UserError | RunError | None:
+    """The failures that other processes reported, as one error; None if there are none."""
+    reports = {}
+    try:
+        shared = store()
+        for other in range(size):
+            if other != rank and shared.check([_failure_key(other)]):
+                reports[other] = json.loads(shared.get(_failure_key(other)))
+    except (RuntimeError, ValueError):  # the process that served the store is gone
+        pass
+    if not reports:
+        return None
+    reasons = [f"process {other} of {size} on {host}: {reason}" for other, (_, host, reason) in reports.items()]
+    kind = UserError if all(kind == "input" for kind, _, _ in reports.values()) else RunError
+    error: UserError | RunError = kind("; ".join(reasons))
+    return error.on_every_process(_first_alive(size, list(reports)))
+
+
+def _first_alive(size: int, dead: Sequence[int]) -> int:
+    return next(rank for rank in range(size) if rank not in dead)
+
+
+def _failure_key(rank: int) -> str:
+    return f"vae_dist/ended/{rank}"
