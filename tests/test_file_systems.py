@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
-from vae_dist import config, files
+from vae_dist import config, locks
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import advice, append, make_folder
@@ -101,8 +101,8 @@ def test_a_publication_by_copying_that_is_killed_is_finished_by_the_next_trainin
 
 def hold(path: Path) -> subprocess.Popen[bytes]:
     """Another process, which holds a mark."""
-    program = "import pathlib, sys, time; from vae_dist import files\n"
-    program += "with files.marked(pathlib.Path(sys.argv[1]), 0, '', None): print(1, flush=True); time.sleep(60)"
+    program = "import pathlib, sys, time; from vae_dist import locks\n"
+    program += "with locks.marked(pathlib.Path(sys.argv[1]), 0, '', None): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
     return process
@@ -111,12 +111,12 @@ def hold(path: Path) -> subprocess.Popen[bytes]:
 def test_a_mark_names_its_process_and_is_passed_over_once_that_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "mark"
     process = hold(path)
-    with pytest.raises(files.InUseError, match=f"process {process.pid} on .*, since 20") as refused:
-        files.marked(path, 0.1, "", "another").__enter__()
+    with pytest.raises(locks.InUseError, match=f"process {process.pid} on .*, since 20") as refused:
+        locks.marked(path, 0.1, "", "another").__enter__()
     assert refused.value.mark is not None
     process.kill()
     time.sleep(0.1)  # it has ended, and nobody has asked how: a zombie
-    with files.marked(path, 0.1, "", None):
+    with locks.marked(path, 0.1, "", None):
         assert json.loads(path.read_text())["process"] == os.getpid()
     process.communicate()
     assert not path.exists()
@@ -135,10 +135,10 @@ def test_a_mark_of_which_nobody_can_tell_holds_until_it_is_taken_over(
     holder = json.loads(path.read_text())
     path.write_text("" if change is None else json.dumps(holder | change))
     left = path.read_bytes()
-    with pytest.raises(files.InUseError) as refused:
-        files.marked(path, 0, "", None).__enter__()
+    with pytest.raises(locks.InUseError) as refused:
+        locks.marked(path, 0, "", None).__enter__()
     assert path.read_bytes() == left
-    with files.marked(path, 0, "", refused.value.mark):
+    with locks.marked(path, 0, "", refused.value.mark):
         assert path.read_bytes() != left
 
 
@@ -146,10 +146,10 @@ def test_a_lock_that_is_waited_for_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
-    monkeypatch.setattr(files, "SILENT_SECONDS", 0)
-    waiting = files.locked(tmp_path / "lock", 0.2, "another process downloads")
+    monkeypatch.setattr(locks, "SILENT_SECONDS", 0)
+    waiting = locks.locked(tmp_path / "lock", 0.2, "another process downloads")
     caplog.set_level("INFO", "vae_dist")
-    with files.locked(tmp_path / "lock", 0, ""), pytest.raises(files.InUseError):
+    with locks.locked(tmp_path / "lock", 0, ""), pytest.raises(locks.InUseError):
         waiting.__enter__()
     assert f"another process downloads (it holds {tmp_path / 'lock'})" in caplog.text
 

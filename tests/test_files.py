@@ -154,5 +154,5 @@ def test_folders_may_be_nested_deeper_than_python_can_recurse(run_dir: Path) -> 
 
 
 def test_a_path_that_is_no_folder_is_refused(run_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"can't look into .*Not a directory"):
+    with pytest.raises(UserError, match=r"can't read .*Not a directory"):
         require_no_links(run_dir / "config.yaml" / "below")

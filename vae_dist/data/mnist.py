@@ -18,7 +18,8 @@ from vae_dist.data import idx
 from vae_dist.data.download import ARCHIVE_BYTES, DownloadError, fetch
 from vae_dist.data.idx import BadFileError
 from vae_dist.errors import UserError
-from vae_dist.files import InUseError, advice, locked, read_bounded, reason, write_atomically
+from vae_dist.files import advice, read_bounded, reason, write_atomically
+from vae_dist.locks import InUseError, locked
 
 logger = logging.getLogger(__name__)
 

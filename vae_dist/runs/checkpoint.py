@@ -32,7 +32,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vae_dist import config as configs
-from vae_dist import files
+from vae_dist import locks
 from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.errors import RunError, UserError
@@ -94,10 +94,10 @@ def locked(run_dir: Path, take_over: str | None = None) -> Iterator[None]:
     with ExitStack() as held:
         try:
             with writing(run_dir, "choose another runs_dir"):
-                problem = held.enter_context(files.locked(run_dir / LOCK, LOCK_SECONDS, subject))
+                problem = held.enter_context(locks.locked(run_dir / LOCK, LOCK_SECONDS, subject))
                 if problem is not None:
-                    held.enter_context(files.marked(run_dir / MARK, LOCK_SECONDS, subject, take_over))
-        except files.InUseError as error:
+                    held.enter_context(locks.marked(run_dir / MARK, LOCK_SECONDS, subject, take_over))
+        except locks.InUseError as error:
             raise UserError(_in_use(run_dir, error)) from None
         if problem is not None:
             logger.warning(
@@ -107,7 +107,7 @@ def locked(run_dir: Path, take_over: str | None = None) -> Iterator[None]:
         yield
 
 
-def _in_use(run_dir: Path, error: files.InUseError) -> str:
+def _in_use(run_dir: Path, error: locks.InUseError) -> str:
     way_out = "wait for its end, or choose another name for a run of its own"
     if error.mark is not None:
         way_out += f"; if it is gone (this file system has no locks to tell), give checkpoint.take_over={error.mark}"
@@ -116,7 +116,7 @@ def _in_use(run_dir: Path, error: files.InUseError) -> str:
 
 def is_being_trained(run_dir: Path) -> bool:
     """Whether a training holds the directory."""
-    return files.is_held(run_dir / LOCK, fcntl.LOCK_SH, run_dir / MARK)
+    return locks.is_held(run_dir / LOCK, fcntl.LOCK_SH, run_dir / MARK)
 
 
 def write(run_dir: Path, config: Config, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> Path:
@@ -425,7 +425,7 @@ def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
     """Remove all checkpoints but the newest, the best, and those that somebody is reading."""
     for folder in _step_folders(run_dir)[keep:]:
         is_best = best is not None and folder.name == f"step_{best.step:08d}"
-        if is_best or files.is_held(folder / MANIFEST, fcntl.LOCK_EX):
+        if is_best or locks.is_held(folder / MANIFEST, fcntl.LOCK_EX):
             continue
         try:
             _remove(folder)
