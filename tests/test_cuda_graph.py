@@ -1,4 +1,4 @@
-"""What surrounds the recording, with recorders that need no GPU; tests/gpu has the recording itself."""
+"""Captured steps, with stand-ins for the capture that need no GPU; tests/gpu has the capture itself."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,22 +11,22 @@ from torch import Tensor
 from tests.conftest import MakeConfig
 from tests.test_trainer import final, timeless
 from vae_dist.compute import cuda_graph
-from vae_dist.compute.cuda_graph import Recorded, Steps
+from vae_dist.compute.cuda_graph import CapturedSteps, Steps
 from vae_dist.training import loop
 from vae_dist.training.loop import launches, train
 from vae_dist.training.update import MOST_STEPS, Update
 
 
-def play_back(steps: Steps, places: Sequence[Tensor]) -> Callable[[], None]:
-    """As a CUDA graph does: what is replayed reads the fixed places, and nothing is taken while it is recorded."""
-    return lambda: steps(*places)
+def replaying(steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """Capture as a CUDA graph does: the capture takes no step, and a replay reads the static inputs."""
+    return lambda: steps(*static_inputs)
 
 
-def fail(steps: Steps, places: Sequence[Tensor]) -> Callable[[], None]:
+def failing(steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
     raise RuntimeError("operation not permitted when stream is capturing\nand so on")
 
 
-def stand_still(steps: Steps, places: Sequence[Tensor]) -> Callable[[], None]:
+def doing_nothing(steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
     return lambda: None
 
 
@@ -41,76 +41,79 @@ class Counter:
             self.state += of_one_step
 
 
-def test_recorded_steps_are_the_steps() -> None:
+def test_captured_steps_are_the_steps() -> None:
     plain, counter = Counter(), Counter()
-    recorded = Recorded(counter, [counter.state], play_back)
+    captured = CapturedSteps(counter, [counter.state], replaying)
     for number, count in enumerate([1, 4, 4, 2, 1, 4]):
         inputs = torch.full((count, 3), float(number))
-        recorded(inputs)
+        captured(inputs)
         plain(inputs)
         assert torch.equal(counter.state, plain.state)
 
 
 @pytest.mark.parametrize(
-    ("recorder", "reason"),
-    [(fail, "operation not permitted when stream is capturing"), (stand_still, "it does not repeat the step")],
+    ("capture", "reason"),
+    [
+        (failing, "operation not permitted when stream is capturing"),
+        (doing_nothing, "its replay differs from the step"),
+    ],
 )
-def test_a_recording_that_fails_or_differs_is_not_used(
-    recorder: cuda_graph.Recorder, reason: str, caplog: pytest.LogCaptureFixture
+def test_a_capture_that_fails_or_differs_is_not_used(
+    capture: cuda_graph.Capture, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, counter = Counter(), Counter()
-    recorded = Recorded(counter, [counter.state], recorder)
+    captured = CapturedSteps(counter, [counter.state], capture)
     with caplog.at_level(logging.WARNING, logger=cuda_graph.__name__):
         for number in range(4):
             inputs = torch.full((2, 3), number + 1.0)
-            recorded(inputs)
+            captured(inputs)
             plain(inputs)
             assert torch.equal(counter.state, plain.state)
-    message = f"the step can't be recorded as a CUDA graph ({reason}) and runs as it is"
+    message = f"the step can't be captured as a CUDA graph ({reason}) and runs without one"
     assert [record.message for record in caplog.records] == [message]
 
 
-def test_what_a_scaler_remembers_belongs_to_the_proof() -> None:
-    """Taken, recorded and replayed, the steps must have moved it once."""
+def test_a_scaler_s_state_moves_once_during_the_capture() -> None:
+    """The steps are taken, captured and replayed for verification."""
     scale: dict[str, object] = {"scale": 8.0}
 
     def steps(inputs: Tensor) -> None:
         scale["scale"] = float(str(scale["scale"])) * 2 ** len(inputs)
 
-    recorded = Recorded(steps, [], play_back, scale.copy, scale.update)
-    recorded(torch.zeros(1))
+    captured = CapturedSteps(steps, [], replaying, scale.copy, scale.update)
+    captured(torch.zeros(1))
     assert scale == {"scale": 16.0}
-    recorded(torch.zeros(1))
-    assert scale == {"scale": 32.0} and not recorded.failed
+    captured(torch.zeros(1))
+    assert scale == {"scale": 32.0} and not captured.failed
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_run_of_steps_launched_at_once_is_bitwise_the_run(
     flat: bool, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that a step changes is known to the recording, nothing in it moves by itself, and all falls due as ever."""
+    """The capture knows all that a step changes, and metrics, validations and checkpoints come after the same steps."""
     arguments = [
         "optim.warmup_steps=5", "objective.beta_warmup_steps=9", "optim.max_grad_norm=20", "train.accumulate=2",
         "train.log_every=7", "train.validate_every=11", "checkpoint.every=9",
     ]  # fmt: skip
     monkeypatch.setattr(loop, "Update", partial(Update, flat=flat))
     plain = train(make_config(*arguments, "name=plain"))
-    monkeypatch.setattr(loop, "Update", partial(Update, flat=flat, recorder=play_back))
-    recorded = train(make_config(*arguments, "name=recorded"))
-    assert final(recorded) == final(plain)
-    assert timeless(recorded) == timeless(plain)
+    monkeypatch.setattr(loop, "Update", partial(Update, flat=flat, capture=replaying))
+    captured = train(make_config(*arguments, "name=captured"))
+    assert final(captured) == final(plain)
+    assert timeless(captured) == timeless(plain)
 
 
-class Looking:
-    """A watch that looks up after some steps."""
+class FixedWatch:
+    """A watch whose next step is given."""
 
     def __init__(self, next_step: int) -> None:
         self.next_step = next_step
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 200), (37, 201), (5, 6)])
-def test_launches_cover_all_steps_and_pass_over_nothing_that_is_due(first: int, last: int) -> None:
-    watch, ends = Looking(first + 1), (50, 20, float("inf"))
+def test_launches_cover_all_steps_and_end_where_something_is_due(first: int, last: int) -> None:
+    watch, ends = FixedWatch(first + 1), (50, 20, float("inf"))
     seen: list[int] = []
     for steps in launches(first, last, MOST_STEPS, ends, watch):  # type: ignore[arg-type]
         seen += steps
@@ -119,4 +122,4 @@ def test_launches_cover_all_steps_and_pass_over_nothing_that_is_due(first: int, 
         if steps.stop >= watch.next_step:
             watch.next_step = steps.stop + min(2 * (steps.stop - first), 30)
     assert seen == list(range(first, last))
-    assert [len(steps) for steps in launches(0, 5, 1, ends, Looking(9))] == [1] * 5  # type: ignore[arg-type]
+    assert [len(steps) for steps in launches(0, 5, 1, ends, FixedWatch(9))] == [1] * 5  # type: ignore[arg-type]

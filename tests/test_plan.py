@@ -4,6 +4,7 @@ import torch
 
 from vae_dist.compute import philox
 from vae_dist.plan import (
+    Draws,
     Plan,
     Stream,
     bernoulli_pixels,
@@ -18,15 +19,15 @@ from vae_dist.plan import (
 
 @pytest.mark.parametrize("total", [1, 7, 100, 8192])
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_shares_are_a_partition_in_order_and_differ_by_one_at_most(total: int, parts: int) -> None:
-    shares = [shard(total, part, parts) for part in range(parts)]
-    assert [row for rows in shares for row in rows] == list(range(total))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_shards_are_contiguous_and_differ_by_one_at_most(total: int, parts: int) -> None:
+    shards = [shard(total, part, parts) for part in range(parts)]
+    assert [row for rows in shards for row in rows] == list(range(total))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 @pytest.mark.parametrize("latent_dim", [1, 2, 13, 40])
-def test_noise_of_a_slice_is_the_slice_of_the_noise(world_size: int, latent_dim: int) -> None:
+def test_a_shard_s_noise_is_its_slice_of_the_batch_s_noise(world_size: int, latent_dim: int) -> None:
     plan = Plan(seed=3, size=1000, batch_size=100)
     whole = plan.noise(range(17, 20), range(100), latent_dim)
     slices = [plan.noise(range(17, 20), shard(100, rank, world_size), latent_dim) for rank in range(world_size)]
@@ -57,17 +58,17 @@ def test_noise_differs_by_seed_stream_step_and_row() -> None:
 
 
 @pytest.mark.parametrize("latent_dim", [1, 13, 40])
-def test_noise_of_many_steps_is_that_of_each(latent_dim: int) -> None:
-    many = standard_normals(3, Stream.IMPORTANCE, range(5, 25), range(100, 600), latent_dim)
+def test_noise_of_many_steps_is_the_noise_of_each(latent_dim: int) -> None:
+    many = standard_normals(Draws(3, Stream.IMPORTANCE, range(5, 25), range(100, 600), latent_dim))
     each = [standard_normal(3, Stream.IMPORTANCE, step, range(100, 600), latent_dim) for step in range(5, 25)]
     torch.testing.assert_close(many, torch.stack(each), rtol=0, atol=1e-6)
     assert (many == torch.stack(each)).double().mean() > 0.9999  # two libraries' logarithms, rounded to float32
 
 
-def test_noise_of_many_steps_does_not_depend_on_how_they_are_cut() -> None:
-    whole = standard_normals(0, Stream.IMPORTANCE, range(130), range(500), 40)
+def test_noise_does_not_depend_on_how_steps_and_rows_are_cut() -> None:
+    whole = standard_normals(Draws(0, Stream.IMPORTANCE, range(130), range(500), 40))
     for steps, rows in (range(1), range(500)), (range(7, 130), range(3, 4)), (range(128), range(11, 499)):
-        part = standard_normals(0, Stream.IMPORTANCE, steps, rows, 40)
+        part = standard_normals(Draws(0, Stream.IMPORTANCE, steps, rows, 40))
         assert torch.equal(part, whole[steps.start : steps.stop, rows.start : rows.stop])
 
 
@@ -77,7 +78,7 @@ def test_a_device_without_numpy_draws_the_same_bits(columns: int) -> None:
     positions = range(rows.start * -(-columns // 8), rows.stop * -(-columns // 8))
     words = philox.philox4x64((2**63 - 25, Stream.POSTERIOR), positions, steps, torch.device("cpu"))
     drawn = words.view(torch.int32).view(3, len(rows), -1)[..., :columns]
-    assert torch.equal(drawn, bits(2**63 - 25, Stream.POSTERIOR, steps, rows, columns))
+    assert torch.equal(drawn, bits(Draws(2**63 - 25, Stream.POSTERIOR, steps, rows, columns)))
 
 
 def test_words_are_numpys_philox_at_that_counter() -> None:
@@ -96,12 +97,12 @@ def test_an_epoch_sees_each_image_once_and_drops_the_tail() -> None:
         assert seen.max() < 1003
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_each_epoch_and_each_seed_has_its_own_order() -> None:
     batches = [Plan(seed, size=1000, batch_size=100).batch(step) for seed in (0, 1) for step in (0, 10)]
     assert len({tuple(batch.tolist()) for batch in batches}) == 4
 
 
-def test_the_plan_neither_reads_nor_moves_the_global_generators() -> None:
+def test_the_plan_neither_reads_nor_changes_the_global_generators() -> None:
     plan = Plan(seed=0, size=1000, batch_size=100)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -113,7 +114,7 @@ def test_the_plan_neither_reads_nor_moves_the_global_generators() -> None:
     assert torch.equal(plan.batch(4), first[1])
 
 
-def test_pixels_are_drawn_with_their_own_probability() -> None:
+def test_each_pixel_is_white_with_its_own_probability() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     drawn = bernoulli_pixels(levels.expand(4000, 1, 16, 16), 0, 0, range(4000))
     assert set(drawn.unique().tolist()) == {0, 255}
@@ -122,7 +123,7 @@ def test_pixels_are_drawn_with_their_own_probability() -> None:
     assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()  # 0 and 255: exactly
 
 
-def test_drawn_pixels_of_a_slice_are_the_slice_of_the_drawn_pixels() -> None:
+def test_a_shard_s_binary_pixels_are_its_slice_of_the_batch_s() -> None:
     pixels = torch.randint(0, 256, (100, 1, 5, 5), dtype=torch.uint8)
     whole = bernoulli_pixels(pixels, 1, 2, range(100))
     slices = [bernoulli_pixels(pixels[list(rows)], 1, 2, rows) for rows in (range(33), range(33, 100))]

@@ -18,12 +18,12 @@ for m, k, n in (64, 300, 40), (7, 20, 33), (1, 1, 1), (33, 129, 70):
         a, b = torch.randn((k, m) if left else (m, k)), torch.randn((n, k) if right else (k, n))
         a, b = a.t() if left else a, b.t() if right else b
         exact = a.double() @ b.double()
-        assert (products.multiplied(a, b) - exact).norm() < 3e-7 * exact.norm()
+        assert (products.mm(a, b) - exact).norm() < 3e-7 * exact.norm()
         bias = torch.randn(n)
-        torch.testing.assert_close(products.multiplied_and_added(bias, a, b), (exact + bias).float())
+        torch.testing.assert_close(products.addmm(bias, a, b), (exact + bias).float())
 big = torch.empty(2**9, 2**10, device="meta"), torch.empty(2**10, 2**9, device="meta")
-assert products.multiplied(*big) is NotImplemented
-assert products.multiplied(torch.ones(2, 2).double(), torch.ones(2, 2).double()) is NotImplemented
+assert products.mm(*big) is NotImplemented
+assert products.mm(torch.ones(2, 2).double(), torch.ones(2, 2).double()) is NotImplemented
 print("equal")
 """
 

@@ -1,17 +1,17 @@
-"""The ends of a run that are no bugs. A command prints their message without a traceback.
+"""Errors that are not bugs. A command prints their message without a traceback.
 
-An error of one process is printed by that process, with its rank and host. Only an error that is known to be raised on
-every process is left to one of them.
+An error of one process is printed by that process, with its rank and host. An error that is known to be raised on every
+process is printed by one of them.
 """
 
 from typing import Self
 
 
 class _EndError(Exception):
-    reporting_rank: int | None = None  # the process that prints it for all of them; None: whichever raises it
+    reporting_rank: int | None = None  # the process that prints it for all of them; None: each that raises it
 
     def on_every_process(self, reporting_rank: int = 0) -> Self:
-        """This error, marked as one that every process of the run raises and that `reporting_rank` prints."""
+        """Mark this error as one that every process of the run raises and `reporting_rank` prints."""
         self.reporting_rank = reporting_rank
         return self
 
@@ -21,11 +21,11 @@ class UserError(_EndError):
 
 
 class RunError(_EndError):
-    """The run can't go on. The message says why and what to do; the exit code is 1."""
+    """A run that can't continue. The message says why and what to do; the exit code is 1."""
 
 
 class StoppedError(_EndError):
-    """Somebody asked the run to stop, and it has saved what it had. The processes have agreed on that."""
+    """The run was asked to stop and has saved its state. All processes raise this together."""
 
     reporting_rank = 0
 

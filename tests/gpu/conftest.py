@@ -37,7 +37,7 @@ def make_config(arguments: list[str]) -> Callable[..., Config]:
 
 @pytest.fixture
 def run(make_config: Callable[..., Config]) -> Train:
-    """Trains a run of a name, or goes on with it; what can't be compiled or recorded fails here."""
+    """Train or resume the run of a name; fail if a step can't be compiled or captured."""
 
     def once(name: str, *more: str) -> Path:
         folder = train(make_config(f"name={name}", *more))

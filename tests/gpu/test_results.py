@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.gpu.conftest import Train
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.plan import Stream, bits, standard_normals
+from vae_dist.plan import Draws, Stream, bits, standard_normals
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.page import report
 from vae_dist.views.kinds import KINDS
@@ -24,9 +24,9 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize("columns", [20, 7, 784])
 def test_a_card_draws_the_random_numbers_of_numpy(columns: int, compiled: bool) -> None:
     card = torch.device("cuda", 0)
-    given = 3, Stream.POSTERIOR, range(5, 12), range(2, 130), columns
-    assert torch.equal(bits(*given, card, compiled).cpu(), bits(*given))
-    assert torch.equal(standard_normals(*given, card, compiled).cpu(), standard_normals(*given))
+    draws = Draws(3, Stream.POSTERIOR, range(5, 12), range(2, 130), columns)
+    assert torch.equal(bits(draws, card, compiled).cpu(), bits(draws))
+    assert torch.equal(standard_normals(draws, card, compiled).cpu(), standard_normals(draws))
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def test_small_products_are_as_exact_as_cublas(
         return ((result - exact).norm() / exact.norm()).item()
 
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    found = products.multiplied(a, b)
+    found = products.mm(a, b)
     assert error(found) < 2 * max(error(a @ b), 6e-8)
-    assert torch.equal(products.multiplied(a, b), found)
+    assert torch.equal(products.mm(a, b), found)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert error(products.multiplied(a, b)) < 1e-3
+    assert error(products.mm(a, b)) < 1e-3
 
 
 def figures(run_dir: Path, *arguments: str) -> dict[str, Any]:

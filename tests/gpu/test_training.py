@@ -1,4 +1,4 @@
-"""Training on one card: bitwise the same killed or not, recorded or not, wherever the images lie."""
+"""Training on one card: bitwise the same killed or not, captured or not, wherever the images lie."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.conftest import Train
-from vae_dist.compute.cuda_graph import Recorded
+from vae_dist.compute.cuda_graph import CapturedSteps
 from vae_dist.data import batches
 from vae_dist.errors import RunError
 from vae_dist.training import update
@@ -43,9 +43,9 @@ def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(precision: str
 )
 def test_steps_launched_at_once_are_bitwise_those_taken_one_by_one(precision: str, compiled: str, run: Train) -> None:
     given = [f"train.precision={precision}", f"train.compile={compiled}"]
-    recorded = run(f"{precision}_{compiled}_recorded", *given)
+    captured = run(f"{precision}_{compiled}_captured", *given)
     plain = run(f"{precision}_{compiled}_plain", *given, "runtime.cuda_graph=false")
-    assert outcome(recorded) == outcome(plain)
+    assert outcome(captured) == outcome(plain)
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
@@ -59,7 +59,7 @@ def test_images_on_the_host_train_as_those_on_the_card(
     assert outcome(run(f"{binarize}_host", *given)) == outcome(card)
 
 
-def test_a_run_is_compiled_and_recorded_when_nobody_says_otherwise(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_compiled_and_captured_when_nobody_says_otherwise(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[update.Update] = []
     create = update.Update.__init__
 
@@ -70,7 +70,7 @@ def test_a_run_is_compiled_and_recorded_when_nobody_says_otherwise(run: Train, m
     monkeypatch.setattr(update.Update, "__init__", noted)
     folder = run("by_itself")
     assert "compile: true" in (folder / "config.yaml").read_text()
-    assert isinstance(made[0]._steps, Recorded) and not made[0]._steps.failed
+    assert isinstance(made[0]._steps, CapturedSteps) and not made[0]._steps.failed
 
 
 @pytest.fixture
@@ -98,10 +98,10 @@ def test_an_update_that_is_not_finite_ends_the_run(graph: str, precision: str, s
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_update_that_is_not_finite_can_be_skipped(precision: str, spoilt: None, run: Train) -> None:
     given = [f"train.precision={precision}", "train.nonfinite=skip", "train.max_skipped=70"]
-    recorded, plain = (
+    captured, plain = (
         run(f"{precision}_skips_{graph}", *given, f"runtime.cuda_graph={graph}") for graph in ("true", "false")
     )
-    assert outcome(recorded) == outcome(plain)
+    assert outcome(captured) == outcome(plain)
     assert max(row.get("train/skipped_updates", 0) for row in outcome(plain)[2]) >= 1
 
 

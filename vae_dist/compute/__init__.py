@@ -1,1 +1,1 @@
-"""How tensors are computed fast: compiled programs, CUDA graphs, Philox and matrix products on a GPU."""
+"""Fast computation of tensors: compiled programs, CUDA graphs, and Philox and matrix products on a GPU."""

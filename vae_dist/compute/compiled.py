@@ -1,4 +1,4 @@
-"""Functions of tensors as compiled programs."""
+"""Functions of tensors, compiled."""
 
 import logging
 import warnings
@@ -10,23 +10,22 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-Function = Callable[..., Sequence[Tensor]]  # of tensors alone
+Function = Callable[..., Sequence[Tensor]]  # its arguments are tensors
 
 
 class Compiled:
-    """A function as a compiled program, and what `otherwise` does where none can be made.
+    """A compiled function, or `fallback` if it can't be compiled.
 
-    It has to be a function of the tensors that it is given and of nothing else that changes; it may change those. It is
-    traced and compiled once for all shapes that they come in. torch.compile would look at each call for whatever might
-    have changed, and a small network's step is over sooner.
+    The function must depend on its tensor arguments alone, and may modify them in place. It is compiled once per
+    combination of shapes, without guards: torch.compile's guards take longer than a small network's step.
 
-    `failure` says why no program can be made, and is empty where one can. Whoever sets it chooses `otherwise`; with
-    `warns=False` the caller reports it.
+    `failure` is the reason why it can't be compiled, or empty. Setting it selects `fallback`. With `warns=False` the
+    caller reports it.
     """
 
-    def __init__(self, function: Function, otherwise: Function, *, warns: bool = True) -> None:
+    def __init__(self, function: Function, fallback: Function, *, warns: bool = True) -> None:
         self._function = function
-        self._otherwise = otherwise
+        self._fallback = fallback
         self._warns = warns
         self._programs: dict[tuple[torch.Size, ...], Function] = {}
         self.failure = ""
@@ -36,12 +35,12 @@ class Compiled:
         if shapes not in self._programs and not self.failure:
             self._compile(shapes, inputs)
         if self.failure:
-            return self._otherwise(*inputs)
+            return self._fallback(*inputs)
         with torch.no_grad():
             return self._programs[shapes](*inputs)
 
     def _compile(self, shapes: tuple[torch.Size, ...], inputs: Sequence[Tensor]) -> None:
-        # It warns where torch was built for CUDA and there is no GPU.
+        # It warns if torch was built for CUDA and there is no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
             from torch._inductor import compile as compile_graph  # takes seconds, and makes the compiler's cache folder
@@ -50,21 +49,21 @@ class Compiled:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's advice to leave float32 for TF32, among others
                 on_gpu = inputs[0].is_cuda
-                graph = make_fx(self._function, _products() if on_gpu else None, tracing_mode="fake")(*inputs)
-                # Otherwise the order of a sum would be chosen by what was fastest at the moment.
+                graph = make_fx(self._function, _matrix_products() if on_gpu else None, tracing_mode="fake")(*inputs)
+                # Otherwise autotuning would choose the summation order by momentary speed.
                 options = {"deterministic": True} if on_gpu else None
                 self._programs[shapes] = compile_graph(graph, list(inputs), options)
-        except Exception as error:  # whatever the compiler, or the one that it calls, has to say
+        except Exception as error:  # of torch's compiler, or of the C++ compiler that it calls
             reason = str(error).strip().partition("\n")[0]
             self.failure = f"{type(error).__name__}: {reason}"
             if self._warns:
                 logger.warning("the step can't be compiled (%s) and runs as it is", self.failure)
 
 
-def _products() -> Mapping[Any, Callable[..., Tensor]] | None:
-    """What takes the place of torch's matrix products on a GPU that has TF32."""
+def _matrix_products() -> Mapping[Any, Callable[..., Tensor]] | None:
+    """The replacements of torch's matrix products while tracing, if the GPU has TF32."""
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
         return None
     from vae_dist.compute import products
 
-    return products.TABLE
+    return products.REPLACEMENTS

@@ -1,7 +1,7 @@
-"""Optimizer steps recorded as CUDA graphs: one launch for many steps, each of which has some dozens of operations.
+"""Optimizer steps captured as CUDA graphs: one launch for many steps.
 
-A small model's step is over sooner on a GPU than its operations are launched one by one. A recording is proven before
-it is used: it has to repeat bit for bit what the steps themselves have done.
+On a GPU a small model's step is launch-bound: it has some dozens of operations, each shorter than its launch. A graph
+is verified before it is used: its replay must leave the same bits as the steps themselves.
 """
 
 import logging
@@ -14,29 +14,30 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Steps = Callable[..., None]  # of tensors whose first dimension is the number of steps
-Recorder = Callable[[Steps, Sequence[Tensor]], Callable[[], None]]
+Capture = Callable[[Steps, Sequence[Tensor]], Callable[[], None]]  # steps and static inputs -> replay
+Snapshot = tuple[list[Tensor], Mapping[str, object]]
 
 
-class Recorded:
-    """Steps that are recorded when so many are first taken at once, and replayed from then on.
+class CapturedSteps:
+    """Steps that are captured the first time that so many are taken at once, and replayed from then on.
 
-    Where that fails they are taken as they are. `state` is all that they change, and they change it in place. A loss
-    scaler has a state of its own, which `read` returns and `write` puts back.
+    If the capture fails, the steps run one by one. `state` is everything that they change, in place. A loss scaler has
+    a state of its own, which `read` returns and `write` restores.
     """
 
     def __init__(
         self,
         steps: Steps,
         state: Sequence[Tensor],
-        recorder: Recorder,
+        capture: Capture,
         read: Callable[[], Mapping[str, object]] = dict,
         write: Callable[[Mapping[str, object]], None] = lambda values: None,
     ) -> None:
         self._steps = steps
         self._state = state
-        self._recorder = recorder
+        self._capture = capture
         self._read, self._write = read, write
-        self._recordings: dict[int, tuple[list[Tensor], Callable[[], None]]] = {}
+        self._graphs: dict[int, tuple[list[Tensor], Callable[[], None]]] = {}  # by the number of steps
         self.failed = False
 
     def __call__(self, *inputs: Tensor) -> None:
@@ -44,36 +45,36 @@ class Recorded:
         count = len(inputs[0])
         if self.failed:
             self._steps(*inputs)
-        elif count not in self._recordings:
-            self._record(count, [tensor.clone() for tensor in inputs])
+        elif count not in self._graphs:
+            self._take_and_capture(count, [tensor.clone() for tensor in inputs])
         else:
-            places, replay = self._recordings[count]
-            for place, tensor in zip(places, inputs, strict=True):
-                place.copy_(tensor)
+            static_inputs, replay = self._graphs[count]
+            for static, tensor in zip(static_inputs, inputs, strict=True):
+                static.copy_(tensor)
             replay()
 
-    def _record(self, count: int, places: list[Tensor]) -> None:
-        """Take the steps as they are, and record them beside."""
+    def _take_and_capture(self, count: int, static_inputs: list[Tensor]) -> None:
+        """Take the steps one by one, capture them, and verify that a replay from the same state does the same."""
         before = self._snapshot()
-        self._steps(*places)
+        self._steps(*static_inputs)
         after = self._snapshot()
         try:
-            replay = self._recorder(self._steps, places)
+            replay = self._capture(self._steps, static_inputs)
             self._restore(before)
             replay()
-            if not _same(self._snapshot(), after):
-                raise RuntimeError("it does not repeat the step")
-            self._recordings[count] = places, replay
+            if not _equal(self._snapshot(), after):
+                raise RuntimeError("its replay differs from the step")
+            self._graphs[count] = static_inputs, replay
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            logger.warning("the step can't be recorded as a CUDA graph (%s) and runs as it is", reason)
+            logger.warning("the step can't be captured as a CUDA graph (%s) and runs without one", reason)
             self.failed = True
             self._restore(after)
 
-    def _snapshot(self) -> "Snapshot":
+    def _snapshot(self) -> Snapshot:
         return [tensor.detach().clone() for tensor in self._state], self._read()
 
-    def _restore(self, snapshot: "Snapshot") -> None:
+    def _restore(self, snapshot: Snapshot) -> None:
         values, rest = snapshot
         with torch.no_grad():
             for tensor, value in zip(self._state, values, strict=True):
@@ -81,28 +82,25 @@ class Recorded:
         self._write(rest)
 
 
-Snapshot = tuple[list[Tensor], Mapping[str, object]]
-
-
-class CudaGraphs:
-    """Records steps as CUDA graphs. They run one after the other, so that they share their memory."""
+class CudaGraphCapture:
+    """Capture steps as CUDA graphs. The graphs never run at the same time, so they share one memory pool."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, steps: Steps, places: Sequence[Tensor]) -> Callable[[], None]:
-        """What replays the steps on whatever lies in `places` by then.
+    def __call__(self, steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
+        """Return what replays the steps on the current content of `static_inputs`.
 
-        The steps have been taken before: libraries set themselves up at their first calls, and can't while recorded.
+        The steps must have run before: libraries initialise at their first call, which can't be captured.
         """
         graph = torch.cuda.CUDAGraph()
-        # Another thread may fetch images meanwhile.
+        # Thread-local, since another thread may load images during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            steps(*places)
+            steps(*static_inputs)
         self._pool = graph.pool()
         return graph.replay
 
 
-def _same(one: Snapshot, other: Snapshot) -> bool:
+def _equal(one: Snapshot, other: Snapshot) -> bool:
     bits = [[tensor.view(-1).view(torch.uint8) for tensor in values] for values, _ in (one, other)]
     return all(map(torch.equal, *bits)) and one[1] == other[1]

@@ -1,6 +1,6 @@
 """Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in torch, for any device.
 
-numpy has it too, and is the faster one on a CPU; this one spares a GPU the wait for numbers that a CPU draws.
+numpy's is faster on a CPU; this one draws on a GPU, which then need not wait for the CPU's numbers.
 """
 
 from collections.abc import Callable
@@ -18,35 +18,40 @@ _LOW = 2**32 - 1
 
 
 Key = tuple[int, int]
-Draw = Callable[[Tensor], Tensor]
+Convert = Callable[[Tensor], Tensor]
 
 
-def as_they_are(words: Tensor) -> Tensor:
+def unconverted(words: Tensor) -> Tensor:
     return words
 
 
 def philox4x64(
-    key: Key, positions: range, steps: range, device: torch.device, draw: Draw = as_they_are, compiled: bool = False
+    key: Key,
+    positions: range,
+    steps: range,
+    device: torch.device,
+    convert: Convert = unconverted,
+    compiled: bool = False,
 ) -> Tensor:
-    """What `draw` makes of the words that numpy's Philox draws with this key at counters (position, step, 0, 0).
+    """Draw the words of numpy's Philox with this key at counters (position, step, 0, 0), and `convert` them.
 
-    They are int64 `(len(steps), len(positions), 4)`, the bits of unsigned words. Key and counter are below 2^63. As one
-    program, which is kept for this key and `draw`, they cost next to nothing; their 500 operations one by one move so
-    much memory that they take a good part of a small step's time.
+    The words are int64 `(len(steps), len(positions), 4)`, the bits of unsigned words. Key and counter are below 2^63.
+    `compiled` runs one program, cached by key and `convert`, at almost no cost. Eagerly, some 500 memory-bound
+    operations take a good part of a small step's time.
     """
-    # numpy counts up before it draws.
+    # numpy increments the counter before it draws.
     position = torch.arange(positions.start + 1, positions.stop + 1, device=device)
     step = torch.arange(steps.start, steps.stop, device=device).unsqueeze(1)
-    return (_program(key, draw, device) if compiled else partial(_drawn, key, draw))(position, step)[0]
+    return (_program(key, convert, device) if compiled else partial(_draw, key, convert))(position, step)[0]
 
 
 @lru_cache(maxsize=8)
-def _program(key: Key, draw: Draw, device: torch.device) -> Function:
-    return Compiled(partial(_drawn, key, draw), partial(_drawn, key, draw))
+def _program(key: Key, convert: Convert, device: torch.device) -> Function:
+    return Compiled(partial(_draw, key, convert), partial(_draw, key, convert))
 
 
-def _drawn(key: Key, draw: Draw, position: Tensor, step: Tensor) -> list[Tensor]:
-    return [draw(_words(key, position, step))]
+def _draw(key: Key, convert: Convert, position: Tensor, step: Tensor) -> list[Tensor]:
+    return [convert(_words(key, position, step))]
 
 
 def _words(key: Key, position: Tensor, step: Tensor) -> Tensor:
@@ -55,15 +60,15 @@ def _words(key: Key, position: Tensor, step: Tensor) -> Tensor:
     counter = [zero + position, zero + step, zero, zero]
     keys = list(key)
     for _ in range(_ROUNDS):
-        high0, low0 = _multiplied(counter[0], _MULTIPLIERS[0])
-        high1, low1 = _multiplied(counter[2], _MULTIPLIERS[1])
+        high0, low0 = _multiply(counter[0], _MULTIPLIERS[0])
+        high1, low1 = _multiply(counter[2], _MULTIPLIERS[1])
         counter = [high1 ^ counter[1] ^ _signed(keys[0]), low1, high0 ^ counter[3] ^ _signed(keys[1]), low0]
         keys = [(word + step) % 2**64 for word, step in zip(keys, _KEY_STEPS, strict=True)]
     return torch.stack(counter, dim=-1)
 
 
-def _multiplied(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """The high and the low word of the 128 bits of a product; shifts of torch keep the sign, so that it is masked."""
+def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The high and low words of the 128-bit product. torch's shifts keep the sign, hence the masks."""
     low, high = x & _LOW, (x >> 32) & _LOW
     factor_low, factor_high = factor & _LOW, factor >> 32
     low_low, low_high, high_low = low * factor_low, low * factor_high, high * factor_low

@@ -13,7 +13,7 @@ from vae_dist.config import Config
 from vae_dist.data.datasets import Images
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
-from vae_dist.plan import Plan, Stream, binarized, bits, shard
+from vae_dist.plan import Draws, Plan, Stream, binarized, bits, shard
 
 # Draw noise for many steps at a time: per call, the overhead would cost as much as the numbers. On a GPU one draw is a
 # few hundred kernels, however many numbers it makes.
@@ -92,9 +92,8 @@ class Batches:
         return noise.contiguous().to(self._device, self._dtype)  # a compiled program expects one layout
 
     def _draw_bits(self, steps: range) -> Tensor:
-        pixels, seed = self._pixels.shape[1], self._plan.seed
-        drawn = bits(seed, Stream.BINARIZATION, steps, self._rows, pixels, self._drawn_on, self._compiled)
-        return drawn.to(self._device)
+        draws = Draws(self._plan.seed, Stream.BINARIZATION, steps, self._rows, self._pixels.shape[1])
+        return bits(draws, self._drawn_on, self._compiled).to(self._device)
 
 
 def place(pixels: Tensor, device: torch.device) -> tuple[Tensor, bool]:

@@ -19,7 +19,7 @@ from vae_dist.evaluation.protocol import is_probability
 from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives import ElboTerms
-from vae_dist.plan import FIXED_SEED, Stream, standard_normal, standard_normals
+from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
 from vae_dist.runs import console
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
@@ -102,7 +102,7 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
             at_once = max(config.evaluate.chunk // len(chunk), 1)
             for start in range(0, count, at_once):
                 samples = range(start, min(start + at_once, count))
-                noise = standard_normals(FIXED_SEED, Stream.IMPORTANCE, samples, chunk, vae.latent_dim)
+                noise = standard_normals(Draws(FIXED_SEED, Stream.IMPORTANCE, samples, chunk, vae.latent_dim))
                 noise = noise.to(vae.device, vae.dtype)
                 weights = objectives.log_weights(vae, posterior, images, noise).cpu().double()
                 # The sum would hide a weight of 0, and an infinite weight would look like a good estimate.

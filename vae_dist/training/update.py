@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vae_dist.compute.cuda_graph import CudaGraphs, Recorded, Recorder, Steps
+from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture, Steps
 from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
@@ -47,12 +47,12 @@ class Update:
     """
 
     def __init__(
-        self, vae: VAE, config: Config, world: World, flat: bool | None = None, recorder: Recorder | None = None
+        self, vae: VAE, config: Config, world: World, flat: bool | None = None, capture: Capture | None = None
     ) -> None:
-        """`flat` puts all weights into one tensor, `recorder` captures steps. On a GPU both are the default."""
+        """`flat` puts all weights into one tensor; `capture` captures steps. On a GPU both are the default."""
         on_gpu = world.device.type == "cuda"
-        if recorder is None and on_gpu and world.size == 1 and config.runtime.cuda_graph:
-            recorder = CudaGraphs()
+        if capture is None and on_gpu and world.size == 1 and config.runtime.cuda_graph:
+            capture = CudaGraphCapture()
         self.vae = vae
         self._config = config
         self._world = world
@@ -64,8 +64,8 @@ class Update:
         self._values: list[Schedule] = []
         self._values_on_device = torch.empty(0)
         self._step = Step(vae, self.optimizer, config, world, self._scaler)
-        self._steps: Steps = self._one_by_one if recorder is None else self._captured(recorder)
-        self.most_steps = 1 if recorder is None else MOST_STEPS
+        self._steps: Steps = self._one_by_one if capture is None else self._captured(capture)
+        self.most_steps = 1 if capture is None else MOST_STEPS
 
     def __call__(self, pixels: Tensor, noise: Tensor, values: Sequence[Schedule]) -> None:
         """Take the k steps of `values`, at most `most_steps`: pixels `(k, b, C, H, W)`, uint8, noise `(k, b, L)`."""
@@ -78,10 +78,10 @@ class Update:
         for inputs in zip(pixels, noise, values, strict=True):
             self._step(*inputs, self.totals)
 
-    def _captured(self, recorder: Recorder) -> Recorded:
+    def _captured(self, capture: Capture) -> CapturedSteps:
         """The same steps, which are captured once for each k, and replayed from then on."""
         state = [*self.optimizer.tensors, self.totals]
-        return Recorded(self._one_by_one, state, recorder, self._scaler.state_dict, self._scaler.load_state_dict)
+        return CapturedSteps(self._one_by_one, state, capture, self._scaler.state_dict, self._scaler.load_state_dict)
 
     def require_healthy(self, step: int) -> int:
         """Return how many updates were skipped up to `step`, the same on all processes; all call this.
