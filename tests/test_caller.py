@@ -33,7 +33,7 @@ Calls = dict[str, Callable[[], object]]
 
 @pytest.fixture
 def handler() -> Iterator[logging.Handler]:
-    """A caller's own settings, all of them unlike the run's and unlike torch's."""
+    """A caller's own settings, all different from the run's and from torch's defaults."""
     own = logging.StreamHandler()
     before = LOGGER.handlers, LOGGER.level, LOGGER.propagate, torch.get_num_threads()
     LOGGER.handlers, LOGGER.propagate = [own], True
@@ -53,12 +53,12 @@ def refused(call: Callable[..., object], *arguments: object) -> None:
 def readable(read: Callable[[], object]) -> object:
     try:
         return read()
-    except RuntimeError:  # torch does not show settings that were made in its two ways
+    except RuntimeError:  # torch does not read settings that were made in both of its ways
         return "unreadable"
 
 
 def world() -> dict[str, object]:
-    """What a call could change, and its caller could notice."""
+    """Everything that a call could change in its caller's process."""
     backends: Any = torch.backends
     return {
         "environment": dict(os.environ),
@@ -100,7 +100,7 @@ def world() -> dict[str, object]:
 
 @pytest.fixture
 def calls(make_config: MakeConfig, smoke_arguments: list[str], tmp_path: Path) -> Calls:
-    """Every command as a library call, in an order in which each finds what it needs."""
+    """Every command as a library call, ordered so that each finds its input."""
     run = tmp_path / "runs/a"
     short = ["train.steps=2", "train.threads=1"]
     asked = [*smoke_arguments, *short, f"runs_dir={tmp_path / 'runs'}", "evaluate.importance_samples=0"]
@@ -200,7 +200,7 @@ def test_a_caller_s_processes_keep_their_timeouts(
         backend = group._get_backend(torch.device("cpu"))
         before = world()
         with processes.join(make_config()) as joined:
-            joined.size = 2  # or it would have nobody to wait for
+            joined.size = 2  # a lone process has no timeout to set
             joined.set_timeout(5)
             assert backend.options._timeout == timedelta(seconds=5)
             monkeypatch.setattr(failures, "ANSWER_SECONDS", 0.1)

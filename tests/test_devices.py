@@ -1,4 +1,4 @@
-"""Where tensors are on a GPU, without one: torch's fake tensors have a device, shapes and types, and no numbers.
+"""The devices of tensors on a GPU, without a GPU: torch's fake tensors have device, shape and dtype, but no values.
 
 Backward passes, streams and pinned memory need a card: tests/gpu has those.
 """
@@ -35,7 +35,7 @@ COUNT = 700
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """The world of a lone process as Accelerate describes it: on "cuda", which is not equal to any tensor's device."""
+    """The world of a single process as Accelerate describes it: on "cuda", which equals no tensor's device."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield world_of(1)
@@ -82,7 +82,7 @@ def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytes
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the backward pass: gradients are made up. The host reads nothing: a fake tensor has nothing to read."""
+    """All but the backward pass: gradients are zeros. A host sync would fail, for a fake tensor has no values."""
     reduced = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, operation: reduced.append(values.device))
 
@@ -134,7 +134,7 @@ def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytes
 
 
 def test_what_processes_exchange_is_on_the_card(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL takes nothing else, wherever the values were."""
+    """NCCL accepts nothing else, wherever the values were."""
     exchanged = []
     distributed = torch.distributed
     monkeypatch.setattr(distributed, "all_reduce", lambda values, operation: exchanged.append(values.device))

@@ -1,4 +1,4 @@
-"""The claims about several processes, over real ones: one `torchrun` a world size, and a plain call for one process."""
+"""Claims about several processes, on real ones: one `torchrun` per world size, and a plain call for one process."""
 
 import json
 import os
@@ -30,12 +30,12 @@ DISAGREEMENTS = {
     "torch": "do not agree on torch's version: ",
     "data": "do not agree on the training images: ",
 }
-DRIFTS = {  # where a state is compared: which fault, with which arguments
-    "a_row": ("weights", "train.log_every=2"),
+DRIFTS = {  # by where a state is compared: which fault, with which arguments
+    "a_record": ("weights", "train.log_every=2"),
     "a_save": ("moments", "checkpoint.every=2"),
     "an_extra_check": ("moments", "runtime.verify_every=2"),
 }
-UNCOMPILED = {"the_network": 0, "the_judgement": 2, "nothing": None}  # on the last process
+UNCOMPILED = {"the_network": 0, "the_guard": 2, "nothing": None}  # on the last process
 CLIPPED = ["optim.max_grad_norm=0.1", "train.accumulate=3", "train.steps=6", "checkpoint.every=3"]
 SAMPLED = {
     "prior_seed_0": ["sample.count=101"],
@@ -52,7 +52,7 @@ WHOLE = ["train.log_every=7", "checkpoint.every=13"]
 
 
 def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, list[str]]]:
-    """What every world size does: the same arguments, its own folder of runs."""
+    """The jobs of a world size: the same arguments for each, its own folder of runs."""
     common = [*smoke, f"runs_dir={root / 'runs'}", "train.log_every=1"]
     return [
         ("batches", str(root / "batches"), [*common, "data.binarize=dynamic", "optim.warmup_steps=10"]),
@@ -124,7 +124,7 @@ def torchrun(world_size: int, *command: str, **environment: str) -> subprocess.C
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) -> dict[int, Path]:
-    """The folder of each world size, with all that its jobs left there; made when it is first asked for."""
+    """Each world size's folder, with what its jobs wrote; made at its first use."""
     base = tmp_path_factory.mktemp("worlds")
     reference = base / "1/runs/fp32"
 
@@ -145,13 +145,14 @@ def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) 
             return root
 
     roots = Roots()
-    roots[1]  # first: the others look at its checkpoint
+    roots[1]  # first: the others read its checkpoint
     return roots
 
 
-def rows(run_dir: Path, name: str) -> dict[int, float]:
-    table = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[name] for row in table if name in row}
+def records(run_dir: Path, metric: str) -> dict[int, float]:
+    """A metric's values by step."""
+    written = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[metric] for record in written if metric in record}
 
 
 def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> float:
@@ -178,7 +179,7 @@ def test_any_number_of_processes_sees_the_same_images_noise_and_learning_rate(
 def test_in_float64_an_epoch_is_the_same_to_a_billionth(world_size: int, roots: dict[int, Path]) -> None:
     runs = [roots[size] / "runs/fp64" for size in (world_size, 1)]
     for name in ("train/loss", "train/kl", "train/grad_norm", "validation/negative_elbo"):
-        assert largest_difference(*(rows(run, name) for run in runs)) < 1e-9
+        assert largest_difference(*(records(run, name) for run in runs)) < 1e-9
     ours, theirs = (tensors(run) for run in runs)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-10)
@@ -189,16 +190,20 @@ def test_in_float64_an_epoch_is_the_same_to_a_billionth(world_size: int, roots: 
 def test_compiled_processes_train_as_those_that_are_not(tmp_path: Path, smoke_arguments: list[str]) -> None:
     common = [*smoke_arguments, f"runs_dir={tmp_path}", "train.log_every=1", "train.precision=fp64", "train.epochs=1"]
     for name, compiled in ("plain", "false"), ("compiled", "true"):
-        choices = [f"name={name}", f"train.compile={compiled}", "train.accumulate=3"]  # parts of unlike sizes
+        choices = [
+            f"name={name}",
+            f"train.compile={compiled}",
+            "train.accumulate=3",
+        ]  # micro-batches of different sizes
         result = torchrun(2, str(REPOSITORY / "vae_dist/train.py"), *common, *choices)
         assert result.returncode == 0 and "can't be compiled" not in result.stdout + result.stderr
-    losses = [rows(tmp_path / name, "train/loss") for name in ("plain", "compiled")]
+    losses = [records(tmp_path / name, "train/loss") for name in ("plain", "compiled")]
     assert len(losses[0]) == STEPS_AN_EPOCH
     assert largest_difference(*losses) < 1e-9
 
 
 def different(rank: int, setting: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """A training on two processes, one of which has an environment of its own."""
+    """Train on two processes, one of which has `setting` in its environment."""
     choose = f'if [ "$RANK" = {rank} ]; then export {setting}; fi; exec "$@"'
     command = [sys.executable, str(REPOSITORY / "vae_dist/train.py"), *arguments]
     return torchrun(2, "--no-python", "bash", "-c", choose, "bash", *command)
@@ -235,9 +240,7 @@ def test_a_run_on_unlike_cpus_is_finished_and_goes_on(tmp_path: Path, smoke_argu
 
 
 @pytest.mark.slow
-def test_a_loss_scaler_does_not_see_that_the_first_step_is_rehearsed(
-    tmp_path: Path, smoke_arguments: list[str]
-) -> None:
+def test_a_compile_rehearsal_leaves_the_loss_scale_alone(tmp_path: Path, smoke_arguments: list[str]) -> None:
     common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.steps=20"]
     choices = [["name=compiled", "train.compile=true"], ["name=plain"]]
     jobs = [("with_a_loss_scaler", "", [*common, *choice]) for choice in choices]
@@ -253,9 +256,9 @@ def test_a_loss_scaler_does_not_see_that_the_first_step_is_rehearsed(
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_splitting_each_share_in_three_changes_nothing_but_rounding(world_size: int, roots: dict[int, Path]) -> None:
-    split = rows(roots[world_size] / "runs/split", "train/loss")
-    assert largest_difference(split, rows(roots[1] / "runs/split", "train/loss")) < 1e-9
+def test_accumulation_changes_only_rounding(world_size: int, roots: dict[int, Path]) -> None:
+    split = records(roots[world_size] / "runs/split", "train/loss")
+    assert largest_difference(split, records(roots[1] / "runs/split", "train/loss")) < 1e-9
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -273,9 +276,9 @@ def test_gradients_agree_tensor_by_tensor(world_size: int, roots: dict[int, Path
 def test_processes_that_do_not_agree_all_end_with_the_same_message(
     world_size: int, what: str, roots: dict[int, Path]
 ) -> None:
-    said = {(roots[world_size] / f"{what}.{rank}").read_text() for rank in range(world_size)}
-    assert len(said) == 1
-    message = said.pop()
+    messages = {(roots[world_size] / f"{what}.{rank}").read_text() for rank in range(world_size)}
+    assert len(messages) == 1
+    message = messages.pop()
     assert DISAGREEMENTS[what] in message and message.startswith("UserError")
 
 
@@ -284,17 +287,17 @@ def test_processes_that_do_not_agree_all_end_with_the_same_message(
 def test_a_state_that_differs_ends_all_processes_and_is_never_saved(
     world_size: int, where: str, roots: dict[int, Path]
 ) -> None:
-    said = {(roots[world_size] / f"{where}.{rank}").read_text() for rank in range(world_size)}
-    assert len(said) == 1
+    messages = {(roots[world_size] / f"{where}.{rank}").read_text() for rank in range(world_size)}
+    assert len(messages) == 1
     last, host = world_size - 1, platform.node()
     message = f"after step 2 the weights or moments of process {last} on {host} are not those of process 0 on {host}"
-    assert said.pop().startswith(f"RunError: {message}, and they are not saved.")
+    assert messages.pop().startswith(f"RunError: {message}, and they are not saved.")
     assert checkpoint.newest(roots[world_size] / "runs" / where) is None
 
 
 @given(st.integers(0, 2), st.integers(0, 29), st.integers(0, 31), st.integers(0, 29))
 def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int, other: int) -> None:
-    """Of tensors of odd and even lengths, and of a view that starts in the middle of a word."""
+    """For tensors of odd and even lengths, and for a view that starts in the middle of a word."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(30, generator=generator), torch.randn(31, generator=generator)[1:], torch.randn(5, 7)[:, :6]
     found = int(fingerprints.checksum(made))
@@ -304,7 +307,7 @@ def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int
     bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
     assert int(fingerprints.checksum(made)) != found
     bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
-    bits[at] += 1  # and where the next number falls by as much as this one rises
+    bits[at] += 1  # two changes that cancel in a plain sum
     bits[elsewhere] -= 1
     assert (int(fingerprints.checksum(made)) == found) is (at == elsewhere)
 
@@ -312,7 +315,7 @@ def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int
 @pytest.mark.parametrize("what", UNCOMPILED)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_all_processes_compile_or_none(world_size: int, what: str, roots: dict[int, Path]) -> None:
-    """Whichever program can't be compiled on one of them, or is not the same on all: the run is the one without."""
+    """If a program can't be compiled on one of them, or rounds differently, the run equals an uncompiled one."""
     ours, theirs = (tensors(roots[world_size] / "runs" / name) for name in (what, "clipped"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     log = (roots[world_size] / f"runs/{what}/log.txt").read_text()
@@ -329,9 +332,9 @@ def test_all_processes_compile_or_none(world_size: int, what: str, roots: dict[i
 def test_processes_on_unlike_processors_go_on_from_the_state_of_the_main_one(
     world_size: int, roots: dict[int, Path]
 ) -> None:
-    """With one warning a start; a run that goes on is still bitwise the one that never stopped."""
+    """With one warning per start; a resumed run is still bitwise the one that never stopped."""
     runs = roots[world_size] / "runs"
-    assert not list(roots[world_size].glob("unlike.*"))  # none was refused
+    assert not list(roots[world_size].glob("unlike.*"))  # no process was refused
     ours, theirs = tensors(runs / "unlike_went_on"), tensors(runs / "unlike")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert any(not torch.equal(value, tensors(runs / "clipped")[name]) for name, value in theirs.items())
@@ -342,7 +345,7 @@ def test_processes_on_unlike_processors_go_on_from_the_state_of_the_main_one(
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_in_float32_fifty_steps_are_the_same_to_a_ten_thousandth(world_size: int, roots: dict[int, Path]) -> None:
-    ours, theirs = (rows(roots[size] / "runs/fp32", "train/loss") for size in (world_size, 1))
+    ours, theirs = (records(roots[size] / "runs/fp32", "train/loss") for size in (world_size, 1))
     assert len(ours) == 50
     assert largest_difference(ours, theirs) < 1e-4
 
@@ -359,13 +362,13 @@ def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(world_size: in
 def test_a_run_goes_on_with_another_number_of_processes_and_parts(
     world_size: int, roots: dict[int, Path], smoke_arguments: list[str]
 ) -> None:
-    """From one process to several, and from several to one: rounding alone tells it from a run that never moved."""
+    """From one process to several, and from several to one: equal to a run that never moved, up to rounding."""
     straight = roots[1] / "runs/moved"
     from_many = [f"runs_dir={roots[world_size] / 'runs'}", f"checkpoint.resume={roots[world_size] / 'runs/half'}"]
     back = train(config.load([*smoke_arguments, "train.log_every=1", *MOVED, *from_many, "name=back"]))
     for run in (roots[world_size] / "runs/moved", back):
         for name in ("train/loss", "train/grad_norm", "validation/negative_elbo"):
-            assert largest_difference(rows(run, name), rows(straight, name)) < 1e-9
+            assert largest_difference(records(run, name), records(straight, name)) < 1e-9
         ours, theirs = tensors(run), tensors(straight)
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-10)
@@ -393,44 +396,42 @@ def test_samples_are_bitwise_the_same(world_size: int, kind: str, roots: dict[in
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_every_process_is_refused_with_the_same_words(world_size: int, roots: dict[int, Path]) -> None:
+def test_every_process_gets_the_same_refusal(world_size: int, roots: dict[int, Path]) -> None:
     for name, expected in ("refusal", f"it must be at least {2 * world_size}"), ("no_data", "data.download=false"):
-        said = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
-        assert len(said) == 1 and expected in said.pop()
+        messages = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
+        assert len(messages) == 1 and expected in messages.pop()
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_when_one_process_is_asked_to_stop_all_stop_after_the_same_step(
     world_size: int, roots: dict[int, Path]
 ) -> None:
-    """And the run that goes on is bitwise the one that never stopped, also where it was stopped inside a validation."""
+    """And the resumed run is bitwise the one that never stopped, even if it was stopped inside a validation."""
     runs = roots[world_size] / "runs"
     for name, step, run in ("stop", 33, "stopped"), ("stop_in_validation", 20, "cut"):
-        said = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
-        assert len(said) == 1
-        assert said.pop().startswith(f"StoppedError: SIGTERM: asked to stop; step {step} of 40 is saved")
+        messages = {(roots[world_size] / f"{name}.{rank}").read_text() for rank in range(world_size)}
+        assert len(messages) == 1
+        assert messages.pop().startswith(f"StoppedError: SIGTERM: asked to stop; step {step} of 40 is saved")
         ours, theirs = tensors(runs / run), tensors(runs / "never_stopped")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        for figure in ("train/loss", "train/grad_norm", "validation/negative_elbo"):
-            assert rows(runs / run, figure).keys() == rows(runs / "never_stopped", figure).keys()
-    for figure in ("train/loss", "train/kl", "train/grad_norm", "validation/kl"):
-        assert rows(runs / "stopped", figure) == rows(runs / "never_stopped", figure)
+        for metric in ("train/loss", "train/grad_norm", "validation/negative_elbo"):
+            assert records(runs / run, metric).keys() == records(runs / "never_stopped", metric).keys()
+    for metric in ("train/loss", "train/kl", "train/grad_norm", "validation/kl"):
+        assert records(runs / "stopped", metric) == records(runs / "never_stopped", metric)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_numbers_gone_bad_on_one_process_alone_stop_all_before_the_step_is_taken(
-    world_size: int, roots: dict[int, Path]
-) -> None:
-    said = {(roots[world_size] / f"spoil.{rank}").read_text() for rank in range(world_size)}
-    assert len(said) == 1
-    assert said.pop().startswith("RunError: the loss or the gradient is not finite in step 8 (learning rate 0.001)")
+def test_a_nonfinite_loss_on_one_process_stops_all_before_the_step(world_size: int, roots: dict[int, Path]) -> None:
+    messages = {(roots[world_size] / f"spoil.{rank}").read_text() for rank in range(world_size)}
+    assert len(messages) == 1
+    assert messages.pop().startswith("RunError: the loss or the gradient is not finite in step 8 (learning rate 0.001)")
     assert checkpoint.newest(roots[world_size] / "runs/spoiled") is None
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_or_all_of_them_skip_that_update(world_size: int, roots: dict[int, Path]) -> None:
+def test_a_nonfinite_loss_on_one_process_is_skipped_by_all(world_size: int, roots: dict[int, Path]) -> None:
     run_dir = roots[world_size] / "runs/skipped"
-    assert rows(run_dir, "train/skipped_updates") == {5: 0, 10: 1, 15: 1, 20: 1}
+    assert records(run_dir, "train/skipped_updates") == {5: 0, 10: 1, 15: 1, 20: 1}
     moments = tensors(run_dir)
     assert {value.item() for name, value in moments.items() if name.endswith(".step")} == {19.0}
     assert all(value.isfinite().all() for value in moments.values())
@@ -438,16 +439,16 @@ def test_or_all_of_them_skip_that_update(world_size: int, roots: dict[int, Path]
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_save_that_fails_ends_all_processes_with_the_same_message(world_size: int, roots: dict[int, Path]) -> None:
-    said = {(roots[world_size] / f"full_disk.{rank}").read_text() for rank in range(world_size)}
-    assert len(said) == 1
-    assert "step 20 can't be saved in " in (message := said.pop()) and "File too large; make room" in message
+    messages = {(roots[world_size] / f"full_disk.{rank}").read_text() for rank in range(world_size)}
+    assert len(messages) == 1
+    assert "step 20 can't be saved in " in (message := messages.pop()) and "File too large; make room" in message
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_only_the_main_process_speaks_and_writes(world_size: int, roots: dict[int, Path]) -> None:
+def test_only_the_main_process_logs_and_writes(world_size: int, roots: dict[int, Path]) -> None:
     log = (roots[world_size] / "log").read_text()
     assert log.count("runs/fp32: ") == 1 and f"{world_size} processes on cpu" in log
-    steps: list[Any] = list(rows(roots[world_size] / "runs/fp32", "train/loss"))
+    steps: list[Any] = list(records(roots[world_size] / "runs/fp32", "train/loss"))
     assert steps == sorted(set(steps))
 
 

@@ -1,4 +1,4 @@
-"""Several machines, simulated: torchrun agents on the loopback interface that find one another by a c10d rendezvous."""
+"""Several machines, simulated by torchrun agents on the loopback interface with a c10d rendezvous."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TRAIN = str(REPOSITORY / "vae_dist/train.py")
 
 
 def agent(port: int, options: list[str], arguments: list[str]) -> subprocess.Popen[str]:
-    """One machine's torchrun."""
+    """Start one machine's torchrun."""
     rendezvous = [
         f"--rdzv-endpoint=127.0.0.1:{port}",
         "--rdzv-backend=c10d",
@@ -42,8 +42,8 @@ def unused_port() -> int:
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> str:

@@ -1,4 +1,4 @@
-"""Runs on file systems that can't do everything, that are full or read-only, under paths of any characters."""
+"""Runs on file systems that are limited, full or read-only, and under paths with any characters."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from vae_dist.runs import checkpoint, record
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
-# Trains, finds the mark of a training on another machine, and takes the directory over.
+# Trains, meets the mark of a training on another machine, and takes the directory over.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -52,7 +52,7 @@ assert not mark.exists()
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that makes calls fail as file systems do, to be preloaded."""
+    """A library to preload, which makes calls fail as file systems do."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("there is no C compiler, or this is not Linux")
@@ -61,7 +61,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def test_where_nothing_can_be_flushed_renamed_or_locked_a_run_is_bitwise_the_same(
+def test_a_run_without_fsync_rename_or_locks_is_bitwise_the_same(
     faults: Path, smoke_arguments: list[str], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     settings = ["name=a", "checkpoint.every=5", "train.validate_every=7"]
@@ -86,9 +86,7 @@ def test_where_nothing_can_be_flushed_renamed_or_locked_a_run_is_bitwise_the_sam
     assert not [path for path in odd.rglob(".*") if path.name != ".lock"]
 
 
-def test_a_publication_by_copying_that_is_killed_is_finished_by_the_next_training(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_copy_killed_halfway_is_finished_by_the_next_training(make_config: MakeConfig, tmp_path: Path) -> None:
     run_dir = train(make_config("name=a", "train.steps=20"))
     whole = checkpoint.find(run_dir, run_dir)
     shutil.copytree(whole, whole.with_name(f".writing-{whole.name}-0123abcd"))
@@ -100,7 +98,7 @@ def test_a_publication_by_copying_that_is_killed_is_finished_by_the_next_trainin
 
 
 def hold(path: Path) -> subprocess.Popen[bytes]:
-    """Another process, which holds a mark."""
+    """Start another process that holds a mark."""
     program = "import pathlib, sys, time; from vae_dist import locks\n"
     program += "with locks.marked(pathlib.Path(sys.argv[1]), 0, '', None): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
@@ -108,14 +106,14 @@ def hold(path: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_mark_names_its_process_and_is_passed_over_once_that_has_ended(tmp_path: Path) -> None:
+def test_a_mark_names_its_process_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "mark"
     process = hold(path)
     with pytest.raises(locks.InUseError, match=f"process {process.pid} on .*, since 20") as refused:
         locks.marked(path, 0.1, "", "another").__enter__()
     assert refused.value.mark is not None
     process.kill()
-    time.sleep(0.1)  # it has ended, and nobody has asked how: a zombie
+    time.sleep(0.1)  # it has ended and was not waited for: a zombie
     with locks.marked(path, 0.1, "", None):
         assert json.loads(path.read_text())["process"] == os.getpid()
     process.communicate()
@@ -125,9 +123,7 @@ def test_a_mark_names_its_process_and_is_passed_over_once_that_has_ended(tmp_pat
 @pytest.mark.parametrize(
     "change", [{"host": "other", "machine": "other"}, {"machine": None}, {"process": -1}, {"started": "now"}, None]
 )
-def test_a_mark_of_which_nobody_can_tell_holds_until_it_is_taken_over(
-    change: dict[str, object] | None, tmp_path: Path
-) -> None:
+def test_a_mark_of_an_unknown_process_holds_until_taken_over(change: dict[str, object] | None, tmp_path: Path) -> None:
     path = tmp_path / "mark"
     process = hold(path)
     process.kill()
@@ -142,7 +138,7 @@ def test_a_mark_of_which_nobody_can_tell_holds_until_it_is_taken_over(
         assert path.read_bytes() != left
 
 
-def test_a_lock_that_is_waited_for_is_said(
+def test_waiting_for_a_lock_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
@@ -161,7 +157,7 @@ class Disk:
         self.place = place
 
     def leave(self, kilobytes: int) -> None:
-        """Fill it but for so much."""
+        """Fill it, leaving so much free."""
         (self.place / "filling").unlink(missing_ok=True)
         free = shutil.disk_usage(self.place).free
         (self.place / "filling").write_bytes(bytes(max(free - 1024 * kilobytes, 0)))
@@ -195,7 +191,7 @@ READERS: dict[str, tuple[Callable[[Path, Sequence[str]], object], list[str]]] = 
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_what_looks_at_a_run_keeps_what_was_there_where_a_disk_is_full_or_read_only(
+def test_readers_of_a_run_keep_its_files_on_a_full_or_read_only_disk(
     command: str, disk: Disk, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     look, settings = READERS[command]
@@ -218,9 +214,10 @@ def test_what_looks_at_a_run_keeps_what_was_there_where_a_disk_is_full_or_read_o
             assert re.search(r"can't write.*disk/out.*\(No space left on device\); make room", str(error))
             after = state_of(disk.place)
             assert {path.name for path in after} - {path.name for path in before} <= {"metrics.jsonl"}
-            for row in (disk.place / "out/metrics.jsonl").read_bytes().splitlines() if command == "evaluate" else []:
-                json.loads(row)
-            if command != "evaluate":  # its picture is one of its own, and new before its figures are
+            if command == "evaluate":
+                for record in (disk.place / "out/metrics.jsonl").read_bytes().splitlines():
+                    json.loads(record)
+            if command != "evaluate":  # an evaluation's picture is a file of its own, written before its metrics
                 assert before.items() <= after.items()
     assert failures > 0
     disk.mount("-o", "remount,ro")
@@ -228,7 +225,7 @@ def test_what_looks_at_a_run_keeps_what_was_there_where_a_disk_is_full_or_read_o
         look(run_dir, settings)
 
 
-def test_runs_that_can_not_be_written_to_are_compared_elsewhere_and_evaluated_once(
+def test_read_only_runs_are_compared_elsewhere_and_evaluated_once(
     disk: Disk, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = train(make_config(f"runs_dir={disk.place}", "name=a", "train.steps=5"))
@@ -266,7 +263,7 @@ def test_a_training_that_finds_a_full_disk_says_so_and_keeps_what_was_there(
         train(make_config(*asked))
 
 
-def test_a_folder_that_takes_nothing_is_not_left_behind(disk: Disk) -> None:
+def test_a_folder_that_can_not_be_written_to_is_removed_again(disk: Disk) -> None:
     disk.leave(0)
     with pytest.raises(UserError, match="make room"):
         make_folder(disk.place / "some/where", "choose another")
@@ -384,7 +381,7 @@ def test_what_exists_is_a_path_and_what_does_not_is_a_setting(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("key", ["runs_dir", "output", "data.root", "tracking.notes", "checkpoint.resume"])
-def test_an_argument_that_is_handed_on_arrives_as_it_was(key: str) -> None:
+def test_a_value_survives_being_written_as_an_argument(key: str) -> None:
     for value in (*NAMES, "", " ", "'", "a'b\"", "1e5", "no", "./~x"):
         assert config.flatten(config.load([config.argument(key, value)]))[key] == value
 

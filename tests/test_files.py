@@ -26,7 +26,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> None:
+def test_the_umask_sets_the_permissions(umask: int, mode: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         write_atomically(tmp_path / "some.json", b"")
@@ -43,7 +43,7 @@ def test_a_link_in_the_files_place_is_replaced_and_not_followed(tmp_path: Path) 
     assert not (tmp_path / "some.json").is_symlink() and (tmp_path / "some.json").read_bytes() == b"new"
 
 
-def test_a_link_planted_beside_the_file_under_this_process_id_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_planted_under_a_predictable_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / f".some.json.{os.getpid()}").symlink_to(tmp_path / "victim")
     write_atomically(tmp_path / "some.json", b"new")
@@ -51,7 +51,7 @@ def test_a_link_planted_beside_the_file_under_this_process_id_is_not_followed(tm
     assert (tmp_path / "some.json").read_bytes() == b"new"
 
 
-def test_the_name_of_the_unfinished_file_can_not_be_foreseen(tmp_path: Path) -> None:
+def test_a_temporary_file_s_name_is_unpredictable(tmp_path: Path) -> None:
     names = set()
     for _ in range(3):
         with pytest.raises(OSError) as failed:
@@ -71,7 +71,7 @@ def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
         read_bounded(path, 2**30)
 
 
-def test_what_is_no_file_is_not_read_and_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/tty")):
         with pytest.raises(OSError, match=r"not a regular file|No such device"):
@@ -84,7 +84,7 @@ def test_what_is_no_file_is_not_read_and_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run's directory, with the links that W&B leaves."""
+    """A run's directory, with the links that W&B makes."""
     folder = tmp_path / "runs/a"
     for inside in ("checkpoints/step_00000001", "images", "wandb/offline-run-1/logs"):
         (folder / inside).mkdir(parents=True)
@@ -95,9 +95,9 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_directory_without_links_is_let_pass(run_dir: Path, tmp_path: Path) -> None:
+def test_a_run_directory_without_links_is_accepted(run_dir: Path, tmp_path: Path) -> None:
     require_no_links(run_dir)
-    (tmp_path / "alias").symlink_to(run_dir)  # how the user calls the directory is the user's business
+    (tmp_path / "alias").symlink_to(run_dir)  # a link to the directory itself is allowed
     require_no_links(tmp_path / "alias")
     require_no_links(tmp_path / "not-made-yet")
 
@@ -133,7 +133,7 @@ def test_wandb_itself_must_not_be_a_link(run_dir: Path, tmp_path: Path) -> None:
         require_no_links(run_dir)
 
 
-def test_a_pipe_in_a_run_directory_is_named_as_it_would_be_waited_for(run_dir: Path) -> None:
+def test_a_pipe_in_a_run_directory_is_named(run_dir: Path) -> None:
     os.mkfifo(run_dir / "metrics.jsonl")
     with pytest.raises(UserError, match=r"metrics\.jsonl is neither a file nor a folder"):
         require_no_links(run_dir)

@@ -1,4 +1,4 @@
-"""Where a run computes: the launch files, the batch script for SLURM, and the commands that docs/scaling.md shows."""
+"""The launch files, the batch script for SLURM, and the commands that docs/scaling.md shows."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def test_accelerate_accepts_every_launch_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_launch_file_says_when_and_how_to_use_it_and_sets_no_hyper_parameter(path: Path) -> None:
+def test_a_launch_file_shows_its_command_and_sets_no_hyperparameter(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# ")
     options = r"( --\w+ \S+)*"
@@ -70,9 +70,7 @@ def documented_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_are_ones_that_launcher_and_program_accept(
-    command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launcher_and_program_accept_the_documented_commands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     words = shlex.split(command)
     if words[0] == "sbatch":
@@ -98,7 +96,7 @@ def test_the_commands_were_found() -> None:
 
 
 class Cluster:
-    """A SLURM of two nodes that is made of shell scripts: what they were told to do is what is looked at."""
+    """A SLURM of two nodes made of shell scripts, which log their arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
@@ -126,7 +124,7 @@ class Cluster:
             exit "$(sort -n "$OUT"/status-* | tail -n 1)"
             """,
         )
-        self._script(  # the Python of a node: an argument a line, then what the test wants it to do
+        self._script(  # a node's Python: logs one argument per line, then does what the test sets
             "python",
             """
             end() { echo "$1" > "$OUT/status-$SLURM_NODEID"; exit "$1"; }
@@ -166,7 +164,7 @@ class Cluster:
             time.sleep(0.01)
 
     def torchrun(self, node: int) -> Namespace:
-        """What a node's torchrun was started with, as torchrun itself reads it."""
+        """A node's torchrun arguments, parsed by torchrun itself."""
         module, *arguments = (self._folder / f"node-{node}").read_text().splitlines()[1:]
         assert module == "torch.distributed.run"
         return get_args_parser().parse_args(arguments)
@@ -214,7 +212,7 @@ def test_the_run_is_named_by_the_job_or_by_the_user(cluster: Cluster, monkeypatc
         assert config.load(cluster.torchrun(1).training_script_args).name == name
 
 
-def test_before_its_time_limit_a_job_ends_its_processes_and_goes_back_into_the_queue(cluster: Cluster) -> None:
+def test_a_job_near_its_time_limit_stops_and_is_requeued(cluster: Cluster) -> None:
     job = cluster.sbatch(ticks=1000)
     cluster.wait_until_it_runs()
     job.send_signal(signal.SIGUSR1)
@@ -224,7 +222,7 @@ def test_before_its_time_limit_a_job_ends_its_processes_and_goes_back_into_the_q
 
 
 @pytest.mark.parametrize("signalled", [True, False])
-def test_a_job_that_is_done_or_that_failed_by_itself_is_not_put_back(cluster: Cluster, signalled: bool) -> None:
+def test_a_finished_or_failed_job_is_not_requeued(cluster: Cluster, signalled: bool) -> None:
     job = cluster.sbatch(ticks=1000, on_signal=0) if signalled else cluster.sbatch(status=3)
     if signalled:
         cluster.wait_until_it_runs()

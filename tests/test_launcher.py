@@ -1,4 +1,4 @@
-"""What launchers leave in the environment of a process: its place among others, or the wrong one."""
+"""The environment that launchers set: complete, incomplete, impossible, and addresses where no process answers."""
 
 import os
 import re
@@ -59,7 +59,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ACCELERATE_DEBUG_MODE": "maybe"}, "can't be joined: invalid truth value maybe; .* ACCELERATE_"),
     ],
 )
-def test_what_a_launcher_has_left_is_one_message_that_says_what_to_set(
+def test_bad_launcher_variables_give_one_message_with_the_remedy(
     left: dict[str, str], message: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in left.items():
@@ -80,7 +80,7 @@ def test_what_a_launcher_has_left_is_one_message_that_says_what_to_set(
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "MASTER_ADDR": "", "MASTER_PORT": "none"},
     ],
 )
-def test_what_says_nothing_is_passed_over(
+def test_harmless_launcher_variables_are_ignored(
     left: dict[str, str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, value in left.items():
@@ -91,7 +91,7 @@ def test_what_says_nothing_is_passed_over(
     assert not caplog.records
 
 
-def test_tasks_of_srun_that_know_nothing_of_one_another_are_warned_of(
+def test_independent_srun_tasks_get_a_warning(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
@@ -106,7 +106,9 @@ def run(tmp_path: Path) -> Path:
     return Path(shutil.copytree(REPOSITORY / "tests/fixtures/runs/evaluated", tmp_path / "run"))
 
 
-def test_every_command_refuses_it(make_config: MakeConfig, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_refuses_an_incomplete_launch(
+    make_config: MakeConfig, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     commands: list[Callable[[], object]] = [
         lambda: train(make_config()),
@@ -123,7 +125,7 @@ def test_every_command_refuses_it(make_config: MakeConfig, run: Path, monkeypatc
 
 @pytest.fixture
 def listener() -> Iterator[int]:
-    """The port of a program that takes connections and says nothing."""
+    """The port of a program that accepts connections and does not answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -137,7 +139,7 @@ def listener() -> Iterator[int]:
         ("1", False, "no process 0 answers at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within"),
     ],
 )
-def test_processes_that_do_not_find_one_another_say_where_they_have_looked(
+def test_processes_that_can_not_connect_name_the_address(
     rank: str, is_taken: bool, message: str, listener: int, monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig
 ) -> None:
     port = listener if is_taken else unused_port()
@@ -160,7 +162,7 @@ def test_a_process_that_finds_no_other_prints_one_line_and_exits_with_2(smoke_ar
 
 @pytest.mark.slow
 def test_processes_of_mpirun_train_together(smoke_arguments: list[str], tmp_path: Path) -> None:
-    """They know their places by Open MPI's variables, and need a place to meet."""
+    """Open MPI's variables give the ranks; the address of process 0 must be set."""
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "GLOO_SOCKET_IFNAME": "lo"}
     settings = [*smoke_arguments, "train.steps=4", f"runs_dir={tmp_path / 'runs'}", "name=a"]
     processes = [

@@ -1,4 +1,4 @@
-"""The kernel's arithmetic, in Triton's interpreter; tests/gpu has what a GPU makes of it."""
+"""The kernel's arithmetic in Triton's interpreter; tests/gpu has it on a GPU."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ print("equal")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
-def test_products_in_parts_and_tiles_are_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_and_tiled_products_are_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     done = subprocess.run([sys.executable, "-c", COMPARE], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.stdout == "equal\n", done.stderr

@@ -29,7 +29,7 @@ TRAIN = str(REPOSITORY / "vae_dist/train.py")
 
 @pytest.fixture(autouse=True)
 def none_ignored() -> Iterator[None]:
-    """What starts the tests may ignore some signals, as `nohup` does and a shell in the background."""
+    """Reset ignored signals: `nohup` or a background shell may have started the tests."""
     before: dict[int, Any] = {
         number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT
     }
@@ -40,7 +40,7 @@ def none_ignored() -> Iterator[None]:
 
 
 def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Train, with a signal to this process after `step` steps; the exit code that the run ends with."""
+    """Train, with a signal to this process after `step` steps; return the run's exit code."""
     due = loop.due
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
@@ -59,7 +59,7 @@ def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypa
 @pytest.mark.parametrize(
     ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)]
 )
-def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_as_if_nothing_was(
+def test_a_stopped_run_saves_its_step_and_resumes_bitwise(
     number: signal.Signals, exit_code: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["train.log_every=7", "data.binarize=dynamic"]
@@ -75,7 +75,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_as_if_nothi
 
 
 def interrupted(score: Callable[..., ElboTerms], call: int) -> Callable[..., ElboTerms]:
-    """`score`, with a signal to this process as it is called for this time."""
+    """Wrap `score`: send a signal to this process before its `call`th call."""
     calls = count(1)
 
     def with_signal(*arguments: Any) -> ElboTerms:
@@ -87,7 +87,7 @@ def interrupted(score: Callable[..., ElboTerms], call: int) -> Callable[..., Elb
     return with_signal
 
 
-def test_a_stop_inside_a_validation_leaves_it_to_the_run_that_goes_on(
+def test_a_validation_cut_by_a_stop_is_repeated_on_resume(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["evaluate.batch_size=10", "checkpoint.every=1000"]
@@ -99,7 +99,9 @@ def test_a_stop_inside_a_validation_leaves_it_to_the_run_that_goes_on(
         folder = checkpoint.find(Path("runs") / name, Path("runs"))
         assert checkpoint.read_state(folder).step == step and checkpoint.read_state(folder).validation_pending
         assert not [row for row in timeless(Path("runs") / name) if row["step"] == step and "validation/kl" in row]
-        with open(f"runs/{name}/metrics.jsonl", "a") as file:  # as if the next start had been killed after validating
+        with open(
+            f"runs/{name}/metrics.jsonl", "a"
+        ) as file:  # as if the next start had been killed after the validation
             file.write(json.dumps({"step": step, "validation/kl": 1.0}) + "\n")
         run_dir = train(make_config(f"name={name}", *settings))
         assert final(run_dir) == final(whole)
@@ -137,8 +139,8 @@ import ctypes, sys
 from vae_dist.distributed.stopping import SIGNALS, StopRequests
 with StopRequests():
     print("ready", flush=True)
-    ctypes.CDLL(None).sleep(60)  # as in an exchange with a process that does not answer
-    ctypes.CDLL(None).sleep(60)  # the first is cut short by the signal
+    ctypes.CDLL(None).sleep(60)  # as in a collective with a process that does not answer
+    ctypes.CDLL(None).sleep(60)  # the signal cuts the first one short
     ctypes.CDLL(None).sleep(60)
 """
 
@@ -180,7 +182,7 @@ def test_a_worker_whose_launcher_is_killed_saves_and_ends(smoke_arguments: list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_torchrun_passes_signals_on_and_three_processes_stop_after_the_same_step(
+def test_a_signal_to_torchrun_stops_three_processes_after_the_same_step(
     number: signal.Signals, smoke_arguments: list[str], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",

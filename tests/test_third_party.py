@@ -1,6 +1,6 @@
-"""Code that is not ours and reads variables, files and folders that are not ours: where it fails, the run goes on.
+"""Failures of third-party code that reads variables, files and folders: the run continues.
 
-Each claim is tried in processes of their own, as most of this is read when a package is first imported.
+Each claim is tested in processes of its own, since most of these are read when a package is first imported.
 """
 
 import os
@@ -22,7 +22,7 @@ step = Compiled(lambda x: [x + 1], lambda x: [x + 1])
 print(step(torch.zeros(2))[0].tolist(), bool(step.failure))
 """
 
-# Forks for each line of the input, which sets and removes variables, and tracks a run there.
+# Forks for each input line, sets or removes the variables that it names, and tracks a run.
 TRACKED = """
 import logging, os, shlex, sys
 from pathlib import Path
@@ -53,7 +53,7 @@ for number, line in enumerate(sys.stdin):
     print("STATUS", status, sorted(path.name for path in run_dir.iterdir()), flush=True)
 """
 
-# A user whom the system does not know, and who reads what root reads.
+# A user unknown to the system, with root's right to read.
 NOBODY = (
     "setpriv", "--reuid=54321", "--inh-caps=+dac_override,+dac_read_search",
     "--ambient-caps=+dac_override,+dac_read_search",
@@ -61,7 +61,7 @@ NOBODY = (
 
 
 def run(program: str, text: str = "", prefix: Sequence[str] = (), **variables: str) -> list[str]:
-    """The lines that a program prints, in a folder of its own that anybody can write to, if it ends well."""
+    """Run a program in a world-writable folder of its own and return the lines that it prints; it must succeed."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         done = subprocess.run(
@@ -103,7 +103,7 @@ def test_a_wandb_that_cannot_be_used_costs_one_message(tmp_path: Path) -> None:
             "INFO" if reason.startswith(("wandb is", "is disabled")) else "WARNING"
         )
         expected += [f"INPUT {line}", message, "STATUS 0 ['images', 'metrics.jsonl']"]
-    assert lines == expected  # nothing else is said
+    assert lines == expected  # no other output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What test_distributed runs under torchrun: several commands in one group of processes.
+"""The jobs of test_distributed under torchrun: several commands in one group of processes.
 
     torchrun --nproc-per-node N tests/worker.py JOBS.json
 
@@ -47,7 +47,7 @@ from vae_dist.views.sampling import sample
 
 
 def record_batches(output: str, arguments: list[str]) -> None:
-    """Write what the processes of a group see together in the first 25 steps: images, noise, learning rate."""
+    """Write the global batches of the first 25 steps: images, noise, learning rate."""
     with ExitStack() as held, processes.join(config.load(arguments)) as world:
         asked, _, _ = world.on_main(lambda: settle(config.load(arguments), world, held))
         training, _ = datasets.load_training(asked.data)
@@ -66,7 +66,7 @@ def record_batches(output: str, arguments: list[str]) -> None:
 
 
 def record_refusal(output: str, arguments: list[str]) -> None:
-    """Write how each process is refused a training."""
+    """Train; write the error with which each process ends."""
     try:
         train(config.load(arguments))
     except (UserError, RuntimeError, RunError, StoppedError) as error:
@@ -74,7 +74,7 @@ def record_refusal(output: str, arguments: list[str]) -> None:
 
 
 def disagree(what: str) -> Callable[[str, list[str]], None]:
-    """A refusal where the last process differs from the others in `what`."""
+    """Train, with a last process that differs from the others in `what`."""
 
     def record(output: str, arguments: list[str]) -> None:
         if int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) - 1:
@@ -96,7 +96,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
 
 
 def on_last_process(fault: Callable[[pytest.MonkeyPatch], None]) -> Callable[[str, list[str]], None]:
-    """A training in which something happens to the last process alone, and how each process ends."""
+    """Train, with a fault on the last process alone; write how each process ends."""
 
     def record(output: str, arguments: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +109,7 @@ def on_last_process(fault: Callable[[pytest.MonkeyPatch], None]) -> Callable[[st
 
 
 def ask_to_stop(patch: pytest.MonkeyPatch) -> None:
-    """A signal in the middle of step 33."""
+    """Send a signal in the middle of step 33."""
     draw = Batches.__call__
 
     def with_signal(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ def ask_to_stop_in_validation(patch: pytest.MonkeyPatch) -> None:
 
 
 def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
-    """Noise that is not a number, at a step after which nothing is logged."""
+    """Make the noise NaN at a step after which nothing is logged."""
     draw = Batches.__call__
 
     def spoiled(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +144,7 @@ def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
 
 
 def warn(output: str, arguments: list[str]) -> None:
-    """Warnings of all processes, of the last one, and of all but the main one."""
+    """Log warnings of all processes, of the last one, and of all but the main one."""
     with processes.join(config.load(arguments)) as world:
         console.start(world)
         console.logger.warning("said by all")
@@ -156,7 +156,7 @@ def warn(output: str, arguments: list[str]) -> None:
 
 
 def fill_the_disk(output: str, arguments: list[str]) -> None:
-    """A limit on the size of files, which the main process meets when it saves."""
+    """Train with a limit on the size of files, which the main process meets when it saves."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
@@ -172,14 +172,14 @@ def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: 
 
 
 def nudge(update: Update, take: Callable[..., None], what: str, *inputs: Any) -> None:
-    """Let one bias, or one second moment, of this process go its own way."""
+    """Change one bias, or one second moment, on this process alone, then take a step."""
     with torch.no_grad():
         update.optimizer.tensors[1 if what == "weights" else -2].view(-1)[0] += 1e-6
     take(update, *inputs)
 
 
 def on_unlike_processors(output: str, arguments: list[str]) -> None:
-    """A training in which the last process runs on another processor and rounds otherwise."""
+    """Train as if the last process ran on another processor and rounded differently."""
     with pytest.MonkeyPatch.context() as patch:
         if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             patch.setattr(environment, "processor", lambda device: "an abacus")
@@ -188,7 +188,7 @@ def on_unlike_processors(output: str, arguments: list[str]) -> None:
 
 
 def with_a_loss_scaler(output: str, arguments: list[str]) -> None:
-    """A training with fp16's scaler, whose first scale is too large, and programs that are the functions themselves."""
+    """Train with fp16's scaler, whose first scale is too large; compiled programs are the functions themselves."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "accelerator", lambda precision: SimpleNamespace(scaler=scaler))
@@ -199,9 +199,10 @@ def with_a_loss_scaler(output: str, arguments: list[str]) -> None:
 
 
 def compiled_where(program: int | None) -> Callable[[str, list[str]], None]:
-    """A training whose programs round otherwise than its operations do, and on every process in its own way.
+    """Train with compiled programs that round differently from eager operations.
 
-    On the last process the compilation of one program fails, of none where `program` is None.
+    On the last process the compilation of one program fails; if `program` is None, none fails, and the programs round
+    differently on each process.
     """
 
     def record(output: str, arguments: list[str]) -> None:
@@ -247,7 +248,7 @@ def main(jobs: list[tuple[str, str, list[str]]]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
-    # All is on the disk. After thirty trainings in one group the teardown of torch's threads now and then aborts.
+    # Everything is on the disk. After thirty trainings in one group, tearing down torch's threads sometimes aborts.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

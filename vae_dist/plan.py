@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vae_dist.compute import philox
 
-# The seed of splits, of the binarisation of held-out images, of the evaluation's noise and of pictures' latents. These do
+# The seed of splits, of the binarisation of held-out images, of evaluation noise and of pictures' latents. These do
 # not depend on a run's seed, so that metrics of runs with different seeds can be compared.
 FIXED_SEED = 0
 
