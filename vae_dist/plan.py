@@ -1,4 +1,4 @@
-"""What happens at step k: which images it sees and which random numbers it draws.
+"""The plan: which images step k sees and which random numbers it draws.
 
 Everything is computed from `(seed, stream, step, row)` and nothing is remembered. So a resumed run needs only its step,
 and any number of processes, each drawing its own rows, see the same global batch.

@@ -1,4 +1,4 @@
-"""Where a process computes: its device and processor, threads, memory allocator and determinism."""
+"""A process's environment: its device and processor, threads, memory allocator and determinism."""
 
 import ctypes
 import os

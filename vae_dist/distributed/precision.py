@@ -39,8 +39,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         fitting = _LAUNCHER_PRECISIONS.get(theirs)
         remedy = f"use train.precision={fitting}, or make it" if fitting else "make it"
         raise UserError(
-            f"this process has an Accelerator of mixed_precision={theirs!r}, and Accelerate takes one precision for a "
-            f"whole process, but this run is in {precision}: {remedy} with mixed_precision={ours!r}"
+            f"this process has an Accelerator of mixed_precision={theirs!r}, Accelerate allows one precision per "
+            f"process, and this run is in {precision}: {remedy} with mixed_precision={ours!r}"
         )
     return precision
 
