@@ -23,7 +23,7 @@ from vae_dist.distributed import caller, environment, failures, precision, proce
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.comparison import compare, study
-from vae_dist.reports.page import report
+from vae_dist.reports.report import report
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 

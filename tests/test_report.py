@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 
 from tests.browser import CHROMIUM, Browser, running
@@ -30,9 +31,11 @@ from vae_dist.data import datasets
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
-from vae_dist.reports import markup, plane
-from vae_dist.reports.markup import Curve, figure
-from vae_dist.reports.page import GRIDS_CHARACTERS, MOST_GRIDS, _reproduce, report
+from vae_dist.reports import charts, facts, pictures, plane
+from vae_dist.reports.charts import Chart, Curve
+from vae_dist.reports.pictures import GRIDS_CHARACTERS, MOST_GRIDS
+from vae_dist.reports.report import TEMPLATES, environment, report
+from vae_dist.reports.text import format_number
 from vae_dist.runs import checkpoint, manifest, record
 from vae_dist.training.loop import train
 
@@ -151,12 +154,12 @@ def test_every_figure_is_the_one_in_the_files(trained: Path, page: Page) -> None
             for row in rows:
                 if f"{prefix}/{name}" in row:
                     said = expected.setdefault(f"step {row['step']}", [])
-                    said.append(f"{group} {figure(row[f'{prefix}/{name}'])}")
+                    said.append(f"{group} {format_number(row[f'{prefix}/{name}'])}")
         assert page.readings(title) == {step: ", ".join(said) for step, said in expected.items()}
 
     result = json.loads((trained / "evaluation.json").read_text())
     for name in "negative_elbo", "reconstruction", "kl":
-        assert figure(result[name]) in page.text
+        assert format_number(result[name]) in page.text
     assert "200 test images of synthetic_digits" in page.text and result["protocol"]["pixels"] in page.text
     weights = json.loads((newest(trained) / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
     assert weights in page.text
@@ -172,7 +175,7 @@ def test_numbers_are_written_to_the_place_that_people_read() -> None:
         0.0: "0",
         -3.5: "-3.50",
     }
-    assert {number: figure(number) for number in written} == written
+    assert {number: format_number(number) for number in written} == written
 
 
 def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: Path) -> None:
@@ -216,7 +219,7 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
 def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> None:
     found = opened(run_dir)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-    seen = plane.look(vae, found.config, None)
+    seen = plane.decode_plane(vae, found.config, None)
     pixels = np.asarray(seen.sprite)
     assert (seen.columns, seen.rows, seen.cell, pixels.shape) == (31, 31, (28, 28), (868, 868))
     for column, row in (0, 0), (15, 15), (30, 0), (7, 22):
@@ -243,21 +246,21 @@ def test_any_image_and_any_number_of_latents_has_a_plane(
 ) -> None:
     settings = ["data.name=mnist", f"data.root={tmp_path}", "data.download=false", f"data.image_shape={shape}"]
     found = config.load([*settings, f"model.latent_dim={latents}", "model.hidden_dims=[8]"])
-    seen = plane.look(build_vae(found, shape), found, None)
+    seen = plane.decode_plane(build_vae(found, shape), found, None)
     assert (seen.columns, seen.rows, seen.cell, seen.sprite.mode) == (columns, rows, cell, mode)
     assert seen.sprite.size == (columns * cell[0], rows * cell[1])
-    parts = plane.parts(seen)
-    assert len(parts["sprite"]) <= plane.SPRITE_CHARACTERS and "can&#x27;t be had" in parts["legend"]
-    assert parts["code"].count("= 0.00") == min(latents, 2)
+    page = Page(environment().get_template("plane.html").render(plane=seen, kl_chart=None))
+    assert len(page.all("image")[0]["href"]) <= plane.SPRITE_CHARACTERS and "can't be had" in page.text
+    assert page.text.count("= 0.00") == min(latents, 2)
 
 
 def test_a_picture_is_exact_where_that_fits_and_bounded_where_not() -> None:
     smooth = Image.linear_gradient("L")
-    assert markup.data_uri(smooth, 100_000).startswith("data:image/png;base64,iVBOR")
+    assert pictures.data_uri(smooth, 100_000).startswith("data:image/png;base64,iVBOR")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8))
-    assert markup.data_uri(noise, 700_000).startswith("data:image/png")
+    assert pictures.data_uri(noise, 700_000).startswith("data:image/png")
     for most in 100_000, 5_000:
-        bounded = markup.data_uri(noise, most)
+        bounded = pictures.data_uri(noise, most)
         assert bounded.startswith("data:image/webp") and len(bounded) <= most
 
 
@@ -286,7 +289,7 @@ def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:
     run = record.read(opened(trained))
     for text in texts:
         changed = run._replace(config=replace(run.config, data=replace(run.config.data, root=text)))
-        command = str(_reproduce(changed)["command"])
+        command = facts.command(changed)
         assert config.load(shlex.split(command)[2:]).data.root == config.expand(text)
 
 
@@ -327,9 +330,8 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run_dir: Path) -
     page = page_of(run_dir)
     assert "has not been evaluated yet" in page.text and "negative ELBO on validation images, step 40" in page.text
     last = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        figure(next(row for row in reversed(last) if "validation/kl" in row)["validation/negative_elbo"]) in page.text
-    )
+    validation = next(row for row in reversed(last) if "validation/kl" in row)
+    assert format_number(validation["validation/negative_elbo"]) in page.text
     commands = [text for way, text in page.texts if way.endswith("p/code")]
     assert commands == [f"make eval RUN={named(run_dir)}"]
 
@@ -355,7 +357,7 @@ def test_an_evaluation_that_was_written_elsewhere_is_found_there(run_dir: Path, 
     shutil.rmtree(run_dir / "evaluations")
     result = evaluate(run_dir, [f"output={tmp_path / 'out'}"])
     page = page_of(run_dir, f"output={tmp_path / 'out'}")
-    assert figure(result["negative_elbo"]) in page.text and "not been evaluated" not in page.text
+    assert format_number(result["negative_elbo"]) in page.text and "not been evaluated" not in page.text
 
 
 def test_an_older_checkpoint_has_its_own_evaluation_or_says_that_it_has_none(run_dir: Path) -> None:
@@ -366,7 +368,7 @@ def test_an_older_checkpoint_has_its_own_evaluation_or_says_that_it_has_none(run
     result = evaluate(older)
     (run_dir / "evaluation.json").write_text(json.dumps(newer))
     page = page_of(older)
-    assert figure(result["negative_elbo"]) in page.text and "not the figures" not in page.text
+    assert format_number(result["negative_elbo"]) in page.text and "not the figures" not in page.text
 
 
 def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
@@ -424,7 +426,7 @@ def test_rows_and_evaluations_that_no_run_would_write_are_passed_over(run_dir: P
     page = page_of(run_dir)
     assert list(page.readings("KL"))[-1] == "step 70" and "step 60" not in page.readings("KL")
     assert max(int(one["data-step"]) for one in page.all("img")) == 40
-    assert figure(kept["negative_elbo"]) in page.text
+    assert format_number(kept["negative_elbo"]) in page.text
 
 
 # ---- What it may not do
@@ -488,6 +490,15 @@ def test_text_from_a_stranger_stays_text(hostile: Path) -> None:
     assert "\u202e" not in text and "{{policy}}" in page.text and "{{log}}" in page.text
 
 
+def test_templates_escape_all_but_the_style_and_the_script() -> None:
+    text = "".join(path.read_text() for path in TEMPLATES.glob("*.html"))
+    assert re.findall(r"\S*\s*\|\s*safe", text) == ["style|safe", "script|safe"] and "autoescape" not in text
+    render = environment().from_string("{{ text }}").render
+    assert render(text="<\u202e\ud800&") == "&lt;\ufffd\ufffd&amp;"
+    with pytest.raises(UndefinedError):
+        render()
+
+
 def test_a_name_that_is_markup_is_refused(run_dir: Path) -> None:
     folder = newest(run_dir)
     stored = (folder / "config.yaml").read_text()
@@ -527,7 +538,7 @@ def test_nothing_is_read_through_a_link_that_leads_out_of_the_run(
 @pytest.mark.parametrize(("low", "high"), [(0, 2750), (105.3, 131.8), (-3, 3), (0.0, 0.002), (1e-9, 3e-9), (5e5, 7e9)])
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     for most in 5, 7:
-        found = markup.ticks(low, high, most)
+        found = charts.ticks(low, high, most)
         values = [value for value, _ in found]
         assert 1 <= len(values) <= most
         assert all(low - 1e-12 * abs(high) <= value <= high * (1 + 1e-12) for value in values)
@@ -541,7 +552,7 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
 def test_points_lie_where_their_values_are() -> None:
     """The oracle: where the rules of two figures lie, by which every other place can be told."""
     points = [(step, 100.0 + step / 7) for step in range(0, 701, 70)]
-    page = Page(markup.line_chart("A", "nats", [Curve("training", points), Curve("validation", points[::5])]))
+    page = drawn(charts.line_chart("A", "nats", [Curve("training", points), Curve("validation", points[::5])]))
     marks = [(float(one["y"].rstrip("%")), text) for one, text in zip(page.all("text"), texts_of(page), strict=True)
              if one.get("class") == "left"]  # fmt: skip
     (y1, first), (y2, second) = marks[0], marks[-1]
@@ -549,11 +560,17 @@ def test_points_lie_where_their_values_are() -> None:
     for circle, (step, value) in zip(page.all("circle"), points[::5], strict=True):
         assert float(first) + (float(circle["cy"].rstrip("%")) - y1) * slope == pytest.approx(value, abs=0.02)
         assert float(circle["cx"].rstrip("%")) == pytest.approx(step / 7, abs=0.01)
-    drawn = re.findall(r"([\d.]+) ([\d.]+)", page.all("path")[0]["d"])
-    assert [float(x) for x, _ in drawn] == pytest.approx([step / 0.7 for step, _ in points], abs=0.1)
-    assert [float(first) + (float(y) / 10 - y1) * slope for _, y in drawn] == pytest.approx(
+    path = re.findall(r"([\d.]+) ([\d.]+)", page.all("path")[0]["d"])
+    assert [float(x) for x, _ in path] == pytest.approx([step / 0.7 for step, _ in points], abs=0.1)
+    assert [float(first) + (float(y) / 10 - y1) * slope for _, y in path] == pytest.approx(
         [v for _, v in points], abs=0.05
     )
+
+
+def drawn(chart: Chart) -> Page:
+    """A chart as the report draws it."""
+    template = '{% from "macros.html" import draw_chart %}{{ draw_chart(chart) }}'
+    return Page(environment().from_string(template).render(chart=chart))
 
 
 def texts_of(page: Page) -> list[str]:
@@ -562,19 +579,19 @@ def texts_of(page: Page) -> list[str]:
 
 def test_only_first_values_are_ever_left_out_of_a_chart_and_that_is_said() -> None:
     falling = [(step, 500.0 if step == 10 else 100.0 - step / 100) for step in range(10, 1010, 10)]
-    page = Page(markup.line_chart("A", "nats", [Curve("training", falling)]))
+    page = drawn(charts.line_chart("A", "nats", [Curve("training", falling)]))
     shown = [value for _, value in falling[10:]]
     left_out = sum(value > max(shown) + 0.06 * (max(shown) - min(shown)) for _, value in falling)
     assert f"{left_out} higher" in texts_of(page) and left_out < 10
     late = [(step, 500.0 if step == 900 else 100.0 - step / 100) for step in range(10, 1010, 10)]
-    page = Page(markup.line_chart("A", "nats", [Curve("training", late)]))
+    page = drawn(charts.line_chart("A", "nats", [Curve("training", late)]))
     assert not [text for text in texts_of(page) if "higher" in text]
     assert min(float(y) for _, y in re.findall(r"([\d.]+) ([\d.-]+)", page.all("path")[0]["d"])) > 0
 
 
 @pytest.mark.parametrize("values", [[0.001, 0.001], [0.0], [5e-324, 0.0], [-1e15, 1e15], [3.0, 3.0 + 1e-15]])
 def test_any_values_make_a_chart(values: list[float]) -> None:
-    page = Page(markup.line_chart("A", "nats", [Curve("training", list(enumerate(values)))]))
+    page = drawn(charts.line_chart("A", "nats", [Curve("training", list(enumerate(values)))]))
     for circle in page.all("circle"):
         assert 0 <= float(circle["cy"].rstrip("%")) <= 100
 
@@ -591,7 +608,8 @@ def test_the_package_brings_the_page_along(tmp_path: Path) -> None:
     build = "import setuptools.build_meta as backend; backend.build_wheel('.')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)
     with zipfile.ZipFile(next(source.glob("*.whl"))) as wheel:
-        assert wheel.read("vae_dist/reports/page.html") == (REPOSITORY / "vae_dist/reports/page.html").read_bytes()
+        for path in TEMPLATES.iterdir():
+            assert wheel.read(f"vae_dist/reports/templates/{path.name}") == path.read_bytes()
 
 
 # ---- In a browser
@@ -643,9 +661,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def sprite(flat: Path) -> np.ndarray[Any, Any]:
     """The decoded images of the run with two latents, computed again."""
     found = opened(flat)
-    return np.asarray(
-        plane.look(checkpoint.load_vae(found.folder, found.config, torch.device("cpu")), found.config, None).sprite
-    )
+    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    return np.asarray(plane.decode_plane(vae, found.config, None).sprite)
 
 
 def heard(browser: Browser) -> list[dict[str, Any]]:

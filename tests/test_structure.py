@@ -20,6 +20,7 @@ LIBRARIES = {
     "omegaconf": ["config"],
     "torchvision": ["data/mnist.py"],
     "matplotlib": ["views/canvas.py", "views/plots.py"],
+    "jinja2": ["reports/report.py"],
 }
 
 

@@ -20,7 +20,7 @@ from vae_dist.config import READER_KEYS, split_run
 
 def main(arguments: list[str]) -> None:
     run, settings = split_run(arguments)
-    from vae_dist.reports.page import report
+    from vae_dist.reports.report import report
 
     report(run, settings)
 

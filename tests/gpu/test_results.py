@@ -12,7 +12,7 @@ from tests.gpu.conftest import Train
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.plan import Draws, Stream, bits, standard_normals
 from vae_dist.reports.comparison import compare
-from vae_dist.reports.page import report
+from vae_dist.reports.report import report
 from vae_dist.views.kinds import KINDS
 from vae_dist.views.sampling import sample
 

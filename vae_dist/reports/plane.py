@@ -1,4 +1,4 @@
-"""The latent space in a page: what a VAE decodes on the plane of two latents, and where held-out images lie on it.
+"""The latent space in the report: what a VAE decodes on the plane of two latents, and where held-out images lie on it.
 
 Shapes: N held-out images, L latents, S codes along an axis, C, H, W image.
 """
@@ -15,15 +15,25 @@ from vae_dist.data import datasets
 from vae_dist.errors import UserError
 from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.models.vae import VAE
-from vae_dist.reports.markup import Html, bar_chart, data_uri, element, figure, join, notice, ticks
+from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
+from vae_dist.reports.pictures import data_uri
+from vae_dist.reports.text import format_number
 
 HELD_OUT = 1000  # the first images of the test set
 EXTENT = 3.0  # codes go from -3 to 3, which holds 99.7% of the prior along an axis
-SIDE = 31  # codes along an axis, 0.2 apart; an odd number, so that 0 is one of them
+SIDE = 31  # codes along an axis, 0.2 apart; odd, so that 0 is one of them
 SPRITE_SIDE = 1536  # pixels of all decoded images side by side
 CELL_SIDE = 96  # pixels of one decoded image
-SPRITE_CHARACTERS = 1_500_000  # of them in the page
-COLOURS = 10  # of labels, in page.html
+SPRITE_CHARACTERS = 1_500_000  # of the sprite's data URI
+COLOURS = 10  # of labels, in templates/style.css
+
+
+class Point(NamedTuple):
+    """A held-out image on the plane: its position in percent, and its label's colour."""
+
+    x: float
+    y: float
+    colour: int
 
 
 class Plane(NamedTuple):
@@ -34,13 +44,61 @@ class Plane(NamedTuple):
     columns: int  # S
     rows: int  # S; 1 for a model of one latent
     latents: list[int]  # those of the axes, counted from 0
-    kl: list[float] | None  # (L,), nats; None where it was not given and there are no images to average it over
+    kl: list[float] | None  # (L,), nats; None if it was not given and there are no images to average it over
     means: Tensor  # (N, 2), or (N, 1) for one latent: posterior means of held-out images
     labels: Tensor  # (N,)
     without_images: str | None  # why there are none
 
+    @property
+    def extent(self) -> float:
+        return EXTENT
 
-def look(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
+    @property
+    def address(self) -> str:
+        """The sprite as a data URI."""
+        return data_uri(self.sprite, SPRITE_CHARACTERS)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"latent {latent}" for latent in self.latents]
+
+    @property
+    def others(self) -> int:
+        """The number of latents that are 0 everywhere on the plane; 0 if no KL is known."""
+        return len(self.kl) - len(self.latents) if self.kl else 0
+
+    @property
+    def ticks(self) -> list[Mark]:
+        return [Mark(self._place(value), text) for value, text in ticks(-EXTENT, EXTENT, 7)]
+
+    @property
+    def colours(self) -> dict[int, int]:
+        """The colour of each label."""
+        return {label: index % COLOURS for index, label in enumerate(self.labels.unique().tolist())}
+
+    @property
+    def points(self) -> list[Point]:
+        """The posterior means that lie on the plane."""
+        reach = EXTENT / (1 - 1 / self.columns)
+        colours = self.colours
+        points = []
+        for mean, label in zip(self.means.tolist(), self.labels.tolist(), strict=True):
+            x, y = mean if self.rows > 1 else (*mean, 0.0)
+            if max(abs(x), abs(y)) < reach:
+                points.append(Point(self._place(x), self._place(-y), colours[label]))
+        return points
+
+    @property
+    def outside(self) -> int:
+        """The number of posterior means that lie outside the plane."""
+        return len(self.labels) - len(self.points)
+
+    def _place(self, value: float) -> float:
+        """The position of a value along an axis, in percent. The outermost cells reach half their size beyond 3."""
+        return 50 + value / EXTENT * (1 - 1 / self.columns) * 50
+
+
+def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     """The plane of the two latents with the largest KL; `kl` `(L,)` is averaged over the held-out images if None."""
     posterior, labels, without_images = _held_out(vae, config)
     if kl is None and len(labels) > 0:
@@ -51,8 +109,23 @@ def look(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     return Plane(sprite, cell, columns, rows, latents, kl, posterior.mean[:, latents].cpu(), labels, without_images)
 
 
+def kl_chart(plane: Plane, source: str) -> Chart | None:
+    """The KL of each latent as bars, largest first, the plane's axes in the accent colour; None if no KL is known."""
+    kl = plane.kl
+    if kl is None:
+        return None
+    falling = sorted(range(len(kl)), key=lambda latent: -kl[latent])
+    return bar_chart(
+        "KL per latent",
+        f"nats, averaged over {source}; {format_number(sum(kl))} in all",
+        "latents, counted from 0, by their KL",
+        [(str(latent), f"latent {latent}: {kl[latent]:.4f} nats", kl[latent]) for latent in falling],
+        [str(latent) for latent in plane.latents],
+    )
+
+
 def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor, str | None]:
-    """The posteriors and labels of the first test images; none of them, and why, where the test set can't be had."""
+    """The posteriors and labels of the first test images; if they can't be loaded, none of them and the reason."""
     try:
         pixels, labels = (part[:HELD_OUT] for part in datasets.load_test(config.data))
     except UserError as error:
@@ -80,101 +153,3 @@ def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image
     pixels = torch.cat(strips).mul(255).round().to(torch.uint8).numpy()
     sprite = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     return sprite, (width, height), columns, len(strips)
-
-
-def parts(seen: Plane) -> dict[str, str]:
-    """What page.html's plane is filled with, by the names of its places."""
-    width, height = seen.cell
-    points = _points(seen)
-    names = [f"latent {latent}" for latent in seen.latents]
-    middle = seen.columns // 2, seen.rows // 2
-    about = (
-        f"{seen.columns} by {seen.rows} codes, evenly from \u22123 to 3, and the means of p(x|z) that they decode to."
-    )
-    others = len(seen.kl or []) - len(names)
-    if seen.kl and others > 0:
-        chosen = " and ".join(f"{latent} ({figure(seen.kl[latent])} nats)" for latent in seen.latents)
-        about += f" The axes are the latents with the largest KL, {chosen}; the other {others} are 0."
-    elif seen.kl is None:
-        about += " Which latents are the most active is not known without held-out images; all others are 0."
-    return {
-        "sprite": data_uri(seen.sprite, SPRITE_CHARACTERS),
-        "width": str(width * seen.columns),
-        "height": str(height * seen.rows),
-        "cell": f"{width} {height}",
-        "columns": str(seen.columns),
-        "rows": str(seen.rows),
-        "extent": str(EXTENT),
-        "latents": ",".join(names),
-        "shape": "plane" if seen.rows > 1 else "plane strip",
-        "view": f"{middle[0] * width} {middle[1] * height} {width} {height}",
-        "marker": element(
-            "rect",
-            x=f"{middle[0] / seen.columns:.4%}",
-            y=f"{middle[1] / seen.rows:.4%}",
-            width=f"{1 / seen.columns:.4%}",
-            height=f"{1 / seen.rows:.4%}",
-            class_="marker",
-        ),
-        "points": join(points),
-        "axes": _axes(names, seen),
-        "code": "\n".join(f"{name} = 0.00" for name in names),
-        "about": about,
-        "legend": _legend(seen, len(seen.labels) - len(points)),
-    }
-
-
-def kl_chart(seen: Plane, source: str) -> Html:
-    """The KL of each latent as bars, largest first; the plane's axes have the accent's colour."""
-    if seen.kl is None:
-        return notice("The KL of each latent needs held-out images, or an evaluation that states it.")
-    kl = seen.kl
-    falling = sorted(range(len(kl)), key=lambda latent: -kl[latent])
-    return bar_chart(
-        "KL per latent",
-        f"nats, averaged over {source}; {figure(sum(kl))} in all",
-        "latents, counted from 0, by their KL",
-        [(str(latent), f"latent {latent}: {kl[latent]:.4f} nats", kl[latent]) for latent in falling],
-        [str(latent) for latent in seen.latents],
-    )
-
-
-def _place(seen: Plane, value: float) -> str:
-    """Where a value lies along an axis. The outermost cells reach beyond their codes, by half their size."""
-    return f"{50 + value / EXTENT * (1 - 1 / seen.columns) * 50:.2f}%"
-
-
-def _points(seen: Plane) -> list[Html]:
-    """The posterior means that lie on the plane."""
-    reach = EXTENT / (1 - 1 / seen.columns)
-    classes = {label: f"label{index % COLOURS}" for index, label in enumerate(seen.labels.unique().tolist())}
-    found = []
-    for mean, label in zip(seen.means.tolist(), seen.labels.tolist(), strict=True):
-        across, up = mean if seen.rows > 1 else (*mean, 0.0)
-        if max(abs(across), abs(up)) < reach:
-            place = {"cx": _place(seen, across), "cy": _place(seen, -up)}
-            found.append(element("circle", r=2, class_=classes[label], **place))
-    return found
-
-
-def _axes(names: list[str], seen: Plane) -> Html:
-    texts = [element("text", names[0], x="50%", y="100%", dy="3em", class_="below")]
-    texts += [element("text", name, class_="upwards") for name in names[1:]]
-    for value, text in ticks(-EXTENT, EXTENT, 7):
-        texts.append(element("text", text, x=_place(seen, value), y="100%", dy="1.5em", class_="below"))
-        if seen.rows > 1:
-            texts.append(element("text", text, x="-8", y=_place(seen, -value), dy="0.35em", class_="left"))
-    return join(texts)
-
-
-def _legend(seen: Plane, outside: int) -> Html:
-    if seen.without_images:
-        return notice(f"Held-out images can't be had here, so no points are drawn: {seen.without_images}")
-    said = f" Posterior means of the first {len(seen.labels):,} test images, by label"
-    said += f"; {outside:,} lie outside" if outside else ""
-    labels = [
-        element("li", element("svg", element("circle", cx=5, cy=5, r=4, class_=f"label{index % COLOURS}")), str(label))
-        for index, label in enumerate(seen.labels.unique().tolist())
-    ]
-    toggle = element("label", element("input", type="checkbox", checked=True, class_="toggle"), said)
-    return join([toggle, element("ul", *labels, class_="legend")])

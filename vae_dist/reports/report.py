@@ -1,0 +1,126 @@
+"""The HTML report of a run, from the templates in `templates/`.
+
+A run may be untrusted. Jinja2 escapes whatever a template inserts, and the Content-Security-Policy allows nothing but
+the report's own style, script and pictures.
+"""
+
+import functools
+import hashlib
+import logging
+import shlex
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vae_dist.config import Config
+from vae_dist.distributed import processes
+from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
+from vae_dist.models.vae import VAE
+from vae_dist.reports import facts, metrics, plane
+from vae_dist.reports.pictures import validation_pictures
+from vae_dist.reports.text import count, format_number, format_percent, printable
+from vae_dist.runs import checkpoint, console, manifest, record, tracking
+from vae_dist.runs.checkpoint import Opened
+from vae_dist.runs.record import Record, is_number
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).with_name("templates")
+LOG_CHARACTERS = 20_000  # the last ones
+
+
+def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
+    """Write `report.html` about a run as its newest checkpoint has it, or as the checkpoint that `run` is; the newest
+    run by default. The same run gives the same bytes.
+
+    Returns the file. Raises UserError if there is no checkpoint.
+    """
+    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
+        console.start(world)
+        return world.on_main(lambda: _write(opened, world.device))
+
+
+def _write(opened: Opened, device: torch.device) -> Path:
+    make_folder(opened.output, ELSEWHERE)
+    path = opened.output / "report.html"
+    vae = checkpoint.load_vae(opened.folder, opened.config, device)
+    content = _render(record.read(opened), vae, opened.config).encode()
+    with writing(path, ELSEWHERE):
+        write_atomically(path, content)
+    logger.info("written to %s (%.1f MB); any browser opens it", path, len(content) / 1e6)
+    return path
+
+
+def _render(run: Record, vae: VAE, config: Config) -> str:
+    """The whole report; `config` says where the data lie on this machine."""
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    kl = _evaluated_kl(run, vae.latent_dim)
+    latent_plane = plane.decode_plane(vae, config, kl)
+    images = "the evaluation's images" if kl else f"the first {len(latent_plane.labels):,} test images"
+    settings = facts.settings(run.config)
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            policy=_policy(style, script),
+            style=style,
+            script=script,
+            name=str(run.config.name),
+            quoted_name=shlex.quote(str(run.config.name)),
+            run=run.path,
+            step=run.step,
+            reached=run.reached,
+            last_step=run.last_step,
+            is_being_trained=run.is_being_trained,
+            subtitle=facts.subtitle(run.config, vae),
+            evaluation=metrics.evaluation(run),
+            last_validation=metrics.last_validation(run),
+            curves=metrics.curves(run),
+            metrics_file=tracking.METRICS,
+            pictures=validation_pictures(run),
+            plane=latent_plane,
+            kl_chart=plane.kl_chart(latent_plane, images),
+            settings=settings,
+            changed=[setting for group in settings.values() for setting in group if setting.is_changed],
+            machine=facts.machine(run),
+            log=run.log[-LOG_CHARACTERS:] or "There is no log.txt beside this checkpoint.",
+            processes=count(run.state.world_size, "process", "processes"),
+            command=facts.command(run),
+            hashes={name: run.manifest["files"][name]["sha256"] for name in manifest.FILES},
+        )
+    )
+
+
+def _evaluated_kl(run: Record, latent_dim: int) -> list[float] | None:
+    """The KL of each latent from an evaluation of this step; None if there is none."""
+    kl = run.evaluation.get("kl_per_latent")
+    is_whole = isinstance(kl, list) and len(kl) == latent_dim and all(map(is_number, kl))
+    return kl if is_whole and run.evaluation.get("step") == run.step else None
+
+
+@functools.cache
+def environment() -> Environment:
+    """Jinja2 with the templates, escaping all that they insert. A name that a template lacks raises."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not of markup, a subclass
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": format_number, "percent": format_percent, "integer": "{:,}".format}
+    return environment
+
+
+def _policy(style: str, script: str) -> str:
+    """A Content-Security-Policy that allows this style, this script, and pictures inside the file."""
+    hashes = (b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    style_source, script_source = (f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; img-src data:; style-src {style_source}; script-src {script_source}; "
+        "base-uri 'none'; form-action 'none'"
+    )
