@@ -24,7 +24,7 @@ import pytest
 from vae_dist import config
 from vae_dist.errors import StoppedError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.reports.comparison import study
+from vae_dist.reports.study import study
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 

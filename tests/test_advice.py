@@ -8,7 +8,7 @@ from tests.conftest import MakeConfig
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
-from vae_dist.reports.comparison import study
+from vae_dist.reports.study import study
 from vae_dist.training.loop import train
 from vae_dist.training.milestones import _advice
 from vae_dist.views.sampling import sample

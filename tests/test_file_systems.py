@@ -20,8 +20,9 @@ from vae_dist import config, locks
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import advice, append, make_folder
-from vae_dist.reports.comparison import compare, study
+from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
+from vae_dist.reports.study import study
 from vae_dist.runs import checkpoint, record
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample

@@ -17,8 +17,8 @@ from tests.make_fixtures import SETTINGS, STUDY
 from tests.test_distributed import torchrun
 from vae_dist import config
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.reports.comparison import study
 from vae_dist.reports.report import report
+from vae_dist.reports.study import study
 from vae_dist.runs import checkpoint
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample

@@ -17,8 +17,9 @@ from vae_dist import config
 from vae_dist.distributed import launcher, precision, processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.reports.comparison import compare, study
+from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
+from vae_dist.reports.study import study
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 

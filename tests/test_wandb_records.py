@@ -12,7 +12,7 @@ from tests.test_tracking import inspect, tracked
 from vae_dist.config import load_study
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.reports.comparison import study
+from vae_dist.reports.study import study
 from vae_dist.runs import wandb_records
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample

@@ -25,7 +25,7 @@ from vae_dist.config import load_study
 
 def main(arguments: list[str]) -> None:
     loaded = load_study(arguments)
-    from vae_dist.reports.comparison import study
+    from vae_dist.reports.study import study
 
     study(loaded)
 

@@ -1,0 +1,51 @@
+"""Labels that tell compared runs apart."""
+
+from collections.abc import Sequence
+
+from vae_dist import config as configs
+from vae_dist.config import Config
+from vae_dist.data import datasets
+from vae_dist.runs.checkpoint import Opened
+
+LONGEST_LABEL = 60  # characters; if one is longer, runs are labelled by name, and only the table has the settings
+
+
+def labels(opened: Sequence[Opened]) -> list[str]:
+    """A label for each run: the settings that differ, such as `latent_dim=2`, then names and steps if need be."""
+    keys = configs.differing([run.config for run in opened])
+    result = [", ".join(f"{short_key(key)}={value}" for key, value in settings(run, keys).items()) for run in opened]
+    if max(map(len, result)) > LONGEST_LABEL:
+        result = [""] * len(opened)
+    names = [str(run.config.name) for run in opened]
+    steps = [f"step {run.step}" for run in opened]
+    for more in (names, steps):
+        if "" in result or len(set(result)) < len(result):
+            result = [", ".join(filter(None, parts)) for parts in zip(result, more, strict=True)]
+    return result
+
+
+def settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:
+    """The values of these config keys as text."""
+    values = configs.flatten(run.config)
+    return {key: configs.as_text(values[key]) for key in keys}
+
+
+def short_key(key: str) -> str:
+    """The last part of a config key; the whole key if another one ends in the same part."""
+    last = key.rpartition(".")[2]
+    return last if [option.key.rpartition(".")[2] for option in configs.options()].count(last) == 1 else key
+
+
+def subject(opened: Sequence[Opened]) -> str:
+    """The images that the runs are compared on, in words."""
+    subjects = (f"{run.config.evaluate.split} images of {run.config.data.name}" for run in opened)
+    return " and ".join(dict.fromkeys(subjects))
+
+
+def held_out_set(config: Config) -> dict[str, object]:
+    """The settings that decide which images a run is compared on."""
+    keys = ["data.name", "data.binarize", "evaluate.split"]
+    keys += ["data.synthetic_images"] * (config.data.name == datasets.FALLBACK)
+    keys += ["data.validation_images"] * (config.evaluate.split == "validation")
+    values = configs.flatten(config)
+    return {key: values[key] for key in keys}

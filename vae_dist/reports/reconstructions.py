@@ -1,0 +1,59 @@
+"""Reconstructions of the same held-out images by several runs."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vae_dist.config import Config
+from vae_dist.data import datasets
+from vae_dist.data.datasets import Images
+from vae_dist.reports.labels import held_out_set, labels, subject
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Opened
+from vae_dist.runs.picture import Picture
+from vae_dist.views import pictures
+
+COLUMNS = 10  # images in a row
+
+
+def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
+    """Held-out images, and below them for each run a row of their reconstructions from the posterior's mean.
+
+    Runs that are evaluated on other images have a row of originals of their own.
+    """
+    by_held_out_set: dict[str, list[tuple[str, Opened]]] = {}
+    for label, run in zip(labels(opened), opened, strict=True):
+        by_held_out_set.setdefault(", ".join(map(str, held_out_set(run.config).values())), []).append((label, run))
+    rows, names = [], []
+    for name, runs in by_held_out_set.items():
+        originals = datasets.to_unit(_one_of_each(_held_out(runs[0][1].config)))
+        rows.append(originals)
+        names.append("originals" if len(by_held_out_set) == 1 else f"originals: {name}")
+        for label, run in runs:
+            vae = checkpoint.load_vae(run.folder, run.config, device)
+            with torch.inference_mode():
+                batch = originals.to(vae.device, vae.dtype)
+                rows.append(vae.decode(vae.encode(batch).mean).mean.float().cpu())
+            names.append(label)
+    columns = min(map(len, rows))
+    caption = f"{subject(opened)} over their reconstructions from the posterior's mean"
+    picture = pictures.labelled_grid(torch.cat([row[:columns] for row in rows]), columns, left=names)
+    return Picture(picture, caption)
+
+
+def _held_out(config: Config) -> Images:
+    return (
+        datasets.load_test(config.data) if config.evaluate.split == "test" else datasets.load_training(config.data)[1]
+    )
+
+
+def _one_of_each(images: Images) -> Tensor:
+    """Pixels to show, `(COLUMNS, C, H, W)` uint8: the first image of each class, then the second of each, and so on."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for index, label in enumerate(images.labels.tolist()):
+        turns.append((seen[label], label, index))
+        seen[label] += 1
+    return images.pixels[[index for _, _, index in sorted(turns)[:COLUMNS]]]
