@@ -1,4 +1,4 @@
-"""A real browser for tests: a system's Chromium without a window, driven over the DevTools protocol.
+"""A real browser for tests: the system's Chromium, headless, driven over the DevTools protocol.
 
 The protocol runs through two pipes (`--remote-debugging-pipe`: JSON objects, each ended by a zero byte), so that no
 driver, no port and no package is needed.
@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-SECONDS = 60  # for an answer
+SECONDS = 60  # to wait for an answer
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 _FLAGS = (
@@ -44,7 +44,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """What the browser answers to a command. Raises RuntimeError for an error."""
+        """Send a command and return its result. Raises RuntimeError if the browser answers with an error."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         message |= {"sessionId": self._session} if self._session else {}
@@ -79,7 +79,7 @@ class Browser:
         return answer["result"].get("value")
 
     def box(self, selector: str) -> tuple[float, float, float, float]:
-        """Left, top, width and height of an element in the window, once it is scrolled into it."""
+        """Scroll to an element and return its left, top, width and height in the window."""
         self.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
         rectangle = (
             f"(r => [r.left, r.top, r.width, r.height])(document.querySelector({selector!r}).getBoundingClientRect())"
@@ -88,11 +88,11 @@ class Browser:
         return left, top, width, height
 
     def point(self, x: float, y: float) -> None:
-        """Move the mouse there."""
+        """Move the mouse to a point."""
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def touch(self, *places: tuple[float, float]) -> None:
-        """Put a finger on the first place, draw it over the others, and lift it."""
+        """Put a finger on the first point, draw it over the others, and lift it."""
         for number, (x, y) in enumerate(places):
             kind = "touchMove" if number else "touchStart"
             self.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
@@ -103,7 +103,7 @@ class Browser:
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=modifiers)
 
     def screenshot(self, selector: str | None = None, *, whole: bool = False) -> Image.Image:
-        """The window, an element or the whole page, two pixels to each of CSS."""
+        """A screenshot of the window, an element or the whole page, with two pixels for each CSS pixel."""
         options: dict[str, Any] = {}
         if selector is not None:
             left, top, width, height = self.box(selector)
@@ -115,7 +115,7 @@ class Browser:
         return Image.open(BytesIO(base64.b64decode(data["data"]))).convert("RGB")
 
     def _receive(self) -> dict[str, Any]:
-        """The next message; an event is kept."""
+        """The next message. Events are also appended to `events`."""
         give_up = time.monotonic() + SECONDS
         while b"\0" not in self._buffer:
             if not select.select([self._answers], [], [], max(give_up - time.monotonic(), 0))[0]:
@@ -133,7 +133,7 @@ class Browser:
 
 @contextmanager
 def running(profile: Path) -> Iterator[Browser]:
-    """A browser with an empty folder for all that it keeps."""
+    """A browser with an empty folder for its profile."""
     assert CHROMIUM is not None
     ours_read, theirs_write = os.pipe()
     theirs_read, ours_write = os.pipe()

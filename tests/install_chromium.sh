@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install Debian's Chromium for the tests in a browser, where there is none and it may be installed. Where it may not, the
-# tests are skipped: this says why and does not fail.
+# Install Debian's Chromium for the browser tests, unless there is one. If it can't be installed, this says why and
+# does not fail: the tests are skipped.
 set -u
 for name in chromium chromium-browser google-chrome chrome; do
     command -v "$name" >/dev/null && exit

@@ -40,7 +40,7 @@ from vae_dist.views import pictures
 
 CPU = torch.device("cpu")
 SWEEP = REPOSITORY / "configs/sweep_latent_dim.yaml"
-FIGURES = ("negative_elbo", "reconstruction", "kl", "negative_log_likelihood")
+METRICS = ("negative_elbo", "reconstruction", "kl", "negative_log_likelihood")
 
 MakeRun = Callable[..., Path]
 MakeStudy = Callable[..., Study]
@@ -98,7 +98,7 @@ def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun
     assert both == ["latent_dim=2, run_2", "latent_dim=2, again", "latent_dim=4, run_4"]
 
 
-def test_where_too_much_differs_figures_show_names(make_run: MakeRun, pair: list[Path], tmp_path: Path) -> None:
+def test_labels_that_would_be_too_long_are_names(make_run: MakeRun, pair: list[Path], tmp_path: Path) -> None:
     other = make_run("name=other", f"model.hidden_dims={list(range(8, 40))}")
     assert labels([opened(run) for run in (pair[0], other)]) == ["run_2", "other"]
     table = (compare([pair[0], other], [f"output={tmp_path / 'out'}"]) / "table.md").read_text()
@@ -152,7 +152,7 @@ def test_rows_of_images_are_the_originals_and_what_each_run_makes_of_them(pair: 
     assert not np.array_equal(grid[1], grid[2])
 
 
-def test_a_comparison_holds_the_figures_of_the_evaluations(pair: list[Path]) -> None:
+def test_a_comparison_holds_the_metrics_of_the_evaluations(pair: list[Path]) -> None:
     folder = compare(pair, ["evaluate.batch_size=64"])
     assert folder == Path("runs/comparisons/run_2_run_4")
     assert {path.name for path in folder.iterdir()} == {
@@ -165,14 +165,14 @@ def test_a_comparison_holds_the_figures_of_the_evaluations(pair: list[Path]) -> 
         evaluation = json.loads((run / "evaluations/step_00000010_test_k2.json").read_text())
         assert entry["evaluation"] == evaluation == evaluate(run, ["evaluate.batch_size=64"])
         assert entry["label"] == f"latent_dim={size}" and entry["settings"] == {"model.latent_dim": size}
-        *bound, nll = (f"{evaluation[name]:.2f}" for name in FIGURES)
+        *bound, nll = (f"{evaluation[name]:.2f}" for name in METRICS)
         cells = [str(size), "10", *bound, str(evaluation["active_units"]), nll, run.name]
         assert f"| {' | '.join(cells)} |" in table
     picture = reconstructions([opened(run) for run in pair], CPU)
     assert np.array_equal(np.asarray(Image.open(folder / "reconstructions.png")), np.asarray(with_caption(picture)))
 
 
-def test_nothing_else_in_the_runs_is_touched_and_what_is_evaluated_stays(
+def test_a_comparison_adds_missing_evaluations_and_leaves_all_else(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(pair[0])
@@ -207,7 +207,7 @@ def test_only_an_evaluation_of_the_same_checkpoint_counts(pair: list[Path]) -> N
         assert compared(compare([run]))[0]["evaluation"] == newest
 
 
-def test_the_newest_evaluation_counts_and_what_it_lacks_is_left_out(pair: list[Path]) -> None:
+def test_the_newest_evaluation_counts_and_metrics_it_lacks_are_left_out(pair: list[Path]) -> None:
     for run in pair:
         evaluate(run)
     evaluate(pair[1], ["evaluate.importance_samples=0"])
@@ -236,7 +236,7 @@ def test_other_held_out_images_can_be_compared(pair: list[Path]) -> None:
     assert np.array_equal(shown, validation.pixels[first, 0].numpy())
 
 
-def test_what_a_file_of_somebody_else_says_is_not_printed(pair: list[Path]) -> None:
+def test_unprintable_text_of_an_untrusted_file_is_not_printed(pair: list[Path]) -> None:
     kept = pair[0] / "evaluations/step_00000010_test_k2.json"
     odd = {**evaluate(pair[0]), "warning": "\x1b[2J", "active_units": "\x1b[2J", "importance_samples": [1]}
     kept.write_text(json.dumps(odd))
@@ -253,7 +253,7 @@ def test_what_a_file_of_somebody_else_says_is_not_printed(pair: list[Path]) -> N
         (["data.synthetic_images=600"], "data.synthetic_images (1200, 600)"),
     ],
 )
-def test_figures_that_do_not_compare_come_with_a_warning(
+def test_incomparable_metrics_come_with_a_warning(
     arguments: list[str], difference: str, make_run: MakeRun, pair: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = compare([*pair, make_run("name=odd", *arguments)])
@@ -285,7 +285,7 @@ def test_runs_of_other_shapes_are_refused(make_run: MakeRun, pair: list[Path], m
     assert not Path("runs/comparisons").exists()
 
 
-def test_what_is_no_run_is_refused_before_anything_is_written(pair: list[Path]) -> None:
+def test_a_path_that_is_no_run_is_refused_before_anything_is_written(pair: list[Path]) -> None:
     before = state_of(pair[0])
     for runs, message in (
         ([], "nothing to compare"),
@@ -308,7 +308,7 @@ def test_names_of_many_runs_make_a_folder_that_can_be_made(make_run: MakeRun, pa
 
 @pytest.fixture
 def make_study(smoke_arguments: list[str], tmp_path: Path) -> MakeStudy:
-    """A study of small trainings, its runs below the test's own folder unless it is told another."""
+    """A study of small trainings, its runs in the test's own folder by default."""
 
     def make(*arguments: str) -> Study:
         small = [f"runs_dir={tmp_path / 'runs'}", "evaluate.importance_samples=2"]
@@ -317,17 +317,17 @@ def make_study(smoke_arguments: list[str], tmp_path: Path) -> MakeStudy:
     return make
 
 
-def names(asked: Study) -> list[str]:
-    return [str(run.name) for run in asked.configs]
+def names(study_config: Study) -> list[str]:
+    return [str(run.name) for run in study_config.configs]
 
 
 def test_a_study_varies_one_key_and_the_default_is_the_tutorials() -> None:
-    asked = config.load_study([])
-    assert [run.model.latent_dim for run in asked.configs] == [2, 5, 10, 20, 40]
-    assert names(asked)[:2] == ["tutorial-latent_dim-2", "tutorial-latent_dim-5"]
-    assert asked.output == Path("runs/tutorial-latent_dim")
-    assert {run.tracking.group for run in asked.configs} == {"tutorial-latent_dim"}
-    assert config.differing(asked.configs) == ["model.latent_dim"]
+    planned = config.load_study([])
+    assert [run.model.latent_dim for run in planned.configs] == [2, 5, 10, 20, 40]
+    assert names(planned)[:2] == ["tutorial-latent_dim-2", "tutorial-latent_dim-5"]
+    assert planned.output == Path("runs/tutorial-latent_dim")
+    assert {run.tracking.group for run in planned.configs} == {"tutorial-latent_dim"}
+    assert config.differing(planned.configs) == ["model.latent_dim"]
 
 
 @pytest.mark.parametrize(
@@ -346,12 +346,12 @@ def test_a_study_varies_one_key_and_the_default_is_the_tutorials() -> None:
 def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(
     argument: str, expected: dict[str, object]
 ) -> None:
-    asked = config.load_study([argument, "name=mine-{time}", "tracking.group=ours", "output=there"])
-    assert dict(zip(names(asked), (config.flatten(run)[asked.key] for run in asked.configs), strict=True)) == {
+    planned = config.load_study([argument, "name=mine-{time}", "tracking.group=ours", "output=there"])
+    assert dict(zip(names(planned), (config.flatten(run)[planned.key] for run in planned.configs), strict=True)) == {
         f"mine-{name}": value for name, value in expected.items()
     }
-    assert asked.output == Path("there") and {run.output for run in asked.configs} == {None}
-    assert {run.tracking.group for run in asked.configs} == {"ours"}
+    assert planned.output == Path("there") and {run.output for run in planned.configs} == {None}
+    assert {run.tracking.group for run in planned.configs} == {"ours"}
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(
         (["--verbose"], "can't use '--verbose': give a YAML file, or key=value"),
     ],
 )
-def test_studies_that_can_not_be_are_refused(arguments: list[str], message: str) -> None:
+def test_invalid_studies_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as refused:
         config.load_study(arguments)
     assert message in str(refused.value) and "\n" not in str(refused.value)
@@ -386,7 +386,7 @@ def test_a_study_leaves_ordinary_runs_and_their_comparison(make_study: MakeStudy
 
 
 def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal to this process when a training is at this step for the so-many-eth time."""
+    """Send a signal to this process when a training reaches this step for the `occurrence`-th time."""
     due, seen = loop.due, [0]
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
@@ -394,28 +394,28 @@ def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> No
             seen[0] += 1
             if seen[0] == occurrence:
                 os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.05)  # for the thread that takes it
+                time.sleep(0.05)  # for the thread that handles it
         return due(done, every, last_step)
 
     monkeypatch.setattr(loop, "due", with_signal)
     monkeypatch.setattr("vae_dist.distributed.stopping.CHECK_SECONDS", 0)  # after every step
 
 
-def test_a_study_that_was_stopped_goes_on_and_ends_bitwise_as_one_that_was_not(
+def test_a_resumed_study_ends_bitwise_as_one_never_stopped(
     make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["model.latent_dim=2,4,6", "train.log_every=7", "train.steps=20", "data.binarize=dynamic"]
     whole = study(make_study(*settings, "name=whole"))
-    asked = make_study(*settings, "name=cut")
+    planned = make_study(*settings, "name=cut")
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="in run 2 of 3, cut-") as stopped:
         signal_in(2, 12, patch)
-        study(asked)
+        study(planned)
     assert stopped.value.exit_code == 143
     assert not Path("runs/cut-latent_dim-6").exists() and not Path("runs/cut-latent_dim").exists()
     assert checkpoint.find(Path("runs/cut-latent_dim-4"), Path()).name == "step_00000012"
     first = state_of(Path("runs/cut-latent_dim-2/checkpoints"))
 
-    cut = study(asked)
+    cut = study(planned)
     assert state_of(Path("runs/cut-latent_dim-2/checkpoints")) == first  # it was not trained again
     for size in (2, 4, 6):
         ours, theirs = (Path(f"runs/{name}-latent_dim-{size}") for name in ("cut", "whole"))
@@ -426,17 +426,17 @@ def test_a_study_that_was_stopped_goes_on_and_ends_bitwise_as_one_that_was_not(
         assert {**one["evaluation"], "run": ""} == {**other["evaluation"], "run": ""}
 
     before = state_of(Path("runs"))
-    study(asked)  # and once more, when all is done
+    study(planned)  # and once more, when all is done
     after = state_of(Path("runs"))
     assert {path.parent.name for path in after if after[path] != before.get(path)} == {cut.name}
 
 
-def test_a_finished_study_is_looked_at_as_its_arguments_say(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_a_finished_study_is_compared_as_its_arguments_say(make_study: MakeStudy, tmp_path: Path) -> None:
     settings = ["seed=0,1", "train.steps=5"]
     study(make_study(*settings))
     moved = (tmp_path / "runs").rename(tmp_path / "moved")
-    asked = make_study(*settings, f"runs_dir={moved}", "evaluate.split=validation", "evaluate.batch_size=99")
-    for entry in compared(study(asked)):
+    planned = make_study(*settings, f"runs_dir={moved}", "evaluate.split=validation", "evaluate.batch_size=99")
+    for entry in compared(study(planned)):
         assert entry["evaluation"]["split"] == "validation"
         assert entry["evaluation"]["protocol"]["batch_size"] == 99
 
@@ -452,21 +452,21 @@ def test_a_study_is_refused_before_it_trains_anything(make_study: MakeStudy) -> 
 @pytest.mark.slow
 def test_two_processes_share_a_study_and_its_comparison(smoke_arguments: list[str], tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    asked = ["name=both", "model.latent_dim=2,4", "train.steps=10", "evaluate.importance_samples=2"]
-    command = [*launch, str(REPOSITORY / "vae_dist/study.py"), *smoke_arguments, *asked]
+    arguments = ["name=both", "model.latent_dim=2,4", "train.steps=10", "evaluate.importance_samples=2"]
+    command = [*launch, str(REPOSITORY / "vae_dist/study.py"), *smoke_arguments, *arguments]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    said = []
+    logs = []
     for _ in range(2):  # the second time there is nothing left to train
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0, ended.stderr
-        said.append(ended.stderr)
+        logs.append(ended.stderr)
     for size in (2, 4):
-        assert said[0].count(f"runs/both-latent_dim-{size}: 2 processes on cpu") == 1
-        assert said[1].count(f"run runs/both-latent_dim-{size} is finished") == 1
+        assert logs[0].count(f"runs/both-latent_dim-{size}: 2 processes on cpu") == 1
+        assert logs[1].count(f"run runs/both-latent_dim-{size} is finished") == 1
     folder = Path("runs/both-latent_dim")
     for entry, size in zip(compared(folder), (2, 4), strict=True):
         alone = evaluate(Path(f"runs/both-latent_dim-{size}"), [f"output={tmp_path / 'alone'}", "train.threads=1"])
-        for name in FIGURES:
+        for name in METRICS:
             assert entry["evaluation"][name] == pytest.approx(alone[name], abs=1e-4)
     assert {path.name for path in folder.iterdir()} >= {"losses.png", "reconstructions.png"}
 
@@ -477,37 +477,37 @@ def sweep() -> dict[str, Any]:
 
 
 def agents_arguments(values: dict[str, object]) -> Sequence[str]:
-    """What an agent gives to the program for the values that it was sent."""
+    """The arguments that an agent passes to the program for these values."""
     arguments: list[str] = sweeps.create_sweep_command_args({"args": {key: {"value": v} for key, v in values.items()}})[
         "args"
     ]
     return arguments
 
 
-def test_the_sweep_asks_for_what_the_study_trains(make_run: MakeRun) -> None:
-    asked = sweep()
-    (key,) = asked["parameters"]
-    values = asked["parameters"][key]["values"]
+def test_the_sweep_has_the_runs_of_the_study(make_run: MakeRun) -> None:
+    defined = sweep()
+    (key,) = defined["parameters"]
+    values = defined["parameters"][key]["values"]
     trainings = [config.load(agents_arguments({key: value})) for value in values]
     study_of_the_same = config.load_study([])
     assert key == study_of_the_same.key and config.differing(trainings) == [key]
     for ours, theirs in zip(trainings, study_of_the_same.configs, strict=True):
         assert config.differing([ours, theirs]) == []
-    assert asked["command"] == ["${env}", "${interpreter}", "${program}", "${args}"]
-    assert (REPOSITORY / asked["program"]).exists()
-    assert any(asked["metric"]["name"] in row for row in rows(make_run()))
+    assert defined["command"] == ["${env}", "${interpreter}", "${program}", "${args}"]
+    assert (REPOSITORY / defined["program"]).exists()
+    assert any(defined["metric"]["name"] in row for row in rows(make_run()))
 
 
 class SweepServer(WandbServer):
-    """One sweep, whose first value an agent is sent."""
+    """A server with one sweep, which sends an agent the first value."""
 
     config = ""
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
-        if path == "/graphql":  # in what is about sweeps the client leaves the name to the query
-            asked = json.loads(body)
-            named = re.search(r"(?:query|mutation) (\w+)", asked["query"])
-            body = json.dumps({**asked, "operationName": named and named[1]}).encode()
+        if path == "/graphql":  # for sweeps the client puts the operation's name into the query alone
+            request = json.loads(body)
+            named = re.search(r"(?:query|mutation) (\w+)", request["query"])
+            body = json.dumps({**request, "operationName": named and named[1]}).encode()
         return super().answer(path, body)
 
     def _graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -520,9 +520,9 @@ class SweepServer(WandbServer):
         if operation == "CreateAgent":
             return {"createAgent": {"agent": {"id": "1"}}}
         if operation == "Heartbeat":
-            asked = yaml.safe_load(self.config)
-            values = {key: {"value": found["values"][0]} for key, found in asked["parameters"].items()}
-            run = {"type": "run", "run_id": "first", "program": asked["program"], "args": values}
+            config = yaml.safe_load(self.config)
+            values = {key: {"value": parameter["values"][0]} for key, parameter in config["parameters"].items()}
+            run = {"type": "run", "run_id": "first", "program": config["program"], "args": values}
             started = json.loads(variables["runState"]) or "first" in self.runs
             return {"agentHeartbeat": {"agent": {"id": "1"}, "commands": json.dumps([] if started else [run])}}
         return super()._graphql(operation, variables)
@@ -541,7 +541,7 @@ def server() -> Iterator[SweepServer]:
 def test_the_wandb_client_takes_the_sweep_and_its_agent_trains(
     smoke_arguments: list[str], server: SweepServer, tmp_path: Path
 ) -> None:
-    """With the real client, all of it: `wandb sweep`, `wandb agent`, and the training that it starts."""
+    """With the real client: `wandb sweep`, `wandb agent`, and the training that it starts."""
     online = [argument for argument in smoke_arguments if not argument.startswith("tracking.")]
     small = sweep()
     small["command"] = [*small["command"], *online, "train.steps=10", f"runs_dir={tmp_path / 'runs'}"]

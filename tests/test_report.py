@@ -1,4 +1,4 @@
-"""The page about a run: as a file, and as people see it in a real browser (skipped where there is none)."""
+"""The report of a run: as a file, and in a real browser (skipped if none is installed)."""
 
 import base64
 import fcntl
@@ -46,12 +46,12 @@ HOSTILE = MARKUP + "\u202e"  # which turns the direction of writing
 
 
 class Page(HTMLParser):
-    """A page as a tree of elements; raises for a tag that is not closed where it has to be."""
+    """An HTML page's elements and texts. Raises AssertionError if tags are not nested."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[tuple[str, str]] = []  # the way to the element that holds it, and the text
+        self.texts: list[tuple[str, str]] = []  # the path of the element that holds it, and the text
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -72,8 +72,8 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """What can be read in it."""
-        return " ".join(text for way, text in self.texts if not way.endswith(("style", "script")))
+        """The text that people can read."""
+        return " ".join(text for path, text in self.texts if not path.endswith(("style", "script")))
 
     def all(self, tag: str, **wanted: str) -> list[dict[str, str]]:
         return [
@@ -83,8 +83,8 @@ class Page(HTMLParser):
         ]
 
     def readings(self, title: str) -> dict[str, str]:
-        """What the pointer reads in a chart, by the beginning of each sentence."""
-        titles = [text for way, text in self.texts if way.endswith("figcaption/strong")]
+        """The readings of a chart: each sentence after its colon, by the part before it."""
+        titles = [text for path, text in self.texts if path.endswith("figcaption/strong")]
         charts = [attributes for attributes in self.all("figure") if attributes.get("class", "").startswith("chart")]
         says = charts[titles.index(title)]["data-says"].split("\n")
         return {sentence.partition(": ")[0]: sentence.partition(": ")[2] for sentence in says}
@@ -96,7 +96,7 @@ def page_of(run: Path, *arguments: str) -> Page:
 
 @pytest.fixture(scope="module")
 def trained(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run with eight latents, two validations and an evaluation. Nobody writes into it."""
+    """A small run with eight latents, two validations and an evaluation. Tests leave it as it is."""
     runs = tmp_path_factory.mktemp("runs")
     run_dir = train(config.load([*smoke_arguments, f"runs_dir={runs}", "name=eight"]))
     evaluate(run_dir)
@@ -105,7 +105,7 @@ def trained(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def page(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    """That run's page."""
+    """The report of that run."""
     return page_of(trained, f"output={tmp_path_factory.mktemp('page')}")
 
 
@@ -117,7 +117,7 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def flat(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run with two latents, and its page."""
+    """A small run with two latents, and its report."""
     runs = tmp_path_factory.mktemp("runs")
     run_dir = train(config.load([*smoke_arguments, f"runs_dir={runs}", "name=flat", "model.latent_dim=2"]))
     evaluate(run_dir)
@@ -132,18 +132,18 @@ def newest(run_dir: Path) -> Path:
 
 
 def reseal(folder: Path, **versions: str) -> None:
-    """Give a checkpoint's changed files the manifest that a stranger would give them."""
+    """Give a checkpoint's changed files a manifest of their new hashes, as an attacker would."""
     contents = {name: (folder / name).read_bytes() for name in manifest.FILES}
     sealed = manifest.seal(contents, json.loads(contents["state.json"])["step"])
     sealed["versions"] |= versions
     (folder / "manifest.json").write_bytes(manifest.to_json(sealed))
 
 
-# ---- What it says
+# ---- Contents
 
 
-def test_every_figure_is_the_one_in_the_files(trained: Path, page: Page) -> None:
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+def test_every_metric_is_the_one_in_the_files(trained: Path, page: Page) -> None:
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     titles = {
         "Negative ELBO": "negative_elbo", "Reconstruction": "reconstruction", "KL": "kl", "Gradient norm": "grad_norm",
         "Learning rate": "learning_rate", "Speed": "images_per_second",
@@ -151,11 +151,11 @@ def test_every_figure_is_the_one_in_the_files(trained: Path, page: Page) -> None
     for title, name in titles.items():
         expected: dict[str, list[str]] = {}
         for group, prefix in ("training", "train"), ("validation", "validation"):
-            for row in rows:
-                if f"{prefix}/{name}" in row:
-                    said = expected.setdefault(f"step {row['step']}", [])
-                    said.append(f"{group} {format_number(row[f'{prefix}/{name}'])}")
-        assert page.readings(title) == {step: ", ".join(said) for step, said in expected.items()}
+            for logged in records:
+                if f"{prefix}/{name}" in logged:
+                    values = expected.setdefault(f"step {logged['step']}", [])
+                    values.append(f"{group} {format_number(logged[f'{prefix}/{name}'])}")
+        assert page.readings(title) == {step: ", ".join(values) for step, values in expected.items()}
 
     result = json.loads((trained / "evaluation.json").read_text())
     for name in "negative_elbo", "reconstruction", "kl":
@@ -165,7 +165,7 @@ def test_every_figure_is_the_one_in_the_files(trained: Path, page: Page) -> None
     assert weights in page.text
 
 
-def test_numbers_are_written_to_the_place_that_people_read() -> None:
+def test_numbers_have_the_decimals_that_people_read() -> None:
     written = {
         108.7654: "108.77",
         6412.4: "6,412",
@@ -188,7 +188,7 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
     }  # fmt: skip
     (run_dir / "evaluation.json").write_text(json.dumps(result))
     page = page_of(run_dir)
-    headline = [text for way, text in page.texts if "/p/b" in way]
+    headline = [text for path, text in page.texts if "/p/b" in path]
     assert headline == ["90.13", " ± 0.71"]
     for said in (
         "negative log-likelihood, 64 importance samples", "pixels: grey, 0 to 1; likelihood: bernoulli; step 40",
@@ -198,7 +198,7 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
 
 
 def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path, page: Page) -> None:
-    """The oracle: the encoder, asked directly. Once an evaluation states them, they are its."""
+    """The oracle: the encoder. If an evaluation has the KL of each latent, the bars are its own."""
     found = opened(run_dir)
     vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
     kl = vae.encode(datasets.to_unit(datasets.load_test(found.config.data).pixels)).kl().double().mean(0).tolist()
@@ -250,11 +250,11 @@ def test_any_image_and_any_number_of_latents_has_a_plane(
     assert (seen.columns, seen.rows, seen.cell, seen.sprite.mode) == (columns, rows, cell, mode)
     assert seen.sprite.size == (columns * cell[0], rows * cell[1])
     page = Page(environment().get_template("plane.html").render(plane=seen, kl_chart=None))
-    assert len(page.all("image")[0]["href"]) <= plane.SPRITE_CHARACTERS and "can't be had" in page.text
+    assert len(page.all("image")[0]["href"]) <= plane.SPRITE_CHARACTERS and "can't be loaded" in page.text
     assert page.text.count("= 0.00") == min(latents, 2)
 
 
-def test_a_picture_is_exact_where_that_fits_and_bounded_where_not() -> None:
+def test_a_picture_is_exact_if_it_fits_and_bounded_if_not() -> None:
     smooth = Image.linear_gradient("L")
     assert pictures.data_uri(smooth, 100_000).startswith("data:image/png;base64,iVBOR")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8))
@@ -265,20 +265,20 @@ def test_a_picture_is_exact_where_that_fits_and_bounded_where_not() -> None:
 
 
 def test_settings_that_differ_come_first_and_all_are_there(trained: Path, page: Page) -> None:
-    keys = [text for way, text in page.texts if way.endswith("dl/div/dt/code")]
+    keys = [text for path, text in page.texts if path.endswith("dl/div/dt/code")]
     stored = checkpoint.read_config(newest(trained))
     defaults = {option.key: option.default for option in config.options()}
     assert keys == [key for key, value in config.flatten(stored).items() if value != defaults[key]]
-    marked = [text for way, text in page.texts if way.endswith("mark")]
+    marked = [text for path, text in page.texts if path.endswith("mark")]
     assert len(marked) == len(keys) and "[32]" in marked
-    below = [text for way, text in page.texts if way.endswith("details/div/section/dl/div/dt")]
+    below = [text for path, text in page.texts if path.endswith("details/div/section/dl/div/dt")]
     assert below == [option.key.rpartition(".")[2] for option in config.options()]
 
 
 def test_the_command_that_it_gives_trains_bitwise_the_same_weights(trained: Path, page: Page, tmp_path: Path) -> None:
-    command = next(text for way, text in page.texts if way.endswith("pre") and "train.py" in text)
-    program, door, *arguments = shlex.split(command)
-    assert (program, door) == ("python", "vae_dist/train.py")
+    command = next(text for path, text in page.texts if path.endswith("pre") and "train.py" in text)
+    program, script, *arguments = shlex.split(command)
+    assert (program, script) == ("python", "vae_dist/train.py")
     again = train(config.load([*arguments, f"runs_dir={tmp_path}", "tracking.wandb=disabled", "device=cpu"]))
     assert again.name == "eight-again"
     assert (newest(again) / "model.safetensors").read_bytes() == (newest(trained) / "model.safetensors").read_bytes()
@@ -304,7 +304,7 @@ def test_pictures_are_those_of_the_run_without_their_captions(trained: Path, pag
     assert "Samples from the prior" in pictures[3]["alt"] and "step 40" in pictures[3]["alt"]
 
 
-def test_of_many_pictures_and_rows_some_are_shown_and_the_last_always(run_dir: Path) -> None:
+def test_long_runs_are_thinned_and_their_last_step_is_shown(run_dir: Path) -> None:
     for step in range(100, 160):
         shutil.copy(run_dir / "images/samples_step_00000040.png", run_dir / f"images/samples_step_{step:08d}.png")
     with open(run_dir / "metrics.jsonl", "a") as file:
@@ -317,11 +317,11 @@ def test_of_many_pictures_and_rows_some_are_shown_and_the_last_always(run_dir: P
     assert sum(len(one["src"]) for one in page.all("img")) <= GRIDS_CHARACTERS
     readings = page.readings("Negative ELBO")
     assert len(readings) < 1100 and readings["step 5,000"] == "training 5,001"
-    assert "every 5th row" in page.text
+    assert "every 5th record" in page.text
     assert path.stat().st_size < 4_000_000
 
 
-# ---- What is not there
+# ---- Missing and malformed files
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(run_dir: Path) -> None:
@@ -332,19 +332,19 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run_dir: Path) -
     last = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     validation = next(row for row in reversed(last) if "validation/kl" in row)
     assert format_number(validation["validation/negative_elbo"]) in page.text
-    commands = [text for way, text in page.texts if way.endswith("p/code")]
+    commands = [text for path, text in page.texts if path.endswith("p/code")]
     assert commands == [f"make eval RUN={named(run_dir)}"]
 
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "log.txt").unlink()
     shutil.rmtree(run_dir / "images")
     page = page_of(run_dir)
-    for said in "no row in metrics.jsonl", "no pictures", "no log.txt", "not recorded", "not been evaluated":
+    for said in "no record in metrics.jsonl", "no pictures", "no log.txt", "not recorded", "not been evaluated":
         assert said in page.text
     assert "None" not in page.text and "nan" not in page.text.lower().split()
 
 
-def test_a_checkpoint_on_its_own_has_a_page_where_it_is_told_to_put_it(run_dir: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_checkpoint_alone_goes_to_output(run_dir: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(newest(run_dir), tmp_path / "alone"))
     before = sorted(alone.iterdir())
     path = report(alone, [f"output={tmp_path / 'out'}"])
@@ -363,12 +363,12 @@ def test_an_evaluation_that_was_written_elsewhere_is_found_there(run_dir: Path, 
 def test_an_older_checkpoint_has_its_own_evaluation_or_says_that_it_has_none(run_dir: Path) -> None:
     older = run_dir / "checkpoints/step_00000020"
     page = page_of(older)
-    assert "This page shows the checkpoint of step 20" in page.text and "not the figures of step 20" in page.text
+    assert "This report shows the checkpoint of step 20" in page.text and "metrics are not of step 20" in page.text
     newer = json.loads((run_dir / "evaluation.json").read_text())
     result = evaluate(older)
     (run_dir / "evaluation.json").write_text(json.dumps(newer))
     page = page_of(older)
-    assert format_number(result["negative_elbo"]) in page.text and "not the figures" not in page.text
+    assert format_number(result["negative_elbo"]) in page.text and "metrics are not of" not in page.text
 
 
 def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         page = page_of(run_dir)
     assert "Still training, at step 40 of 100." in page.text
-    assert [text for way, text in page.texts if way.endswith("p/code")] == [f"make report RUN={named(run_dir)}"]
+    assert [text for path, text in page.texts if path.endswith("p/code")] == [f"make report RUN={named(run_dir)}"]
 
 
 def named(run_dir: Path) -> Path:
@@ -397,11 +397,11 @@ def test_without_the_data_there_are_no_points_and_the_rest_is_there(run_dir: Pat
     (run_dir / "evaluation.json").unlink()
     shutil.rmtree(run_dir / "evaluations")
     page = page_of(run_dir)
-    assert "Held-out images can't be had here" in page.text and "KL of each latent needs held-out images" in page.text
+    assert "The test images can't be loaded" in page.text and "KL of each latent needs held-out images" in page.text
     assert page.all("image")[0]["href"].startswith("data:image/png") and not page.all("circle", r="2")
 
 
-def test_rows_and_evaluations_that_no_run_would_write_are_passed_over(run_dir: Path) -> None:
+def test_malformed_records_and_evaluations_are_ignored(run_dir: Path) -> None:
     lines = [
         "[]",
         "3",
@@ -429,10 +429,10 @@ def test_rows_and_evaluations_that_no_run_would_write_are_passed_over(run_dir: P
     assert format_number(kept["negative_elbo"]) in page.text
 
 
-# ---- What it may not do
+# ---- Untrusted runs
 
 
-def test_the_page_is_well_formed_and_holds_all_that_it_needs(flat: Path) -> None:
+def test_the_report_is_well_formed_and_self_contained(flat: Path) -> None:
     text = (flat / "report.html").read_text()
     page = Page(text)
     assert len(text) < 4_000_000
@@ -440,7 +440,7 @@ def test_the_page_is_well_formed_and_holds_all_that_it_needs(flat: Path) -> None
         assert "style" not in attributes and not [name for name in attributes if name.startswith("on")], tag
         for name in ("src", "href", "srcset", "action", "data"):
             assert attributes.get(name, "data:").startswith(("data:", "#manifold")), (tag, attributes[name][:80])
-    inside = "".join(text for way, text in page.texts if way.endswith(("style", "script")))
+    inside = "".join(text for path, text in page.texts if path.endswith(("style", "script")))
     assert not re.search(r"url\(|@import|eval|Function\(|innerHTML|fetch|import\(|XMLHttp|http", inside)
     assert [len(page.all(tag)) for tag in ("script", "style", "iframe", "object", "h1")] == [1, 1, 0, 0, 1]
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -450,7 +450,9 @@ def test_the_page_is_well_formed_and_holds_all_that_it_needs(flat: Path) -> None
     assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
 
 
-def test_the_same_run_gives_the_same_bytes_wherever_one_stands(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_run_gives_the_same_bytes_in_any_folder_and_time_zone(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = report(run_dir).read_bytes()
     monkeypatch.chdir(run_dir.parent)
     assert report(Path("eight")).read_bytes() == first
@@ -460,7 +462,7 @@ def test_the_same_run_gives_the_same_bytes_wherever_one_stands(run_dir: Path, mo
 
 @pytest.fixture
 def hostile(run_dir: Path) -> Path:
-    """A stranger's run, with markup wherever a run can hold text."""
+    """An untrusted run, with markup wherever a run can hold text."""
     folder = newest(run_dir)
     stored = checkpoint.read_config(folder)
     stored.tracking.project = MARKUP
@@ -481,7 +483,7 @@ def hostile(run_dir: Path) -> Path:
     return run_dir
 
 
-def test_text_from_a_stranger_stays_text(hostile: Path) -> None:
+def test_untrusted_text_stays_text(hostile: Path) -> None:
     text = report(hostile).read_text()
     page = Page(text)
     assert len(page.all("script")) == 1 and len(page.all("img")) == 4
@@ -550,7 +552,7 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
 
 
 def test_points_lie_where_their_values_are() -> None:
-    """The oracle: where the rules of two figures lie, by which every other place can be told."""
+    """The oracle: the positions of two labelled rules, which give the scale of the axis."""
     points = [(step, 100.0 + step / 7) for step in range(0, 701, 70)]
     page = drawn(charts.line_chart("A", "nats", [Curve("training", points), Curve("validation", points[::5])]))
     marks = [(float(one["y"].rstrip("%")), text) for one, text in zip(page.all("text"), texts_of(page), strict=True)
@@ -574,10 +576,10 @@ def drawn(chart: Chart) -> Page:
 
 
 def texts_of(page: Page) -> list[str]:
-    return [text for way, text in page.texts if way.endswith("svg/text")]
+    return [text for path, text in page.texts if path.endswith("svg/text")]
 
 
-def test_only_first_values_are_ever_left_out_of_a_chart_and_that_is_said() -> None:
+def test_a_chart_leaves_out_only_first_values_and_counts_them() -> None:
     falling = [(step, 500.0 if step == 10 else 100.0 - step / 100) for step in range(10, 1010, 10)]
     page = drawn(charts.line_chart("A", "nats", [Curve("training", falling)]))
     shown = [value for _, value in falling[10:]]
@@ -599,7 +601,7 @@ def test_any_values_make_a_chart(values: list[float]) -> None:
 # ---- The package
 
 
-def test_the_package_brings_the_page_along(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_templates(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
     shutil.copytree(REPOSITORY / "vae_dist", source / "vae_dist", ignore=shutil.ignore_patterns("__pycache__"))
@@ -616,7 +618,7 @@ def test_the_package_brings_the_page_along(tmp_path: Path) -> None:
 
 
 def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
-    """`make test-browser` runs it, and installs a browser where it may."""
+    """Mark a test that needs a browser. `make test-browser` runs it, and installs a browser if it can."""
     return pytest.mark.browser(pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")(test))
 
 
@@ -665,14 +667,14 @@ def sprite(flat: Path) -> np.ndarray[Any, Any]:
     return np.asarray(plane.decode_plane(vae, found.config, None).sprite)
 
 
-def heard(browser: Browser) -> list[dict[str, Any]]:
-    """Whatever a page said, threw, or was refused."""
+def messages(browser: Browser) -> list[dict[str, Any]]:
+    """Whatever a page logged, threw, or was refused."""
     kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded"}
     return [event for event in browser.events if event["method"] in kinds]
 
 
 def requested(browser: Browser) -> list[str]:
-    """The addresses that a page asked for beside itself and what is inside it."""
+    """The URLs that a page requested, without its own and `data:` URIs."""
     sent = (event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent")
     (document, *others) = (params["request"]["url"] for params in sent)
     assert document.startswith("file:")
@@ -688,7 +690,7 @@ def cells(view: Image.Image) -> np.ndarray[Any, Any]:
 @contextmanager
 def quiet(browser: Browser) -> Iterator[None]:
     yield
-    assert heard(browser) == [] and requested(browser) == []
+    assert messages(browser) == [] and requested(browser) == []
 
 
 @needs_browser
@@ -748,7 +750,7 @@ def test_arrow_keys_move_over_the_plane_and_stop_at_its_edge(
 
 
 @needs_browser
-def test_the_points_can_be_put_away(browser: Browser, flat: Path) -> None:
+def test_the_points_can_be_hidden(browser: Browser, flat: Path) -> None:
     browser.open(flat / "report.html", 1440, 900)
     points = "getComputedStyle(document.querySelector('.points')).display"
     assert browser.evaluate(points) != "none"
@@ -852,9 +854,9 @@ def test_without_a_script_the_plane_and_the_newest_pictures_are_there(browser: B
 
 
 @needs_browser
-def test_a_strangers_text_runs_nothing(browser: Browser, hostile: Path) -> None:
+def test_untrusted_text_runs_nothing(browser: Browser, hostile: Path) -> None:
     browser.open(report(hostile), 1440, 900)
-    assert heard(browser) == [] and requested(browser) == []
+    assert messages(browser) == [] and requested(browser) == []
     assert browser.evaluate("window.hacked") is None
 
 
@@ -868,7 +870,7 @@ def test_even_markup_that_got_through_would_run_nothing(browser: Browser, flat: 
     assert (
         browser.evaluate("performance.getEntriesByType('resource').filter((one) => one.transferSize > 0).length") == 0
     )
-    assert len(heard(browser)) >= 3  # each refused
+    assert len(messages(browser)) >= 3  # each refused
 
 
 @needs_browser
@@ -887,7 +889,7 @@ def test_a_pointer_finds_its_place_along_a_single_latent_too(
 
 
 @pytest.mark.slow
-def test_on_several_processes_the_main_one_writes_the_same_page(trained: Path, tmp_path: Path) -> None:
+def test_on_several_processes_the_main_one_writes_the_same_report(trained: Path, tmp_path: Path) -> None:
     alone = report(trained, [f"output={tmp_path / 'one'}", "train.threads=1"]).read_bytes()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [

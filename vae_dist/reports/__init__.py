@@ -1,1 +1,1 @@
-"""Runs as HTML pages, comparisons and studies. Only the commands import this."""
+"""HTML reports of runs, comparisons and studies. Only the commands import this folder."""

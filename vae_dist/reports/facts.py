@@ -1,4 +1,4 @@
-"""What a report says about a run in words: its status, settings, machine, and how to reproduce it."""
+"""Facts of a run as its report states them: subtitle, settings, machine, and the command that reproduces it."""
 
 import re
 import shlex
@@ -62,14 +62,14 @@ def machine(run: Record) -> dict[str, str]:
     versions = run.manifest.get("versions")
     return {
         "started": times[0] if times else unknown,
-        "last entry of the log": times[-1] if times else unknown,
+        "last log entry": times[-1] if times else unknown,
         "launched": count(len(run.launches), "time", "times") if run.launches else unknown,
         "processes": str(run.state.world_size),
         "device": device,
-        "threads of each": threads or configs.text_of(run.config.train.threads),
+        "threads per process": threads or configs.text_of(run.config.train.threads),
         "precision": run.config.train.precision,
-        "speed, the median": f"{format_number(statistics.median(speeds))} images per second" if speeds else unknown,
-        "updates left out": str(run.state.skipped_updates),
+        "median speed": f"{format_number(statistics.median(speeds))} images per second" if speeds else unknown,
+        "skipped updates": str(run.state.skipped_updates),
         **({key: format_value(version) for key, version in versions.items()} if isinstance(versions, dict) else {}),
     }
 

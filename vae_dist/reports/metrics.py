@@ -41,7 +41,7 @@ class Metric(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """An evaluation's headline, the other metrics, and what they were measured on."""
+    """An evaluation's metrics, the headline first, and its protocol."""
 
     headline: Metric
     others: list[Metric]
@@ -100,7 +100,7 @@ def _metric(name: str, value: float, error: Any, unit: str) -> Metric:
 
 
 def _conditions(found: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    """What an evaluation was measured on, in one line."""
+    """The images, pixels, likelihood and step of an evaluation, in one line."""
     pixels = protocol.get("pixels", f"data.binarize={format_value(found.get('binarize'))}")
     likelihood = protocol.get("likelihood", found.get("likelihood"))
     images, split, dataset, step = (format_value(found.get(key)) for key in ("images", "split", "dataset", "step"))

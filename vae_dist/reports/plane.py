@@ -117,7 +117,7 @@ def kl_chart(plane: Plane, source: str) -> Chart | None:
     falling = sorted(range(len(kl)), key=lambda latent: -kl[latent])
     return bar_chart(
         "KL per latent",
-        f"nats, averaged over {source}; {format_number(sum(kl))} in all",
+        f"nats, averaged over {source}; {format_number(sum(kl))} in total",
         "latents, counted from 0, by their KL",
         [(str(latent), f"latent {latent}: {kl[latent]:.4f} nats", kl[latent]) for latent in falling],
         [str(latent) for latent in plane.latents],

@@ -33,10 +33,9 @@ LOG_CHARACTERS = 20_000  # the last ones
 
 
 def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
-    """Write `report.html` about a run as its newest checkpoint has it, or as the checkpoint that `run` is; the newest
-    run by default. The same run gives the same bytes.
+    """Write the report of a run's newest checkpoint, or of the checkpoint `run`; by default, of the newest run.
 
-    Returns the file. Raises UserError if there is no checkpoint.
+    Returns its path, `report.html`. The same run gives the same bytes. Raises UserError if there is no checkpoint.
     """
     with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
@@ -86,7 +85,7 @@ def _render(run: Record, vae: VAE, config: Config) -> str:
             settings=settings,
             changed=[setting for group in settings.values() for setting in group if setting.is_changed],
             machine=facts.machine(run),
-            log=run.log[-LOG_CHARACTERS:] or "There is no log.txt beside this checkpoint.",
+            log=run.log[-LOG_CHARACTERS:] or "There is no log.txt next to this checkpoint.",
             processes=count(run.state.world_size, "process", "processes"),
             command=facts.command(run),
             hashes={name: run.manifest["files"][name]["sha256"] for name in manifest.FILES},

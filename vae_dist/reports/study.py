@@ -21,22 +21,22 @@ def study(config: Study) -> Path:
 
     Raises UserError for an unknown name before the first training, and whatever `train` raises.
     """
-    for one in config.configs:
-        datasets.check_name(one.data.name)
-        check_names(one)
-        configs.check_numbers(one)
+    for run in config.configs:
+        datasets.check_name(run.data.name)
+        check_names(run)
+        configs.check_numbers(run)
     with processes.join(config.configs[0]) as world:  # once for all runs: a launch can't join its processes twice
         console.start(world)
-        for number, one in enumerate(config.configs, start=1):
-            logger.info("run %d of %d: %s", number, len(config.configs), one.name)
-            world.set_timeout(one.runtime.start_timeout)
+        for number, run in enumerate(config.configs, start=1):
+            logger.info("run %d of %d: %s", number, len(config.configs), run.name)
+            world.set_timeout(run.runtime.start_timeout)
             try:
-                train(one)
+                train(run)
             except StoppedError as stopped:
                 raise StoppedError(
-                    f"stopped in run {number} of {len(config.configs)}, {one.name}, which is saved; run the same "
+                    f"stopped in run {number} of {len(config.configs)}, {run.name}, which is saved; run the same "
                     "command again to resume the study",
                     stopped.exit_code,
                 ) from None
-        runs = [Path(one.runs_dir) / str(one.name) for one in config.configs]
+        runs = [Path(run.runs_dir) / str(run.name) for run in config.configs]
         return compare(runs, [*config.reading, configs.argument("output", str(config.output))])

@@ -2,13 +2,13 @@
 document.documentElement.classList.add("live");
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-// Where in an SVG's area the pointer is, from 0 to 1 rightwards and downwards.
+// The pointer's position in an SVG's area, from 0 to 1 rightwards and downwards.
 const place = (event, svg) => {
   const area = svg.querySelector(".frame").getBoundingClientRect();
   return [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height];
 };
 
-// Charts: charts of one group read at the same step.
+// Charts: all charts of a group show the reading of the same step.
 const readers = new Map();
 for (const chart of document.querySelectorAll(".chart")) {
   const svg = chart.querySelector("svg"), cursor = svg.querySelector(".cursor");
