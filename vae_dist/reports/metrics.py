@@ -60,27 +60,27 @@ class Curves(NamedTuple):
 
 def evaluation(run: Record) -> Evaluation | None:
     """The run's evaluation; None if it has none."""
-    found = run.evaluation
-    present = [entry for entry in _METRICS if is_number(found.get(entry[0]))]
+    result = run.evaluation
+    present = [entry for entry in _METRICS if is_number(result.get(entry[0]))]
     if not present:
         return None
     protocol, errors = (
-        value if isinstance(value := found.get(key), dict) else {} for key in ("protocol", "standard_errors")
+        value if isinstance(value := result.get(key), dict) else {} for key in ("protocol", "standard_errors")
     )
-    headline, *others = (_metric(name, found[key], errors.get(key), unit) for key, name, unit in present)
+    headline, *others = (_metric(name, result[key], errors.get(key), unit) for key, name, unit in present)
     if present[0][0] == "negative_log_likelihood":
-        samples = format_value(found.get("importance_samples"))
+        samples = format_value(result.get("importance_samples"))
         headline = headline._replace(name=f"{headline.name}, {samples} importance samples")
-    if is_number(active := found.get("active_units")):
+    if is_number(active := result.get("active_units")):
         others.append(Metric("active units", f"{active:g}", "", f"of {run.config.model.latent_dim}"))
-    warning = found.get("warning")
+    warning = result.get("warning")
     return Evaluation(
         headline=headline,
         others=others,
-        conditions=_conditions(found, protocol),
+        conditions=_conditions(result, protocol),
         protocol=_flatten(protocol),
         warning=warning[:1].upper() + warning[1:].rstrip(".") + "." if isinstance(warning, str) else None,
-        is_of_this_step=found.get("step") == run.step,
+        is_of_this_step=result.get("step") == run.step,
     )
 
 
@@ -99,11 +99,11 @@ def _metric(name: str, value: float, error: Any, unit: str) -> Metric:
     return Metric(name, text, f"{error:.{places}f}" if is_number(error) else "", unit)
 
 
-def _conditions(found: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+def _conditions(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     """The images, pixels, likelihood and step of an evaluation, in one line."""
-    pixels = protocol.get("pixels", f"data.binarize={format_value(found.get('binarize'))}")
-    likelihood = protocol.get("likelihood", found.get("likelihood"))
-    images, split, dataset, step = (format_value(found.get(key)) for key in ("images", "split", "dataset", "step"))
+    pixels = protocol.get("pixels", f"data.binarize={format_value(result.get('binarize'))}")
+    likelihood = protocol.get("likelihood", result.get("likelihood"))
+    images, split, dataset, step = (format_value(result.get(key)) for key in ("images", "split", "dataset", "step"))
     return (
         f"{images} {split} images of {dataset}; pixels: {format_value(pixels)}; "
         f"likelihood: {format_value(likelihood)}; step {step}"

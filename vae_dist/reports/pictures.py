@@ -36,12 +36,12 @@ def validation_pictures(run: Record) -> Pictures:
         "samples": "Samples from the prior (means of p(x|z)), from the same latents at every step",
     }
     grids: dict[str, list[Grid]] = {}
-    found = run.grids(captions, MOST_GRIDS)
+    by_kind = run.grids(captions, MOST_GRIDS)
     for kind, caption in captions.items():
-        for step, picture in ((step, picture) for (its_kind, step), picture in found.items() if its_kind == kind):
-            address = data_uri(picture, GRIDS_CHARACTERS // len(found))
+        for step, picture in ((step, picture) for (its_kind, step), picture in by_kind.items() if its_kind == kind):
+            address = data_uri(picture, GRIDS_CHARACTERS // len(by_kind))
             grids.setdefault(caption, []).append(Grid(step, address, picture.width, picture.height))
-    return Pictures(grids, sorted({step for _, step in found}))
+    return Pictures(grids, sorted({step for _, step in by_kind}))
 
 
 def data_uri(picture: Image.Image, most: int) -> str:
