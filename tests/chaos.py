@@ -25,8 +25,9 @@ if __name__ == "__main__":  # run by its path
 
 import psutil
 
+from tests.conftest import newest_checkpoint
 from vae_dist.errors import UserError
-from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
@@ -104,10 +105,10 @@ def wait_for_a_save(process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
 
 def newest_step(run_dir: Path) -> int:
     """The step that a run would go on from, -1 where it has not saved yet; half a checkpoint would raise."""
-    folder = checkpoint.newest(run_dir)
+    folder = newest_checkpoint(run_dir)
     for path in run_dir.glob("checkpoints/step_*"):
-        checkpoint.verify(path)
-    return checkpoint.read_state(folder).step if folder else -1
+        Checkpoint(path).verify()
+    return Checkpoint(folder).state.step if folder else -1
 
 
 def restart(run_dir: Path) -> None:
@@ -123,7 +124,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def compare(run_dir: Path, undisturbed: Path) -> None:
     for path in [run_dir, undisturbed]:
-        assert checkpoint.newest(path) is not None
+        assert newest_checkpoint(path) is not None
     ours, theirs = (max((path / "checkpoints").glob("step_*")) for path in (run_dir, undisturbed))
     assert ours.name == theirs.name
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):

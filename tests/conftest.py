@@ -13,8 +13,8 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from vae_dist import config
 from vae_dist.config import Config
-from vae_dist.runs import checkpoint
-from vae_dist.runs.checkpoint import Opened
+from vae_dist.runs.lookup import Opened, open_checkpoint
+from vae_dist.runs.run import Run
 
 # Before wandb is imported anywhere: no account, no server, nothing reported.
 os.environ.update(
@@ -66,8 +66,14 @@ def make_config(smoke_arguments: list[str], tmp_path: Path) -> MakeConfig:
 
 def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:
     """A checkpoint to be looked at by a test that is alone with it."""
-    with checkpoint.open_for_reading(path, arguments) as found:
+    with open_checkpoint(path, arguments) as found:
         return found
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The folder of a run's newest checkpoint."""
+    checkpoint = Run(run_dir).newest()
+    return None if checkpoint is None else checkpoint.folder
 
 
 @pytest.fixture(autouse=True)

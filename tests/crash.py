@@ -18,10 +18,12 @@ if __name__ == "__main__":  # run by its path
 
 import torch
 
+from tests.conftest import newest_checkpoint
 from vae_dist import config
 from vae_dist.models import build_vae
-from vae_dist.runs import checkpoint
-from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.runs import saving
+from vae_dist.runs.checkpoint import Best, Checkpoint, TrainingState
+from vae_dist.runs.run import Run
 from vae_dist.training.adam import Adam
 
 TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.chmod", "os.listdir"}
@@ -39,7 +41,7 @@ def main(folder: Path) -> None:
 
     def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
         state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)
-        checkpoint.write(run_dir, asked, vae, optimizer, state)
+        Run(run_dir).save(asked, vae, optimizer, state)
 
     for again in (False, True):  # a new step, and one that replaces a checkpoint of the same step
         for point in count(1):
@@ -51,11 +53,11 @@ def main(folder: Path) -> None:
             if touched is None:
                 break
             left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-            checkpoint.recover(run_dir)
-            newest = checkpoint.newest(run_dir)
+            saving.recover(run_dir)
+            newest = newest_checkpoint(run_dir)
             assert newest is not None
             other = build_vae(asked, [1, 6, 6])
-            state = checkpoint.load_training(newest, other, Adam(other.parameters()))
+            state = Checkpoint(newest).load_training(other, Adam(other.parameters()))
             save(run_dir, 4)  # and it goes on
             after = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
             print(json.dumps({"again": again, "touched": touched, "left": left, "step": state.step, "after": after}))

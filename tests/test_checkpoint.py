@@ -14,14 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import REPOSITORY, MakeConfig, opened
+from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint, opened
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
-from vae_dist.runs import checkpoint
-from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.runs import checkpoint, saving
+from vae_dist.runs.checkpoint import Best, Checkpoint, TrainingState
+from vae_dist.runs.lookup import find, open_checkpoint
 from vae_dist.runs.manifest import BadCheckpointError
+from vae_dist.runs.run import Run
 from vae_dist.training.adam import Adam
 
 CRASH = str(REPOSITORY / "tests/crash.py")
@@ -43,7 +45,7 @@ def trained(config: Config, steps: int = 1) -> tuple[VAE, Adam]:
 def written(config: Config, tmp_path: Path, *steps: int) -> Path:
     vae, optimizer = trained(config)
     for step in steps:
-        last = checkpoint.write(tmp_path / "run", config, vae, optimizer, TrainingState(step))
+        last = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(step))
     return last
 
 
@@ -51,11 +53,11 @@ def test_what_is_written_comes_back_bitwise(make_config: MakeConfig, tmp_path: P
     config = make_config()
     vae, optimizer = trained(config, steps=3)
     state = TrainingState(12, window=[{"loss": 0.1 + 0.2, "updates": 3.0}], features={"ema": {"decay": 0.9}})
-    folder = checkpoint.write(tmp_path / "run", config, vae, optimizer, state)
+    folder = Run(tmp_path / "run").save(config, vae, optimizer, state)
     assert sorted(path.name for path in folder.iterdir()) == FILES
 
     other, other_optimizer = trained(config)
-    assert checkpoint.load_training(folder, other, other_optimizer) == state
+    assert Checkpoint(folder).load_training(other, other_optimizer) == state
     for name, tensor in vae.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
     for ours, theirs in zip(optimizer.state, other_optimizer.state, strict=True):
@@ -74,10 +76,10 @@ def test_parameter_names_are_plain(make_config: MakeConfig, tmp_path: Path) -> N
 def test_weights_and_config_are_enough_to_look_at_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     vae, optimizer = trained(config)
-    folder = checkpoint.write(tmp_path / "run", config, vae, optimizer, TrainingState(1))
+    folder = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(1))
     moved = folder.rename(tmp_path / "elsewhere")
     found = opened(moved)
-    loaded = checkpoint.load_vae(moved, found.config, torch.device("cpu"))
+    loaded = Checkpoint(moved).load_vae(found.config, torch.device("cpu"))
     assert found.output == moved
     latents = torch.randn(3, vae.latent_dim)
     assert torch.equal(loaded.decode(latents).mean, vae.decode(latents).mean)
@@ -107,24 +109,24 @@ def test_the_best_by_validation_is_kept_beside_the_newest(make_config: MakeConfi
     vae, optimizer = trained(config)
     for step in range(1, 6):
         state = TrainingState(step, best=Best(min(step, 2), 100.0))
-        checkpoint.write(tmp_path / "run", config, vae, optimizer, state)
+        Run(tmp_path / "run").save(config, vae, optimizer, state)
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert left == ["step_00000002", "step_00000004", "step_00000005"]
-    assert checkpoint.find(tmp_path / "run/best", tmp_path).name == "step_00000002"
-    assert checkpoint.find(tmp_path / "run", tmp_path).name == "step_00000005"
+    assert find(tmp_path / "run/best", tmp_path).folder.name == "step_00000002"
+    assert find(tmp_path / "run", tmp_path).folder.name == "step_00000005"
 
 
 def test_without_a_validation_there_is_no_best(make_config: MakeConfig, tmp_path: Path) -> None:
     written(make_config(), tmp_path, 1)
     with pytest.raises(UserError, match="has no validation yet, so no best checkpoint"):
-        checkpoint.find(tmp_path / "run/best", tmp_path)
+        find(tmp_path / "run/best", tmp_path)
 
 
 def test_a_checkpoint_that_is_open_is_not_pruned_until_it_is_closed(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
-    with checkpoint.open_for_reading(folder, []) as found:
+    with open_checkpoint(folder, []) as found:
         written(make_config(), tmp_path, 2, 3, 4)
-        assert checkpoint.verify(found.folder) == 1
+        assert found.checkpoint.verify().step == 1
     written(make_config(), tmp_path, 5)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step_00000004", "step_00000005"]
 
@@ -146,8 +148,8 @@ def test_a_reader_of_a_run_that_prunes_all_the_time_always_gets_a_whole_checkpoi
     writer.start()
     try:
         for _ in range(20):
-            with checkpoint.open_for_reading(tmp_path / "run", []) as found:
-                checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+            with open_checkpoint(tmp_path / "run", []) as found:
+                found.checkpoint.load_vae(found.config, torch.device("cpu"))
     finally:
         stop.set()
         writer.join()
@@ -163,9 +165,9 @@ def test_a_pruning_that_fails_warns_and_the_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", refuse)
         written(make_config(), tmp_path, 1, 2, 3)
-    assert "can't be removed (Permission denied); the training goes on" in caplog.text
-    assert checkpoint.find(tmp_path / "run", tmp_path).name == "step_00000003"
-    checkpoint.recover(tmp_path / "run")
+    assert "can't be removed (Permission denied); the training continues" in caplog.text
+    assert find(tmp_path / "run", tmp_path).folder.name == "step_00000003"
+    saving.recover(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
 
 
@@ -180,7 +182,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(make_config: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in good.parent.iterdir()] == ["step_00000001"]
-    assert checkpoint.newest(tmp_path / "run") == good
+    assert newest_checkpoint(tmp_path / "run") == good
 
 
 def test_numbers_that_are_not_finite_are_never_published(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -188,18 +190,16 @@ def test_numbers_that_are_not_finite_are_never_published(make_config: MakeConfig
     vae, optimizer = trained(config)
     optimizer.state[0]["exp_avg"].view(-1)[0] = torch.nan
     with pytest.raises(RunError, match="after step 7 are not finite; they are not saved"):
-        checkpoint.write(tmp_path / "run", config, vae, optimizer, TrainingState(7))
-    assert checkpoint.newest(tmp_path / "run") is None
+        Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(7))
+    assert newest_checkpoint(tmp_path / "run") is None
 
 
 def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     vae, optimizer = trained(config)
     for pending in (True, False):
-        folder = checkpoint.write(
-            tmp_path / "run", config, vae, optimizer, TrainingState(1, validation_pending=pending)
-        )
-    assert not checkpoint.read_state(folder).validation_pending
+        folder = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(1, validation_pending=pending))
+    assert not Checkpoint(folder).state.validation_pending
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
 
 
@@ -222,33 +222,33 @@ def test_a_save_that_is_killed_at_any_point_leaves_a_run_that_goes_on(tmp_path: 
 
 def test_later_checkpoints_are_set_aside_when_a_run_goes_back(make_config: MakeConfig, tmp_path: Path) -> None:
     written(make_config("checkpoint.keep=9"), tmp_path, 1, 2, 3)
-    checkpoint.go_back(tmp_path / "run", 1)
+    Run(tmp_path / "run").resume_from(1)
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
     assert len(list((tmp_path / "run/checkpoints").glob("set_aside-step_*"))) == 2
 
 
 def test_a_directory_belongs_to_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.1)
-    assert not checkpoint.is_being_trained(tmp_path)
-    with checkpoint.locked(tmp_path):
-        assert checkpoint.is_being_trained(tmp_path)
-        with pytest.raises(UserError, match="another training is writing"), checkpoint.locked(tmp_path):
+    monkeypatch.setattr("vae_dist.runs.run.LOCK_SECONDS", 0.1)
+    assert not Run(tmp_path).is_training
+    with Run(tmp_path).claim():
+        assert Run(tmp_path).is_training
+        with pytest.raises(UserError, match="another training is writing"), Run(tmp_path).claim():
             pass
-    assert not checkpoint.is_being_trained(tmp_path)
-    with checkpoint.locked(tmp_path):
+    assert not Run(tmp_path).is_training
+    with Run(tmp_path).claim():
         pass
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    hold = "import pathlib, sys, time; from vae_dist.runs import checkpoint\n"
-    hold += "with checkpoint.locked(pathlib.Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    hold = "import pathlib, sys, time; from vae_dist.runs.run import Run\n"
+    hold += "with Run(pathlib.Path(sys.argv[1])).claim(): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
-    assert checkpoint.is_being_trained(tmp_path)
+    assert Run(tmp_path).is_training
     process.kill()
     process.wait()
     process.stdout.close()
-    assert not checkpoint.is_being_trained(tmp_path)
+    assert not Run(tmp_path).is_training
 
 
 def test_a_checkpoint_that_comes_into_sight_late_is_waited_for(
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_comes_into_sight_late_is_waited_for(
     hidden = folder.rename(tmp_path / "hidden")
     threading.Timer(0.5, lambda: hidden.rename(folder)).start()
     checkpoint.await_visible(folder)
-    assert checkpoint.verify(folder) == 1
+    assert Checkpoint(folder).verify().step == 1
     monkeypatch.setattr(checkpoint, "VISIBLE_SECONDS", 0.3)
     with pytest.raises(RunError, match="can't be seen by all processes"):
         checkpoint.await_visible(tmp_path / "never")
@@ -288,21 +288,21 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, make_config
     elif damage == "flip":
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    newest = checkpoint.newest(tmp_path / "run")
+    newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None and newest.name == "step_00000001"
 
 
 def test_only_damaged_checkpoints_are_an_error_and_never_a_fresh_start(make_config: MakeConfig, tmp_path: Path) -> None:
     (written(make_config(), tmp_path, 1) / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        checkpoint.newest(tmp_path / "run")
+        newest_checkpoint(tmp_path / "run")
 
 
 def test_unfinished_and_foreign_folders_are_no_checkpoints(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
     for name in (".step_00000007.123", "step_abc", "best", "step_1"):
         (folder.parent / name).mkdir()
-    assert checkpoint.newest(tmp_path / "run") == folder
+    assert newest_checkpoint(tmp_path / "run") == folder
 
 
 def test_nothing_is_changed_when_a_checkpoint_does_not_fit(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_nothing_is_changed_when_a_checkpoint_does_not_fit(make_config: MakeConf
     other, optimizer = trained(make_config("model.latent_dim=3"))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(BadCheckpointError, match="does not fit the config's model"):
-        checkpoint.load_training(folder, other, optimizer)
+        Checkpoint(folder).load_training(other, optimizer)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
@@ -318,9 +318,9 @@ def test_the_newest_run_is_found_when_none_is_named(make_config: MakeConfig, tmp
     config = make_config()
     vae, optimizer = trained(config)
     for age, name in enumerate(("b", "a")):
-        folder = checkpoint.write(tmp_path / "runs" / name, config, vae, optimizer, TrainingState(1))
+        folder = Run(tmp_path / "runs" / name).save(config, vae, optimizer, TrainingState(1))
         os.utime(folder / "manifest.json", (1000 + age, 1000 + age))
-    assert checkpoint.find(None, tmp_path / "runs").parents[1].name == "a"
+    assert find(None, tmp_path / "runs").folder.parents[1].name == "a"
 
 
 @pytest.mark.parametrize(
@@ -329,15 +329,15 @@ def test_the_newest_run_is_found_when_none_is_named(make_config: MakeConfig, tmp
 def test_what_cannot_be_found_is_said(path: str | None, expected: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=expected):
-        checkpoint.find(tmp_path / path if path else None, tmp_path / "runs")
+        find(tmp_path / path if path else None, tmp_path / "runs")
 
 
 def test_a_folder_of_checkpoints_and_a_file_in_one_are_understood(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1, 2)
-    assert checkpoint.find(folder.parent, tmp_path) == folder
-    assert checkpoint.find(folder / "model.safetensors", tmp_path) == folder
+    assert find(folder.parent, tmp_path).folder == folder
+    assert find(folder / "model.safetensors", tmp_path).folder == folder
     with pytest.raises(UserError, match=r"can't look into a+ \(File name too long\)"):
-        checkpoint.find(Path("a" * 300), tmp_path)
+        find(Path("a" * 300), tmp_path)
 
 
 def test_a_manifest_states_sizes_hashes_and_versions(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -356,10 +356,10 @@ def test_tensors_of_another_shape_are_refused_though_their_hash_holds(make_confi
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint.verify(folder) == 1
+    assert Checkpoint(folder).verify().step == 1
     config = opened(folder).config
     with pytest.raises(BadCheckpointError, match=r"does not fit the config's model: decoder.layers.0.bias"):
-        checkpoint.load_vae(folder, config, torch.device("cpu"))
+        Checkpoint(folder).load_vae(config, torch.device("cpu"))
 
 
 def reseal(folder: Path) -> None:
@@ -381,7 +381,7 @@ def test_nothing_is_allocated_for_a_model_that_only_a_config_claims(make_config:
         config = opened(folder).config
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(BadCheckpointError, match=r"does not fit the config's model|can't be built"):
-            checkpoint.load_vae(folder, config, torch.device("cpu"))
+            Checkpoint(folder).load_vae(config, torch.device("cpu"))
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes; it would be 40 GB
 
 
@@ -391,14 +391,14 @@ def test_a_file_of_another_size_than_promised_is_not_read(make_config: MakeConfi
         content = (folder / name).read_bytes()
         os.truncate(folder / name, 2**40)  # a terabyte that takes no room on the disk
         with pytest.raises(BadCheckpointError, match=r"bytes, not|too much for what it is"):
-            checkpoint.verify(folder)
+            Checkpoint(folder).verify()
         (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["state.json"]["bytes"] = 2**40
     os.truncate(folder / "state.json", 2**40)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BadCheckpointError, match="too much for what it is"):
-        checkpoint.verify(folder)
+        Checkpoint(folder).verify()
 
 
 STATES = [
@@ -418,7 +418,7 @@ def test_a_state_that_no_run_would_have_written_is_refused(
     (folder / "state.json").write_text(json.dumps(state | values))
     reseal(folder)
     with pytest.raises(BadCheckpointError):
-        checkpoint.verify(folder)
+        Checkpoint(folder).verify()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_a_manifest_or_state_that_is_none_is_refused(content: bytes, make_config
             reseal(folder)
         if (name, content) != ("state.json", b"{}"):
             with pytest.raises(BadCheckpointError):
-                checkpoint.verify(folder)
+                Checkpoint(folder).verify()
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_loaded(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_loaded(make_config: MakeConfig, 
     save_file(tensors, folder / "model.safetensors")
     reseal(folder)
     with pytest.raises(BadCheckpointError, match="holds numbers that are not finite"):
-        checkpoint.load_vae(folder, opened(folder).config, torch.device("cpu"))
+        Checkpoint(folder).load_vae(opened(folder).config, torch.device("cpu"))
 
 
 class Malicious:
@@ -463,7 +463,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(name: str, make_config: MakeConfi
     vae, optimizer = trained(config)
     with pytest.raises(UserError):
         found = opened(folder)
-        checkpoint.load_training(found.folder, vae, optimizer)
+        Checkpoint(found.checkpoint.folder).load_training(vae, optimizer)
     assert not Path("touched").exists()
 
 

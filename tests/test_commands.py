@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY
-from vae_dist.runs import checkpoint
+from tests.conftest import REPOSITORY, newest_checkpoint
 
 TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE = (
     str(REPOSITORY / f"vae_dist/{command}.py")
@@ -64,7 +63,7 @@ def test_a_command_runs_as_a_module(tmp_path: Path) -> None:
     arguments = [*TINY, "data.name=synthetic_digits", f"data.root={tmp_path}", f"runs_dir={tmp_path}/runs", "name=a"]
     trained = run(sys.executable, "-m", "vae_dist.train", *arguments, cwd=REPOSITORY)
     assert trained.returncode == 0, trained.stderr
-    assert checkpoint.newest(tmp_path / "runs/a") is not None
+    assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
 def test_without_data_and_network_a_training_falls_back_to_the_embedded_digits(tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_the_launch_file_for_cpus_starts_processes_that_train_together(tmp_path:
     trained = run(*launch, TRAIN, *TINY, "data.name=synthetic_digits", "device=cpu", "name=a")
     assert trained.returncode == 0, trained.stderr
     assert trained.stderr.count("runs/a: 2 processes on cpu") == 1 and "Warning" not in trained.stderr
-    assert checkpoint.newest(tmp_path / "runs/a") is not None
+    assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
 def test_one_of_several_processes_prints_the_message() -> None:

@@ -32,9 +32,9 @@ from vae_dist.reports.comparison import compare, curves
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.study import study
-from vae_dist.runs import checkpoint
+from vae_dist.runs.lookup import find
 from vae_dist.runs.picture import with_caption
-from vae_dist.training import loop
+from vae_dist.training import cadence, loop
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
 
@@ -143,7 +143,7 @@ def test_rows_of_images_are_the_originals_and_what_each_run_makes_of_them(pair: 
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
     expected = [datasets.to_unit(test.pixels[shown])]
     for run in found:
-        vae = checkpoint.load_vae(run.folder, run.config, CPU)
+        vae = run.checkpoint.load_vae(run.config, CPU)
         expected.append(vae.decode(vae.encode(expected[0]).mean).mean)
     grid = cells(reconstructions(found, CPU).image, 10)
     assert grid.shape == (3, 10, 28, 28)
@@ -272,9 +272,9 @@ def test_runs_that_are_tested_on_other_images_have_originals_of_their_own(make_r
     assert not np.array_equal(grid[0], grid[2])
 
 
-def small_images(config: DataConfig, part: datasets.Part) -> Images:
-    pixels, labels = datasets.DATASETS["synthetic_digits"](config, part)
-    return Images(pixels[:, :, ::2, ::2].contiguous(), labels)
+def small_images(config: DataConfig, part: datasets.Part) -> tuple[Images, str]:
+    (pixels, labels), identity = datasets.DATASETS["synthetic_digits"](config, part)
+    return Images(pixels[:, :, ::2, ::2].contiguous(), labels), f"{identity} small"
 
 
 def test_runs_of_other_shapes_are_refused(make_run: MakeRun, pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,12 +382,12 @@ def test_a_study_leaves_ordinary_runs_and_their_comparison(make_study: MakeStudy
     assert folder.resolve() == Path("runs/smoke-learning_rate").resolve()
     assert [entry["label"] for entry in compared(folder)] == ["learning_rate=0.001", "learning_rate=0.003"]
     assert [entry["evaluation"] for entry in compared(folder)] == [evaluate(run, ["train.threads=1"]) for run in runs]
-    assert checkpoint.find(None, Path("runs")).parents[1] == runs[1]  # the newest run is no other than before
+    assert find(None, Path("runs")).run_dir == runs[1]  # the newest run is no other than before
 
 
 def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send a signal to this process when a training reaches this step for the `occurrence`-th time."""
-    due, seen = loop.due, [0]
+    due, seen = cadence.due, [0]
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
         if done == step and every == 7:
@@ -412,7 +412,7 @@ def test_a_resumed_study_ends_bitwise_as_one_never_stopped(
         study(planned)
     assert stopped.value.exit_code == 143
     assert not Path("runs/cut-latent_dim-6").exists() and not Path("runs/cut-latent_dim").exists()
-    assert checkpoint.find(Path("runs/cut-latent_dim-4"), Path()).name == "step_00000012"
+    assert find(Path("runs/cut-latent_dim-4"), Path()).folder.name == "step_00000012"
     first = state_of(Path("runs/cut-latent_dim-2/checkpoints"))
 
     cut = study(planned)

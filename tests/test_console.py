@@ -22,8 +22,9 @@ from tests.conftest import REPOSITORY
 from tests.test_elastic import unused_port
 from tests.test_mnist import idx
 from vae_dist.errors import RunError
-from vae_dist.runs import checkpoint, console
-from vae_dist.runs.console import Figure
+from vae_dist.runs import console, streams, tables
+from vae_dist.runs.lookup import find
+from vae_dist.runs.tables import Metric
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 ENDLESS = ["train.steps=1000000", "train.validate_every=1000000", "checkpoint.every=1000000", "train.log_every=1"]
@@ -45,7 +46,7 @@ def read_until(descriptor: int, text: bytes, file: Path | None = None, seconds: 
 
 
 def saved_step() -> int:
-    return checkpoint.read_state(checkpoint.find(Path("runs/a"), Path("runs"))).step
+    return find(Path("runs/a"), Path("runs")).state.step
 
 
 @contextmanager
@@ -87,14 +88,14 @@ def test_a_reader_that_stops_reading_is_waited_for_once(monkeypatch: pytest.Monk
         with open(os.dup(writer), "w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
             monkeypatch.setattr(sys, "__stdout__", stdout)
-            monkeypatch.setattr(console, "STALL_SECONDS", 0.1)
+            monkeypatch.setattr(streams, "STALL_SECONDS", 0.1)
             started = time.monotonic()
             for line in ("first", "second", "third"):
-                console.columns(line, ["head"], [["cell"]])
+                tables.columns(line, ["head"], [["cell"]])
             assert 0.1 <= time.monotonic() - started < 0.2
             os.read(reader, 4096)
             read_until(reader, b"first")
-            console.say("fourth")
+            streams.say("fourth")
             read_until(reader, b"fourth")
 
 
@@ -145,11 +146,12 @@ def test_exit_codes_are_the_promised_ones_wherever_the_output_goes(arguments: st
 
 SHOW = """
 from vae_dist.runs import console
-from vae_dist.runs.console import Figure
+from vae_dist.runs import tables
+from vae_dist.runs.tables import Metric
 from vae_dist.errors import UserError
 def command():
     console.logger.warning("a warning \\u65e5 [red]")
-    console.figures("title \\u65e5 [/x]", [Figure("n\\u00e4me [b]", 1.0, 0.5)], "note \\u65e5 :smile:", "\\x1b[31mred")
+    tables.metrics("title \\u65e5 [/x]", [Metric("n\\u00e4me [b]", 1.0, 0.5)], "note \\u65e5 :smile:", "\\x1b[31mred")
     print("left in the buffer by others \\u65e5", end="")
     raise UserError("[/home/\\u65e5] :pile_of_poo:")
 console.run(command)
@@ -188,7 +190,7 @@ def test_nothing_that_a_terminal_would_obey_is_shown_or_logged(
     with pytest.raises(RunError), console.logged_to(tmp_path / "log.txt"):
         console.logger.warning("a server says \x1b]0;title\x07 \udcff")
         raise RunError("no \x9b31m")
-    console.figures("\x1b[31mtitle", [Figure("\x1b[2J", 1.0)], "\x07")
+    tables.metrics("\x1b[31mtitle", [Metric("\x1b[2J", 1.0)], "\x07")
     shown, log = capsys.readouterr(), (tmp_path / "log.txt").read_text()
     assert not {"\x1b", "\x07", "\x9b"} & set(shown.out + shown.err + log)
     assert r"a server says \x1b]0;title\x07 \udcff" in shown.err

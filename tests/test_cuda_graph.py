@@ -13,7 +13,8 @@ from tests.test_trainer import final, timeless
 from vae_dist.compute import cuda_graph
 from vae_dist.compute.cuda_graph import CapturedSteps, Steps
 from vae_dist.training import loop
-from vae_dist.training.loop import launches, train
+from vae_dist.training.cadence import Cadence, launches
+from vae_dist.training.loop import train
 from vae_dist.training.update import MOST_STEPS, Update
 
 
@@ -113,13 +114,13 @@ class FixedWatch:
 
 @pytest.mark.parametrize(("first", "last"), [(0, 200), (37, 201), (5, 6)])
 def test_launches_cover_all_steps_and_end_where_something_is_due(first: int, last: int) -> None:
-    watch, ends = FixedWatch(first + 1), (50, 20, float("inf"))
+    watch, cadence = FixedWatch(first + 1), Cadence(50, 20, 20, float("inf"), last)
     seen: list[int] = []
-    for steps in launches(first, last, MOST_STEPS, ends, watch):  # type: ignore[arg-type]
+    for steps in launches(first, cadence, MOST_STEPS, watch):  # type: ignore[arg-type]
         seen += steps
         assert len(steps) in (1, 2, 4, 8, 16, 32)
         assert all(step % 50 and step % 20 and step != watch.next_step for step in list(steps)[1:])
         if steps.stop >= watch.next_step:
             watch.next_step = steps.stop + min(2 * (steps.stop - first), 30)
     assert seen == list(range(first, last))
-    assert [len(steps) for steps in launches(0, 5, 1, ends, FixedWatch(9))] == [1] * 5  # type: ignore[arg-type]
+    assert [len(steps) for steps in launches(0, cadence._replace(last_step=5), 1, FixedWatch(9))] == [1] * 5  # type: ignore[arg-type]

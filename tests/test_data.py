@@ -175,7 +175,7 @@ def test_whatever_lies_in_the_caches_place_does_not_block(kind: str, data_root: 
 
 def test_more_digits_than_fit_into_memory_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.synthetic_images=4000000000 would take .* GiB"):
-        datasets.prepare(settings(tmp_path, synthetic_images=4_000_000_000))
+        datasets.load_training_set(settings(tmp_path, synthetic_images=4_000_000_000))
 
 
 def test_digits_need_no_folder_that_can_be_written_to(tmp_path: Path) -> None:

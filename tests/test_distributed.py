@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests import worker
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, newest_checkpoint
 from vae_dist import config
 from vae_dist.distributed import fingerprints
-from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.training.loop import train
 
 WORLD_SIZES = [2, 3, pytest.param(4, marks=pytest.mark.slow)]
@@ -161,7 +161,7 @@ def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> floa
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    folder = checkpoint.newest(run_dir)
+    folder = newest_checkpoint(run_dir)
     assert folder is not None
     return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
 
@@ -247,8 +247,8 @@ def test_a_compile_rehearsal_leaves_the_loss_scale_alone(tmp_path: Path, smoke_a
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     result = torchrun(2, str(REPOSITORY / "tests/worker.py"), str(tmp_path / "jobs.json"))
     assert result.returncode == 0, result.stderr
-    folders = [checkpoint.newest(tmp_path / name) for name in ("compiled", "plain")]
-    scales = [checkpoint.read_state(folder).loss_scale for folder in folders if folder is not None]
+    folders = [newest_checkpoint(tmp_path / name) for name in ("compiled", "plain")]
+    scales = [Checkpoint(folder).state.loss_scale for folder in folders if folder is not None]
     assert len(scales) == 2 and scales[0] == scales[1]
     ours, theirs = (tensors(tmp_path / name) for name in ("compiled", "plain"))
     for name in theirs:
@@ -292,7 +292,7 @@ def test_a_state_that_differs_ends_all_processes_and_is_never_saved(
     last, host = world_size - 1, platform.node()
     message = f"after step 2 the weights or moments of process {last} on {host} are not those of process 0 on {host}"
     assert messages.pop().startswith(f"RunError: {message}, and they are not saved.")
-    assert checkpoint.newest(roots[world_size] / "runs" / where) is None
+    assert newest_checkpoint(roots[world_size] / "runs" / where) is None
 
 
 @given(st.integers(0, 2), st.integers(0, 29), st.integers(0, 31), st.integers(0, 29))
@@ -425,7 +425,7 @@ def test_a_nonfinite_loss_on_one_process_stops_all_before_the_step(world_size: i
     messages = {(roots[world_size] / f"spoil.{rank}").read_text() for rank in range(world_size)}
     assert len(messages) == 1
     assert messages.pop().startswith("RunError: the loss or the gradient is not finite in step 8 (learning rate 0.001)")
-    assert checkpoint.newest(roots[world_size] / "runs/spoiled") is None
+    assert newest_checkpoint(roots[world_size] / "runs/spoiled") is None
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY
-from vae_dist.runs import checkpoint
+from tests.conftest import REPOSITORY, newest_checkpoint
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 
@@ -104,8 +103,8 @@ def test_when_a_machine_is_lost_the_other_goes_on_alone_with_the_same_images(
     said = finish(machines[0])
 
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert "2 processes on cpu" in said and "1 process on cpu" in said and "going on after step" in said
-    newest = checkpoint.newest(run_dir)
+    assert "2 processes on cpu" in said and "1 process on cpu" in said and "resuming after step" in said
+    newest = newest_checkpoint(run_dir)
     assert newest is not None and newest.name == "step_00004000"
     undisturbed = subprocess.run([sys.executable, TRAIN, *settings, "name=undisturbed"], capture_output=True, text=True)
     assert undisturbed.returncode == 0, undisturbed.stderr

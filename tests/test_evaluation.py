@@ -21,7 +21,8 @@ from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Gaussian
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
-from vae_dist.runs import checkpoint, console
+from vae_dist.runs import progress
+from vae_dist.runs.run import Run
 from vae_dist.training.adam import Adam
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
@@ -46,7 +47,7 @@ def estimate(vae: VAE, pixels: Tensor, *arguments: str) -> Tensor:
 
 def estimate_of_run(run_dir: Path, *arguments: str) -> Tensor:
     source = opened(run_dir, arguments)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     return estimate(vae, datasets.load_test(source.config.data).pixels, *arguments)
 
 
@@ -100,7 +101,7 @@ def test_with_another_posterior_the_estimate_falls_to_the_exact_value() -> None:
 def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: Path) -> None:
     """The oracle: one image and one sample at a time, in float64."""
     source = opened(binary_run)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu")).double()
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu")).double()
     pixels = datasets.load_test(source.config.data).pixels[:5]
     expected = []
     for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
@@ -160,13 +161,13 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
 
 def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
     source = opened(run_dir)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     optimizer = Adam(vae.requires_grad_().parameters())
     optimizer.step([torch.ones_like(parameter) for parameter in vae.parameters()], torch.tensor(1e-3))
     list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
-    state = checkpoint.read_state(source.folder)
+    state = source.checkpoint.state
     state.step = 11
-    checkpoint.write(run_dir, source.config, vae, optimizer, state)
+    Run(run_dir).save(source.config, vae, optimizer, state)
     with pytest.raises(UserError, match=r"negative_elbo is not finite for 200 of 200 images .* evaluate an earlier"):
         evaluate(run_dir)
     assert not (run_dir / "evaluation.json").exists()
@@ -190,7 +191,7 @@ def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
     result, source = evaluate(binary_run, arguments), opened(binary_run, arguments)
     test = datasets.load_test(source.config.data)
     with processes.join(source.config) as world:
-        vae = checkpoint.load_vae(source.folder, source.config, world.device)
+        vae = source.checkpoint.load_vae(source.config, world.device)
         terms = score(vae, test.pixels, world, source.config)
         encodings = encode(vae, test.pixels, world, source.config)
         nll = negative_log_likelihood(vae, test.pixels, world, source.config)
@@ -273,7 +274,7 @@ def test_a_long_estimate_shows_its_progress(
 ) -> None:
     evaluate(run_dir)
     assert "left" not in capsys.readouterr().err  # it ends before the first message is due
-    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     evaluate(run_dir, ["evaluate.importance_samples=100", "evaluate.chunk=5000"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("negative log-likelihood: ")]
     assert [line.split()[2] for line in lines] == ["25%,", "50%,", "75%,", "100%,"]
@@ -286,7 +287,7 @@ def test_every_image_counts_once_also_in_a_last_smaller_chunk(run_dir: Path, mak
     assert result["images"] == 200 and result["split"] == "test" and result["step"] == 10
 
     source = opened(run_dir)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     test = datasets.load_test(source.config.data)
     expected = []
     for index in range(200):
@@ -342,7 +343,7 @@ def test_an_images_terms_do_not_depend_on_the_images_after_its_chunk(run_dir: Pa
     source = opened(run_dir, ["evaluate.batch_size=50"])
     test = datasets.load_test(source.config.data)
     with processes.join(source.config) as world:
-        vae = checkpoint.load_vae(source.folder, source.config, world.device)
+        vae = source.checkpoint.load_vae(source.config, world.device)
         whole = score(vae, test.pixels, world, source.config)
         first = score(vae, test.pixels[:100], world, source.config)
     assert torch.equal(whole.kl[:100], first.kl)
@@ -360,7 +361,7 @@ def test_chunks_and_threads_move_the_elbo_by_less_than_a_ten_thousandth(run_dir:
         source = opened(run_dir, arguments)
         test = datasets.load_test(source.config.data)
         with processes.join(source.config) as world:
-            vae = checkpoint.load_vae(source.folder, source.config, world.device)
+            vae = source.checkpoint.load_vae(source.config, world.device)
             result = score(vae, test.pixels, world, source.config)
             bounds.append(result.negative_elbo)
     for other in bounds[1:]:
@@ -382,7 +383,7 @@ def test_samples_come_from_the_seed_and_more_begin_with_the_same(run_dir: Path) 
 def test_samples_are_the_means_of_the_likelihood(run_dir: Path) -> None:
     tensors = load_file(sample(run_dir, ["sample.count=5"]) / "samples.safetensors")
     source = opened(run_dir)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     torch.testing.assert_close(vae.decode(tensors["latents"]).mean, tensors["images"])
 
 
@@ -410,7 +411,7 @@ def test_an_evaluation_during_a_training_writes_files_only_and_says_so(
     run_dir = train(make_config("name=a", "train.steps=10", "tracking.wandb=offline"))
     records = sorted((run_dir / "wandb").iterdir())
     for output in run_dir, tmp_path / "elsewhere":
-        with checkpoint.locked(run_dir):
+        with Run(run_dir).claim():
             evaluate(run_dir, ["evaluate.importance_samples=0", f"output={output}"])
         assert "a training is writing" in capsys.readouterr().err
         assert sorted((run_dir / "wandb").iterdir()) == records and not (tmp_path / "elsewhere/wandb").exists()

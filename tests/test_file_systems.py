@@ -23,7 +23,10 @@ from vae_dist.files import advice, append, make_folder
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
 from vae_dist.reports.study import study
-from vae_dist.runs import checkpoint, record
+from vae_dist.reports.subject import subject_of
+from vae_dist.runs import saving
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.lookup import find
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -31,17 +34,18 @@ from vae_dist.views.sampling import sample
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from vae_dist.runs import checkpoint
+from vae_dist.runs import run
+from vae_dist.runs.run import MARK, Run
 from vae_dist import config
 from vae_dist.errors import UserError
 from vae_dist.training.loop import train
-checkpoint.LOCK_SECONDS = 0.2
+run.LOCK_SECONDS = 0.2
 asked = sys.argv[1:]
 run_dir = train(config.load([*asked, "train.steps=20"]))
-mark = run_dir / checkpoint.MARK
+mark = run_dir / MARK
 assert not mark.exists()
 mark.write_text(json.dumps({"host": "node7", "process": 4711, "since": "2026-01-02 03:04:05 +0000"}))
-assert checkpoint.is_being_trained(run_dir)
+assert Run(run_dir).is_training
 try:
     train(config.load([*asked, "train.steps=30"]))
 except UserError as error:
@@ -81,7 +85,7 @@ def test_a_run_without_fsync_rename_or_locks_is_bitwise_the_same(
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (odd, plain)]
     assert names[0] == names[1]
     for name in ("model.safetensors", "optimizer.safetensors"):
-        contents = [checkpoint.find(run, run).joinpath(name).read_bytes() for run in (odd, plain)]
+        contents = [find(run, run).folder.joinpath(name).read_bytes() for run in (odd, plain)]
         assert contents[0] == contents[1]
     assert len((odd / "metrics.jsonl").read_text().splitlines()) >= 10
     assert not [path for path in odd.rglob(".*") if path.name != ".lock"]
@@ -89,12 +93,12 @@ def test_a_run_without_fsync_rename_or_locks_is_bitwise_the_same(
 
 def test_a_copy_killed_halfway_is_finished_by_the_next_training(make_config: MakeConfig, tmp_path: Path) -> None:
     run_dir = train(make_config("name=a", "train.steps=20"))
-    whole = checkpoint.find(run_dir, run_dir)
+    whole = find(run_dir, run_dir).folder
     shutil.copytree(whole, whole.with_name(f".writing-{whole.name}-0123abcd"))
     for name in ("manifest.json", "state.json"):  # the last that are copied
         (whole / name).unlink()
-        checkpoint.recover(run_dir)
-        assert checkpoint.verify(whole) == 20
+        saving.recover(run_dir)
+        assert Checkpoint(whole).verify().step == 20
         shutil.copytree(whole, whole.with_name(f".writing-{whole.name}-0123abcd"))
 
 
@@ -312,7 +316,7 @@ def test_a_run_is_trained_and_looked_at_under_a_path_of_any_characters(
     run_dir = train(asked)
     assert run_dir == Path(odd, "a") and (run_dir / "metrics.jsonl").exists()
 
-    for argument in (f"{odd}/a", f"{odd}/a/best", str(checkpoint.find(run_dir, tmp_path))):
+    for argument in (f"{odd}/a", f"{odd}/a/best", str(find(run_dir, tmp_path).folder)):
         (run,), rest = config.split_runs([argument, *readable])
         assert (run, rest) == (Path(argument), readable)
         evaluate(run, rest)
@@ -320,7 +324,7 @@ def test_a_run_is_trained_and_looked_at_under_a_path_of_any_characters(
     compare([run], [*readable, f"output={odd}/out"])
     assert evaluate(run, [*readable, f"output={odd}/out"])["step"] == 10
     assert str(run_dir / "report.html") == str(report(run, readable))
-    page = record.read(opened(run_dir))
+    page = subject_of(opened(run_dir))
     shown = subprocess.run(
         f"make -n -C {REPOSITORY} PYTHON=true eval RUN={page.path}", shell=True, capture_output=True, text=True
     )

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.make_fixtures import SETTINGS, STUDY
 from tests.test_distributed import torchrun
 from vae_dist import config
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.report import report
 from vae_dist.reports.study import study
-from vae_dist.runs import checkpoint
+from vae_dist.runs.lookup import find
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -58,7 +58,7 @@ def test_git_ignores_no_file_of_the_fixtures() -> None:
 
 @pytest.mark.parametrize("name", STOPPED)
 def test_the_state_of_a_stopped_run_is_read(name: str, runs: Path) -> None:
-    state = checkpoint.read_state(checkpoint.find(runs / name, runs))
+    state = find(runs / name, runs).state
     assert (state.step, state.world_size) == STOPPED[name]
     assert len(state.window) == state.world_size
     assert state.validation_pending == (name == "validation_pending")
@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_as_one_never_stopped(name: str, runs: Path) -> No
     expected = {key: value for key, value in whole.items() if key in found}
     assert len(expected) >= 7 * 5 + 4 * 2 - 1  # 5 rows of training, validations at 10 and 20, the best once
     assert {key: found[key] for key in expected} == close(expected)
-    assert checkpoint.newest(run_dir) == run_dir / "checkpoints/step_00000020"
+    assert newest_checkpoint(run_dir) == run_dir / "checkpoints/step_00000020"
 
 
 @pytest.mark.slow

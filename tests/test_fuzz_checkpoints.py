@@ -16,9 +16,9 @@ from tests.test_checkpoint import SHAPE, trained
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
-from vae_dist.runs import checkpoint
-from vae_dist.runs.checkpoint import Best, TrainingState
+from vae_dist.runs.checkpoint import Best, Checkpoint, TrainingState
 from vae_dist.runs.manifest import FILES, MANIFEST
+from vae_dist.runs.run import Run
 from vae_dist.training.adam import Adam
 
 SCALARS = st.one_of(
@@ -46,7 +46,7 @@ def config(make_config: MakeConfig) -> Config:
 def whole(config: Config, tmp_path: Path) -> Path:
     vae, optimizer = trained(config)
     state = TrainingState(7, window=[{"loss": 1.5}], best=Best(7, 100.0))
-    return checkpoint.write(tmp_path / "whole", config, vae, optimizer, state)
+    return Run(tmp_path / "whole").save(config, vae, optimizer, state)
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -81,8 +81,8 @@ def look(folder: Path, config: Config) -> None:
     before = [parameter.clone() for parameter in vae.parameters()]
     try:
         found = opened(folder)
-        checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
-        checkpoint.load_training(folder, vae, optimizer)
+        found.checkpoint.load_vae(found.config, torch.device("cpu"))
+        Checkpoint(folder).load_training(vae, optimizer)
     except UserError as refusal:
         assert "\n" not in str(refusal)
         assert all(torch.equal(old, new) for old, new in zip(before, vae.parameters(), strict=True))

@@ -87,11 +87,11 @@ def test_any_idx_file_is_read_whole_or_named_in_a_refusal(depth: int, tmp_path: 
     @given(st.sampled_from(FILES), idx_files)
     def claim(name: str, content: bytes) -> None:
         folder = lay_out(tmp_path, GOOD | {name: content})
-        read: list[tuple[torch.Tensor, torch.Tensor]] = []
+        read: list[tuple[torch.Tensor, torch.Tensor, str]] = []
         split = "train" if name.startswith("train") else "test"
         message = refusal(lambda: read.append(mnist.load("kmnist", tmp_path, split, download=False, mirror=None)))
         if message is None:
-            images, labels = read[0]
+            images, labels, _ = read[0]
             which = images if "images" in name else labels
             assert len(images) == len(labels) == int.from_bytes(content[4:8], "big")
             assert which.to(torch.uint8).numpy().tobytes() == content[4 + 4 * content[3] :]
@@ -168,7 +168,7 @@ def test_any_hostile_reply_of_a_mirror_is_refused_and_leaves_no_file(
     @given(mutated(replies, st.binary(max_size=3)) | replies)
     def claim(reply: bytes) -> None:
         raw_server.reply = reply
-        message = refusal(lambda: datasets.prepare(asked_for(tmp_path)))
+        message = refusal(lambda: datasets.load_training_set(asked_for(tmp_path)))
         assert message is not None and "no mirror has" in message
         assert [path.name for path in (tmp_path / "KMNIST/raw").iterdir()] == [".lock"]
 
@@ -187,7 +187,7 @@ def test_any_archive_with_the_right_digest_is_unpacked_whole_or_refused(
         digest = hashlib.md5(archive).hexdigest()
         monkeypatch.setattr(torchvision.datasets.KMNIST, "resources", [(f"{name}.gz", digest) for name in FILES])
         raw_server.reply = b"HTTP/1.1 200 OK\r\n\r\n" + archive
-        message = refusal(lambda: datasets.prepare(asked_for(tmp_path)))
+        message = refusal(lambda: datasets.load_training_set(asked_for(tmp_path)))
         assert message is not None
         for path in (tmp_path / "KMNIST/raw").iterdir():
             assert path.name == ".lock" or gzip.decompress(archive) == path.read_bytes()

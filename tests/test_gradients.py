@@ -1,7 +1,6 @@
 import logging
 import math
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from vae_dist.distributed import processes
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import Schedule
-from vae_dist.runs.start import settle
+from vae_dist.runs.claim import claim
 from vae_dist.training.gradients import Gradients
 from vae_dist.training.loop import train
 from vae_dist.training.update import Update
@@ -125,12 +124,12 @@ def test_a_resumed_compiled_run_is_bitwise_the_uninterrupted_one(make_config: Ma
 
 
 def test_short_runs_are_not_compiled_and_long_ones_are(make_config: MakeConfig, tmp_path: Path) -> None:
-    def settled(*arguments: str) -> bool | None:
+    def is_compiled(*arguments: str) -> bool | None:
         settings = make_config("train.compile=null", *arguments)
-        with ExitStack() as held, processes.join(settings) as world:
-            return settle(settings, world, held).config.train.compile
+        with processes.join(settings) as world, claim(settings, world) as (resolved, _):
+            return resolved.config.train.compile
 
-    assert settled("train.epochs=2") is False
-    assert settled("train.steps=10000000") is (shutil.which("g++") is not None)
-    assert settled("train.steps=10000000", "train.compile=false") is False
-    assert settled("train.epochs=2", "train.compile=true") is True
+    assert is_compiled("train.epochs=2") is False
+    assert is_compiled("train.steps=10000000") is (shutil.which("g++") is not None)
+    assert is_compiled("train.steps=10000000", "train.compile=false") is False
+    assert is_compiled("train.epochs=2", "train.compile=true") is True

@@ -125,12 +125,13 @@ def config(tmp_path: Path, **settings: object) -> DataConfig:
 
 def refusal(settings: DataConfig) -> str:
     with pytest.raises(UserError) as refused:
-        datasets.prepare(settings)
+        datasets.load_training_set(settings)
     return str(refused.value)
 
 
 def test_a_set_is_downloaded_once_and_read_as_torchvision_reads_it(server: Server, tmp_path: Path) -> None:
-    assert datasets.prepare(config(tmp_path)) == ("kmnist", 30, [1, 28, 28])
+    read = datasets.load_training_set(config(tmp_path))
+    assert (read.name, read.size, read.image_shape) == ("kmnist", 30, [1, 28, 28])
     assert len(server.requests) == 4
     test = datasets.load_test(config(tmp_path))
     theirs = torchvision.datasets.KMNIST(tmp_path / "data", train=False, download=True)  # finds what we downloaded
@@ -141,13 +142,13 @@ def test_a_set_is_downloaded_once_and_read_as_torchvision_reads_it(server: Serve
 
 def test_what_torchvision_downloaded_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
     torchvision.datasets.KMNIST(tmp_path / "data", train=True, download=True)
-    datasets.prepare(config(tmp_path, download=False))
+    datasets.load_training_set(config(tmp_path, download=False))
     assert len(set(server.requests)) == 4
 
 
 def test_another_mirror_can_be_given(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", [])
-    datasets.prepare(config(tmp_path, mirror=server.url.rstrip("/")))
+    datasets.load_training_set(config(tmp_path, mirror=server.url.rstrip("/")))
     assert len(server.requests) == 4
 
 
@@ -156,7 +157,7 @@ def test_a_second_mirror_serves_what_the_first_does_not(
 ) -> None:
     dead = f"http://127.0.0.1:{unused_port()}/"
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", [dead, server.url])
-    datasets.prepare(config(tmp_path))
+    datasets.load_training_set(config(tmp_path))
 
 
 @pytest.mark.parametrize(("behaviour", "expected"), [("truncate", "truncated"), ("corrupt", "corrupt")])
@@ -166,7 +167,7 @@ def test_a_bad_copy_is_named_and_never_kept(behaviour: str, expected: str, serve
     assert expected in message and "train-images-idx3-ubyte.gz" in message and "synthetic_digits" in message
     assert not [path for path in (tmp_path / "data/KMNIST/raw").iterdir() if path.name != ".lock"]
     server.behaviour = "serve"
-    datasets.prepare(config(tmp_path))
+    datasets.load_training_set(config(tmp_path))
 
 
 def test_a_silent_mirror_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +194,12 @@ def test_a_mirror_that_is_slow_and_never_silent_is_given_up(
 
 def test_bytes_beyond_the_content_length_are_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "longer"
-    assert datasets.prepare(config(tmp_path)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path)).size == 30
 
 
 def test_a_content_length_that_is_no_number_is_ignored(server: Server, tmp_path: Path) -> None:
     server.behaviour = "unlikely length"
-    assert datasets.prepare(config(tmp_path)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path)).size == 30
 
 
 def test_an_archive_without_end_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_an_unsafe_or_endless_redirect_is_not_followed(
 
 def test_a_redirect_is_followed_and_its_body_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "redirect"
-    assert datasets.prepare(config(tmp_path)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path)).size == 30
     assert len(server.requests) == 8
 
 
@@ -269,14 +270,14 @@ from vae_dist.data import datasets
 from vae_dist.config import DataConfig
 torchvision.datasets.KMNIST.mirrors = [{server.url!r}]
 torchvision.datasets.KMNIST.resources = {torchvision.datasets.KMNIST.resources!r}
-print(datasets.prepare(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).training_images)
+print(datasets.load_training_set(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).size)
 """
     server.behaviour = "slow"
     other = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     while not server.requests:
         assert other.poll() is None
         time.sleep(0.01)
-    assert datasets.prepare(config(tmp_path)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path)).size == 30
     assert other.communicate(timeout=120)[0] == "30\n"
     assert len(server.requests) == 4
 
@@ -297,7 +298,7 @@ def test_a_stale_lock_file_does_not_block(server: Server, tmp_path: Path) -> Non
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text("4711\nnode7\n")
-    assert datasets.prepare(config(tmp_path)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path)).size == 30
 
 
 def test_a_lock_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ def test_an_unreachable_mirror_is_reported_with_remedies(tmp_path: Path) -> None
 def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{unused_port()}"
     settings = DataConfig(name="auto", root=str(tmp_path), mirror=nowhere, synthetic_images=60, validation_images=5)
-    assert datasets.prepare(settings).name == "synthetic_digits"
+    assert datasets.load_training_set(settings).name == "synthetic_digits"
     settings.name = "mnist"
     assert "no mirror has what is missing" in refusal(settings)
 
@@ -337,7 +338,7 @@ def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Pa
     ],
 )
 def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    datasets.prepare(config(tmp_path))
+    datasets.load_training_set(config(tmp_path))
     path = tmp_path / "data/KMNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
     message = refusal(config(tmp_path))
@@ -356,7 +357,7 @@ def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Serv
 def test_whatever_lies_in_a_files_place_is_named_and_does_not_block(
     kind: str, expected: str, server: Server, tmp_path: Path
 ) -> None:
-    datasets.prepare(config(tmp_path))
+    datasets.load_training_set(config(tmp_path))
     path = tmp_path / "data/KMNIST/raw/train-labels-idx1-ubyte"
     path.unlink()
     if kind == "folder":
@@ -373,10 +374,10 @@ def test_whatever_lies_in_a_files_place_is_named_and_does_not_block(
 
 
 def test_a_linked_data_root_is_followed(server: Server, tmp_path: Path) -> None:
-    datasets.prepare(config(tmp_path))
+    datasets.load_training_set(config(tmp_path))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     (tmp_path / "data").symlink_to("elsewhere")
-    assert datasets.prepare(config(tmp_path, download=False)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path, download=False)).size == 30
 
 
 @contextmanager
@@ -392,7 +393,7 @@ def without_privileges() -> Iterator[None]:
 
 
 def test_an_unreadable_folder_is_named(server: Server, tmp_path: Path) -> None:
-    datasets.prepare(config(tmp_path))
+    datasets.load_training_set(config(tmp_path))
     folder = tmp_path / "data/KMNIST/raw"
     folder.parent.chmod(0)
     try:
@@ -425,7 +426,7 @@ def test_copies_downloaded_by_hand_are_used_in_place(place: str, form: str, serv
         message = refusal(settings)
         assert str(folder / NAMES[0]) in message and "put it into KMNIST/raw" in message
         return
-    datasets.prepare(settings)
+    datasets.load_training_set(settings)
     images, labels = (small_files()[f"t10k-{kind}-ubyte"] for kind in ("images-idx3", "labels-idx1"))
     test = datasets.load_test(settings)
     assert test.pixels.numpy().tobytes() == images[16:] and bytes(test.labels.tolist()) == labels[8:]
@@ -439,7 +440,7 @@ def test_common_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> 
         path = tmp_path / "data/kmnist" / spelling.replace("{}", name.replace("-idx", ".idx"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert datasets.prepare(config(tmp_path, download=False)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path, download=False)).size == 30
 
 
 def test_a_damaged_copy_is_named_and_only_its_file_is_downloaded(server: Server, tmp_path: Path) -> None:
@@ -460,14 +461,14 @@ def test_a_damaged_copy_is_named_and_only_its_file_is_downloaded(server: Server,
         assert "train-images" not in message and f"{folder / 'kmnist.npz'} (of another format)" in message
     nowhere = refusal(config(tmp_path, mirror=f"http://127.0.0.1:{unused_port()}"))
     assert "missing" in nowhere and "t10k-labels-idx1-ubyte" in nowhere and str(broken) in nowhere
-    assert datasets.prepare(config(tmp_path)).training_images == 30
+    assert datasets.load_training_set(config(tmp_path)).size == 30
     assert server.requests == ["/kmnist/t10k-labels-idx1-ubyte.gz"]
 
 
 @pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not next to this checkout")
 def test_auto_finds_the_real_mnist_in_data_root_itself(tmp_path: Path) -> None:
     settings = DataConfig(name="auto", root=str(REAL_MNIST / "MNIST/raw"), download=False, synthetic_images=60)
-    assert datasets.prepare(settings).name == "mnist"
+    assert datasets.load_training_set(settings).name == "mnist"
 
 
 def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ def test_a_name_is_written_as_it_is_and_without_a_warning() -> None:
 DRAWN = """
 import hashlib, locale, logging, os, sys, warnings
 import torch
-from vae_dist.reports import comparison, page
 from vae_dist import config
+from vae_dist.reports import comparison, report
 from vae_dist.views import sampling
 from vae_dist.views.plots import Curve, lines, scatter
 from vae_dist.training.loop import train

@@ -25,7 +25,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from tests.browser import CHROMIUM, Browser, running
-from tests.conftest import REPOSITORY, opened
+from tests.conftest import REPOSITORY, newest_checkpoint, opened
 from vae_dist import config
 from vae_dist.data import datasets
 from vae_dist.errors import UserError
@@ -35,8 +35,10 @@ from vae_dist.reports import charts, facts, pictures, plane
 from vae_dist.reports.charts import Chart, Curve
 from vae_dist.reports.pictures import GRIDS_CHARACTERS, MOST_GRIDS
 from vae_dist.reports.report import TEMPLATES, environment, report
+from vae_dist.reports.subject import subject_of
 from vae_dist.reports.text import format_number
-from vae_dist.runs import checkpoint, manifest, record
+from vae_dist.runs import manifest
+from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.training.loop import train
 
 MINUS = "\u2212"
@@ -126,7 +128,7 @@ def flat(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def newest(run_dir: Path) -> Path:
-    folder = checkpoint.newest(run_dir)
+    folder = newest_checkpoint(run_dir)
     assert folder is not None
     return folder
 
@@ -200,7 +202,7 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
 def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path, page: Page) -> None:
     """The oracle: the encoder. If an evaluation has the KL of each latent, the bars are its own."""
     found = opened(run_dir)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    vae = found.checkpoint.load_vae(found.config, torch.device("cpu"))
     kl = vae.encode(datasets.to_unit(datasets.load_test(found.config.data).pixels)).kl().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
     assert list(page.readings("KL per latent").items()) == [(f"latent {i}", f"{kl[i]:.4f} nats") for i in falling]
@@ -218,7 +220,7 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
 
 def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> None:
     found = opened(run_dir)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    vae = found.checkpoint.load_vae(found.config, torch.device("cpu"))
     seen = plane.decode_plane(vae, found.config, None)
     pixels = np.asarray(seen.sprite)
     assert (seen.columns, seen.rows, seen.cell, pixels.shape) == (31, 31, (28, 28), (868, 868))
@@ -266,7 +268,7 @@ def test_a_picture_is_exact_if_it_fits_and_bounded_if_not() -> None:
 
 def test_settings_that_differ_come_first_and_all_are_there(trained: Path, page: Page) -> None:
     keys = [text for path, text in page.texts if path.endswith("dl/div/dt/code")]
-    stored = checkpoint.read_config(newest(trained))
+    stored = Checkpoint(newest(trained)).config
     defaults = {option.key: option.default for option in config.options()}
     assert keys == [key for key, value in config.flatten(stored).items() if value != defaults[key]]
     marked = [text for path, text in page.texts if path.endswith("mark")]
@@ -286,21 +288,20 @@ def test_the_command_that_it_gives_trains_bitwise_the_same_weights(trained: Path
 
 def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:
     texts = ["a b", "[1", "'", '"q"', "null", "", "~", "$(reboot)", "{x: y}", "a=b", "\\n"]
-    run = record.read(opened(trained))
+    stored = Checkpoint(newest(trained)).config
     for text in texts:
-        changed = run._replace(config=replace(run.config, data=replace(run.config.data, root=text)))
-        command = facts.command(changed)
+        command = facts.command(replace(stored, data=replace(stored.data, root=text)), processes=1)
         assert config.load(shlex.split(command)[2:]).data.root == config.expand(text)
 
 
-def test_pictures_are_those_of_the_run_without_their_captions(trained: Path, page: Page) -> None:
+def test_pictures_are_those_of_the_run(trained: Path, page: Page) -> None:
     pictures = page.all("img")
     assert [(one["data-step"], "hidden" in one) for one in pictures] == [("20", True), ("40", False)] * 2
-    original = Image.open(trained / "images/samples_step_00000040.png").convert("L")
+    original = Image.open(trained / "images/samples_step_00000040.png")
     side = (28 + 2) * 2 * 8
     assert (pictures[3]["width"], pictures[3]["height"]) == (str(side), str(side))
     shown = Image.open(BytesIO(base64.b64decode(pictures[3]["src"].partition(",")[2])))
-    assert np.array_equal(np.asarray(shown), np.asarray(original.crop((0, 0, side, side))))
+    assert np.array_equal(np.asarray(shown), np.asarray(original))
     assert "Samples from the prior" in pictures[3]["alt"] and "step 40" in pictures[3]["alt"]
 
 
@@ -337,6 +338,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run_dir: Path) -
 
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "log.txt").unlink()
+    (run_dir / "starts.jsonl").unlink()
     shutil.rmtree(run_dir / "images")
     page = page_of(run_dir)
     for said in "no record in metrics.jsonl", "no pictures", "no log.txt", "not recorded", "not been evaluated":
@@ -373,8 +375,8 @@ def test_an_older_checkpoint_has_its_own_evaluation_or_says_that_it_has_none(run
 
 def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
     assert "Trained for 40 steps." in page_of(run_dir).text
-    log = (run_dir / "log.txt").read_text()
-    (run_dir / "log.txt").write_text(log.replace("20 steps an epoch", "50 steps an epoch"))
+    starts = (run_dir / "starts.jsonl").read_text()
+    (run_dir / "starts.jsonl").write_text(starts.replace('"last_step": 40', '"last_step": 100'))
     assert "Stopped at step 40 of 100." in page_of(run_dir).text
     with open(run_dir / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -385,12 +387,12 @@ def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
 
 def named(run_dir: Path) -> Path:
     """The run as its own config names it."""
-    return Path(checkpoint.read_config(newest(run_dir)).runs_dir) / run_dir.name
+    return Path(Checkpoint(newest(run_dir)).config.runs_dir) / run_dir.name
 
 
 def test_without_the_data_there_are_no_points_and_the_rest_is_there(run_dir: Path, tmp_path: Path) -> None:
     folder = newest(run_dir)
-    stored = checkpoint.read_config(folder)
+    stored = Checkpoint(folder).config
     stored.data.name, stored.data.root, stored.data.download = "mnist", str(tmp_path / "nothing"), False
     config.save(stored, folder / "config.yaml")
     reseal(folder)
@@ -422,7 +424,7 @@ def test_malformed_records_and_evaluations_are_ignored(run_dir: Path) -> None:
     kept = json.loads(next((run_dir / "evaluations").iterdir()).read_text())
     for content in b"[1, 2]", b'{"negative_elbo": "low", "step": 40}', b"\xff\xfe", b'{"negative_elbo": NaN}':
         (run_dir / "evaluation.json").write_bytes(content)
-        assert record.read(opened(run_dir)).evaluation == kept
+        assert subject_of(opened(run_dir)).evaluation == kept
     page = page_of(run_dir)
     assert list(page.readings("KL"))[-1] == "step 70" and "step 60" not in page.readings("KL")
     assert max(int(one["data-step"]) for one in page.all("img")) == 40
@@ -464,7 +466,7 @@ def test_the_same_run_gives_the_same_bytes_in_any_folder_and_time_zone(
 def hostile(run_dir: Path) -> Path:
     """An untrusted run, with markup wherever a run can hold text."""
     folder = newest(run_dir)
-    stored = checkpoint.read_config(folder)
+    stored = Checkpoint(folder).config
     stored.tracking.project = MARKUP
     stored.tracking.tags = [MARKUP, "{{log}}"]
     stored.data.root = MARKUP
@@ -511,7 +513,8 @@ def test_a_name_that_is_markup_is_refused(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluation.json", "log.txt", "metrics.jsonl", "images/samples_step_00000040.png", "images"]
+    "name",
+    ["evaluation.json", "log.txt", "metrics.jsonl", "starts.jsonl", "images/samples_step_00000040.png", "images"],
 )
 def test_nothing_is_read_through_a_link_that_leads_out_of_the_run(
     name: str, run_dir: Path, page: Page, tmp_path: Path
@@ -526,6 +529,7 @@ def test_nothing_is_read_through_a_link_that_leads_out_of_the_run(
     page = Page(report(run_dir, [f"output={tmp_path / 'out'}"]).read_text())
     gone = {
         "evaluation.json": "has not been evaluated", "log.txt": "no log.txt", "metrics.jsonl": "no curves",
+        "starts.jsonl": "not recorded",
         "images": "no pictures",
     }  # fmt: skip
     if name in gone:
@@ -663,7 +667,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def sprite(flat: Path) -> np.ndarray[Any, Any]:
     """The decoded images of the run with two latents, computed again."""
     found = opened(flat)
-    vae = checkpoint.load_vae(found.folder, found.config, torch.device("cpu"))
+    vae = found.checkpoint.load_vae(found.config, torch.device("cpu"))
     return np.asarray(plane.decode_plane(vae, found.config, None).sprite)
 
 

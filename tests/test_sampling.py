@@ -18,7 +18,7 @@ from vae_dist.data.datasets import Images, Part
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.models.distributions import DiagonalGaussian
-from vae_dist.runs import checkpoint, console
+from vae_dist.runs import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
 from vae_dist.views.kinds import KINDS
@@ -53,7 +53,7 @@ def picture(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 def posterior_of(run: Path) -> DiagonalGaussian:
     """The posteriors of the test images, all at once."""
     source = opened(run)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     return vae.encode(datasets.to_unit(datasets.load_test(source.config.data).pixels))
 
 
@@ -90,13 +90,14 @@ def test_a_kind_writes_a_picture_and_tensors_the_same_bytes_twice(name: str, run
         assert found["images"].shape == (len(found["latents"]), 1, 28, 28)
         assert found["images"].min() >= 0 and found["images"].max() <= 1
     with Image.open(tmp_path / f"a/images/sample_{name}_step_00000100.png") as logged:
-        assert np.array_equal(np.asarray(logged), picture(folders[0]))
+        height, width = logged.height, logged.width  # the file of the view has its caption below
+        assert np.array_equal(np.asarray(logged), picture(folders[0])[:height, :width])
 
 
-def draw_colours(config: DataConfig, part: Part) -> Images:
+def draw_colours(config: DataConfig, part: Part) -> tuple[Images, str]:
     """Colour images, wider than they are high, without labels."""
     pixels = torch.randint(0, 256, (200, 3, 6, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Images(pixels, torch.zeros(200, dtype=torch.int64))
+    return Images(pixels, torch.zeros(200, dtype=torch.int64)), "colours"
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
     monkeypatch.setattr(datasets, "load_test", refuse)
     found = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
     source = opened(run_dir)
-    vae = checkpoint.load_vae(source.folder, source.config, torch.device("cpu"))
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     training, _ = datasets.load_training(source.config.data)
     posterior = vae.encode(datasets.to_unit(training.pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
@@ -149,7 +150,7 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
 def test_every_training_image_has_one_reproducible_draw(run_dir: Path) -> None:
     source = opened(run_dir, ["evaluate.batch_size=64"])
     with processes.join(source.config) as world:
-        trained = TrainedVAE(checkpoint.load_vae(source.folder, source.config, world.device), source.config, world)
+        trained = TrainedVAE(source.checkpoint.load_vae(source.config, world.device), source.config, world)
         draws = trained.training_draws()
         assert torch.equal(trained.training_draws(), draws)
     assert draws.shape == (1000, 8)
@@ -335,12 +336,12 @@ def test_only_the_main_process_shows_the_progress_of_long_work(
 ) -> None:
     def work(is_main: bool) -> str:
         console.start(Process(rank=0 if is_main else 1))
-        with console.progress("decoding", 2000, is_main=is_main) as advance:
+        with progress.progress("decoding", 2000, is_main=is_main) as advance:
             advance(500)
             advance(1000)
         return capsys.readouterr().err
 
     assert work(is_main=True) == ""
-    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     assert work(is_main=True) == "decoding: 25%, 0:00 left\ndecoding: 75%, 0:00 left\n"
     assert work(is_main=False) == ""

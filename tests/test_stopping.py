@@ -13,15 +13,16 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, MakeConfig
+from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint
 from tests.test_trainer import final, timeless
 from vae_dist.config import Config
 from vae_dist.distributed.stopping import SIGNALS, StopRequests
 from vae_dist.errors import StoppedError
 from vae_dist.evaluation import metrics
 from vae_dist.objectives import ElboTerms
-from vae_dist.runs import checkpoint
-from vae_dist.training import loop, milestones
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.lookup import find
+from vae_dist.training import cadence, loop, milestones
 from vae_dist.training.loop import train
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
@@ -41,7 +42,7 @@ def none_ignored() -> Iterator[None]:
 
 def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Train, with a signal to this process after `step` steps; return the run's exit code."""
-    due = loop.due
+    due = cadence.due
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
         if done == step and every == asked.train.log_every:
@@ -66,7 +67,7 @@ def test_a_stopped_run_saves_its_step_and_resumes_bitwise(
     whole = train(make_config("name=whole", *settings))
     asked = make_config("name=stopped", *settings)
     assert train_with_signal(asked, number, 33, monkeypatch) == exit_code
-    stopped = checkpoint.find(Path("runs/stopped"), Path("runs"))
+    stopped = find(Path("runs/stopped"), Path("runs")).folder
     assert stopped.name == "step_00000033"
     assert "step 33 of 40 is saved" in Path("runs/stopped/log.txt").read_text()
     run_dir = train(asked)
@@ -96,8 +97,8 @@ def test_a_validation_cut_by_a_stop_is_repeated_on_resume(
         with monkeypatch.context() as patch, pytest.raises(StoppedError):
             patch.setattr(milestones, "score", interrupted(metrics.score, step // 20))
             train(make_config(f"name={name}", *settings))
-        folder = checkpoint.find(Path("runs") / name, Path("runs"))
-        assert checkpoint.read_state(folder).step == step and checkpoint.read_state(folder).validation_pending
+        folder = find(Path("runs") / name, Path("runs")).folder
+        assert Checkpoint(folder).state.step == step and Checkpoint(folder).state.validation_pending
         assert not [row for row in timeless(Path("runs") / name) if row["step"] == step and "validation/kl" in row]
         with open(
             f"runs/{name}/metrics.jsonl", "a"
@@ -120,7 +121,7 @@ def test_outside_the_main_thread_a_training_runs_without_them(make_config: MakeC
     thread = threading.Thread(target=lambda: done.append(train(make_config("name=a", "train.steps=3"))))
     thread.start()
     thread.join()
-    assert done and checkpoint.newest(done[0]) is not None
+    assert done and newest_checkpoint(done[0]) is not None
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored() -> None:
@@ -197,7 +198,7 @@ def test_a_signal_to_torchrun_stops_three_processes_after_the_same_step(
     assert time.monotonic() - asked < 15 and launcher.returncode == 1
     assert not [worker for worker in workers if worker.is_running()]
     (step,) = {line.split("; step ")[1].split(" of ")[0] for line in said.splitlines() if "asked to stop; step" in line}
-    assert checkpoint.find(Path("runs/a"), Path("runs")).name == f"step_{int(step):08d}"
+    assert find(Path("runs/a"), Path("runs")).folder.name == f"step_{int(step):08d}"
 
 
 def test_the_tracker_is_closed_when_a_run_is_stopped(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

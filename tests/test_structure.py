@@ -80,6 +80,11 @@ def test_a_library_is_imported_in_one_place(library: str) -> None:
         assert str(path.relative_to(PACKAGE)).startswith(tuple(LIBRARIES[library]))
 
 
+def test_no_module_is_long() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES}
+    assert not {name: length for name, length in lengths.items() if length > 250}
+
+
 def test_every_folder_says_what_is_in_it() -> None:
     for folder in FOLDERS:
         assert ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())), folder

@@ -35,7 +35,9 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.runs import checkpoint, console, tracking
+from vae_dist.runs import console, tracking, wandb_client, wandb_identity, wandb_run
+from vae_dist.runs.lookup import find
+from vae_dist.runs.metrics_log import MetricsLog
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.tracking import Tracker
 from vae_dist.training.loop import train
@@ -152,7 +154,7 @@ def test_a_run_that_was_stored_without_an_owner_has_its_name_to_tell_it_by(
     for parent, name, expected in (("runs", "mine", "abc"), ("elsewhere", "mine", "abc"), ("runs", "other", None)):
         run_dir = tmp_path / parent / name
         run_dir.mkdir(parents=True)
-        assert tracking.own_id(stored, run_dir) == expected
+        assert wandb_identity.own_id(stored, run_dir) == expected
 
 
 def test_the_best_checkpoint_is_an_artifact_on_request(make_config: MakeConfig) -> None:
@@ -162,7 +164,7 @@ def test_the_best_checkpoint_is_an_artifact_on_request(make_config: MakeConfig) 
         run_dir = train(make_config(f"name={wanted}", f"tracking.artifact={str(wanted).lower()}", *settings))
         (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
         record = file.read_bytes()
-        best = checkpoint.find(run_dir / "best", run_dir)
+        best = find(run_dir / "best", run_dir).folder
         assert (f"checkpoint-{configs.read(run_dir / 'config.yaml').tracking.id}".encode() in record) == wanted
         assert (best.name.encode() in record) == wanted
         for path in best.iterdir():
@@ -178,7 +180,7 @@ def test_a_failed_run_is_marked_as_failed(make_config: MakeConfig) -> None:
 
 
 def test_training_needs_no_wandb(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(wandb_client, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     run_dir = train(make_config("name=mine", "tracking.wandb=auto", "train.steps=5"))
     assert "wandb is not installed" in (run_dir / "log.txt").read_text()
@@ -202,7 +204,7 @@ def test_rows_beyond_the_checkpoint_are_cut_and_half_a_row_does_no_harm(tmp_path
     text = "".join(json.dumps(row) + "\n" for row in rows)
     for torn in (b'{"step": 20, "tra', b"\0\0\0\0", b"\xff", b"{}", b"20"):
         (tmp_path / "metrics.jsonl").write_bytes(text.encode() + torn)
-        directory = tracking.RunDirectory(tmp_path, start=10)
+        directory = MetricsLog(tmp_path, start=10)
         directory.scalars(15, {"train/loss": 1.5})
         assert rows_of(tmp_path) == [*rows[:2], {"step": 15, "train/loss": 1.5}]
 
@@ -215,7 +217,7 @@ def test_flushed_rows_have_reached_the_disk(tmp_path: Path, monkeypatch: pytest.
         found = os.fstat(descriptor)
         synced.append((found.st_ino, found.st_size))
 
-    tracker = Tracker([tracking.RunDirectory(tmp_path, start=0)])
+    tracker = Tracker([MetricsLog(tmp_path, start=0)])
     tracker.scalars(1, {"train/loss": 1.0})
     monkeypatch.setattr(os, "fsync", recorded)
     tracker.flush()
@@ -237,7 +239,7 @@ def full_disk(size: int) -> Iterator[None]:
 
 def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     run_dir = tmp_path / "mine"
-    tracker = Tracker([tracking.RunDirectory(run_dir, start=0)])
+    tracker = Tracker([MetricsLog(run_dir, start=0)])
     tracker.pictures(1, lambda: picture(1))
     (old,) = (run_dir / "images").iterdir()
     before = old.read_bytes()
@@ -251,10 +253,10 @@ def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_deleted_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     in_training = (0, RunError, "put the folder back; .* with name=mine")
-    looked_at = (None, UserError, "give the same command again$")
+    looked_at = (None, UserError, "run the same command again$")
     for start, kind, remedy in (in_training, looked_at):
         run_dir = tmp_path / "mine"
-        tracker = Tracker([tracking.RunDirectory(run_dir, start)])
+        tracker = Tracker([MetricsLog(run_dir, start)])
         shutil.rmtree(run_dir)
         calls: list[Callable[[], None]] = [
             lambda: tracker.scalars(1, {"train/loss": 1.0}),  # noqa: B023
@@ -271,7 +273,7 @@ def test_a_link_in_the_run_directory_leads_no_row_and_no_picture_out_of_it(tmp_p
     mine.write_text("mine\n")
     (run_dir / "images").mkdir(parents=True)
     (run_dir / "images/samples_step_00000001.png").symlink_to(mine)
-    tracking.RunDirectory(run_dir, None).pictures(1, picture(1))
+    MetricsLog(run_dir, None).pictures(1, picture(1))
     with Image.open(run_dir / "images/samples_step_00000001.png") as image:
         assert image.format == "PNG"
     assert mine.read_text() == "mine\n"
@@ -282,7 +284,7 @@ def test_a_link_in_the_run_directory_leads_no_row_and_no_picture_out_of_it(tmp_p
         (run_dir / name).symlink_to(mine)
         for start in (None, 0):
             with pytest.raises(UserError, match=f"{name} is a symbolic link"):
-                tracking.RunDirectory(run_dir, start)
+                MetricsLog(run_dir, start)
     assert mine.read_text() == "mine\n"
 
 
@@ -412,20 +414,22 @@ ALL_COMMANDS = """
 import os, sys
 import wandb
 from vae_dist import config
-from vae_dist.reports import comparison, page
-from vae_dist.evaluation import metrics as evaluation
-from vae_dist.views import sampling
-from vae_dist.training import loop as trainer
+from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.reports.comparison import compare
+from vae_dist.reports.report import report
+from vae_dist.reports.study import study
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 before = dict(os.environ)
 arguments = sys.argv[1:]
-run = trainer.train(config.load([*arguments, "name=mine", "tracking.wandb=offline", "tracking.artifact=true"]))
-evaluation.evaluate(run)
-sampling.sample(run)
-page.report(run)
-study = config.load_study([*arguments, "name=s", "tracking.wandb=auto", "optim.learning_rate=1e-3,1e-4"])
-comparison.study(study)
-comparison.compare([run, run.parent / "s-learning_rate-0.001"])
+run = train(config.load([*arguments, "name=mine", "tracking.wandb=offline", "tracking.artifact=true"]))
+evaluate(run)
+sample(run)
+report(run)
+asked = config.load_study([*arguments, "name=s", "tracking.wandb=auto", "optim.learning_rate=1e-3,1e-4"])
+study(asked)
+compare([run, run.parent / "s-learning_rate-0.001"])
 changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
 assert not [name for name in changed - {"WANDB_SERVICE"} if "WANDB" in name], changed
 assert wandb.setup().settings.mode == "online"
@@ -463,10 +467,10 @@ UNREACHED = """
 import logging, sys
 from pathlib import Path
 from vae_dist import config
-from vae_dist.runs import tracking
+from vae_dist.runs import tracking, wandb_client
 
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-tracking.REACH_SECONDS = 1
+wandb_client.REACH_SECONDS = 1
 with tracking.track(config.load(["tracking.wandb=auto"]), Path("run"), is_main=True, start=0) as tracker:
     tracker.scalars(1, {"train/loss": 1.0})
 """
@@ -645,7 +649,7 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log_in(server, monkeypatch)
-    monkeypatch.setattr(tracking, "REACH_SECONDS", 1)
+    monkeypatch.setattr(wandb_client, "REACH_SECONDS", 1)
     server.fail(fault, after)
     run_dir = tmp_path / "run"
     started = time.monotonic()
@@ -670,7 +674,7 @@ def test_a_server_lost_on_the_way_costs_no_row_and_no_time(
     fault: Fault, make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1)
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 1)
     run_dir = tmp_path / "run"
     with tracked(make_config("tracking.wandb=auto", "tracking.id=abc"), run_dir) as tracker:
         assert log(tracker, range(1, 51)) < AT_ONCE
@@ -740,9 +744,9 @@ def test_a_service_that_no_longer_answers_holds_up_nothing(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
-    monkeypatch.setattr(tracking, "BACKLOG", 100)
-    monkeypatch.setattr(tracking, "STOP_SECONDS", 2)
-    monkeypatch.setattr(tracking, "END_SECONDS", 1)
+    monkeypatch.setattr(wandb_client, "BACKLOG", 100)
+    monkeypatch.setattr(wandb_run, "STOP_SECONDS", 2)
+    monkeypatch.setattr(wandb_client, "END_SECONDS", 1)
     run_dir = tmp_path / "run"
     with tracked(make_config("tracking.wandb=auto"), run_dir) as tracker:
         (service,) = services()
@@ -761,9 +765,9 @@ def test_a_service_that_never_answers_leaves_wandb_out(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
-    monkeypatch.setattr(tracking, "REACH_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "CLIENT_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_client, "REACH_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_client, "CLIENT_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_client, "END_SECONDS", 0.5)
     run_dir = tmp_path / "run"
     with socket.socket(socket.AF_UNIX) as mute:
         mute.bind("mute")
@@ -800,8 +804,8 @@ def test_a_run_that_is_asked_to_stop_waits_for_no_server(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
-    monkeypatch.setattr(tracking, "STOP_SECONDS", 4)  # FINISH_SECONDS stays what it is
-    monkeypatch.setattr(tracking, "END_SECONDS", 1)
+    monkeypatch.setattr(wandb_run, "STOP_SECONDS", 4)  # FINISH_SECONDS stays what it is
+    monkeypatch.setattr(wandb_client, "END_SECONDS", 1)
     run_dir = tmp_path / "run"
     with (
         pytest.raises(StoppedError),
@@ -827,8 +831,8 @@ def test_a_training_ends_in_time_when_wandb_hangs_in_the_middle_of_it(
     monkeypatch.delenv("WANDB_SILENT")
     program = f"""
 import runpy, sys
-from vae_dist.runs import tracking
-tracking.FINISH_SECONDS = tracking.END_SECONDS = 1
+from vae_dist.runs import wandb_client, wandb_run
+wandb_run.FINISH_SECONDS = wandb_client.END_SECONDS = 1
 sys.argv[0] = {str(REPOSITORY / "vae_dist/train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

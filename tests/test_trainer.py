@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, newest_checkpoint
 from vae_dist import config, objectives
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
@@ -18,9 +18,10 @@ from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.plan import Plan
-from vae_dist.runs import checkpoint, picture, tracking
-from vae_dist.runs.picture import Picture
-from vae_dist.training import loop
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.lookup import find
+from vae_dist.runs.run import Run
+from vae_dist.training import cadence, loop
 from vae_dist.training.loop import train
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
@@ -37,7 +38,7 @@ def timeless(run_dir: Path) -> list[dict[str, Any]]:
 
 def final(run_dir: Path) -> dict[str, bytes]:
     """The newest checkpoint's tensors, to be compared bit by bit."""
-    folder = checkpoint.newest(run_dir)
+    folder = newest_checkpoint(run_dir)
     assert folder is not None
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
 
@@ -49,7 +50,7 @@ def test_a_run_leaves_what_the_readme_says(make_config: MakeConfig) -> None:
     pictures = {f"images/{kind}_step_{step:08d}.png" for kind in ("reconstructions", "samples") for step in (20, 40)}
     parts = ("config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
     saved = {f"checkpoints/step_{step:08d}/{part}" for step in (20, 40) for part in parts}
-    assert found == {".lock", "config.yaml", "metrics.jsonl", "log.txt", *pictures, *saved}
+    assert found == {".lock", "config.yaml", "metrics.jsonl", "starts.jsonl", "log.txt", *pictures, *saved}
     for path in pictures:
         Image.open(run_dir / path).verify()
     log = (run_dir / "log.txt").read_text()
@@ -76,7 +77,7 @@ def test_rows_hold_the_metrics_by_their_names(make_config: MakeConfig) -> None:
 def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None:
     """The oracle: twelve steps of textbook PyTorch on the plan's batches and noise."""
     asked = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
-    ours = load_file(checkpoint.find(train(asked), Path()) / "model.safetensors")
+    ours = load_file(find(train(asked), Path()).folder / "model.safetensors")
 
     training, _ = datasets.load_training(asked.data)
     plan = Plan(asked.seed, 1000, 50)
@@ -116,7 +117,7 @@ def test_a_stopped_run_writes_the_same_rows(make_config: MakeConfig, monkeypatch
     """Stopped by force between a checkpoint and the end, at a step that no cadence knows."""
     settings = ["checkpoint.every=9", "train.log_every=7"]
     whole = train(make_config("name=whole", *settings))
-    plain_due, calls = loop.due, []
+    plain_due, calls = cadence.due, []
 
     def stop_in_step_33(done: int, every: int, last_step: int) -> bool:
         calls.append(done)
@@ -136,7 +137,7 @@ def test_a_stopped_run_writes_the_same_rows(make_config: MakeConfig, monkeypatch
 def test_accumulation_gives_the_unsplit_batch(make_config: MakeConfig) -> None:
     unsplit = train(make_config("name=unsplit", "train.precision=fp64", "train.steps=20"))
     split = train(make_config("name=split", "train.precision=fp64", "train.steps=20", "train.accumulate=3"))
-    ours, theirs = (load_file(checkpoint.find(run, Path()) / "model.safetensors") for run in (split, unsplit))
+    ours, theirs = (load_file(find(run, Path()).folder / "model.safetensors") for run in (split, unsplit))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
 
@@ -177,20 +178,11 @@ def test_what_the_first_step_takes_longer_is_not_in_the_speed(
     assert first["train/images_per_second"] > 10 * 100 / 2
 
 
-def test_without_validation_images_there_are_no_validation_rows_and_pictures_say_so(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captions = []
-    with_caption = picture.with_caption
-
-    def record(shown: Picture) -> Image.Image:
-        captions.append(shown.caption)
-        return with_caption(shown)
-
-    monkeypatch.setattr(tracking, "with_caption", record)
+def test_without_validation_images_there_are_no_validation_rows_and_pictures_say_so(make_config: MakeConfig) -> None:
     run_dir = train(make_config("data.validation_images=0", "train.steps=10"))
     assert not [row for row in rows(run_dir) if "validation/kl" in row]
-    assert captions[0].startswith("synthetic_digits, TRAINING images, step 10;")
+    drawn = Image.open(run_dir / "images/reconstructions_step_00000010.png")
+    assert drawn.text["Description"].startswith("synthetic_digits, TRAINING images, step 10;")  # type: ignore[attr-defined]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
@@ -219,7 +211,7 @@ def test_a_launcher_that_restarts_its_processes_continues_its_run(
 
 
 def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match="no checkpoint to go on from"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         train(make_config("name=a", "checkpoint.resume=must"))
     first = train(make_config("name=a", "train.steps=5"))
     with pytest.raises(UserError, match="choose another name"):
@@ -247,7 +239,7 @@ def test_a_bad_checkpoint_is_named_and_passed_over(make_config: MakeConfig, caps
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(make_config("name=a", "checkpoint.every=5", "train.steps=15"))
     for said in capsys.readouterr().err, (run_dir / "log.txt").read_text():
-        assert "passing over a checkpoint" in said and f"{damaged} has " in said and "going on after step 5" in said
+        assert "skipping a checkpoint" in said and f"{damaged} has " in said and "resuming after step 5" in said
     assert final(run_dir) == final(whole) and timeless(run_dir) == timeless(whole)
     for part in ("step_00000010", "step_00000015"):
         (run_dir / "checkpoints" / part / "manifest.json").write_text("{}")
@@ -273,7 +265,7 @@ def test_a_run_that_goes_back_forgets_what_came_later(make_config: MakeConfig) -
     again = train(make_config(*settings, "train.steps=10", f"checkpoint.resume={run_dir}/checkpoints/step_00000005"))
     steps = [row["step"] for row in rows(again) if "train/loss" in row]
     assert steps == [5, 10]
-    found = checkpoint.newest(run_dir)
+    found = newest_checkpoint(run_dir)
     assert found is not None and found.name == "step_00000010"
     assert len(list((run_dir / "checkpoints").glob("set_aside-*"))) == 3
 
@@ -283,14 +275,14 @@ def test_a_branch_that_is_started_again_goes_on_from_its_own_checkpoints(make_co
     settings = ["name=b", f"checkpoint.resume={first}", "checkpoint.every=5"]
     train(make_config(*settings, "train.steps=10"))
     branch = train(make_config(*settings, "train.steps=15"))
-    assert "going on after step 10 of 15" in (branch / "log.txt").read_text()
+    assert "resuming after step 10 of 15" in (branch / "log.txt").read_text()
 
 
 def test_two_trainings_never_write_one_directory(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("vae_dist.runs.run.LOCK_SECONDS", 0.1)
     run_dir = train(make_config("name=a", "train.steps=5"))
     with (
-        checkpoint.locked(run_dir),
+        Run(run_dir).claim(),
         pytest.raises(UserError, match=r"another training is writing .*; wait for its end"),
     ):
         train(make_config("name=a", "train.steps=10"))
@@ -307,9 +299,9 @@ def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, mo
 
     monkeypatch.setattr(Batches, "__call__", spoiled)
     asked = make_config("name=a", "train.steps=8", "train.nonfinite=skip", "optim.max_grad_norm=10")
-    skipped = load_file(checkpoint.find(train(asked), Path()) / "model.safetensors")
+    skipped = load_file(find(train(asked), Path()).folder / "model.safetensors")
     without = load_file(
-        checkpoint.find(train(make_config("name=b", "train.steps=7", "optim.max_grad_norm=10")), Path())
+        find(train(make_config("name=b", "train.steps=7", "optim.max_grad_norm=10")), Path()).folder
         / "model.safetensors"
     )
     assert all(torch.equal(skipped[name], without[name]) for name in without)
@@ -319,13 +311,13 @@ def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, mo
     with pytest.raises(RunError, match="not finite in step 8"):
         train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.log_every=1000"))
     went_on = train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.nonfinite=skip"))
-    assert checkpoint.read_state(went_on / "checkpoints/step_00000020").skipped_updates == 1
+    assert Checkpoint(went_on / "checkpoints/step_00000020").state.skipped_updates == 1
 
 
 def test_a_directory_that_is_deleted_during_the_run_is_said(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain_due = loop.due
+    plain_due = cadence.due
 
     def delete_after_step_7(done: int, every: float, last_step: int) -> bool:
         if done == 7:
@@ -377,7 +369,7 @@ def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def precision(*arguments: str) -> str:
-        folder = checkpoint.find(train(make_config("train.steps=1", *arguments)), Path())
+        folder = find(train(make_config("train.steps=1", *arguments)), Path()).folder
         return config.read(folder / "config.yaml").train.precision
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial, partialmethod
 from itertools import count
 from pathlib import Path
@@ -28,10 +27,8 @@ from safetensors.torch import save_file
 
 from vae_dist import config
 from vae_dist.compute.compiled import Compiled
-from vae_dist.config import DataConfig
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
-from vae_dist.data.datasets import Images
 from vae_dist.distributed import environment, fingerprints, precision, processes, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
@@ -39,7 +36,7 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.objectives import ElboTerms, schedule
 from vae_dist.plan import Plan
 from vae_dist.runs import console
-from vae_dist.runs.start import settle
+from vae_dist.runs.claim import claim
 from vae_dist.training import milestones
 from vae_dist.training.loop import train
 from vae_dist.training.update import Update
@@ -48,9 +45,9 @@ from vae_dist.views.sampling import sample
 
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write the global batches of the first 25 steps: images, noise, learning rate."""
-    with ExitStack() as held, processes.join(config.load(arguments)) as world:
-        asked, _, _ = world.on_main(lambda: settle(config.load(arguments), world, held))
-        training, _ = datasets.load_training(asked.data)
+    with processes.join(config.load(arguments)) as world, claim(config.load(arguments), world) as (run, training_set):
+        asked = run.config
+        training, _ = datasets.split(training_set, asked.data)
         plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
         batches = Batches(training, plan, asked, world)
         size = plan.batch_size
@@ -87,7 +84,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
             elif what == "torch":
                 patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
-                patch.setattr(datasets, "load_training", partial(without_a_pixel, datasets.load_training))
+                patch.setattr(datasets, "_read_digits", partial(with_another_pixel, datasets._read_digits))
             elif what in ("weights", "moments"):
                 patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__, what))
             return record_refusal(output, arguments)
@@ -165,10 +162,13 @@ def fill_the_disk(output: str, arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def without_a_pixel(load: Callable[[DataConfig], tuple[Images, Images]], asked: DataConfig) -> tuple[Images, Images]:
-    training, validation = load(asked)
-    training.pixels[0, 0, 0, 0] += 1
-    return training, validation
+def with_another_pixel(
+    read: Callable[..., Any], cache: Path, count: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The digits of another, whole file."""
+    tensors, _ = read(cache, count)
+    tensors["train_pixels"][0, 0, 0, 0] += 1
+    return tensors, datasets._digest(tensors)
 
 
 def nudge(update: Update, take: Callable[..., None], what: str, *inputs: Any) -> None:

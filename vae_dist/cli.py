@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from vae_dist import config
 from vae_dist.config import Config
-from vae_dist.runs import console
+from vae_dist.runs import console, streams
 
 
 def run(command: Callable[[list[str]], None], usage: str | None, keys: tuple[str, ...] = ("",)) -> NoReturn:
@@ -21,7 +21,7 @@ def run(command: Callable[[list[str]], None], usage: str | None, keys: tuple[str
 
     def body() -> None:
         if {"--help", "-h"} & set(arguments):
-            console.say(config.help_text(usage or "", keys))
+            streams.say(config.help_text(usage or "", keys))
         else:
             command(arguments)
 
@@ -33,5 +33,5 @@ def load(arguments: list[str]) -> Config | None:
     loaded = config.load([argument for argument in arguments if argument != "--print-config"])
     if "--print-config" not in arguments:
         return loaded
-    console.say(config.to_yaml(loaded))
+    streams.say(config.to_yaml(loaded))
     return None

@@ -50,7 +50,7 @@ from vae_dist.models import build_vae
 from vae_dist.models.distributions import Bernoulli
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
-from vae_dist.training.loop import due
+from vae_dist.training.cadence import due
 from vae_dist.training.meter import Meter
 from vae_dist.training.update import Update
 

@@ -42,7 +42,7 @@ class Images(NamedTuple):
 
 
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels as floats in [0, 1]."""
+    """Convert uint8 pixels to floats in [0, 1]."""
     return pixels.to(dtype).div_(255)
 
 
@@ -52,73 +52,88 @@ def check_name(name: str) -> None:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}")
 
 
-class Prepared(NamedTuple):
-    """What a run has to know of its data before it starts."""
+class TrainingSet(NamedTuple):
+    """The training images of a data set, validation images included."""
 
     name: str
-    training_images: int  # validation images counted in
-    image_shape: list[int]  # C, H, W
+    images: Images
+    identity: str  # a hash of the verified files that the images come from
+
+    @property
+    def size(self) -> int:
+        return len(self.images.labels)
+
+    @property
+    def image_shape(self) -> list[int]:
+        """C, H, W."""
+        return list(self.images.pixels.shape[1:])
 
 
-def prepare(config: DataConfig) -> Prepared:
-    """Make the data set's files ready under `data.root`, and settle its name where it is `auto`.
+def load_training_set(config: DataConfig) -> TrainingSet:
+    """Make the data set's files ready under `data.root`, and read its training images.
 
-    Raises UserError where a set that was named can't be had, and where a file is damaged.
+    `data.name=auto` is MNIST, or the embedded digits if MNIST can't be had. Raises UserError if a named set can't be
+    had or a file is damaged.
     """
-    name, (pixels, _) = _first_to_be_had(config)
-    return Prepared(name, len(pixels), list(pixels.shape[1:]))
-
-
-def _first_to_be_had(config: DataConfig) -> tuple[str, Images]:
-    """The name and the training images of the set that was named; for `auto`, of MNIST or of the embedded digits."""
     if config.name != "auto":
-        return config.name, _load(config, "train")
+        return TrainingSet(config.name, *_load(config, "train"))
     try:
-        return "mnist", _load(replace(config, name="mnist"), "train")
+        return TrainingSet("mnist", *_load(replace(config, name="mnist"), "train"))
     except mnist.UnreachableError as error:
         logger.warning("MNIST can't be had: %s", error)
         warn_of_fallback()
-    return FALLBACK, _load(replace(config, name=FALLBACK), "train")
+    return TrainingSet(FALLBACK, *_load(replace(config, name=FALLBACK), "train"))
 
 
 def warn_of_fallback() -> None:
     """Say that the images are not those that `auto` stands for."""
-    logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): figures do not compare with MNIST's", FALLBACK)
+    logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): metrics are not comparable with MNIST's", FALLBACK)
 
 
-def _load(config: DataConfig, part: Part) -> Images:
-    """One part of the set that is named. Raises UserError where its images are not what the config says."""
-    check_name(config.name)
-    if config.name == "auto":
-        raise UserError("data.name=auto is settled when a training starts; name the data set here")
-    images = DATASETS[config.name](config, part)
-    image_shape = list(images.pixels.shape[1:])
-    if config.image_shape not in (None, image_shape):
-        raise UserError(f"data.image_shape={config.image_shape} but the images of {config.name} are {image_shape}")
-    return images
-
-
-def load_training(config: DataConfig) -> tuple[Images, Images]:
-    """The training images, and the validation images that are held out of them: the same for every seed."""
-    images = _load(config, "train")
-    count, held_out = len(images.labels), config.validation_images
-    if held_out >= count:
-        raise UserError(f"data.validation_images={held_out} leaves nothing of {count} training images; use fewer")
-    order = permutation(FIXED_SEED, Stream.SPLIT, 0, count)
+def split(training_set: TrainingSet, config: DataConfig) -> tuple[Images, Images]:
+    """Return the images to train on, and the validation images held out of them: the same for every seed."""
+    images, held_out = training_set.images, config.validation_images
+    if held_out >= training_set.size:
+        raise UserError(
+            f"data.validation_images={held_out} leaves nothing of {training_set.size} training images; use fewer"
+        )
+    order = permutation(FIXED_SEED, Stream.SPLIT, 0, training_set.size)
     validation = images.select(order[:held_out].sort().values)
     training = images.select(order[held_out:].sort().values)
     if config.binarize == "threshold":
-        training = _threshold(training)  # "dynamic" is left to the plan, which draws anew at every step
+        training = _threshold(training)  # "dynamic" is left to the plan, which draws again at every step
     return training, _binarize_once(validation, config, step=0)
 
 
+def load_training(config: DataConfig) -> tuple[Images, Images]:
+    """Read the images to train on, and the validation images. Raises UserError for data.name=auto."""
+    _require_name(config)
+    return split(load_training_set(config), config)
+
+
 def load_test(config: DataConfig) -> Images:
-    """The test images. Training never asks for them."""
-    return _binarize_once(_load(config, "test"), config, step=1)
+    """Read the test images. Training never uses them. Raises UserError for data.name=auto."""
+    _require_name(config)
+    return _binarize_once(_load(config, "test")[0], config, step=1)
+
+
+def _require_name(config: DataConfig) -> None:
+    if config.name == "auto":
+        raise UserError("data.name=auto is resolved when a training starts; name the data set here")
+
+
+def _load(config: DataConfig, part: Part) -> tuple[Images, str]:
+    """Read one part of the named set, with its identity. Raises UserError if its images do not fit the config."""
+    check_name(config.name)
+    images, identity = DATASETS[config.name](config, part)
+    image_shape = list(images.pixels.shape[1:])
+    if config.image_shape not in (None, image_shape):
+        raise UserError(f"data.image_shape={config.image_shape} but the images of {config.name} are {image_shape}")
+    return images, identity
 
 
 def _binarize_once(images: Images, config: DataConfig, step: int) -> Images:
-    """Held-out images are drawn from a fixed seed, so that every run is scored on the same ones."""
+    """Binarise held-out images with a fixed seed, so that every run is evaluated on the same ones."""
     if config.binarize == "dynamic" and len(images.labels) > 0:
         rows = range(len(images.labels))
         return images._replace(pixels=bernoulli_pixels(images.pixels, FIXED_SEED, step, rows))
@@ -129,35 +144,35 @@ def _threshold(images: Images) -> Images:
     return images._replace(pixels=(images.pixels >= 128).to(torch.uint8) * 255)
 
 
-def _load_mnist(config: DataConfig, part: Part, name: str) -> Images:
-    return Images(*mnist.load(name, _root(config), part, download=config.download, mirror=config.mirror))
+def _load_mnist(config: DataConfig, part: Part, name: str) -> tuple[Images, str]:
+    pixels, labels, identity = mnist.load(name, _root(config), part, download=config.download, mirror=config.mirror)
+    return Images(pixels, labels), identity
 
 
 def _root(config: DataConfig) -> Path:
     return Path(expand(config.root, "data.root"))
 
 
-def _load_digits(config: DataConfig, part: Part) -> Images:
-    """The embedded digits: drawn once, then kept under `data.root` where that can be written to."""
+def _load_digits(config: DataConfig, part: Part) -> tuple[Images, str]:
+    """Read the embedded digits. They are drawn once, and cached under `data.root` if that is writable."""
     count = config.synthetic_images
     folder = _root(config) / FALLBACK
     cache = folder / f"{count}_{digits.drawing_version()}.safetensors"
-    tensors = _read_digits(cache, count)
-    if tensors is None:
-        tensors = _draw_digits(count)
+    cached = _read_digits(cache, count)
+    tensors, digest = cached or _draw_digits(count)
+    if cached is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, save({**tensors, "sha256": _digest(tensors)}))
+            write_atomically(cache, save({**tensors, "sha256": digest}))
         except OSError as error:
             logger.info("the digits are not kept: can't write to %s (%s)", folder, reason(error))
-    return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"])
+    return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"]), digest.numpy().tobytes().hex()
 
 
-def _read_digits(cache: Path, count: int) -> dict[str, Tensor] | None:
-    """The digits that were kept, None where there are none that are whole and of this very drawing.
+def _read_digits(cache: Path, count: int) -> tuple[dict[str, Tensor], Tensor] | None:
+    """Return the cached digits and their digest, None if they are missing, damaged or of another drawing.
 
-    The digest finds damage and what was meant for something else. Against those who may write to `data.root` it is no
-    help, as they could have it fit: they choose the images.
+    The digest finds damage. It does not protect against who may write to `data.root`: they choose the images anyway.
     """
     like = dict(zip(("pixels", "labels"), digits.draw_digits(range(0)), strict=True))
     expected = {
@@ -180,13 +195,13 @@ def _read_digits(cache: Path, count: int) -> dict[str, Tensor] | None:
     if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected:
         digest = tensors.pop("sha256")
         if torch.equal(digest, _digest(tensors)):
-            return tensors
-    logger.warning("%s is not what is kept there; the digits are drawn anew", cache)
+            return tensors, digest
+    logger.warning("%s is not a whole cache of these digits; they are drawn again", cache)
     return None
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
-    """A hash of the drawing that these digits are of, and of their bits: uint8 `(32,)`."""
+    """Hash the version of the drawing and the digits' bits: uint8 `(32,)`."""
     digest = hashlib.sha256(digits.drawing_version().encode())
     for name in sorted(tensors):
         digest.update(tensors[name].numpy().data)
@@ -194,20 +209,21 @@ def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _draw_digits(count: int) -> dict[str, Tensor]:
+def _draw_digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
     logger.info("drawing %d digits", count + count // 6)
     train_pixels, train_labels = digits.draw_digits(range(count))
     test_pixels, test_labels = digits.draw_digits(range(TEST_DIGITS_START, TEST_DIGITS_START + count // 6))
-    return {
+    tensors = {
         "train_pixels": train_pixels,
         "train_labels": train_labels,
         "test_pixels": test_pixels,
         "test_labels": test_labels,
     }
+    return tensors, _digest(tensors)
 
 
-# Name in a config -> images of one part. The files are fetched or made where they are missing.
-DATASETS: dict[str, Callable[[DataConfig, Part], Images]] = {
+# Name in a config -> the images of one part and their identity. Missing files are downloaded or made.
+DATASETS: dict[str, Callable[[DataConfig, Part], tuple[Images, str]]] = {
     "fashion_mnist": partial(_load_mnist, name="fashion_mnist"),
     "kmnist": partial(_load_mnist, name="kmnist"),
     "mnist": partial(_load_mnist, name="mnist"),

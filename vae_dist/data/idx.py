@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,27 +14,35 @@ from torch import Tensor
 FILE_BYTES = 48 * 2**20  # unpacked; the largest file has 45 MiB
 
 
+class IdxFile(NamedTuple):
+    """A file's values, uint8, and the sha256 of its unpacked content."""
+
+    values: Tensor
+    sha256: str
+
+
 class BadFileError(Exception):
     """The bytes are not those of the file that they should be."""
 
 
-def parse(content: bytes, dimensions: int, sha256: str | None) -> Tensor:
-    """The uint8 values of a file of so many dimensions. Raises BadFileError.
+def parse(content: bytes, dimensions: int, sha256: str | None) -> IdxFile:
+    """Parse a file of so many dimensions. Raises BadFileError if it is damaged or its sha256 is not the given one.
 
     The file has two zeros, a type (8 is uint8), the number of dimensions, their sizes, the values.
     """
     header = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
+    digest = hashlib.sha256(content).hexdigest()
     if content[:4] != bytes([0, 0, 8, dimensions]):
         problem = "its first bytes are not those of such a file"
     elif len(content) != header + math.prod(sizes):
         problem = f"it has {len(content)} bytes where its header promises {header + math.prod(sizes)}"
     elif 0 in sizes:
         problem = f"it is empty: {' x '.join(map(str, sizes))} bytes"
-    elif sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+    elif sha256 not in (None, digest):
         problem = "its sha256 is not the published one"
     else:
-        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
+        return IdxFile(torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy()), digest)
     raise BadFileError(problem)
 
 

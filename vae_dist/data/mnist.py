@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vae_dist.data import idx
 from vae_dist.data.download import ARCHIVE_BYTES, DownloadError, fetch
-from vae_dist.data.idx import BadFileError
+from vae_dist.data.idx import BadFileError, IdxFile
 from vae_dist.errors import UserError
 from vae_dist.files import advice, read_bounded, reason, write_atomically
 from vae_dist.locks import InUseError, locked
@@ -52,8 +52,8 @@ class UnreachableError(UserError):
     """The set is not on this machine, and it can't be downloaded or must not be."""
 
 
-def load(name: str, root: Path, split: str, *, download: bool, mirror: str | None) -> tuple[Tensor, Tensor]:
-    """Return images `(N, 1, H, W)` uint8 and labels `(N,)` int64 of `split`, "train" or "test".
+def load(name: str, root: Path, split: str, *, download: bool, mirror: str | None) -> tuple[Tensor, Tensor, str]:
+    """Return images `(N, 1, H, W)` uint8 and labels `(N,)` int64 of `split`, "train" or "test", and their files' hash.
 
     Raises UnreachableError if files are missing and can't be downloaded, UserError if one on the disk is damaged.
     """
@@ -74,13 +74,15 @@ def load(name: str, root: Path, split: str, *, download: bool, mirror: str | Non
         raise UnreachableError(f"{error}; these files can't be used: {', '.join(unusable)}") from error
     part = {"train": "train", "test": "t10k"}[split]
     files = [f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-    pixels, labels = (copies[file] if file in copies else _read_file(folder / file, name) for file in files)
+    images, classes = (copies[file] if file in copies else _read_file(folder / file, name) for file in files)
+    pixels, labels = images.values, classes.values
     if len(pixels) != len(labels):
         raise UserError(f"{folder} has {len(pixels)} {part} images but {len(labels)} labels; delete it and run again")
-    return pixels.unsqueeze(1), labels.to(torch.int64)
+    identity = hashlib.sha256(f"{images.sha256} {classes.sha256}".encode()).hexdigest()
+    return pixels.unsqueeze(1), labels.to(torch.int64), identity
 
 
-def _find_copies(name: str, root: Path, missing: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+def _find_copies(name: str, root: Path, missing: Sequence[str]) -> tuple[dict[str, IdxFile], list[str]]:
     """Return the values of missing files from copies downloaded by hand, and which copies can't be used, and why.
 
     Copies may be gzipped or not, in folders named like the set, in `root` or in `root/raw`.
@@ -118,7 +120,7 @@ def _spellings(file: str) -> list[str]:
     return [spelling for name in names for spelling in (name, f"{name}.gz", f"{name}/{name}")]
 
 
-def _read_copy(path: Path, name: str, file: str) -> Tensor:
+def _read_copy(path: Path, name: str, file: str) -> IdxFile:
     """Return a copy's values. Raises BadFileError if it is damaged, or may be another set's: file names are the same.
 
     A set without a published digest is recognised by the name of its folder, or by its archive's digest.
@@ -143,7 +145,7 @@ def _log_use(path: Path) -> None:
     logger.info("using %s", path)
 
 
-def _read_file(path: Path, name: str) -> Tensor:
+def _read_file(path: Path, name: str) -> IdxFile:
     """Return the values of a file of the set's own folder."""
     try:
         return _parse(read_bounded(path, idx.FILE_BYTES), name, path.name)
@@ -153,7 +155,7 @@ def _read_file(path: Path, name: str) -> Tensor:
         raise UserError(f"{path} is damaged: {error}; delete it, and the next run downloads it again") from error
 
 
-def _parse(content: bytes, name: str, file: str) -> Tensor:
+def _parse(content: bytes, name: str, file: str) -> IdxFile:
     return idx.parse(idx.unpack_if_packed(content), _DIMENSIONS[file], _SHA256.get(name, {}).get(file))
 
 

@@ -142,7 +142,7 @@ class World:
         return values.cpu()
 
     def gather(self, values: Tensor) -> Tensor:
-        """All processes' tensors, stacked by rank, on the CPU."""
+        """Return the tensors of all processes, stacked by rank, on the CPU."""
         values = values.to(self.device)
         gathered = [torch.empty_like(values) for _ in range(self.size)] if self.size > 1 else [values]
         if self.size > 1:
@@ -151,7 +151,7 @@ class World:
         return torch.stack(gathered).cpu()
 
     def gather_objects(self, value: T) -> list[T]:
-        """All processes' values, by rank. They are pickled."""
+        """Return the values of all processes, by rank. They are pickled."""
         values = [value] * self.size
         if self.size > 1:
             with self._explained():
@@ -164,7 +164,7 @@ class World:
         return cut[self.rank :: self.size]
 
     def gather_rows(self, chunks: Sequence[range], values: Sequence[Tensor], count: int) -> Tensor:
-        """All processes' values in row order, `(count, ...)` on the CPU; `values[i]` holds the rows of `chunks[i]`.
+        """Return all values in row order, `(count, ...)` on the CPU; `values[i]` holds the rows of `chunks[i]`.
 
         Rows are moved, not added up, so the result is bitwise the same on any number of processes.
         """

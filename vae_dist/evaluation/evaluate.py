@@ -15,8 +15,12 @@ from vae_dist.errors import UserError
 from vae_dist.evaluation import protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.runs import checkpoint, console, tracking
-from vae_dist.runs.console import Figure
+from vae_dist.runs import console, tables, wandb_identity
+from vae_dist.runs.lookup import open_checkpoint
+from vae_dist.runs.run import EVALUATION, EVALUATIONS
+from vae_dist.runs.tables import Metric
+from vae_dist.runs.tracking import track
+from vae_dist.runs.wandb_client import check_online
 from vae_dist.views import pictures
 
 logger = logging.getLogger(__name__)
@@ -33,12 +37,13 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     Returns the content of `evaluation.json`. Raises UserError if there is no checkpoint or no data, or if a metric is
     not finite. Every process calls this.
     """
-    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
+    with open_checkpoint(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
-        folder, config, step, output, live = world.on_main(lambda: opened)
-        world.on_main(lambda: tracking.check_online(config.tracking))
-        world.on_main(lambda: make_folder(output / "evaluations", ELSEWHERE))
-        vae = checkpoint.load_vae(folder, config, world.device)
+        checkpoint, config, output, live = opened.agreed(world)
+        step = checkpoint.step
+        world.on_main(lambda: check_online(config.tracking))
+        world.on_main(lambda: make_folder(output / EVALUATIONS, ELSEWHERE))
+        vae = checkpoint.load_vae(config, world.device)
         pixels = world.main_first(lambda: _pixels(config))
         warning = protocol.comparison_warning(config)
         result = {
@@ -55,10 +60,10 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             "protocol": protocol.describe(config, pixels, world),
         }
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
-        tracked = tracking.for_reading(config, folder, arguments)
+        tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
 
         def keep() -> None:
-            with tracking.track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
+            with track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
                 tracker.scalars(step, _record(result))
                 tracker.pictures(step, lambda: {config.evaluate.split: pictures.reconstructions(vae, pixels, subject)})
                 _write(output, result)
@@ -69,7 +74,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             if world.is_main:
                 _show(result)
         if world.is_main:
-            logger.info("written to %s", output / "evaluation.json")
+            logger.info("written to %s", output / EVALUATION)
     return result
 
 
@@ -91,10 +96,10 @@ def _record(result: Mapping[str, Any]) -> dict[str, float]:
 def _write(output: Path, result: Mapping[str, Any]) -> None:
     """Write the metrics under a name of their own, and as the run's latest."""
     samples = f"_k{result['importance_samples']}" if result["importance_samples"] else ""
-    kept = output / "evaluations" / f"step_{result['step']:08d}_{result['split']}{samples}.json"
+    kept = output / EVALUATIONS / f"step_{result['step']:08d}_{result['split']}{samples}.json"
     content = (json.dumps(result, indent=2) + "\n").encode()
     with writing(output, ELSEWHERE):
-        write_together({kept: content, output / "evaluation.json": content})
+        write_together({kept: content, output / EVALUATION: content})
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -109,9 +114,9 @@ def _show(result: Mapping[str, Any]) -> None:
         "mean_squared_error": ("mean squared error", "per pixel"),
         "active_units": ("active units", f"of {len(result['kl_per_latent'])} latents"),
     }
-    console.figures(
+    tables.metrics(
         f"{result['run']}, step {result['step']}: {result['images']} {result['split']} images of {result['dataset']}",
-        [Figure(name, result[key], errors.get(key), remark) for key, (name, remark) in rows.items()],
+        [Metric(name, result[key], errors.get(key), remark) for key, (name, remark) in rows.items()],
         "mean over the images ± its standard error\n"
         f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood\n"
         f"ELBO of 1 posterior sample; noise seed {conditions['noise_seed']}; {conditions['precision']} on "

@@ -20,7 +20,7 @@ from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
-from vae_dist.runs import console
+from vae_dist.runs.progress import progress
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
 
@@ -94,7 +94,7 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
     chunks = world.chunks(len(pixels), config.evaluate.batch_size)
     values = []
     latents = count * sum(map(len, chunks))
-    with torch.inference_mode(), console.progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
+    with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
             images = vae.to_input(pixels[chunk.start : chunk.stop])
             posterior = vae.encode(images)

@@ -1,16 +1,13 @@
 """Comparisons of runs: loss curves, reconstructions of the same images, and a table of metrics."""
 
 import hashlib
-import json
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vae_dist import config as configs
 from vae_dist.distributed import processes
@@ -20,11 +17,12 @@ from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.table import incomparable, make_table
-from vae_dist.runs import checkpoint, console, manifest
-from vae_dist.runs.checkpoint import Opened
-from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
+from vae_dist.runs import console, manifest, tables
+from vae_dist.runs.lookup import Opened, open_checkpoint
+from vae_dist.runs.manifest import MANIFEST
+from vae_dist.runs.metrics import METRICS, is_number
 from vae_dist.runs.picture import to_png, with_caption
-from vae_dist.runs.tracking import METRICS
+from vae_dist.runs.run import Run
 from vae_dist.views import plots
 from vae_dist.views.plots import Curve
 
@@ -34,7 +32,7 @@ LONGEST_NAME = 100  # characters of a comparison's folder
 
 
 def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
-    """Compare checkpoints (see `checkpoint.find`) on held-out images. Return the comparison's folder.
+    """Compare checkpoints (see `lookup.find`) on held-out images. Return the comparison's folder.
 
     A checkpoint that has an evaluation is not evaluated again. Raises UserError if a path is no run or if the images
     have several shapes, and whatever `evaluate` raises.
@@ -44,10 +42,10 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
     runs_dir, arguments = configs.take(arguments, "runs_dir")
     output, arguments = configs.take(arguments, "output")
     with ExitStack() as stack:
-        checkpoints = [stack.enter_context(checkpoint.open_for_reading(run, arguments)) for run in runs]
+        checkpoints = [stack.enter_context(open_checkpoint(run, arguments)) for run in runs]
         world = stack.enter_context(processes.join(checkpoints[0].config))
         console.start(world)
-        opened = world.on_main(lambda: list({run.folder.resolve(): run for run in checkpoints}.values()))
+        opened = world.on_main(lambda: list({run.checkpoint.folder.resolve(): run for run in checkpoints}.values()))
         _require_one_shape(opened)
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
         world.on_main(lambda: make_folder(folder, ELSEWHERE))
@@ -55,9 +53,9 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
             if isinstance(evaluation, Path):
-                logger.info("evaluating %s (%d of %d)", run.folder, number, len(opened))
+                logger.info("evaluating %s (%d of %d)", run.checkpoint.folder, number, len(opened))
                 own = [] if evaluation == run.output else [configs.argument("output", str(evaluation))]
-                evaluation = evaluate(run.folder, [*arguments, *own, f"device={world.device.type}"])
+                evaluation = evaluate(run.checkpoint.folder, [*arguments, *own, f"device={world.device.type}"])
             evaluations.append(evaluation)
         if world.is_main:
             _write(folder, opened, evaluations, world.device)
@@ -76,12 +74,13 @@ def curves(opened: Sequence[Opened]) -> tuple[list[Curve], tuple[str, str]]:
     same_size = len(set(batch_sizes)) == 1
     result = []
     for run, label, batch_size in zip(opened, labels(opened), batch_sizes, strict=True):
-        path = run.output / METRICS
-        points = _rows(path, f"train/{metric}", run.step)
-        if len(points) == 0:
-            logger.warning("%s has no training metrics up to step %d: its curve is left out", path, run.step)
+        points = [point for point in run.run.points(f"train/{metric}") if point[0] <= run.step]
+        if points:
+            scale = torch.tensor([1 if same_size else batch_size, 1])
+            result.append(Curve(label, torch.tensor(points, dtype=torch.float64) * scale))
         else:
-            result.append(Curve(label, points * torch.tensor([1 if same_size else batch_size, 1])))
+            path = run.run.directory / METRICS
+            logger.warning("%s has no training metrics up to step %d: its curve is left out", path, run.step)
     return result, ("optimizer steps" if same_size else "training images seen", f"{name}, nats per image")
 
 
@@ -96,7 +95,7 @@ def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], d
     pictures = [name for name in ("losses", "reconstructions") if f"{name}.png" in contents]
     contents["table.md"] = table.markdown(pictures).encode()
     contents["comparison.json"] = manifest.to_json(_to_json(opened, keys, evaluations))
-    console.columns(*table.without_redundant_names())
+    tables.columns(*table.without_redundant_names())
     with writing(folder, ELSEWHERE):
         write_together({folder / name: content for name, content in contents.items()})
     logger.info("written to %s", folder)
@@ -108,7 +107,7 @@ def _to_json(opened: Sequence[Opened], keys: Sequence[str], evaluations: Sequenc
         {
             "label": label,
             "run": run.config.name,
-            "checkpoint": str(run.folder),
+            "checkpoint": str(run.checkpoint.folder),
             "step": run.step,
             "settings": {key: configs.flatten(run.config)[key] for key in keys},
             "evaluation": evaluation,
@@ -136,48 +135,27 @@ def _place(run: Opened, folder: Path) -> Path:
 
 def _own_folder(run: Opened, folder: Path) -> Path:
     """A folder for one run inside a comparison's."""
-    return folder / f"{run.config.name}-{hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:8]}"
+    return folder / f"{run.config.name}-{hashlib.sha256(str(run.checkpoint.folder.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
-    """The newest evaluation of a checkpoint that is kept with its run, or else with the comparison; or None."""
-    split, saved = run.config.evaluate.split, _modified(run.folder / MANIFEST)
-    found = []
+    """Return the newest evaluation of a checkpoint, kept with its run or else with the comparison; None if none is."""
+    split, saved = run.config.evaluate.split, _modified(run.checkpoint.folder / MANIFEST)
     for place in run.output, _own_folder(run, folder):
-        kept = (place / "evaluations").glob(f"step_{run.step:08d}_{split}*.json")
-        # Those before the checkpoint are of another run, which had this name before.
-        found += sorted((path for path in kept if _modified(path) >= saved), key=_modified, reverse=True)
-    for path in found:
-        try:
-            with manifest.open_small(path) as file:
-                evaluation = manifest.parse(file.read(), path)
-        except BadCheckpointError as error:
-            logger.warning("passing over an evaluation: %s", error)
-            continue
-        numbers = [evaluation.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
-        facts = [evaluation.get(name) for name in ("step", "split", "dataset")]
-        if facts == [run.step, split, run.config.data.name] and all(type(number) is float for number in numbers):
-            return evaluation
-        logger.warning("passing over an evaluation: %s is not of %s", path, run.folder)
+        kept = Run(place).evaluations(f"step_{run.step:08d}_{split}*")
+        # An evaluation that is older than the checkpoint is of another run, which had this name before.
+        kept = [evaluation for evaluation in kept if _modified(evaluation.path) >= saved]
+        for path, values in sorted(kept, key=lambda evaluation: _modified(evaluation.path), reverse=True):
+            metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
+            facts = [values.get(name) for name in ("step", "split", "dataset")]
+            if facts == [run.step, split, run.config.data.name] and all(map(is_number, metrics)):
+                return values
+            logger.warning("skipping an evaluation: %s is not of %s", path, run.checkpoint.folder)
     return None
 
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime
-
-
-def _rows(path: Path, figure: str, last_step: int) -> Tensor:
-    """A figure of a metrics file up to a step: optimizer steps and values `(rows, 2)`, float64."""
-    points = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            step, value = row["step"], row.get(figure)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue  # a run that is being written, or was killed, can end in half a row
-        if type(step) is int and 0 <= step <= last_step and type(value) is float and math.isfinite(value):
-            points.append((step, value))
-    return torch.tensor(points, dtype=torch.float64).view(-1, 2)
 
 
 def _folder_name(opened: Sequence[Opened]) -> str:

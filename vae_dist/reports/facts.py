@@ -1,6 +1,5 @@
 """Facts of a run as its report states them: subtitle, settings, machine, and the command that reproduces it."""
 
-import re
 import shlex
 import statistics
 from typing import NamedTuple
@@ -8,10 +7,9 @@ from typing import NamedTuple
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.models.vae import VAE
+from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import count, format_number, format_value
-from vae_dist.runs.record import Record
 
-_TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.MULTILINE)
 _OF_ONE_RUN = ("name", "runs_dir", "output", "data.image_shape", "tracking.")  # another run may have other values
 
 
@@ -44,7 +42,7 @@ def subtitle(config: Config, vae: VAE) -> str:
 
 
 def settings(config: Config) -> dict[str, list[Setting]]:
-    """All settings by group."""
+    """Return all settings by group."""
     values = configs.flatten(config)
     groups: dict[str, list[Setting]] = {}
     for option in configs.options():
@@ -54,34 +52,31 @@ def settings(config: Config) -> dict[str, list[Setting]]:
     return groups
 
 
-def machine(run: Record) -> dict[str, str]:
+def machine(subject: Subject) -> dict[str, str]:
     """When, on what and how fast the run was trained."""
-    times, unknown = _TIME.findall(run.log), "not recorded"
-    _, device, threads = run.launches[-1] if run.launches else ("", unknown, "")
-    speeds = [value for _, value in run.points("train/images_per_second")]
-    versions = run.manifest.get("versions")
+    starts, state, unknown = subject.run.starts, subject.checkpoint.state, "not recorded"
+    speeds = [value for _, value in subject.run.points("train/images_per_second")]
     return {
-        "started": times[0] if times else unknown,
-        "last log entry": times[-1] if times else unknown,
-        "launched": count(len(run.launches), "time", "times") if run.launches else unknown,
-        "processes": str(run.state.world_size),
-        "device": device,
-        "threads per process": threads or configs.text_of(run.config.train.threads),
-        "precision": run.config.train.precision,
+        "first start": starts[0].time if starts else unknown,
+        "last start": starts[-1].time if starts else unknown,
+        "started": count(len(starts), "time", "times") if starts else unknown,
+        "processes": str(state.world_size),
+        "device": starts[-1].device if starts else unknown,
+        "threads per process": configs.text_of(subject.config.train.threads),
+        "precision": subject.config.train.precision,
         "median speed": f"{format_number(statistics.median(speeds))} images per second" if speeds else unknown,
-        "skipped updates": str(run.state.skipped_updates),
-        **({key: format_value(version) for key, version in versions.items()} if isinstance(versions, dict) else {}),
+        "skipped updates": str(state.skipped_updates),
+        **{key: format_value(version) for key, version in subject.checkpoint.manifest.versions.items()},
     }
 
 
-def command(run: Record) -> str:
-    """The command that trains this run again, under another name."""
-    values = configs.flatten(run.config)
+def command(config: Config, processes: int) -> str:
+    """Return the command that trains a run again, under another name."""
+    values = configs.flatten(config)
     arguments = [
         configs.argument(option.key, values[option.key])
         for option in configs.options()
         if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
     ]
-    size = run.state.world_size
-    launch = ["python"] if size == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(size)]
-    return shlex.join([*launch, "vae_dist/train.py", *arguments, f"name={run.config.name}-again"])
+    launch = ["python"] if processes == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    return shlex.join([*launch, "vae_dist/train.py", *arguments, f"name={config.name}-again"])

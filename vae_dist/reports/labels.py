@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.runs.checkpoint import Opened
+from vae_dist.runs.lookup import Opened
 
 LONGEST_LABEL = 60  # characters; if one is longer, runs are labelled by name, and only the table has the settings
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vae_dist.reports.charts import Chart, Curve, line_chart
+from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import format_number, format_value
-from vae_dist.runs.record import Record, is_number
+from vae_dist.runs.metrics import is_number
+from vae_dist.runs.run import Run
 
 MOST_POINTS = 1000  # of a curve
 
@@ -58,9 +60,9 @@ class Curves(NamedTuple):
     every: int
 
 
-def evaluation(run: Record) -> Evaluation | None:
+def evaluation(subject: Subject) -> Evaluation | None:
     """The run's evaluation; None if it has none."""
-    result = run.evaluation
+    result = subject.evaluation
     present = [entry for entry in _METRICS if is_number(result.get(entry[0]))]
     if not present:
         return None
@@ -72,7 +74,7 @@ def evaluation(run: Record) -> Evaluation | None:
         samples = format_value(result.get("importance_samples"))
         headline = headline._replace(name=f"{headline.name}, {samples} importance samples")
     if is_number(active := result.get("active_units")):
-        others.append(Metric("active units", f"{active:g}", "", f"of {run.config.model.latent_dim}"))
+        others.append(Metric("active units", f"{active:g}", "", f"of {subject.config.model.latent_dim}"))
     warning = result.get("warning")
     return Evaluation(
         headline=headline,
@@ -80,11 +82,11 @@ def evaluation(run: Record) -> Evaluation | None:
         conditions=_conditions(result, protocol),
         protocol=_flatten(protocol),
         warning=warning[:1].upper() + warning[1:].rstrip(".") + "." if isinstance(warning, str) else None,
-        is_of_this_step=result.get("step") == run.step,
+        is_of_this_step=result.get("step") == subject.step,
     )
 
 
-def last_validation(run: Record) -> Metric | None:
+def last_validation(run: Run) -> Metric | None:
     """The negative ELBO of the newest validation; None if there was no validation."""
     points = run.points("validation/negative_elbo")[-1:]
     metrics = [
@@ -118,7 +120,7 @@ def _flatten(protocol: Mapping[str, Any]) -> dict[str, str]:
     return {key: format_value(value) for key, value in flat.items()}
 
 
-def curves(run: Record) -> Curves:
+def curves(run: Run) -> Curves:
     """The curves of all metrics that were logged.
 
     With beta at 1 the loss is the negative ELBO: then neither the loss nor beta has a chart of its own.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from vae_dist.runs.record import Record
+from vae_dist.reports.subject import Subject
 
 GRIDS_CHARACTERS = 1_500_000
 MOST_GRIDS = 10  # steps that the slider moves over
@@ -28,15 +28,15 @@ class Pictures(NamedTuple):
     steps: list[int]
 
 
-def validation_pictures(run: Record) -> Pictures:
+def validation_pictures(subject: Subject) -> Pictures:
     """The grids of the newest validation, and of those before it for the slider."""
-    held_out = "Validation images" if run.config.data.validation_images else "Training images (none are held out)"
+    held_out = "Validation images" if subject.config.data.validation_images else "Training images (none are held out)"
     captions = {
         "reconstructions": f"{held_out}, each row over its reconstruction from the posterior's mean",
         "samples": "Samples from the prior (means of p(x|z)), from the same latents at every step",
     }
     grids: dict[str, list[Grid]] = {}
-    by_kind = run.grids(captions, MOST_GRIDS)
+    by_kind = subject.run.pictures(captions, MOST_GRIDS)
     for kind, caption in captions.items():
         for step, picture in ((step, picture) for (its_kind, step), picture in by_kind.items() if its_kind == kind):
             address = data_uri(picture, GRIDS_CHARACTERS // len(by_kind))

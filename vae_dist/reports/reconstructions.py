@@ -10,8 +10,7 @@ from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.datasets import Images
 from vae_dist.reports.labels import held_out_set, labels, subject
-from vae_dist.runs import checkpoint
-from vae_dist.runs.checkpoint import Opened
+from vae_dist.runs.lookup import Opened
 from vae_dist.runs.picture import Picture
 from vae_dist.views import pictures
 
@@ -32,7 +31,7 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
         rows.append(originals)
         names.append("originals" if len(by_held_out_set) == 1 else f"originals: {name}")
         for label, run in runs:
-            vae = checkpoint.load_vae(run.folder, run.config, device)
+            vae = run.checkpoint.load_vae(run.config, device)
             with torch.inference_mode():
                 batch = originals.to(vae.device, vae.dtype)
                 rows.append(vae.decode(vae.encode(batch).mean).mean.float().cpu())

@@ -21,10 +21,12 @@ from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.models.vae import VAE
 from vae_dist.reports import facts, metrics, plane
 from vae_dist.reports.pictures import validation_pictures
+from vae_dist.reports.subject import Subject, subject_of
 from vae_dist.reports.text import count, format_number, format_percent, printable
-from vae_dist.runs import checkpoint, console, manifest, record, tracking
-from vae_dist.runs.checkpoint import Opened
-from vae_dist.runs.record import Record, is_number
+from vae_dist.runs import console
+from vae_dist.runs.lookup import Opened, open_checkpoint
+from vae_dist.runs.manifest import FILES
+from vae_dist.runs.metrics import METRICS, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
     Returns its path, `report.html`. The same run gives the same bytes. Raises UserError if there is no checkpoint.
     """
-    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
+    with open_checkpoint(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
         return world.on_main(lambda: _write(opened, world.device))
 
@@ -45,21 +47,22 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 def _write(opened: Opened, device: torch.device) -> Path:
     make_folder(opened.output, ELSEWHERE)
     path = opened.output / "report.html"
-    vae = checkpoint.load_vae(opened.folder, opened.config, device)
-    content = _render(record.read(opened), vae, opened.config).encode()
+    vae = opened.checkpoint.load_vae(opened.config, device)
+    content = _render(subject_of(opened), vae, opened.config).encode()
     with writing(path, ELSEWHERE):
         write_atomically(path, content)
     logger.info("written to %s (%.1f MB); any browser opens it", path, len(content) / 1e6)
     return path
 
 
-def _render(run: Record, vae: VAE, config: Config) -> str:
+def _render(subject: Subject, vae: VAE, config: Config) -> str:
     """The whole report; `config` says where the data lie on this machine."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    kl = _evaluated_kl(run, vae.latent_dim)
+    kl = _evaluated_kl(subject, vae.latent_dim)
     latent_plane = plane.decode_plane(vae, config, kl)
     images = "the evaluation's images" if kl else f"the first {len(latent_plane.labels):,} test images"
-    settings = facts.settings(run.config)
+    settings = facts.settings(subject.config)
+    world_size = subject.checkpoint.state.world_size
     return (
         environment()
         .get_template("report.html")
@@ -67,37 +70,37 @@ def _render(run: Record, vae: VAE, config: Config) -> str:
             policy=_policy(style, script),
             style=style,
             script=script,
-            name=str(run.config.name),
-            quoted_name=shlex.quote(str(run.config.name)),
-            run=run.path,
-            step=run.step,
-            reached=run.reached,
-            last_step=run.last_step,
-            is_being_trained=run.is_being_trained,
-            subtitle=facts.subtitle(run.config, vae),
-            evaluation=metrics.evaluation(run),
-            last_validation=metrics.last_validation(run),
-            curves=metrics.curves(run),
-            metrics_file=tracking.METRICS,
-            pictures=validation_pictures(run),
+            name=str(subject.config.name),
+            quoted_name=shlex.quote(str(subject.config.name)),
+            run=subject.path,
+            step=subject.step,
+            reached=subject.reached,
+            last_step=subject.last_step,
+            is_being_trained=subject.is_training,
+            subtitle=facts.subtitle(subject.config, vae),
+            evaluation=metrics.evaluation(subject),
+            last_validation=metrics.last_validation(subject.run),
+            curves=metrics.curves(subject.run),
+            metrics_file=METRICS,
+            pictures=validation_pictures(subject),
             plane=latent_plane,
             kl_chart=plane.kl_chart(latent_plane, images),
             settings=settings,
             changed=[setting for group in settings.values() for setting in group if setting.is_changed],
-            machine=facts.machine(run),
-            log=run.log[-LOG_CHARACTERS:] or "There is no log.txt next to this checkpoint.",
-            processes=count(run.state.world_size, "process", "processes"),
-            command=facts.command(run),
-            hashes={name: run.manifest["files"][name]["sha256"] for name in manifest.FILES},
+            machine=facts.machine(subject),
+            log=subject.run.log[-LOG_CHARACTERS:] or "There is no log.txt next to this checkpoint.",
+            processes=count(world_size, "process", "processes"),
+            command=facts.command(subject.config, world_size),
+            hashes={name: subject.checkpoint.manifest.files[name].sha256 for name in FILES},
         )
     )
 
 
-def _evaluated_kl(run: Record, latent_dim: int) -> list[float] | None:
+def _evaluated_kl(subject: Subject, latent_dim: int) -> list[float] | None:
     """The KL of each latent from an evaluation of this step; None if there is none."""
-    kl = run.evaluation.get("kl_per_latent")
+    kl = subject.evaluation.get("kl_per_latent")
     is_whole = isinstance(kl, list) and len(kl) == latent_dim and all(map(is_number, kl))
-    return kl if is_whole and run.evaluation.get("step") == run.step else None
+    return kl if is_whole and subject.evaluation.get("step") == subject.step else None
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from vae_dist.config import Config
 from vae_dist.reports.labels import held_out_set, settings, short_key, subject
-from vae_dist.runs.checkpoint import Opened
+from vae_dist.runs.lookup import Opened
 
 # The metrics of the table: the key of each in `evaluation.json`, and its column's header.
 _METRICS = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vae_dist.runs.record import is_number
+from vae_dist.runs.metrics import is_number
 
 
 def format_number(value: float) -> str:

@@ -1,7 +1,7 @@
-"""The manifest that seals a checkpoint's files, and the reading of what may come from a stranger.
+"""The manifest of a checkpoint: the size and sha256 of each file, and the versions that wrote them.
 
-Files are read under fixed names, links are not followed, and memory is asked for only once the file on the disk and the
-manifest agree on how much.
+A checkpoint may be untrusted. Files are read under fixed names, links are not followed, and memory is allocated only
+once the size on disk is the size in the manifest.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import vae_dist
 from vae_dist.errors import UserError
@@ -28,11 +28,27 @@ _LIBRARIES = ("accelerate", "numpy", "safetensors", "torch")
 
 
 class BadCheckpointError(UserError):
-    """A checkpoint that is not what its manifest says."""
+    """A checkpoint is not what its manifest says."""
+
+
+class Sealed(NamedTuple):
+    """One file of a checkpoint, as the manifest describes it."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """A parsed manifest."""
+
+    step: int
+    files: Mapping[str, Sealed]
+    versions: Mapping[str, str]
+    fingerprint: str  # equal if two processes read the same checkpoint
 
 
 def seal(contents: Mapping[str, bytes], step: int) -> dict[str, Any]:
-    """The manifest of these files."""
+    """Return the manifest of these files, as JSON values."""
     return {
         "format": FORMAT,
         "step": step,
@@ -53,48 +69,42 @@ def _versions() -> dict[str, str]:
     return {library: version(library) for library in _LIBRARIES}
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """A manifest in which whatever is looked at later is there and of its type."""
+def read(folder: Path) -> Manifest:
+    """Parse a checkpoint's manifest. Raises BadCheckpointError if it is missing, damaged or of another format."""
     path = folder / MANIFEST
     with open_small(path) as file:
-        manifest = parse(file.read(), path)
-    if manifest.get("format") != FORMAT:
-        raise BadCheckpointError(f"{folder} has format {str(manifest.get('format'))[:20]}; this version reads {FORMAT}")
-    files = manifest.get("files")
-    well_formed = (
-        type(manifest.get("step")) is int
-        and isinstance(files, dict)
-        and all(isinstance(files.get(name), dict) for name in FILES)
-        and all(type(files[name].get("bytes")) is int and type(files[name].get("sha256")) is str for name in FILES)
-    )
-    if not well_formed:
+        values = parse(file.read(), path)
+    if values.get("format") != FORMAT:
+        raise BadCheckpointError(f"{folder} has format {str(values.get('format'))[:20]}; this version reads {FORMAT}")
+    step, files = values.get("step"), values.get("files")
+    if type(step) is not int or not isinstance(files, dict):
         raise BadCheckpointError(f"{path} is not a checkpoint's manifest")
-    return manifest
-
-
-def verify(folder: Path) -> int:
-    """The step of a folder whose files are what its manifest says. Raises BadCheckpointError for another one."""
+    sealed = {}
     for name in FILES:
-        with open_promised(folder, name) as file:
-            _require_hash(hashlib.file_digest(file, "sha256").hexdigest(), folder, name)
-    return int(read(folder)["step"])
+        entry = files.get(name)
+        size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or type(sha256) is not str:
+            raise BadCheckpointError(f"{path} is not a checkpoint's manifest")
+        sealed[name] = Sealed(size, sha256)
+    stated = values.get("versions")
+    versions = {key: text for key, text in stated.items() if isinstance(text, str)} if isinstance(stated, dict) else {}
+    fingerprint = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return Manifest(step, sealed, versions, fingerprint)
 
 
-def content(folder: Path, name: str) -> bytes:
-    """A checkpoint's file, equal to what the manifest promises."""
-    with open_promised(folder, name) as file:
-        found = file.read()
-    _require_hash(hashlib.sha256(found).hexdigest(), folder, name)
-    return found
-
-
-def fingerprint(folder: Path) -> str:
-    """What two processes compare to know that they read the same checkpoint."""
-    return hashlib.sha256(json.dumps(read(folder), sort_keys=True).encode()).hexdigest()[:16]
+def read_sealed(path: Path, sealed: Sealed) -> bytes:
+    """Return a file's content. Raises BadCheckpointError if its size or its sha256 is not the manifest's."""
+    if path.suffix != ".safetensors" and sealed.bytes > SMALL_FILE_BYTES:
+        raise BadCheckpointError(f"{path} has {sealed.bytes} bytes, which is too much for what it is")
+    with _open_plain(path, sealed.bytes) as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != sealed.sha256:
+        raise BadCheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
+    return content
 
 
 def parse(content: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object whose numbers are numbers; `path` is where it comes from."""
+    """Parse a JSON object without NaN or infinity; `path` names its file in the error."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number")
@@ -112,39 +122,31 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def open_promised(folder: Path, name: str) -> BufferedReader:
-    """A checkpoint's file, of the size that the manifest promises, opened for reading."""
-    size = read(folder)["files"][name]["bytes"]
-    if not name.endswith(".safetensors") and size > SMALL_FILE_BYTES:
-        raise BadCheckpointError(f"{folder / name} has {size} bytes, which is too much for what it is")
-    return _open_plain(folder / name, size)
-
-
 def open_small(path: Path) -> BufferedReader:
-    """A plain file of at most SMALL_FILE_BYTES, opened for reading."""
+    """Open a regular file of at most SMALL_FILE_BYTES for reading."""
     return _open_plain(path, None)
+
+
+def require_size(path: Path, sealed: Sealed) -> None:
+    """Raise BadCheckpointError if a file is not a regular one of the manifest's size. Nothing is read."""
+    _open_plain(path, sealed.bytes).close()
 
 
 def _open_plain(path: Path, size: int | None) -> BufferedReader:
     try:
-        # Not through a link, and without waiting for the other end of a pipe.
+        # O_NOFOLLOW refuses a link, O_NONBLOCK returns at once for a pipe without a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise BadCheckpointError(f"{path} can't be read ({error.strerror})") from error
-    found = os.fstat(descriptor)
+    status = os.fstat(descriptor)
     problem = None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         problem = "is not a plain file"
-    elif size is not None and found.st_size != size:
-        problem = f"has {found.st_size} bytes, not {size}"
-    elif size is None and found.st_size > SMALL_FILE_BYTES:
-        problem = f"has {found.st_size} bytes, which is too much for what it is"
+    elif size is not None and status.st_size != size:
+        problem = f"has {status.st_size} bytes, not {size}"
+    elif size is None and status.st_size > SMALL_FILE_BYTES:
+        problem = f"has {status.st_size} bytes, which is too much for what it is"
     if problem is not None:
         os.close(descriptor)
         raise BadCheckpointError(f"{path} {problem}")
     return open(descriptor, "rb")
-
-
-def _require_hash(found: str, folder: Path, name: str) -> None:
-    if found != read(folder)["files"][name]["sha256"]:
-        raise BadCheckpointError(f"{folder / name} is damaged: its sha256 is not the manifest's")

@@ -6,6 +6,7 @@ from io import BytesIO
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 CAPTION_SIZE = 13
 LABEL_SPACE = 6  # pixels between a label and what it belongs to
@@ -15,14 +16,14 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Picture(NamedTuple):
-    """An image for people, and what it shows."""
+    """An image with its caption."""
 
     image: Image.Image
     caption: str
 
 
 def with_caption(picture: Picture) -> Image.Image:
-    """The picture with its caption in a strip below, broken into lines that fit."""
+    """Return the picture with its caption in a strip below, broken into lines that fit."""
     font = ImageFont.load_default(size=CAPTION_SIZE)
     words = picture.caption.split()
     width = max(picture.image.width, NARROWEST, widest(words, font) + 2 * LABEL_SPACE)
@@ -42,10 +43,13 @@ def with_caption(picture: Picture) -> Image.Image:
     return result
 
 
-def to_png(picture: Image.Image, *, optimize: bool = False) -> bytes:
-    """The picture as a PNG file's content."""
+def to_png(image: Image.Image, *, caption: str = "", optimize: bool = False) -> bytes:
+    """Return the content of a PNG file. A caption is kept as the file's text `Description`, not in its pixels."""
+    text = PngInfo()
+    if caption:
+        text.add_itxt("Description", caption)
     file = BytesIO()
-    picture.save(file, "PNG", optimize=optimize)
+    image.save(file, "PNG", optimize=optimize, pnginfo=text)
     return file.getvalue()
 
 

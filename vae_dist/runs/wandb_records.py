@@ -23,7 +23,7 @@ Kind = Literal["training", "evaluation", "samples"]
 
 KIND = "kind.txt"  # in a record's folder
 LIST = ".wandb"  # in the folder of the runs
-_DEPTH = 3  # of run directories below it: comparisons/<names>/<run> is one, where a run itself can't be written to
+_DEPTH = 3  # of run directories below it; comparisons/<names>/<run> is one if the run itself is read-only
 _INSIDE_A_RUN = {"wandb", "checkpoints", "samples", "images", "evaluations"}
 _PROGRAMS: dict[bytes, Kind] = {
     b"train.py": "training", b"evaluate.py": "evaluation", b"compare.py": "evaluation", b"sample.py": "samples",
@@ -39,13 +39,13 @@ class WandbRecord(NamedTuple):
     """A record of a run."""
 
     folder: Path
-    time: str  # when it was begun, such as 20260102_030405
+    time: str  # of its start, such as 20260102_030405
     id: str
-    kind: str  # a Kind, or `record` where nothing tells
+    kind: str  # a Kind, or `record` if it is unknown
 
 
 def mark(folder: Path, kind: Kind) -> None:
-    """Note in a record's folder what it is a record of. A folder that can't be written to goes without."""
+    """Note a record's kind in its folder, unless the folder is read-only."""
     with suppress(OSError):
         (folder / KIND).write_text(f"{kind}\n")
 
@@ -53,7 +53,7 @@ def mark(folder: Path, kind: Kind) -> None:
 def browse(runs_dir: Path) -> NoReturn:
     """Replace this process by W&B's browser over the runs' records. It sends nothing.
 
-    Raises UserError where there is no record, no wandb, or no list can be made.
+    Raises UserError if there is no record, if wandb is not installed, or if the list can't be made.
     """
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:
@@ -73,7 +73,7 @@ def browse(runs_dir: Path) -> NoReturn:
 def make_list(runs_dir: Path) -> Path:
     """Make or update the folder of links to the records of all runs in `runs_dir`, and return it.
 
-    Raises UserError where there is no record, or the folder can't be written to.
+    Raises UserError if there is no record, or if the folder can't be written to.
     """
     wanted = dict(entries(runs_dir))
     if not wanted:
@@ -108,7 +108,7 @@ def runs_with_records(folder: Path, depth: int = _DEPTH) -> Iterator[tuple[Path,
     """The run directories below a folder that have records, and these, the oldest first."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:  # somebody else's, who lets nobody look into it
+    except OSError:  # not readable by this user
         return
     for path in paths:
         if depth < _DEPTH and path.name in _INSIDE_A_RUN:
@@ -130,10 +130,10 @@ def _records(run_dir: Path) -> list[WandbRecord]:
 
 
 def _kind(file: Path) -> str:
-    """What is noted beside a record, or what the program that made it does: the record names it after its config."""
+    """Return the kind noted next to a record; for records of earlier versions, that of the program that made it."""
     with suppress(OSError), open(file.with_name(KIND), "rb") as note:
-        noted = note.read(100).decode(errors="replace").strip()
-        return noted if noted in get_args(Kind) else "record"
+        kind = note.read(100).decode(errors="replace").strip()
+        return kind if kind in get_args(Kind) else "record"
     with suppress(OSError), open(file, "rb") as record:
         if match := _PROGRAM.search(record.read(_PROGRAM_WITHIN)):
             return _PROGRAMS[match[1]]

@@ -1,4 +1,4 @@
-"""What happens between steps: rows of figures, validations, checkpoints, and the end of a run that is to stop."""
+"""Between steps: metrics records, validations, checkpoints, and the end of a run that was asked to stop."""
 
 import logging
 import math
@@ -18,11 +18,10 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
 from vae_dist.objectives import Schedule
-from vae_dist.runs import checkpoint
 from vae_dist.runs.checkpoint import Best, TrainingState
-from vae_dist.runs.console import TrainingProgress
+from vae_dist.runs.claim import Resolved
 from vae_dist.runs.picture import Picture
-from vae_dist.runs.start import Start
+from vae_dist.runs.progress import TrainingProgress
 from vae_dist.runs.tracking import Tracker
 from vae_dist.training.meter import Meter
 from vae_dist.training.update import NotFiniteError, Update
@@ -31,8 +30,8 @@ from vae_dist.views import pictures
 logger = logging.getLogger(__name__)
 
 
-class Recording(NamedTuple):
-    """Where a run is seen while it trains, and what sees that it should stop."""
+class Outputs(NamedTuple):
+    """The outputs of a running training, and its stop signal."""
 
     tracker: Tracker
     progress: TrainingProgress
@@ -40,27 +39,27 @@ class Recording(NamedTuple):
 
 
 class Milestones:
-    """Everything that a run does after some of its steps. All processes call each method after the same steps.
+    """Everything that a run does between steps. All processes call each method after the same step.
 
-    The main process writes; what goes wrong there ends all of them with the same RunError.
+    The main process writes. If that fails, all processes raise the same RunError.
     """
 
     def __init__(
         self,
-        start: Start,
+        resolved: Resolved,
         world: World,
         update: Update,
         meter: Meter,
-        recording: Recording,
+        outputs: Outputs,
         images: tuple[Images, Images],
         state: TrainingState,
         last_step: int,
     ) -> None:
-        self._config, self._run_dir, _ = start
+        self._config, self._run, _ = resolved
         self._world = world
         self._update = update
         self._meter = meter
-        self._tracker, self._progress, self._watch = recording
+        self._tracker, self._progress, self._watch = outputs
         self._training, self._validation = images
         self._last_step = last_step
         self._first_step = self._step = self._saved_step = state.step
@@ -69,7 +68,7 @@ class Milestones:
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Save what there is when the run is asked to stop inside the context, and say how it goes on."""
+        """If the run is asked to stop inside the context, save it, and say how to resume it."""
         try:
             if self._validation_pending:
                 self.validate(self._step)
@@ -80,36 +79,36 @@ class Milestones:
                 self.save(self._step)
             raise StoppedError(
                 f"{stopped}; step {self._step} of {self._last_step} is saved, the same command with "
-                f"name={self._config.name} goes on",
+                f"name={self._config.name} resumes",
                 stopped.exit_code,
             ) from None
 
-    def row(self, step: int, now: Schedule) -> None:
-        """Write the figures of the steps since the last row."""
+    def log(self, step: int, now: Schedule) -> None:
+        """Log the training metrics of the steps since the last record."""
         skipped = self._require_healthy(step)
         self._update.assert_equal_weights(step)
-        row = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
+        record = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
         if self._config.train.nonfinite == "skip":
-            row["train/skipped_updates"] = skipped
-        self._world.on_main(partial(self._tracker.scalars, step, row))
-        self._progress.show(step, row)
+            record["train/skipped_updates"] = skipped
+        self._world.on_main(partial(self._tracker.scalars, step, record))
+        self._progress.show(step, record)
 
     def validate(self, step: int) -> bool:
-        """Score the validation images and draw the pictures; whether this validation is the best so far."""
+        """Evaluate the validation images, draw the pictures, and return whether this validation is the best so far."""
         self._require_healthy(step)
         self._validation_pending = True  # until it is through
         with self._meter.paused():
-            scores = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.check_stop)
-            figures = scores.metrics("validation")
-            found = figures.get("validation/negative_elbo", math.nan)
-            improved = math.isfinite(found) and (self._best is None or found < self._best.negative_elbo)
+            terms = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.check_stop)
+            metrics = terms.metrics("validation")
+            value = metrics.get("validation/negative_elbo", math.nan)
+            improved = math.isfinite(value) and (self._best is None or value < self._best.negative_elbo)
             if improved:
-                self._best = Best(step, found)
+                self._best = Best(step, value)
             if self._best is not None:  # what a table of runs is sorted by
-                figures["validation/best_negative_elbo"] = self._best.negative_elbo
-            self._world.on_main(partial(self._tracker.scalars, step, figures))
+                metrics["validation/best_negative_elbo"] = self._best.negative_elbo
+            self._world.on_main(partial(self._tracker.scalars, step, metrics))
             self._world.on_main(partial(self._tracker.pictures, step, partial(self._pictures, step)))
-            self._progress.note(step, figures)
+            self._progress.note(step, metrics)
         self._validation_pending = False
         return improved
 
@@ -130,18 +129,18 @@ class Milestones:
             self._world.on_main(partial(self._publish, state))
         self._saved_step = step
 
-    def look(self, step: int) -> None:
-        """Raise RunError where an update was not finite, and StoppedError where a process was asked to stop."""
+    def check_stop(self, step: int) -> None:
+        """Raise RunError if an update was not finite, and StoppedError if any process was asked to stop."""
         self._require_healthy(step)
-        if step == self._first_step + 1:  # and done on the device too, or its soundness would not be known
+        if step == self._first_step + 1:  # the check above has waited for the device
             logger.info("the first step is done, %.1f s after the start", environment.seconds_since_start())
             self._meter.restart_clock()
             self._progress.restart_clock(step)
         self._watch.check_stop_after(step)
 
     def _publish(self, state: TrainingState) -> Path:
-        self._tracker.flush()  # a checkpoint is never ahead of the rows
-        return checkpoint.write(self._run_dir, self._config, self._update.vae, self._update.optimizer, state)
+        self._tracker.flush()  # a checkpoint is never ahead of the records
+        return self._run.save(self._config, self._update.vae, self._update.optimizer, state)
 
     def _require_healthy(self, step: int) -> int:
         """`Update.require_healthy`, with all that the message needs."""
@@ -160,7 +159,7 @@ class Milestones:
             raise RunError(f"{error}. {advice}").on_every_process() from None
 
     def _pictures(self, step: int) -> dict[str, Picture]:
-        """The grids of a validation. Without validation images training images are shown, and the caption says so."""
+        """Draw the grids of a validation. Without validation images they show training images, as the caption says."""
         held_out = len(self._validation.labels) > 0
         name = self._config.data.name
         subject = f"{name}, {'validation' if held_out else 'TRAINING'} images, step {step}"
@@ -172,9 +171,9 @@ class Milestones:
 
 
 def _advice(config: Config, taken: int) -> str:
-    """What may keep numbers finite, of what this config does not do already, after so many updates.
+    """Return advice that may keep numbers finite, without what this config does already.
 
-    Before the first update neither the learning rate nor a smaller gradient can have made a difference.
+    Before the first update (`taken` is 0) neither the learning rate nor gradient clipping can have made a difference.
     """
     optim, odd = config.optim, configs.suspects(config)
     if taken == 0:
@@ -188,7 +187,7 @@ def _advice(config: Config, taken: int) -> str:
     }
     found = [option for option, helps in options.items() if helps]
     if config.train.nonfinite != "skip" and taken > 0:
-        found.append("or leave single steps out by train.nonfinite=skip")
+        found.append("or skip such updates by train.nonfinite=skip")
     cause = f"The likely cause is {' or '.join(odd)}. " if odd else ""
     if not found:
         return cause.rstrip(". ") or "Check the images and model.hidden_dims"

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Report(NamedTuple):
-    """What one process says of its programs."""
+    """The state of one process's compiled programs."""
 
     failure: str  # why one of them can't be compiled; empty if all are
     host: str

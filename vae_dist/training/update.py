@@ -4,7 +4,6 @@ k steps, b is the size of the shard, L latents, C, H, W image.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import Schedule
-from vae_dist.runs import checkpoint, manifest
-from vae_dist.runs.checkpoint import TrainingState
+from vae_dist.runs.checkpoint import Checkpoint, TrainingState
 from vae_dist.training.adam import Adam, FlatAdam
 from vae_dist.training.equal_weights import assert_equal_weights
 from vae_dist.training.guard import TOTALS
@@ -108,11 +106,10 @@ class Update:
         """The state of fp16's loss scale; None in other precisions."""
         return self._scaler.state_dict() or None
 
-    def restore(self, folder: Path) -> TrainingState:
-        """Load weights, moments and loss scale from a checkpoint."""
-        checkpoint.await_visible(folder)
-        self._world.assert_equal_everywhere(lambda: {"the checkpoint": manifest.fingerprint(folder)})
-        state = checkpoint.load_training(folder, self.vae, self.optimizer)
+    def restore(self, checkpoint: Checkpoint) -> TrainingState:
+        """Load weights, moments and loss scale."""
+        self._world.assert_equal_everywhere(lambda: {"the checkpoint": checkpoint.manifest.fingerprint})
+        state = checkpoint.load_training(self.vae, self.optimizer)
         self._scaler.load_state_dict(state.loss_scale or {})
         self._first_step, self._skipped_before = state.step, state.skipped_updates
         return state

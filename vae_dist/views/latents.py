@@ -20,7 +20,7 @@ from vae_dist.errors import UserError
 from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
-from vae_dist.runs import console
+from vae_dist.runs.progress import progress
 from vae_dist.views import mixture
 from vae_dist.views.mixture import Mixture
 
@@ -97,7 +97,7 @@ class TrainedVAE:
             raise UserError(f"sample.mixture_components={components} is more than the {len(points)} training images")
 
         def fit() -> Mixture:
-            with console.progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as advance:
+            with progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as advance:
                 return mixture.fit(points, components, advance).mixture
 
         return self.world.on_main(fit)
@@ -107,7 +107,7 @@ class TrainedVAE:
         chunks = self.world.chunks(count, self.config.evaluate.batch_size)
         values = []
         with (
-            console.progress(title, sum(map(len, chunks)), is_main=self.world.is_main) as advance,
+            progress(title, sum(map(len, chunks)), is_main=self.world.is_main) as advance,
             torch.inference_mode(),
         ):
             for chunk in chunks:

@@ -11,8 +11,11 @@ from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.runs import checkpoint, console, tracking
+from vae_dist.runs import console, wandb_identity
+from vae_dist.runs.lookup import open_checkpoint
 from vae_dist.runs.picture import Picture, to_png, with_caption
+from vae_dist.runs.tracking import track
+from vae_dist.runs.wandb_client import check_online
 from vae_dist.views import pictures
 from vae_dist.views.kinds import KINDS
 from vae_dist.views.latents import TrainedVAE
@@ -27,14 +30,15 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     request, a file per image. Raises UserError if there is no checkpoint, or for an option that the kind can't use.
     Every process calls this.
     """
-    with checkpoint.open_for_reading(run, arguments) as opened, processes.join(opened.config) as world:
+    with open_checkpoint(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
-        folder, config, step, output, live = world.on_main(lambda: opened)
-        world.on_main(lambda: tracking.check_online(config.tracking))
+        checkpoint, config, output, live = opened.agreed(world)
+        step = checkpoint.step
+        world.on_main(lambda: check_online(config.tracking))
         kind = _kind(config, arguments)
         make, keys = KINDS[kind]
         name = config.sample.sampler if kind == "prior" else kind
-        view = make(TrainedVAE(checkpoint.load_vae(folder, config, world.device), config, world))
+        view = make(TrainedVAE(checkpoint.load_vae(config, world.device), config, world))
         if not all(tensor.isfinite().all() for tensor in view.tensors.values()):
             raise UserError(
                 "the codes or the images decoded from them are not finite: give codes nearer to 0 (sample.codes, "
@@ -47,11 +51,11 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         if "seed" in keys:
             target = target.with_name(f"{target.name}_seed_{config.sample.seed}")
             caption += f"; seed {config.sample.seed}"
-        tracked = tracking.for_reading(config, folder, arguments)
+        tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
 
         def keep() -> None:
             picture = Picture(view.draw(), caption)
-            with tracking.track(tracked, output, is_main=world.is_main, live=live, kind="samples") as tracker:
+            with track(tracked, output, is_main=world.is_main, live=live, kind="samples") as tracker:
                 _write(target, view.tensors, picture, separate_files=config.sample.files)
                 tracker.pictures(step, lambda: {f"sample_{name}": picture})
             logger.info("%d latents and their picture in %s", len(view.tensors["latents"]), target)

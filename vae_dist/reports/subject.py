@@ -1,0 +1,59 @@
+"""The run that a report is about."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vae_dist.config import Config
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.lookup import Opened
+from vae_dist.runs.metrics import is_number
+from vae_dist.runs.run import Run
+
+
+class Subject(NamedTuple):
+    """A run as one of its checkpoints and the records next to it show it."""
+
+    run: Run
+    checkpoint: Checkpoint
+    evaluation: Mapping[str, Any]  # of the checkpoint's step, or else of another; empty if there is none
+    is_training: bool
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step
+
+    @property
+    def config(self) -> Config:
+        return self.checkpoint.config
+
+    @property
+    def path(self) -> str:
+        """The argument of `make ... RUN=`: where the run was trained, so that it does not depend on the reader."""
+        path = str(Path(self.config.runs_dir) / str(self.config.name))
+        quoted = shlex.quote(path)  # for the shell of a recipe; below for make and the shell that starts it
+        return quoted if quoted == path else shlex.quote(quoted.replace("$", "$$"))
+
+    @property
+    def reached(self) -> int:
+        """The last step that is known of."""
+        return max([self.step, *(step for step, _ in self.run.points("train/loss"))])
+
+    @property
+    def last_step(self) -> int | None:
+        """The step that the run trains up to; None if that is not recorded."""
+        return self.run.starts[-1].last_step if self.run.starts else self.config.train.steps
+
+
+def subject_of(opened: Opened) -> Subject:
+    """Return the subject of a report about an open checkpoint. Evaluations in the folder for output come first."""
+    places = [opened.run] if opened.output == opened.run.directory else [Run(opened.output), opened.run]
+    found = []
+    for place in places:
+        latest = [] if place.evaluation is None else [place.evaluation]
+        found += [one.values for one in (*latest, *place.evaluations(f"step_{opened.step:08d}_*"))]
+    found = [values for values in found if is_number(values.get("negative_elbo"))]
+    of_this_step = (values for values in found if values.get("step") == opened.step)
+    evaluation = next(of_this_step, found[0] if found else {})
+    return Subject(opened.run, opened.checkpoint, evaluation, opened.live)

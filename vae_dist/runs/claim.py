@@ -1,0 +1,189 @@
+"""Starting or resuming a run: its name, the checkpoint to resume from, and every option that the config leaves open."""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vae_dist import config as configs
+from vae_dist.config import Config
+from vae_dist.data import datasets
+from vae_dist.data.datasets import TrainingSet
+from vae_dist.distributed.precision import resolve_precision
+from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
+from vae_dist.files import writing
+from vae_dist.models import build_vae, check_names
+from vae_dist.plan import Plan
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.lookup import find
+from vae_dist.runs.run import ELSEWHERE, Run
+from vae_dist.runs.wandb_client import check_wandb
+from vae_dist.runs.wandb_identity import new_id, own_id, owner
+
+logger = logging.getLogger(__name__)
+
+# Rough costs of a step on a CPU, good enough to tell minutes from seconds: seconds apart from the matrix products, and
+# floating-point operations of a thread per second.
+_STEP_SECONDS, _OPERATIONS = 1e-3, 8e10
+_COMPILED_FROM_SECONDS = 120.0
+
+
+class Resolved(NamedTuple):
+    """A run that is about to train, equal on every process."""
+
+    config: Config  # with no option left open
+    run: Run
+    resumed_from: Checkpoint | None
+
+
+@contextmanager
+def claim(config: Config, world: World) -> Iterator[tuple[Resolved, TrainingSet]]:
+    """Resolve what the config leaves open, and hold the run's directory while the context lasts.
+
+    Yields the resolved run and its training set. The main process resolves; every process reads the images once. Raises
+    UserError, before a new directory is made, for what can't be run here.
+    """
+    with ExitStack() as stack:
+        loaded: list[TrainingSet] = []  # on the main process, which has to know the images' number and shape
+        resolved = world.on_main(lambda: _resolve(config, world, stack, loaded))
+        yield resolved, loaded[0] if loaded else datasets.load_training_set(resolved.config.data)
+
+
+def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[TrainingSet]) -> Resolved:
+    """Resolve the config. `stack` then holds the run's directory, and `loaded` the training set."""
+    datasets.check_name(config.data.name)
+    check_names(config)
+    check_wandb(config.tracking)
+    micro_batches = world.size * config.train.accumulate
+    if config.train.batch_size < micro_batches:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is too small for {world.size} processes "
+            f"with {config.train.accumulate} micro-batches each; it must be at least {micro_batches}"
+        )
+    with writing(Path(config.runs_dir), ELSEWHERE):  # to list it takes permissions too
+        config = replace(config, name=_name(config))
+        run = Run(Path(config.runs_dir) / str(config.name))
+        is_new = not run.directory.exists()
+    if not is_new:
+        stack.enter_context(run.claim(config.checkpoint.take_over))
+    resumed_from = _resumed_from(config, run)
+    threads, compiled = config.train.threads, config.train.compile
+    identity = config.tracking.id if config.tracking.owner is None else None  # a saved config has an owner
+    if resumed_from is not None:
+        stored = resumed_from.config
+        if config.data.name == "auto" and stored.data.name == datasets.FALLBACK:  # MNIST is not tried again
+            datasets.warn_of_fallback()
+        config = configs.resume(config, stored)
+        if resumed_from.folder.resolve().is_relative_to(run.directory.resolve()):  # else a branch, with its own page
+            identity = identity or _stored_id(stored, run.directory)
+        # Threads and compilation are part of the bitwise promise, which holds at a fixed number of processes.
+        if resumed_from.state.world_size == world.size:
+            threads = threads or stored.train.threads
+            compiled = stored.train.compile if compiled is None else compiled
+    precision = resolve_precision(config.train.precision, world.device)
+    configs.check_numbers(replace(config, train=replace(config.train, precision=precision)))
+    training_set = datasets.load_training_set(config.data)
+    loaded.append(training_set)
+    _check_sizes(config, training_set.size)
+    if is_new:
+        stack.enter_context(run.claim(config.checkpoint.take_over))
+        if run.newest() is not None:
+            raise UserError(f"another training has just written {run.directory}; run the same command again to resume")
+    config = replace(
+        config,
+        data=replace(config.data, name=training_set.name, image_shape=training_set.image_shape),
+        train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
+        tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
+    )
+    if compiled is None:
+        compiled = _worth_compiling(config, training_set.size, world)
+    return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
+
+
+def _stored_id(stored: Config, run_dir: Path) -> str | None:
+    """Return the run's identity in W&B; None for a copy of a run, which gets a page of its own."""
+    identity = own_id(stored, run_dir)
+    if identity is None and stored.tracking.id is not None:
+        logger.info(
+            "%s is a copy of run %s and gets its own W&B page; tracking.id=%s would continue the other run's page",
+            run_dir, stored.name, stored.tracking.id,
+        )  # fmt: skip
+    return identity
+
+
+def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
+    """Return whether the run gains by compiling its step, and a compiler is installed.
+
+    The answer depends on the config and the machine alone, not on a clock: it is part of the bitwise promise. On a CPU
+    compiling takes 5 s, 16 s the first time on a machine, and saves 5 to 35% of a step: it pays after one to three
+    minutes. On a GPU a small model's uncompiled step is launch-bound.
+    """
+    if world.device.type == "cuda":
+        return find_spec("triton") is not None and _has_compiler("CC", "cc", "gcc", "clang")
+    if world.device.type != "cpu":
+        return False
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in build_vae(config, config.data.image_shape or []).parameters())
+    plan = Plan(config.seed, image_count - config.data.validation_images, config.train.batch_size)
+    steps = config.train.steps or config.train.epochs * plan.steps_per_epoch
+    operations = 6 * weights * config.train.batch_size / world.size  # of a step, forward and backward
+    seconds = steps * (_STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1)))
+    return seconds > _COMPILED_FROM_SECONDS and _has_compiler("CXX", "g++")
+
+
+def _has_compiler(variable: str, *names: str) -> bool:
+    """Return whether a compiler is found: the one that the environment variable names, or else one of `names`."""
+    return any(shutil.which(name) for name in ([os.environ[variable]] if variable in os.environ else names))
+
+
+def _check_sizes(config: Config, image_count: int) -> None:
+    left = image_count - config.data.validation_images
+    if config.train.batch_size > left:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is more than the {max(left, 0)} training images that "
+            f"data.validation_images={config.data.validation_images} leaves of {image_count}"
+        )
+
+
+def _name(config: Config) -> str:
+    """Return the run's name with `{time}` filled in; the existing name if a launcher has restarted this run."""
+    name = config.name or "run-{time}"
+    if "{time}" not in name:
+        return name
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
+    runs = Path(config.runs_dir)
+    pattern = ".*".join(map(re.escape, name.split("{time}"))) + mark
+    if mark and (started := sorted(path.name for path in runs.glob("*") if re.fullmatch(pattern, path.name))):
+        return started[-1]
+    stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
+    return next(candidate for candidate in names if not (runs / candidate).exists())
+
+
+def _resumed_from(config: Config, run: Run) -> Checkpoint | None:
+    resume = config.checkpoint.resume
+    newest = run.newest()
+    if resume not in ("auto", "must", "never"):
+        named = find(Path(resume), Path(config.runs_dir))
+        if newest is None or named.folder.resolve().is_relative_to(run.directory.resolve()):
+            return named
+        logger.warning("%s has checkpoints of its own and resumes from them, not from %s", run.directory, resume)
+    if resume == "never" and newest is not None:
+        raise UserError(f"{run.directory} has checkpoints and checkpoint.resume=never; choose another name")
+    if resume == "must" and newest is None:
+        raise UserError(
+            f"{run.directory} has no checkpoint to resume from; check name and runs_dir, or use resume=auto"
+        )
+    return newest

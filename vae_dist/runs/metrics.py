@@ -1,0 +1,30 @@
+"""`metrics.jsonl`: one JSON object a line, a record of metrics after so many optimizer steps."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+LARGEST = 1e15  # a metric beyond it is a mistake
+LONGEST_LINE = 2**16  # bytes; a record has 300
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of a metrics file, as they were written.
+
+    A live or killed run can end in half a line, and an untrusted file can hold anything: other lines are skipped.
+    """
+    with open(path, "rb") as file:
+        while line := file.readline(LONGEST_LINE):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0:
+                yield record
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from a file is a number that can be shown. A NaN is not."""
+    return type(value) in (int, float) and abs(value) < LARGEST

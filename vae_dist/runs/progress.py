@@ -1,0 +1,131 @@
+"""Progress on stderr: a bar on a terminal, and elsewhere plain lines some seconds apart."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from vae_dist.runs.streams import messages, plain
+from vae_dist.runs.tables import table
+
+logger = logging.getLogger("vae_dist")
+progress_logger = logging.getLogger("vae_dist.progress")
+
+LINE_SECONDS = 10  # between two progress lines if there is no terminal
+BAR_SECONDS = 2  # before a bar is shown
+
+
+@contextmanager
+def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a computation, which calls the yielded function with each number of parts that are done.
+
+    Nothing is shown of a short one. A bar on a terminal disappears at the end.
+    """
+    bar = Progress(
+        TextColumn(plain(subject), markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=messages,
+        transient=True,
+        disable=not (is_main and messages.is_terminal),
+    )
+    task = bar.add_task("", total=total)
+    started = time.monotonic()
+    done, line_due = 0, started + LINE_SECONDS
+
+    def advance(parts: int) -> None:
+        nonlocal done, line_due
+        done += parts
+        bar.advance(task, parts)
+        now = time.monotonic()
+        if now > started + BAR_SECONDS:
+            bar.start()
+        if is_main and now > line_due:
+            line_due = now + LINE_SECONDS
+            left = (now - started) / done * (total - done)
+            progress_logger.info("%s: %d%%, %s left", subject, 100 * done // total, _minutes(left))
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class TrainingProgress:
+    """The progress of a training, shown by the main process alone."""
+
+    def __init__(self, is_main: bool, start: int, last_step: int, steps_per_epoch: int) -> None:
+        self._first = start
+        self._last_step = last_step
+        self._steps_per_epoch = steps_per_epoch
+        self._started = time.monotonic()
+        self._line_due = 0.0
+        self._last: dict[str, float] = {}
+        self._is_main = is_main
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss {task.fields[loss]:.2f}"),
+            TextColumn("{task.fields[speed]:,.0f} images/s"),
+            TimeRemainingColumn(),
+            console=messages,
+            disable=not (is_main and messages.is_terminal),
+        )
+        self._task = self._bar.add_task(
+            "", total=last_step, completed=start, epoch=self._epoch(start), loss=float("nan"), speed=0.0
+        )
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def restart_clock(self, step: int) -> None:
+        """Estimate the remaining time from the steps after this one."""
+        self._first, self._started = step, time.monotonic()
+
+    def show(self, step: int, record: Mapping[str, float]) -> None:
+        """Update the bar or print a line, from a record of training metrics."""
+        self._last |= record
+        epoch = self._epoch(step)
+        loss, images_per_second = (record.get(f"train/{name}", float("nan")) for name in ("loss", "images_per_second"))
+        self._bar.update(self._task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
+        now = time.monotonic()
+        if now >= self._line_due or step == self._last_step:
+            self._line_due = now + LINE_SECONDS
+            seconds = (now - self._started) / max(step - self._first, 1) * (self._last_step - step)
+            left = f"{_minutes(seconds)} left"
+            progress_logger.info(
+                "epoch %s, step %d/%d, loss %.2f, %s images/s, %s",
+                epoch, step, self._last_step, loss, f"{images_per_second:,.0f}", left,
+            )  # fmt: skip
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log a line about a validation."""
+        self._last |= metrics
+        if metrics:
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+
+    def table(self, title: str) -> None:
+        """Print the run's last metrics."""
+        if self._is_main:
+            table(f"{title} (nats per image)", self._last)
+
+    def _epoch(self, step: int) -> str:
+        epochs = -(-self._last_step // self._steps_per_epoch)
+        return f"{min(step // self._steps_per_epoch + 1, epochs)}/{epochs}"

@@ -1,0 +1,56 @@
+"""`starts.jsonl`: one JSON object for each time that a training was started or resumed."""
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from vae_dist.files import append
+
+STARTS = "starts.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Facts of one start of a training."""
+
+    time: str  # local, such as 2026-01-02 03:04:05
+    host: str
+    step: int  # that it starts from
+    last_step: int
+    steps_per_epoch: int
+    training_images: int
+    processes: int
+    device: str  # its type, such as cuda
+    threads: int  # of each process on a CPU
+    precision: str
+    dataset: str
+    torch: str  # its version
+
+    @classmethod
+    def now(cls, **facts: Any) -> "Start":
+        """Return the facts of a start on this host at this moment."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(time=now, host=platform.node(), torch=version("torch"), **facts)
+
+
+def write_start(run_dir: Path, start: Start) -> None:
+    append(run_dir / STARTS, json.dumps(asdict(start)))
+
+
+def parse_starts(content: bytes) -> list[Start]:
+    """Parse a file of starts. Lines that are not a start, such as half a line of a killed run, are skipped."""
+    types = get_type_hints(Start)
+    names = [field.name for field in fields(Start)]
+    starts = []
+    for line in content.splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and all(type(values.get(name)) is types[name] for name in names):
+            starts.append(Start(**{name: values[name] for name in names}))
+    return starts

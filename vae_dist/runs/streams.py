@@ -1,0 +1,147 @@
+"""stdout and stderr as streams that never fail and never block their caller for long.
+
+What they can't take is dropped, and what their encoding lacks is escaped. Text is shown as it is, never as markup.
+"""
+
+import io
+import os
+import re
+import select
+import sys
+from contextlib import suppress
+from threading import Thread
+from typing import IO, Any, cast
+
+from rich.console import Console
+
+STALL_SECONDS = 2  # to wait, once, for a reader that has stopped reading
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or can't show them
+
+
+class _Descriptor(io.RawIOBase):
+    """The file descriptor of stdout or stderr. What it can't take is dropped."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self.name = name
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        _write(self._descriptor, bytes(data))
+        return len(data)
+
+
+class _Stream(io.TextIOBase):
+    """`sys.stdout` or `sys.stderr`, whichever object that is at the moment, as a file that does not fail.
+
+    A pipe without a reader, a closed terminal or a full disk loses text, and nothing else. A reader that has stopped
+    reading, such as a terminal after Ctrl-S, blocks a thread of its own and not the caller.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._writing: Thread | None = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._target(), "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        with suppress(AttributeError, OSError, ValueError):
+            return bool(self._target().isatty())
+        return False
+
+    def write(self, text: str) -> int:
+        self.put(text, STALL_SECONDS)
+        return len(text)
+
+    def put(self, text: str, seconds: float | None) -> None:
+        """Write, and wait at most `seconds` until it is written; None waits without a bound."""
+        with suppress(Exception):  # it is missing, closed or full; a caller's can do anything
+            target = self._target()
+            target.flush()  # what others have printed comes first
+            data = _encoded(text, self.encoding, getattr(target, "errors", None))
+            if target is getattr(sys, f"__{self._name}__"):
+                self._write_in_thread(target.fileno(), data, seconds)
+            else:  # a caller's, such as a notebook's
+                target.write(data.decode(self.encoding, "surrogateescape"))
+                target.flush()
+
+    def _write_in_thread(self, descriptor: int, data: bytes, seconds: float | None) -> None:
+        if self._writing is not None:
+            self._writing.join(0 if seconds is not None else None)
+            if self._writing.is_alive():
+                return
+        self._writing = Thread(target=_write, args=[descriptor, data], daemon=True)
+        try:
+            self._writing.start()
+        except RuntimeError:  # Python is exiting, or no more threads can be made
+            _write(descriptor, data)
+        else:
+            self._writing.join(seconds)
+
+    def _target(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # a bar on a terminal catches what others print
+
+
+def _encoded(text: str, encoding: str, errors: str | None) -> bytes:
+    try:
+        return text.encode(encoding, errors or "strict")
+    except UnicodeError:
+        return text.encode(encoding, "backslashreplace")
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write everything, or as much as possible."""
+    with suppress(OSError):
+        while data:
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BlockingIOError:  # another process has made it non-blocking
+                select.select([], [descriptor], [])
+
+
+stdout = _Stream("stdout")
+messages = Console(file=cast(IO[str], _Stream("stderr")), soft_wrap=True, highlight=False, markup=False, emoji=False)
+results = Console(file=cast(IO[str], stdout), soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def plain(text: object) -> str:
+    """Return text with control characters, which a terminal obeys or can't show, spelled out."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def say(text: str) -> None:
+    """Print what the user asked for, however long the reader takes."""
+    stdout.put(f"{text.rstrip()}\n", None)
+
+
+def guard_standard_streams() -> None:
+    """Let prints of libraries, and of Python at exit, fail no more than ours do."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # started with `2>&-`: the next file to be opened would be taken for stderr
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            guarded = io.TextIOWrapper(
+                io.BufferedWriter(_Descriptor(stream.fileno(), stream.name)),
+                encoding=stream.encoding,
+                errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, guarded)
+            setattr(sys, f"__{name}__", guarded)

@@ -1,0 +1,47 @@
+"""After which steps something is due: metrics, validations, checkpoints, and when to check for a request to stop."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vae_dist.config import Config
+from vae_dist.distributed.stopping import Watch
+from vae_dist.plan import Plan
+
+
+class Cadence(NamedTuple):
+    """Optimizer steps between events, with null resolved to an epoch, and the run's last step."""
+
+    log_every: float
+    validate_every: float
+    save_every: float
+    verify_every: float
+    last_step: int
+
+    @classmethod
+    def of(cls, config: Config, plan: Plan) -> "Cadence":
+        return cls(
+            config.train.log_every,
+            config.train.validate_every or plan.steps_per_epoch,
+            config.checkpoint.every or plan.steps_per_epoch,
+            config.runtime.verify_every or math.inf,
+            config.train.steps or config.train.epochs * plan.steps_per_epoch,
+        )
+
+
+def due(done: int, every: float, last_step: int) -> bool:
+    """Return whether an event of every so many steps is due after `done` of them. At the last step all are."""
+    return done % every == 0 or done == last_step
+
+
+def launches(step: int, cadence: Cadence, most: int, watch: Watch) -> Iterator[range]:
+    """Yield the steps from `step` on in ranges to be launched at once, of a power of two and at most `most` steps.
+
+    A range ends where an event is due, or where `watch` checks for a request to stop.
+    """
+    *intervals, last_step = cadence
+    while step < last_step:
+        end = min(last_step, watch.next_step, *(step - step % every + every for every in intervals))
+        count = 2 ** (min(int(end) - step, most).bit_length() - 1)
+        yield range(step, step + count)
+        step += count
