@@ -1,8 +1,10 @@
-"""The kernel's arithmetic in Triton's interpreter; tests/gpu has it on a GPU."""
+"""The kernel's arithmetic in Triton's interpreter, and its compilation; tests/gpu runs it on a GPU."""
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,34 @@ assert products.mm(*big) is NotImplemented
 assert products.mm(torch.ones(2, 2).double(), torch.ones(2, 2).double()) is NotImplemented
 print("equal")
 """
+
+
+# Triton compiles for a GPU on a machine that has none.
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vae_dist.compute import products
+
+names = ["a", "b", "out", "m", "n", "k", "k_per_split", "a_m", "a_k", "b_k", "b_n"]
+for pointer, precision in ("*fp32", "tf32x3"), ("*fp32", "tf32"), ("*bf16", "tf32"), ("*fp16", "tf32"):
+    types = {name: pointer if name in ("a", "b") else "*fp32" if name == "out" else "i32" for name in names}
+    constants = {"TILE_M": products.TILE, "TILE_N": products.TILE, "TILE_K": products.TILE, "PRECISION": precision}
+    signature = types | {name: "constexpr" for name in constants}
+    source = ASTSource(fn=products._matmul_kernel, signature=signature, constexprs=constants)
+    for capability in 80, 90:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert "mma" in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
+def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "compiled\n", done.stderr
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")

@@ -49,7 +49,9 @@ class Compiled:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's advice to leave float32 for TF32, among others
                 on_gpu = inputs[0].is_cuda
-                graph = make_fx(self._function, _matrix_products() if on_gpu else None, tracing_mode="fake")(*inputs)
+                graph = make_fx(
+                    self._function, _matrix_products(inputs[0].device) if on_gpu else None, tracing_mode="fake"
+                )(*inputs)
                 # Otherwise autotuning would choose the summation order by momentary speed.
                 options = {"deterministic": True} if on_gpu else None
                 self._programs[shapes] = compile_graph(graph, list(inputs), options)
@@ -60,10 +62,16 @@ class Compiled:
                 logger.warning("the step can't be compiled (%s) and runs as it is", self.failure)
 
 
-def _matrix_products() -> Mapping[Any, Callable[..., Tensor]] | None:
-    """The replacements of torch's matrix products while tracing, if the GPU has TF32."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+def _matrix_products(device: torch.device) -> Mapping[Any, Callable[..., Tensor]] | None:
+    """The replacements of torch's matrix products while tracing, if the GPU has TF32 and Triton compiles for it."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     from vae_dist.compute import products
 
+    try:
+        products.warm_up(device)
+    except Exception as error:  # of Triton, or of the C compiler that it calls
+        reason = str(error).strip().rpartition("\n")[2]
+        logger.warning("small matrix products are left to cuBLAS: %s: %s", type(error).__name__, reason)
+        return None
     return products.REPLACEMENTS

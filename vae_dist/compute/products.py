@@ -23,11 +23,11 @@ TILE = 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _matmul_kernel(
-    a: Any, b: Any, out: Any, m: int, n: int, k: int, k_per_split: int, a_m: int, a_k: int, b_k: int, b_n: int,
+def _matmul_kernel(  # type: ignore[no-untyped-def]
+    a, b, out, m, n, k, k_per_split, a_m, a_k, b_k, b_n,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: skip
-    """Compute one tile of one split of the product."""
+):  # fmt: skip
+    """Compute one tile of one split of the product. Triton compiles annotations too, and knows none but its own."""
     tiles_n = tl.cdiv(n, TILE_N)
     rows = tl.program_id(0) // tiles_n * TILE_M + tl.arange(0, TILE_M)
     columns = tl.program_id(0) % tiles_n * TILE_N + tl.arange(0, TILE_N)
@@ -87,6 +87,13 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any, **more: Any) -> Tensor
     """Return `a @ b + bias`, or NotImplemented if cuBLAS is as fast."""
     result = mm(a, b, *rest, **more)
     return result if result is NotImplemented else result + bias
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile the kernel for a device, and multiply once. Raises whatever Triton raises if it can't."""
+    ones = torch.ones(TILE, TILE, device=device)
+    if not torch.equal(product(ones, ones, 1, "tf32x3")[0], ones * TILE):
+        raise RuntimeError("the Triton kernel multiplies wrongly on this GPU")
 
 
 # Of torch's operators, while a program is traced.
