@@ -21,7 +21,7 @@ if __name__ == "__main__":  # run by its path
 from tests.benchmarks.speed import QUIET, Group
 
 STEPS = {128: 4000, 1024: 1500, 8192: 400}  # of a turn
-PLAIN_STEPS = {128: 400, 1024: 400, 8192: 150}  # of loops that are launched step by step
+PLAIN_STEPS = {128: 400, 1024: 400}  # of loops launched step by step: small batches only
 LOOPS = {
     "ours": ("this package", ("fp32", "tf32", "bf16", "fp16"), STEPS),
     "jax": ("JAX, whole turn jitted", ("fp32", "tf32", "bf16"), STEPS),
@@ -34,12 +34,12 @@ Rates = dict[str, float | None]
 
 
 def measure(size: int, settings: list[str], folder: str, repeats: int, note: Callable[[Rates], None]) -> None:
-    """Note images per second by `loop, precision` after each round of turns; None where a loop could not be run."""
+    """Note images per second by `loop, precision` after each turn; None for a loop that can't be run."""
     found: Rates = {}
     with ExitStack() as alive:
         groups: dict[str, tuple[Group, int]] = {}
         for loop, (_, precisions, steps) in LOOPS.items():
-            if loop == "jax" and importlib.util.find_spec("jax") is None:
+            if size not in steps or (loop == "jax" and importlib.util.find_spec("jax") is None):
                 continue
             for precision in precisions:
                 given = [*settings, *QUIET, "device=cuda", f"train.batch_size={size}", f"train.precision={precision}"]
@@ -59,7 +59,7 @@ def measure(size: int, settings: list[str], folder: str, repeats: int, note: Cal
             for name, (group, steps_of_turn) in groups.items():
                 seconds[name].append(group.turn(steps_of_turn)["seconds"])
                 found[name] = steps_of_turn * size / statistics.median(seconds[name])
-            note(found)
+                note(found)
 
 
 if __name__ == "__main__":

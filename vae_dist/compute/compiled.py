@@ -12,6 +12,10 @@ logger = logging.getLogger(__name__)
 
 Function = Callable[..., Sequence[Tensor]]  # its arguments are tensors
 
+# On a GPU the compiler times variants of a kernel and keeps the fastest of the moment; they round differently.
+# `deterministic` fixes the variant of reductions, the other option that of all other kernels.
+_SAME_EVERY_TIME = {"deterministic": True, "triton.autotune_pointwise": False}
+
 
 class Compiled:
     """A compiled function, or `fallback` if it can't be compiled.
@@ -52,8 +56,7 @@ class Compiled:
                 graph = make_fx(
                     self._function, _matrix_products(inputs[0].device) if on_gpu else None, tracing_mode="fake"
                 )(*inputs)
-                # Otherwise autotuning would choose the summation order by momentary speed.
-                options = {"deterministic": True} if on_gpu else None
+                options = dict(_SAME_EVERY_TIME) if on_gpu else None  # it is emptied
                 self._programs[shapes] = compile_graph(graph, list(inputs), options)
         except Exception as error:  # of torch's compiler, or of the C++ compiler that it calls
             reason = str(error).strip().partition("\n")[0]
