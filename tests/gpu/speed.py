@@ -1,8 +1,9 @@
-"""Images per second of this package on one GPU, beside plain torch loops and JAX: one batch size, all precisions.
+"""Images per second of this package on one GPU, of plain torch loops and of JAX: one batch size, all precisions.
 
-    python tests/gpu/speed.py BATCH_SIZE RESULT.json SETTING ... [--repeats 5]
+    python tests/gpu/speed.py BATCH_SIZE RESULT.json SETTING ... [--repeats 5] [--wait] [--device cpu] [--steps 10]
 
-The loops of tests/benchmarks/contestants.py wait in processes of their own and take turns; medians are written.
+The loops of tests/benchmarks/contestants.py wait in processes of their own and take turns; medians are written. With
+--wait, turns begin at a line on stdin: other sizes can compile at the same time, and measure one after another.
 """
 
 import argparse
@@ -29,11 +30,15 @@ LOOPS = {
     "memory_compiled": ("the same, torch.compile", ("fp32", "bf16"), PLAIN_STEPS),
 }
 
+READY = "ready"
 
 Rates = dict[str, float | None]
 
 
-def measure(size: int, settings: list[str], folder: str, repeats: int, note: Callable[[Rates], None]) -> None:
+def measure(
+    size: int, settings: list[str], folder: str, repeats: int, most_steps: int, await_turn: Callable[[], object],
+    note: Callable[[Rates], None],
+) -> None:  # fmt: skip
     """Note images per second by `loop, precision` after each turn; None for a loop that can't be run."""
     found: Rates = {}
     with ExitStack() as alive:
@@ -42,10 +47,10 @@ def measure(size: int, settings: list[str], folder: str, repeats: int, note: Cal
             if size not in steps or (loop == "jax" and importlib.util.find_spec("jax") is None):
                 continue
             for precision in precisions:
-                given = [*settings, *QUIET, "device=cuda", f"train.batch_size={size}", f"train.precision={precision}"]
+                given = [*QUIET, "device=cuda", *settings, f"train.batch_size={size}", f"train.precision={precision}"]
                 given += [f"runs_dir={folder}", f"name={loop}_{precision}_{size}"]
                 group = alive.enter_context(Group(loop, given, wait=False))
-                groups[f"{loop}, {precision}"] = group, steps[size]
+                groups[f"{loop}, {precision}"] = group, min(steps[size], most_steps)
         # Importing and compiling, all side by side.
         for what in ("wait_until_ready", "begin", "finish"):
             for name, (group, steps_of_turn) in list(groups.items()):
@@ -54,6 +59,7 @@ def measure(size: int, settings: list[str], folder: str, repeats: int, note: Cal
                 except (SystemExit, OSError):
                     found[name] = None
                     del groups[name]
+        await_turn()
         seconds: dict[str, list[float]] = {name: [] for name in groups}
         for _ in range(repeats):
             for name, (group, steps_of_turn) in groups.items():
@@ -68,6 +74,9 @@ if __name__ == "__main__":
     parser.add_argument("result", type=Path)
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--wait", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=max(STEPS.values()), help="at most so many in a turn")
     asked = parser.parse_args()
     os.environ.update(
         XLA_PYTHON_CLIENT_PREALLOCATE="false", TORCHINDUCTOR_COMPILE_THREADS="1"
@@ -77,4 +86,10 @@ if __name__ == "__main__":
         asked.result.write_text(json.dumps(rates, indent=2))
         print({name: rate and round(rate) for name, rate in rates.items()}, flush=True)
 
-    measure(asked.size, asked.settings, str(asked.result.parent / "runs"), asked.repeats, note)
+    def await_turn() -> None:
+        print(READY, flush=True)
+        if asked.wait:
+            sys.stdin.readline()
+
+    settings = [*asked.settings, f"device={asked.device}"]
+    measure(asked.size, settings, str(asked.result.parent / "runs"), asked.repeats, asked.steps, await_turn, note)
