@@ -139,23 +139,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
-    asked = parser.parse_args(arguments)
-    folder = asked.folder or Path(tempfile.mkdtemp())
-    for processes in asked.processes:
-        draw = random.Random(asked.seed)
+    options = parser.parse_args(arguments)
+    folder = options.folder or Path(tempfile.mkdtemp())
+    for processes in options.processes:
+        draw = random.Random(options.seed)
         runs = folder / f"{processes}_processes"
-        settings = [f"runs_dir={runs}", f"data.root={folder / 'data'}", f"train.epochs={asked.epochs}"]
+        settings = [f"runs_dir={runs}", f"data.root={folder / 'data'}", f"train.epochs={options.epochs}"]
         train(processes, [*settings, "name=warm_up", "train.steps=1"])  # draws the digits
         seconds = train(processes, [*settings, "name=undisturbed"])
         started = time.monotonic()
         run_dir = runs / "killed"
-        in_a_save = disturb(processes, [*settings, "name=killed"], run_dir, asked.kills, seconds, draw)
+        in_a_save = disturb(processes, [*settings, "name=killed"], run_dir, options.kills, seconds, draw)
         train(processes, [*settings, "name=killed"])
         for path in [run_dir, *runs.glob("killed-*")]:  # also those that came to their end between two kills
             compare(path, runs / "undisturbed")
         ends = 1 + len(list(runs.glob("killed-*")))
         print(
-            f"{processes} process(es): {asked.kills} kills, {in_a_save} of them inside a save, in "
+            f"{processes} process(es): {options.kills} kills, {in_a_save} of them inside a save, in "
             f"{time.monotonic() - started:.0f} s; {ends} end(s) of the run, bitwise as undisturbed, the rows too",
             flush=True,
         )

@@ -32,16 +32,16 @@ TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rm
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # slow, and only a power cut would tell
-    asked = config.load(["model.hidden_dims=[8]", "model.latent_dim=2", "name=a", "checkpoint.keep=2"])
-    asked.data.image_shape = [1, 6, 6]
-    vae = build_vae(asked, [1, 6, 6])
+    run_config = config.load(["model.hidden_dims=[8]", "model.latent_dim=2", "name=a", "checkpoint.keep=2"])
+    run_config.data.image_shape = [1, 6, 6]
+    vae = build_vae(run_config, [1, 6, 6])
     optimizer = Adam(vae.parameters())
     total = vae(torch.rand(4, 1, 6, 6), torch.randn(4, 2)).likelihood.mean.sum()
     optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
 
     def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
         state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)
-        Run(run_dir).save(asked, vae, optimizer, state)
+        Run(run_dir).save(run_config, vae, optimizer, state)
 
     for again in (False, True):  # a new step, and one that replaces a checkpoint of the same step
         for point in count(1):
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
             saving.recover(run_dir)
             newest = newest_checkpoint(run_dir)
             assert newest is not None
-            other = build_vae(asked, [1, 6, 6])
+            other = build_vae(run_config, [1, 6, 6])
             state = Checkpoint(newest).load_training(other, Adam(other.parameters()))
             save(run_dir, 4)  # and it goes on
             after = sorted(path.name for path in (run_dir / "checkpoints").iterdir())

@@ -206,15 +206,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", type=Path)
-    asked = parser.parse_args(arguments)
-    if asked.keep is not None and asked.keep.exists():
-        parser.error(f"{asked.keep} exists; --keep wants a new folder, as runs that are there would go on")
-    names = [name for name in asked.only if not asked.quick or CASES[name].is_quick]
+    options = parser.parse_args(arguments)
+    if options.keep is not None and options.keep.exists():
+        parser.error(f"{options.keep} exists; --keep wants a new folder, as runs that are there would go on")
+    names = [name for name in options.only if not options.quick or CASES[name].is_quick]
     if not names:
         parser.error("--quick leaves none of these cases")
-    with ExitStack() as held:
-        folder = (asked.keep or Path(held.enter_context(tempfile.TemporaryDirectory()))).resolve()
-        roots = {"old": held.enter_context(checkout(asked.old)), "new": REPOSITORY}
+    with ExitStack() as stack:
+        folder = (options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
+        roots = {"old": stack.enter_context(checkout(options.old)), "new": REPOSITORY}
         equal = [compare(roots, folder, name) for name in names]
     print(f"{sum(equal)} of {len(equal)} cases are equal", flush=True)
     return 0 if all(equal) else 1

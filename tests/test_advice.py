@@ -31,7 +31,7 @@ FP64 = "train.precision=fp64"
         (["optim.max_grad_norm=1e-40"], "optim.max_grad_norm=1e-40 can't .* use a value at least 1.2e-38"),
     ],
 )
-def test_numbers_out_of_a_precisions_range_are_refused_before_anything_is_written(
+def test_numbers_out_of_a_precisions_range_are_refused_first(
     arguments: list[str], message: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -75,7 +75,7 @@ def test_a_diverged_run_names_the_most_unusual_setting(
         train(make_config("name=a", "train.log_every=1", *arguments))
 
 
-def test_advice_leaves_out_settings_that_are_in_use_or_could_not_matter(make_config: MakeConfig) -> None:
+def test_advice_omits_settings_in_use_or_without_effect(make_config: MakeConfig) -> None:
     def advice(*arguments: str, taken: int = 5) -> str:
         loaded: Config = make_config("train.precision=fp32", *arguments)
         return _advice(loaded, taken)

@@ -104,7 +104,7 @@ def calls(make_config: MakeConfig, smoke_arguments: list[str], tmp_path: Path) -
     """Every command as a library call, ordered so that each finds its input."""
     run = tmp_path / "runs/a"
     short = ["train.steps=2", "train.threads=1"]
-    asked = [*smoke_arguments, *short, f"runs_dir={tmp_path / 'runs'}", "evaluate.importance_samples=0"]
+    settings = [*smoke_arguments, *short, f"runs_dir={tmp_path / 'runs'}", "evaluate.importance_samples=0"]
     reading = ["device=cpu", "evaluate.importance_samples=0"]
     return {
         "train": lambda: train(make_config("name=a", *short)),
@@ -112,7 +112,7 @@ def calls(make_config: MakeConfig, smoke_arguments: list[str], tmp_path: Path) -
         "sample": lambda: sample(run, ["device=cpu", "sample.count=4"]),
         "report": lambda: report(run, reading),
         "compare": lambda: compare([run], [*reading, f"output={tmp_path / 'compared'}"]),
-        "study": lambda: study(config.load_study([*asked, "name=s", "train.precision=fp32,bf16"])),
+        "study": lambda: study(config.load_study([*settings, "name=s", "train.precision=fp32,bf16"])),
         "a training that can't start": lambda: refused(
             train, make_config("name=b", "train.batch_size=1", "train.accumulate=2")
         ),
@@ -175,7 +175,7 @@ def test_a_caller_s_accelerator_works_during_a_run_and_after_it(
         assert layer.weight.grad.tolist() == [[0.5, 0.5]]
 
 
-def test_an_accelerator_of_another_precision_is_one_error_before_anything_is_written(
+def test_an_accelerator_of_another_precision_is_refused(
     calls: Calls, make_config: MakeConfig, tmp_path: Path, handler: logging.Handler
 ) -> None:
     with caller.restored_afterwards():

@@ -49,7 +49,7 @@ def written(config: Config, tmp_path: Path, *steps: int) -> Path:
     return last
 
 
-def test_what_is_written_comes_back_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_saved_checkpoint_loads_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     vae, optimizer = trained(config, steps=3)
     state = TrainingState(12, window=[{"loss": 0.1 + 0.2, "updates": 3.0}], features={"ema": {"decay": 0.9}})
@@ -73,7 +73,7 @@ def test_parameter_names_are_plain(make_config: MakeConfig, tmp_path: Path) -> N
     assert set(load_file(folder / "optimizer.safetensors")) == moments
 
 
-def test_weights_and_config_are_enough_to_look_at_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_weights_and_config_are_enough_to_load_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     vae, optimizer = trained(config)
     folder = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(1))
@@ -86,7 +86,7 @@ def test_weights_and_config_are_enough_to_look_at_a_model(make_config: MakeConfi
 
 
 @pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
-def test_files_can_be_read_by_whom_the_umask_lets(
+def test_the_umask_sets_the_files_permissions(
     umask: int, files: int, folders: int, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     before = os.umask(umask)
@@ -104,7 +104,7 @@ def test_the_newest_are_kept(make_config: MakeConfig, tmp_path: Path) -> None:
     assert left == ["step_00000009", "step_00000010", "step_100000000"]
 
 
-def test_the_best_by_validation_is_kept_beside_the_newest(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_best_by_validation_is_kept_next_to_the_newest(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     vae, optimizer = trained(config)
     for step in range(1, 6):
@@ -131,9 +131,7 @@ def test_a_checkpoint_that_is_open_is_not_pruned_until_it_is_closed(make_config:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step_00000004", "step_00000005"]
 
 
-def test_a_reader_of_a_run_that_prunes_all_the_time_always_gets_a_whole_checkpoint(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_readers_get_a_whole_checkpoint_however_often_a_run_prunes(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     written(config, tmp_path, 1, 2)
     stop = threading.Event()
@@ -155,7 +153,7 @@ def test_a_reader_of_a_run_that_prunes_all_the_time_always_gets_a_whole_checkpoi
         writer.join()
 
 
-def test_a_pruning_that_fails_warns_and_the_run_goes_on(
+def test_a_failed_pruning_warns_and_the_run_continues(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(path: Path) -> None:
@@ -171,7 +169,7 @@ def test_a_pruning_that_fails_warns_and_the_run_goes_on(
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
 
 
-def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
     """A real limit of the operating system, on the size of files."""
     good = written(make_config(), tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -203,7 +201,7 @@ def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
 
 
-def test_a_save_that_is_killed_at_any_point_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_save_killed_at_any_point_leaves_a_resumable_run(tmp_path: Path) -> None:
     """Before and after every file, the manifest, the renames and the pruning: wherever a save touches the disk."""
     result = subprocess.run([sys.executable, CRASH, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -220,7 +218,7 @@ def test_a_save_that_is_killed_at_any_point_leaves_a_run_that_goes_on(tmp_path: 
     assert replaced, "a kill between the two renames of a replacement was tried"
 
 
-def test_later_checkpoints_are_set_aside_when_a_run_goes_back(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_later_checkpoints_are_set_aside_on_an_earlier_resume(make_config: MakeConfig, tmp_path: Path) -> None:
     written(make_config("checkpoint.keep=9"), tmp_path, 1, 2, 3)
     Run(tmp_path / "run").resume_from(1)
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
@@ -251,7 +249,7 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     assert not Run(tmp_path).is_training
 
 
-def test_a_checkpoint_that_comes_into_sight_late_is_waited_for(
+def test_a_checkpoint_that_is_visible_late_is_awaited(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a network file system, which shows on one machine later what another has renamed."""
@@ -270,7 +268,7 @@ DAMAGES.remove(("manifest.json", "flip"))  # hashed by nobody: a flipped bit in 
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(name: str, damage: str, make_config: MakeConfig, tmp_path: Path) -> None:
     written(make_config(), tmp_path, 1, 2)
     path = tmp_path / "run/checkpoints/step_00000002" / name
     content = bytearray(path.read_bytes())
@@ -326,7 +324,7 @@ def test_the_newest_run_is_found_when_none_is_named(make_config: MakeConfig, tmp
 @pytest.mark.parametrize(
     ("path", "expected"), [(None, "no trained run in"), ("nowhere", "no run at"), ("empty", "has no checkpoint yet")]
 )
-def test_what_cannot_be_found_is_said(path: str | None, expected: str, tmp_path: Path) -> None:
+def test_a_missing_run_or_checkpoint_is_named(path: str | None, expected: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=expected):
         find(tmp_path / path if path else None, tmp_path / "runs")
@@ -336,7 +334,7 @@ def test_a_folder_of_checkpoints_and_a_file_in_one_are_understood(make_config: M
     folder = written(make_config(), tmp_path, 1, 2)
     assert find(folder.parent, tmp_path).folder == folder
     assert find(folder / "model.safetensors", tmp_path).folder == folder
-    with pytest.raises(UserError, match=r"can't look into a+ \(File name too long\)"):
+    with pytest.raises(UserError, match=r"can't read a+ \(File name too long\)"):
         find(Path("a" * 300), tmp_path)
 
 
@@ -347,7 +345,7 @@ def test_a_manifest_states_sizes_hashes_and_versions(make_config: MakeConfig, tm
     assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_tensors_of_another_shape_are_refused_though_their_hash_holds(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_tensors_of_another_shape_are_refused_despite_a_valid_hash(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
     tensors = load_file(folder / "model.safetensors")
     tensors["decoder.layers.0.bias"] = torch.zeros(1)
@@ -390,14 +388,14 @@ def test_a_file_of_another_size_than_promised_is_not_read(make_config: MakeConfi
     for name in FILES:
         content = (folder / name).read_bytes()
         os.truncate(folder / name, 2**40)  # a terabyte that takes no room on the disk
-        with pytest.raises(BadCheckpointError, match=r"bytes, not|too much for what it is"):
+        with pytest.raises(BadCheckpointError, match=r"bytes, not|too many for such a file"):
             Checkpoint(folder).verify()
         (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["state.json"]["bytes"] = 2**40
     os.truncate(folder / "state.json", 2**40)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BadCheckpointError, match="too much for what it is"):
+    with pytest.raises(BadCheckpointError, match="too many for such a file"):
         Checkpoint(folder).verify()
 
 
@@ -410,7 +408,7 @@ STATES = [
 
 
 @pytest.mark.parametrize("values", STATES, ids=str)
-def test_a_state_that_no_run_would_have_written_is_refused(
+def test_a_state_that_no_run_writes_is_refused(
     values: dict[str, object], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     folder = written(make_config(), tmp_path, 1)
@@ -426,7 +424,7 @@ def test_a_state_that_no_run_would_have_written_is_refused(
     [b"[" * 100_000, b"{}", b"[]", b"null", b"1" * 10_000, b"\xff\xfe", b'{"format": NaN}', b""],
     ids=range(8),
 )
-def test_a_manifest_or_state_that_is_none_is_refused(content: bytes, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_malformed_manifest_or_state_is_refused(content: bytes, make_config: MakeConfig, tmp_path: Path) -> None:
     for name in ("manifest.json", "state.json"):
         folder = written(make_config(), tmp_path / name, 1)
         (folder / name).write_bytes(content)
@@ -471,7 +469,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(name: str, make_config: MakeConfi
     "line",
     ["${oc.env:HOME}", "${oc.coerce:this.x,1}", "${oc.create:{}}", "${seed}", "!!python/object/apply:os.mkdir [x]"],
 )
-def test_a_config_of_a_stranger_reaches_nothing(line: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_an_untrusted_config_reads_no_environment_or_file(line: str, make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(
@@ -483,7 +481,7 @@ def test_a_config_of_a_stranger_reaches_nothing(line: str, make_config: MakeConf
     assert not Path("x").exists() and "this" not in sys.modules
 
 
-def test_a_run_of_a_stranger_leads_no_file_out_of_it(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_an_untrusted_run_redirects_no_write(make_config: MakeConfig, tmp_path: Path) -> None:
     run_dir = written(make_config(), tmp_path, 1).parents[1]
     mine = tmp_path / "mine"
     mine.mkdir()

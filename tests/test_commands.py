@@ -66,12 +66,12 @@ def test_a_command_runs_as_a_module(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
-def test_without_data_and_network_a_training_falls_back_to_the_embedded_digits(tmp_path: Path) -> None:
+def test_without_data_and_network_the_embedded_digits_are_used(tmp_path: Path) -> None:
     trained = run(*LAUNCH, TRAIN, *TINY, "name=a", "data.mirror=http://127.0.0.1:9")
     assert trained.returncode == 0, trained.stderr
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
     assert f"(threads: {cores})" in trained.stderr  # though the launcher sets one
-    assert "MNIST can't be had" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
+    assert "MNIST is not available" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
     assert "name: synthetic_digits" in (tmp_path / "runs/a/config.yaml").read_text()
 
 
@@ -121,7 +121,7 @@ def test_one_of_several_processes_prints_the_message() -> None:
     ("arguments", "message"),
     [([TRAIN, "model.latnt_dim=3"], "unknown key 'model.latnt_dim'"), ([EVALUATE, "nowhere"], "no run at nowhere")],
 )
-def test_an_error_of_all_processes_is_printed_once_even_before_they_join(arguments: list[str], message: str) -> None:
+def test_an_error_of_all_processes_is_printed_once_before_they_join(arguments: list[str], message: str) -> None:
     refused = run(*TORCHRUN, *arguments)
     assert refused.stderr.count(message) == 1 and refused.stderr.count("exitcode  : 2") >= 1
 
@@ -137,7 +137,7 @@ def test_help_needs_no_torch(command: str) -> None:
     assert "vae_dist" in imported and not imported & {"torch", "wandb"}
 
 
-def test_help_shows_the_keys_that_a_command_takes_and_print_config_the_config() -> None:
+def test_help_shows_a_commands_keys_and_print_config_the_config() -> None:
     assert "model.latent_dim=40   [int]" in run(sys.executable, TRAIN, "--help").stdout
     printed = run(sys.executable, TRAIN, "--print-config", "--model.latent_dim=7")
     assert "latent_dim: 7" in printed.stdout and printed.stderr == ""

@@ -118,7 +118,7 @@ def test_curves_are_the_training_losses_of_the_metrics_file(pair: list[Path]) ->
     assert torch.equal(early[0].points, drawn[0].points[:1])
 
 
-def test_runs_of_other_batches_and_betas_are_drawn_on_axes_that_they_share(make_run: MakeRun) -> None:
+def test_curves_of_different_batches_and_betas_share_their_axes(make_run: MakeRun) -> None:
     small = make_run("name=small", "train.batch_size=25")
     large = make_run("name=large", "train.batch_size=50", "objective.beta=2")
     drawn, axes = curves([opened(run) for run in (small, large)])
@@ -137,7 +137,7 @@ def cells(picture: Image.Image, columns: int) -> np.ndarray[Any, Any]:
     return grid[:, :, :56:2, 1:57:2]
 
 
-def test_rows_of_images_are_the_originals_and_what_each_run_makes_of_them(pair: list[Path]) -> None:
+def test_rows_of_images_are_originals_and_each_runs_reconstructions(pair: list[Path]) -> None:
     found = [opened(run) for run in pair]
     test = datasets.load_test(found[0].config.data)
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
@@ -207,7 +207,7 @@ def test_only_an_evaluation_of_the_same_checkpoint_counts(pair: list[Path]) -> N
         assert compared(compare([run]))[0]["evaluation"] == newest
 
 
-def test_the_newest_evaluation_counts_and_metrics_it_lacks_are_left_out(pair: list[Path]) -> None:
+def test_the_newest_evaluation_counts_and_missing_metrics_are_omitted(pair: list[Path]) -> None:
     for run in pair:
         evaluate(run)
     evaluate(pair[1], ["evaluate.importance_samples=0"])
@@ -262,7 +262,7 @@ def test_incomparable_metrics_come_with_a_warning(
     assert warning in (folder / "table.md").read_text() and warning in capsys.readouterr().out
 
 
-def test_runs_that_are_tested_on_other_images_have_originals_of_their_own(make_run: MakeRun, pair: list[Path]) -> None:
+def test_runs_tested_on_other_images_have_their_own_originals(make_run: MakeRun, pair: list[Path]) -> None:
     binary = make_run("name=binary", "data.binarize=dynamic")
     grid = cells(reconstructions([opened(run) for run in (pair[0], binary)], CPU).image, 10)
     assert len(grid) == 4

@@ -210,7 +210,7 @@ def test_bad_files_are_named(content: str, expected: str, tmp_path: Path) -> Non
     assert expected in message and "bad.yaml" in message
 
 
-def test_keys_may_be_written_with_dots_in_a_file_and_groups_may_be_empty() -> None:
+def test_files_may_have_dotted_keys_and_empty_groups() -> None:
     Path("some.yaml").write_text("model.latent_dim: 3\ndata:\nmodel:\n  hidden_dims: [5]\n")
     loaded = config.load(["some.yaml"])
     assert (loaded.model.latent_dim, loaded.model.hidden_dims) == (3, [5])

@@ -61,9 +61,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_reader_that_goes_away_changes_neither_the_training_nor_how_it_ends(
-    stopped: bool, smoke_arguments: list[str]
-) -> None:
+def test_a_closed_pipe_changes_neither_training_nor_exit_code(stopped: bool, smoke_arguments: list[str]) -> None:
     """As with `| head`, and as with Ctrl-C that ends `| tee` first."""
     with pipe() as (reader, writer):
         started = command(smoke_arguments, *(ENDLESS if stopped else []))
@@ -81,7 +79,7 @@ def test_a_reader_that_goes_away_changes_neither_the_training_nor_how_it_ends(
         assert saved_step() == 40 and "step 40: validation/negative_elbo" in log
 
 
-def test_a_reader_that_stops_reading_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_reader_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pipe() as (reader, writer):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
         os.write(writer, bytes(4096))  # no room is left
@@ -100,7 +98,7 @@ def test_a_reader_that_stops_reading_is_waited_for_once(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_a_training_whose_output_is_not_read_is_trained_to_its_end(smoke_arguments: list[str]) -> None:
+def test_a_training_with_a_stalled_reader_runs_to_its_end(smoke_arguments: list[str]) -> None:
     with pipe() as (_, writer):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
         os.write(writer, bytes(4096))  # no room is left
@@ -110,9 +108,7 @@ def test_a_training_whose_output_is_not_read_is_trained_to_its_end(smoke_argumen
 
 
 @pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_terminal_that_is_closed_changes_neither_the_training_nor_how_it_ends(
-    stopped: bool, smoke_arguments: list[str]
-) -> None:
+def test_a_closed_terminal_changes_neither_training_nor_exit_code(stopped: bool, smoke_arguments: list[str]) -> None:
     """As with a disowned job, which goes on, and as with one that gets SIGHUP, which saves and ends."""
     child, leader = pty.fork()
     if child == 0:
@@ -159,9 +155,7 @@ console.run(command)
 
 
 @pytest.mark.parametrize(("encoding", "day", "umlaut"), [("ascii", r"\u65e5", r"\xe4"), ("latin-1", r"\u65e5", "ä")])
-def test_what_an_encoding_lacks_is_escaped_and_no_text_is_taken_for_markup(
-    encoding: str, day: str, umlaut: str
-) -> None:
+def test_unencodable_text_is_escaped_and_markup_is_printed_as_text(encoding: str, day: str, umlaut: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     shown = subprocess.run([sys.executable, "-c", SHOW], cwd=REPOSITORY, env=environment, capture_output=True)
     out, err = (text.decode(encoding) for text in (shown.stdout, shown.stderr))
@@ -172,7 +166,7 @@ def test_what_an_encoding_lacks_is_escaped_and_no_text_is_taken_for_markup(
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_what_libraries_print_fails_no_more_than_what_is_said_here(unbuffered: str) -> None:
+def test_prints_of_libraries_do_not_fail(unbuffered: str) -> None:
     """Without a buffer print fails; with one Python does at exit, says so, and exits with 120."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONIOENCODING": "ascii"}
     with pipe() as (reader, writer):
@@ -204,9 +198,7 @@ class Alone:
         return True
 
 
-def test_a_log_that_cannot_be_written_is_said_once_and_is_no_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_log_is_one_warning_and_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console.start(Alone())
     with console.logged_to(tmp_path / "missing/log.txt"):
         console.logger.info("first")
@@ -221,7 +213,7 @@ def test_a_bug_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
     assert "1 / 0" in (tmp_path / "log.txt").read_text()
 
 
-def test_what_was_said_before_the_log_was_open_is_in_it_once(tmp_path: Path) -> None:
+def test_messages_before_the_log_opens_are_in_it_once(tmp_path: Path) -> None:
     console.start(Alone())
     console.logger.warning("of an earlier run")
     console.start(Alone())
@@ -252,7 +244,7 @@ def test_every_process_prints_its_own_error(environment: dict[str, str], place: 
     assert said.returncode == 2 and said.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
 
 
-def test_an_error_of_one_process_is_printed_by_it_and_the_others_learn_the_reason(tmp_path: Path) -> None:
+def test_one_process_prints_its_error_and_the_others_learn_the_reason(tmp_path: Path) -> None:
     """A data set that lies on the first machine and not on the second."""
     folder = tmp_path / "0/data/KMNIST/raw"
     folder.mkdir(parents=True)

@@ -42,7 +42,7 @@ class Counter:
             self.state += of_one_step
 
 
-def test_captured_steps_are_the_steps() -> None:
+def test_captured_steps_equal_the_steps_themselves() -> None:
     plain, counter = Counter(), Counter()
     captured = CapturedSteps(counter, [counter.state], replaying)
     for number, count in enumerate([1, 4, 4, 2, 1, 4]):

@@ -59,7 +59,7 @@ def test_threshold_makes_every_split_binary(data_root: Path) -> None:
     assert torch.equal(training.pixels == 255, grey.pixels >= 128)
 
 
-def test_dynamic_leaves_training_to_the_plan_and_draws_held_out_images_once(data_root: Path) -> None:
+def test_dynamic_draws_held_out_images_once_and_training_by_the_plan(data_root: Path) -> None:
     config = settings(data_root, binarize="dynamic")
     training, validation = datasets.load_training(config)
     assert len(training.pixels.unique()) > 2
@@ -153,7 +153,7 @@ def test_a_renamed_cache_of_another_drawing_is_rejected(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "sparse", "dangling"])
-def test_whatever_lies_in_the_caches_place_does_not_block(kind: str, data_root: Path, tmp_path: Path) -> None:
+def test_no_file_in_the_caches_place_blocks(kind: str, data_root: Path, tmp_path: Path) -> None:
     true = datasets.load_test(settings(data_root))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     cache = tmp_path / "synthetic_digits" / good.name
@@ -173,7 +173,7 @@ def test_whatever_lies_in_the_caches_place_does_not_block(kind: str, data_root: 
         assert not cache.is_symlink() and cache.read_bytes() == good.read_bytes()
 
 
-def test_more_digits_than_fit_into_memory_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
+def test_more_digits_than_fit_into_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.synthetic_images=4000000000 would take .* GiB"):
         datasets.load_training_set(settings(tmp_path, synthetic_images=4_000_000_000))
 
@@ -193,7 +193,7 @@ def test_an_unknown_name_lists_the_choices() -> None:
         datasets.check_name("mnits")
 
 
-def test_an_evaluations_data_set_needs_a_known_name_and_the_models_shape(data_root: Path) -> None:
+def test_an_evaluations_data_set_has_a_known_name_and_shape(data_root: Path) -> None:
     for load_part in (datasets.load_test, datasets.load_training):
         with pytest.raises(UserError, match="unknown dataset 'mnits'"):
             load_part(settings(data_root, name="mnits"))

@@ -46,7 +46,7 @@ def world_of(size: int) -> World:
     return World(state)
 
 
-def asked(*arguments: str) -> Config:
+def config_of(*arguments: str) -> Config:
     return config.load(["train.precision=fp32", "tracking.wandb=disabled", "runtime.cuda_graph=false", *arguments])
 
 
@@ -57,7 +57,7 @@ def pixels() -> Tensor:
 @pytest.fixture
 def vae(card: World) -> VAE:
     with CARD:
-        return build_vae(asked(), (1, 28, 28))
+        return build_vae(config_of(), (1, 28, 28))
 
 
 def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
@@ -65,9 +65,9 @@ def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
-def test_images_and_noise_are_on_the_card_and_not_fetched_from_the_host(binarize: str, card: World) -> None:
+def test_images_and_noise_stay_on_the_gpu(binarize: str, card: World) -> None:
     training = Images(pixels(), torch.zeros(COUNT, dtype=torch.int64))
-    batches = Batches(training, Plan(0, COUNT, 50), asked(f"data.binarize={binarize}"), card)
+    batches = Batches(training, Plan(0, COUNT, 50), config_of(f"data.binarize={binarize}"), card)
     found = batches(range(12, 16))  # over the end of an epoch
     assert [tensor.device for tensor in found] == [CARD, CARD]
     assert [tuple(tensor.shape) for tensor in found] == [(4, 50, 1, 28, 28), (4, 50, 40)]
@@ -81,7 +81,7 @@ def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the backward pass: gradients are zeros. A host sync would fail, for a fake tensor has no values."""
     reduced = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, operation: reduced.append(values.device))
@@ -94,7 +94,7 @@ def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeyp
         return [images.sum(), torch.zeros(2, dtype=torch.float64, device=CARD), *map(torch.zeros_like, weights)]
 
     monkeypatch.setattr(Gradients, "functional", functional)
-    update = Update(vae, asked("train.accumulate=2"), world_of(processes))
+    update = Update(vae, config_of("train.accumulate=2"), world_of(processes))
     update(torch.zeros(3, 100, 1, 28, 28, dtype=torch.uint8, device=CARD), torch.zeros(3, 100, 40, device=CARD),
            [Schedule(1e-3, 0.1 * step) for step in range(3)])  # fmt: skip
     state = [*update.optimizer.tensors, update.totals, *update.vae.parameters()]
@@ -103,8 +103,8 @@ def test_a_step_stays_on_the_card(processes: int, vae: VAE, card: World, monkeyp
     Meter(update.totals[:5], card, 100, [{"loss": 1.0}])
 
 
-def test_evaluations_and_views_compute_on_the_card_and_gather_on_the_host(vae: VAE, card: World) -> None:
-    settings = asked("evaluate.importance_samples=3")
+def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VAE, card: World) -> None:
+    settings = config_of("evaluate.importance_samples=3")
     trained = TrainedVAE(vae, settings, card)
     encodings = metrics.encode(vae, pixels(), card, settings)
     found = [
@@ -133,7 +133,7 @@ def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytes
     assert shown == ["cpu", "cpu"]
 
 
-def test_what_processes_exchange_is_on_the_card(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collectives_get_tensors_on_the_gpu(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL accepts nothing else, wherever the values were."""
     exchanged = []
     distributed = torch.distributed

@@ -167,9 +167,7 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_any_number_of_processes_sees_the_same_images_noise_and_learning_rate(
-    world_size: int, roots: dict[int, Path]
-) -> None:
+def test_any_number_of_processes_sees_the_same_batches_and_schedule(world_size: int, roots: dict[int, Path]) -> None:
     ours, theirs = load_file(roots[world_size] / "batches"), load_file(roots[1] / "batches")
     for name in ("images", "noise", "learning_rate"):
         assert torch.equal(ours[name], theirs[name]), name
@@ -187,7 +185,7 @@ def test_in_float64_an_epoch_is_the_same_to_a_billionth(world_size: int, roots: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
-def test_compiled_processes_train_as_those_that_are_not(tmp_path: Path, smoke_arguments: list[str]) -> None:
+def test_compiled_processes_train_as_uncompiled_ones(tmp_path: Path, smoke_arguments: list[str]) -> None:
     common = [*smoke_arguments, f"runs_dir={tmp_path}", "train.log_every=1", "train.precision=fp64", "train.epochs=1"]
     for name, compiled in ("plain", "false"), ("compiled", "true"):
         choices = [
@@ -212,7 +210,7 @@ def different(rank: int, setting: str, arguments: list[str]) -> subprocess.Compl
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_where_one_process_has_no_compiler_none_compiles(rank: int, tmp_path: Path, smoke_arguments: list[str]) -> None:
+def test_if_one_process_has_no_compiler_none_compiles(rank: int, tmp_path: Path, smoke_arguments: list[str]) -> None:
     common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.batch_size=51", "train.steps=60"]
     result = different(rank, "CXX=/nonexistent", [*common, "name=mixed", "train.compile=true"])
     assert result.returncode == 0, result.stderr
@@ -225,7 +223,7 @@ def test_where_one_process_has_no_compiler_none_compiles(rank: int, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one way to compute")
-def test_a_run_on_unlike_cpus_is_finished_and_goes_on(tmp_path: Path, smoke_arguments: list[str]) -> None:
+def test_a_run_on_different_cpus_finishes_and_resumes(tmp_path: Path, smoke_arguments: list[str]) -> None:
     common = [*smoke_arguments, *CLIPPED, f"runs_dir={tmp_path}", "train.log_every=10", "checkpoint.every=30"]
     for choice in (
         ["name=straight", "train.steps=60"],
@@ -290,7 +288,9 @@ def test_a_state_that_differs_ends_all_processes_and_is_never_saved(
     messages = {(roots[world_size] / f"{where}.{rank}").read_text() for rank in range(world_size)}
     assert len(messages) == 1
     last, host = world_size - 1, platform.node()
-    message = f"after step 2 the weights or moments of process {last} on {host} are not those of process 0 on {host}"
+    message = (
+        f"after step 2 the weights or moments of process {last} on {host} differ from those of process 0 on {host}"
+    )
     assert messages.pop().startswith(f"RunError: {message}, and they are not saved.")
     assert newest_checkpoint(roots[world_size] / "runs" / where) is None
 
@@ -324,14 +324,12 @@ def test_all_processes_compile_or_none(world_size: int, what: str, roots: dict[i
     if what == "nothing":
         why = "alike on all processes (they round differently)"
     assert re.findall("WARNING (.*compile.*)", log) == [
-        f"the step can't be compiled {why} and runs as it is on all processes"
+        f"the step can't be compiled {why} and runs uncompiled on all processes"
     ]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_processes_on_unlike_processors_go_on_from_the_state_of_the_main_one(
-    world_size: int, roots: dict[int, Path]
-) -> None:
+def test_different_processors_continue_from_the_main_processs_state(world_size: int, roots: dict[int, Path]) -> None:
     """With one warning per start; a resumed run is still bitwise the one that never stopped."""
     runs = roots[world_size] / "runs"
     assert not list(roots[world_size].glob("unlike.*"))  # no process was refused
@@ -351,7 +349,7 @@ def test_in_float32_fifty_steps_are_the_same_to_a_ten_thousandth(world_size: int
 
 
 @pytest.mark.parametrize("world_size", [1, *WORLD_SIZES])
-def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(world_size: int, roots: dict[int, Path]) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world_size: int, roots: dict[int, Path]) -> None:
     runs = roots[world_size] / "runs"
     ours, theirs = tensors(runs / "went_on"), tensors(runs / "never_stopped")
     assert ours.keys() == theirs.keys()
@@ -359,7 +357,7 @@ def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(world_size: in
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_run_goes_on_with_another_number_of_processes_and_parts(
+def test_a_run_resumes_with_other_processes_and_micro_batches(
     world_size: int, roots: dict[int, Path], smoke_arguments: list[str]
 ) -> None:
     """From one process to several, and from several to one: equal to a run that never moved, up to rounding."""
@@ -403,9 +401,7 @@ def test_every_process_gets_the_same_refusal(world_size: int, roots: dict[int, P
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_when_one_process_is_asked_to_stop_all_stop_after_the_same_step(
-    world_size: int, roots: dict[int, Path]
-) -> None:
+def test_a_stop_request_to_one_process_stops_all_at_one_step(world_size: int, roots: dict[int, Path]) -> None:
     """And the resumed run is bitwise the one that never stopped, even if it was stopped inside a validation."""
     runs = roots[world_size] / "runs"
     for name, step, run in ("stop", 33, "stopped"), ("stop_in_validation", 20, "cut"):
@@ -453,9 +449,7 @@ def test_only_the_main_process_logs_and_writes(world_size: int, roots: dict[int,
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_warning_of_one_process_is_heard_and_one_of_all_is_not_repeated(
-    world_size: int, roots: dict[int, Path]
-) -> None:
+def test_a_warning_is_shown_once_by_one_process_or_by_all(world_size: int, roots: dict[int, Path]) -> None:
     log = (roots[world_size] / "log").read_text()
     assert re.findall(r".*said by all", log) == ["said by all"]
     (last,) = re.findall(r".*said by the last", log)

@@ -71,7 +71,7 @@ def test_two_machines_train_bitwise_what_one_with_two_processes_trains(
 
 
 @pytest.mark.slow
-def test_when_a_machine_is_lost_the_other_goes_on_alone_with_the_same_images(
+def test_after_a_lost_machine_the_other_continues_the_same_plan_alone(
     smoke_arguments: list[str], tmp_path: Path
 ) -> None:
     settings = [

@@ -119,7 +119,7 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
 
 
-def test_chunks_and_threads_move_the_estimate_by_less_than_a_ten_thousandth(binary_run: Path) -> None:
+def test_chunks_and_threads_move_the_estimate_below_a_ten_thousandth(binary_run: Path) -> None:
     cuts = [
         ["evaluate.chunk=1"],
         ["evaluate.chunk=640", "evaluate.batch_size=64"],
@@ -223,7 +223,7 @@ def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
         (["objective.reconstruction=gaussian"], "a density, of which sigma decides the size"),
     ],
 )
-def test_metrics_that_do_not_compare_with_published_ones_have_a_warning(
+def test_incomparable_metrics_have_a_warning(
     arguments: list[str], warning: str | None, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = evaluate(train(make_config("name=a", "train.steps=1", *arguments)), ["evaluate.importance_samples=2"])
@@ -350,7 +350,7 @@ def test_an_images_terms_do_not_depend_on_the_images_after_its_chunk(run_dir: Pa
     assert torch.equal(whole.reconstruction[:100], first.reconstruction)
 
 
-def test_chunks_and_threads_move_the_elbo_by_less_than_a_ten_thousandth(run_dir: Path) -> None:
+def test_chunks_and_threads_move_the_elbo_below_a_ten_thousandth(run_dir: Path) -> None:
     bounds = []
     for arguments in (
         ["evaluate.batch_size=200"],
@@ -404,7 +404,7 @@ def test_codes_of_the_wrong_size_are_refused(run_dir: Path) -> None:
         sample(run_dir, ["sample.codes=[[0],[0,0,0,0,0,0,0,0]]"])
 
 
-def test_an_evaluation_during_a_training_writes_files_only_and_says_so(
+def test_an_evaluation_during_a_training_writes_files_alone(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever `output` is: the run in W&B belongs to the training."""

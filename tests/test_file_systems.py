@@ -40,17 +40,17 @@ from vae_dist import config
 from vae_dist.errors import UserError
 from vae_dist.training.loop import train
 run.LOCK_SECONDS = 0.2
-asked = sys.argv[1:]
-run_dir = train(config.load([*asked, "train.steps=20"]))
+arguments = sys.argv[1:]
+run_dir = train(config.load([*arguments, "train.steps=20"]))
 mark = run_dir / MARK
 assert not mark.exists()
 mark.write_text(json.dumps({"host": "node7", "process": 4711, "since": "2026-01-02 03:04:05 +0000"}))
 assert Run(run_dir).is_training
 try:
-    train(config.load([*asked, "train.steps=30"]))
+    train(config.load([*arguments, "train.steps=30"]))
 except UserError as error:
     print(error)
-    train(config.load([*asked, "train.steps=30", str(error).rpartition(" ")[2]]))
+    train(config.load([*arguments, "train.steps=30", str(error).rpartition(" ")[2]]))
 assert not mark.exists()
 """
 
@@ -243,29 +243,27 @@ def test_read_only_runs_are_compared_elsewhere_and_evaluated_once(
     assert state_of(run_dir) == before
 
 
-def test_a_training_that_finds_a_full_disk_says_so_and_keeps_what_was_there(
-    disk: Disk, make_config: MakeConfig
-) -> None:
-    asked = [f"runs_dir={disk.place}", "name=a", "checkpoint.every=10"]
+def test_a_full_disk_ends_a_training_and_loses_no_file(disk: Disk, make_config: MakeConfig) -> None:
+    settings = [f"runs_dir={disk.place}", "name=a", "checkpoint.every=10"]
     ends = set()
     for free in (0, 4, 8, 16, 64, 128, 256):
         disk.leave(free)
         with pytest.raises((UserError, RunError), match=r"No space left on device\)?; make room") as ended:
-            train(make_config(*asked))
+            train(make_config(*settings))
         ends.add(type(ended.value))
     assert ends == {UserError, RunError}  # at the start, and in the middle of the training
     disk.leave(1024)
-    run_dir = train(make_config(*asked, "train.steps=10"))
+    run_dir = train(make_config(*settings, "train.steps=10"))
     checkpoints = state_of(run_dir / "checkpoints")
     for free in (0, 4, 8):
         disk.leave(free)
         with pytest.raises((UserError, RunError), match=r"No space left on device\)?; make room"):
-            train(make_config(*asked, "train.steps=15"))
+            train(make_config(*settings, "train.steps=15"))
         assert state_of(run_dir / "checkpoints") == checkpoints
         assert config.read(run_dir / "config.yaml").train.steps in (10, 15)
     disk.mount("-o", "remount,ro")
     with pytest.raises(UserError, match=r"\(Read-only file system\); choose another runs_dir"):
-        train(make_config(*asked))
+        train(make_config(*settings))
 
 
 def test_a_folder_that_can_not_be_written_to_is_removed_again(disk: Disk) -> None:
@@ -275,7 +273,7 @@ def test_a_folder_that_can_not_be_written_to_is_removed_again(disk: Disk) -> Non
     assert not (disk.place / "some").exists()
 
 
-def test_a_row_is_whole_and_stands_alone(disk: Disk) -> None:
+def test_a_record_is_whole_and_on_a_line_of_its_own(disk: Disk) -> None:
     path = disk.place / "rows"
     path.write_text('{"step": 1}\n{"st')  # as a process that was killed leaves it
     disk.leave(0)
@@ -304,16 +302,16 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_a_run_is_trained_and_looked_at_under_a_path_of_any_characters(
+def test_a_run_is_trained_and_read_under_a_path_of_any_characters(
     smoke_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = "/".join(NAMES)  # relative, and more than one of these characters begins an argument
     Path("run=1.yaml").write_text(json.dumps({"runs_dir": odd, "data": {"root": f"{odd}/data"}}, ensure_ascii=False))
     readable = ["tracking.wandb=disabled", "evaluate.importance_samples=2", f"data.root={odd}/data"]
-    asked = config.load([smoke_arguments[0], "run=1.yaml", *smoke_arguments[2:], "name=a", "train.steps=10"])
-    assert asked == config.load([smoke_arguments[0], *smoke_arguments[2:], *readable[2:], "name=a", "train.steps=10",
+    run_config = config.load([smoke_arguments[0], "run=1.yaml", *smoke_arguments[2:], "name=a", "train.steps=10"])
+    assert run_config == config.load([smoke_arguments[0], *smoke_arguments[2:], *readable[2:], "name=a", "train.steps=10",
                                  f"runs_dir={odd}"])  # fmt: skip
-    run_dir = train(asked)
+    run_dir = train(run_config)
     assert run_dir == Path(odd, "a") and (run_dir / "metrics.jsonl").exists()
 
     for argument in (f"{odd}/a", f"{odd}/a/best", str(find(run_dir, tmp_path).folder)):
@@ -338,9 +336,9 @@ def test_a_run_is_trained_and_looked_at_under_a_path_of_any_characters(
 def test_a_study_in_a_folder_of_any_characters_is_compared_there(smoke_arguments: list[str]) -> None:
     odd = "[a, b]/{c}=1,2"
     settings = [*smoke_arguments, f"runs_dir={odd}", "seed=1,2", "name=s", "train.steps=2"]
-    asked = config.load_study([*settings, "evaluate.importance_samples=1"])
-    assert len(asked.configs) == 2 and {asked.runs_dir for asked in asked.configs} == {odd}
-    assert study(asked) == Path(odd) / "s-seed"
+    planned = config.load_study([*settings, "evaluate.importance_samples=1"])
+    assert len(planned.configs) == 2 and {planned.runs_dir for planned in planned.configs} == {odd}
+    assert study(planned) == Path(odd) / "s-seed"
     assert (Path(odd) / "s-seed/table.md").exists()
 
 
@@ -367,7 +365,7 @@ def test_a_leading_tilde_is_a_home_for_every_path_alike(tmp_path: Path, monkeypa
         config.load(["runs_dir=~nobody-of-that-name/x"])
 
 
-def test_what_exists_is_a_path_and_what_does_not_is_a_setting(tmp_path: Path) -> None:
+def test_an_existing_path_is_a_path_and_any_other_text_a_setting(tmp_path: Path) -> None:
     for name in ("lr=0.1", "-x", "sample.count=3", "a=b/runs"):
         Path(name).mkdir(parents=True)
     runs, rest = config.split_runs(["lr=0.1", "lr=0.1/best", "-x", "sample.count=3", "sample.count=4", "a=b/runs/c"])

@@ -65,7 +65,7 @@ def test_the_state_of_a_stopped_run_is_read(name: str, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_stopped_run_goes_on_as_one_never_stopped(name: str, runs: Path) -> None:
+def test_a_stopped_run_resumes_as_one_never_stopped(name: str, runs: Path) -> None:
     """Rows of the run `evaluated`, which was not stopped, and of the study's at step 10, are the oracle."""
     run_dir = train(config.load([str(runs / name / "config.yaml")]))
     found, whole = rows(run_dir), rows(FIXTURES / "evaluated") | rows(FIXTURES / "study-latent_dim-2")
@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_as_one_never_stopped(name: str, runs: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_stopped_run_of_three_processes_goes_on_on_three(runs: Path) -> None:
+def test_a_stopped_run_of_three_processes_resumes_on_three(runs: Path) -> None:
     result = torchrun(3, str(REPOSITORY / "vae_dist/train.py"), str(runs / "three_processes/config.yaml"))
     assert result.returncode == 0, result.stderr
     found, whole = rows(runs / "three_processes"), rows(FIXTURES / "evaluated")
@@ -84,7 +84,7 @@ def test_a_stopped_run_of_three_processes_goes_on_on_three(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FINISHED)
-def test_a_finished_run_is_evaluated_anew_with_the_same_figures(name: str, runs: Path) -> None:
+def test_a_finished_run_is_evaluated_again_to_the_same_metrics(name: str, runs: Path) -> None:
     kept = json.loads((runs / name / "evaluation.json").read_text())
     result = evaluate(runs / name)
     for figure in ("negative_elbo", "reconstruction", "negative_log_likelihood", "mean_squared_error"):

@@ -175,7 +175,7 @@ def test_any_hostile_reply_of_a_mirror_is_refused_and_leaves_no_file(
     claim()
 
 
-def test_any_archive_with_the_right_digest_is_unpacked_whole_or_refused(
+def test_any_archive_of_the_right_digest_is_unpacked_or_refused(
     depth: int, raw_server: RawServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = gzip.compress(bytes(range(200)), mtime=0)

@@ -65,7 +65,7 @@ def replace(old: str, new: str) -> Callable[[Path], None]:
         ("evaluation.json", replace('"kl"', '"KL"'), 'kl was 1.5 and is "(absent)"'),
     ],
 )
-def test_the_first_difference_of_two_runs_is_found(
+def test_the_first_difference_of_two_runs_is_reported(
     name: str, tamper: Callable[[Path], None], expected: str, sides: tuple[Path, Path]
 ) -> None:
     assert set(golden.differences(*sides).values()) == {""}
@@ -74,7 +74,7 @@ def test_the_first_difference_of_two_runs_is_found(
     assert found.keys() == {name} and found[name].startswith(expected)
 
 
-def test_what_clocks_and_versions_say_is_no_difference_and_a_result_that_both_sides_lack_is_one(
+def test_clocks_and_versions_may_differ_and_a_missing_result_may_not(
     sides: tuple[Path, Path],
 ) -> None:
     replace("9.0", "8.0")(sides[1] / "metrics.jsonl")
@@ -91,7 +91,7 @@ needs_git = pytest.mark.skipif(
 
 
 @needs_git
-def test_a_commit_is_checked_out_beside_the_working_tree_and_removed_again() -> None:
+def test_a_commit_is_checked_out_into_a_temporary_worktree() -> None:
     listing = ["git", "-C", str(REPOSITORY), "worktree", "list"]
     with golden.checkout("HEAD") as tree:
         assert (tree / "vae_dist/train.py").is_file() and tree != REPOSITORY
@@ -99,7 +99,7 @@ def test_a_commit_is_checked_out_beside_the_working_tree_and_removed_again() -> 
     assert not tree.exists() and str(tree) not in subprocess.check_output(listing, text=True)
 
 
-def test_what_is_neither_a_commit_nor_a_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_commit_or_a_checkout_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for old in ("no-such", "--all", str(tmp_path)):
         with pytest.raises(SystemExit) as ended:
             golden.main(["--only=grey", "--", old])
@@ -109,7 +109,7 @@ def test_what_is_neither_a_commit_nor_a_checkout_is_refused(tmp_path: Path, caps
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("is_changed", [True, False])
-def test_code_that_trains_otherwise_is_found_and_a_copy_of_the_code_is_equal(is_changed: bool, tmp_path: Path) -> None:
+def test_a_changed_step_is_detected_and_a_copy_of_the_code_is_equal(is_changed: bool, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(REPOSITORY / "vae_dist", copy / "vae_dist", ignore=shutil.ignore_patterns("__pycache__"))
     if is_changed:

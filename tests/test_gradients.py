@@ -78,7 +78,7 @@ def test_a_step_that_can_not_be_compiled_runs_uncompiled(
     with caplog.at_level(logging.WARNING, logger=compiled.__name__):
         results = [program(*inputs(vae)) for _ in range(2)]
     assert [record.message for record in caplog.records if record.name == compiled.__name__] == [
-        "the step can't be compiled (RuntimeError: no working C++ compiler) and runs as it is"
+        "the step can't be compiled (RuntimeError: no working C++ compiler) and runs uncompiled"
     ]
     assert torch.equal(results[1][0], gradients.eager(*inputs(vae))[0])
 
@@ -87,7 +87,7 @@ def test_a_step_that_can_not_be_compiled_runs_uncompiled(
 @needs_a_compiler
 @pytest.mark.parametrize("bound", ["null", "5"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_compiled_step_is_the_step(
+def test_a_compiled_step_equals_the_eager_step(
     bound: str, flat: bool, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Over micro-batches of unlike sizes, and over an update that is not finite and skipped."""

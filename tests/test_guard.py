@@ -41,7 +41,7 @@ def test_norm_and_clipping_are_torchs(max_norm: float, flat: bool) -> None:
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_an_update_that_is_not_finite_is_skipped_and_later_ones_on_demand(bad: str, skip_nonfinite: bool) -> None:
+def test_a_nonfinite_update_is_skipped_and_later_ones_on_demand(bad: str, skip_nonfinite: bool) -> None:
     check, totals = guard(skip_nonfinite=skip_nonfinite), torch.zeros(len(TOTALS), dtype=torch.float64)
     spoilt = gradients()
     if bad == "gradient":

@@ -87,7 +87,7 @@ def test_launcher_and_program_accept_the_documented_commands(command: str, monke
     config.load(arguments)
 
 
-def test_the_commands_were_found() -> None:
+def test_the_documented_commands_are_collected() -> None:
     text = "\n".join(documented_commands())
     for path in [*FILES, SLURM]:
         if path.stem != "one_process":

@@ -40,8 +40,8 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("left", "message"),
     [
-        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 says .* RANK, WORLD_SIZE, MASTER_ADDR is not set: .* or unset LOCAL_RANK"),
-        ({"RANK": "3"}, "RANK=3 says .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR is not set"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 means .* RANK, WORLD_SIZE, MASTER_ADDR is not set: .* or unset LOCAL_RANK"),
+        ({"RANK": "3"}, "RANK=3 means .* WORLD_SIZE, LOCAL_RANK, MASTER_ADDR is not set"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not a number: .* unset WORLD_SIZE"),
         ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK='one' in the environment is not a number"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment is not a number"),
@@ -49,11 +49,11 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PLACE, "RANK": "2"}, "RANK=2 does not fit WORLD_SIZE=2"),
         ({**PLACE, "WORLD_SIZE": "0"}, "RANK=0 does not fit WORLD_SIZE=0"),
         ({**PLACE, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK=0 does not fit LOCAL_WORLD_SIZE=0"),
-        ({**PLACE, "MASTER_ADDR": " "}, "WORLD_SIZE=2 says .* MASTER_ADDR is not set"),
+        ({**PLACE, "MASTER_ADDR": " "}, "WORLD_SIZE=2 means .* MASTER_ADDR is not set"),
         ({**PLACE, "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is not a number"),
         ({**PLACE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
-        (OPEN_MPI, "OMPI_COMM_WORLD_SIZE=2 says .* MASTER_ADDR is not set: .* set the missing variables"),
-        ({"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}, "PMI_SIZE=2 says .* MASTER_ADDR is not set"),
+        (OPEN_MPI, "OMPI_COMM_WORLD_SIZE=2 means .* MASTER_ADDR is not set: .* set the missing variables"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}, "PMI_SIZE=2 means .* MASTER_ADDR is not set"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "turns on DeepSpeed .* --config_file launch/one_process.yaml"),
         ({"ACCELERATE_USE_FSDP": "1", "ACCELERATE_USE_MEGATRON_LM": "true"}, "turns on FSDP .*, Megatron-LM"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "turns on dynamo"),
@@ -120,7 +120,7 @@ def test_every_command_refuses_an_incomplete_launch(
         lambda: compare([run]),
     ]
     for command in commands:
-        with pytest.raises(UserError, match="LOCAL_RANK=0 says"):
+        with pytest.raises(UserError, match="LOCAL_RANK=0 means"):
             command()
 
 
@@ -147,13 +147,13 @@ def test_processes_that_can_not_connect_name_the_address(
     for name, value in {**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
-    asked = make_config("runtime.start_timeout=1")
-    with pytest.raises(UserError, match=message.format(port=port)), processes.join(asked):
+    run_config = make_config("runtime.start_timeout=1")
+    with pytest.raises(UserError, match=message.format(port=port)), processes.join(run_config):
         pass
 
 
 @pytest.mark.slow
-def test_a_process_that_finds_no_other_prints_one_line_and_exits_with_2(smoke_arguments: list[str]) -> None:
+def test_a_process_without_the_others_prints_one_line_and_exits_2(smoke_arguments: list[str]) -> None:
     place = {**PLACE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "no.host.invalid", "MASTER_PORT": "29500"}
     command = [sys.executable, TRAIN, *smoke_arguments, "runtime.start_timeout=1"]
     said = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)

@@ -129,7 +129,7 @@ def refusal(settings: DataConfig) -> str:
     return str(refused.value)
 
 
-def test_a_set_is_downloaded_once_and_read_as_torchvision_reads_it(server: Server, tmp_path: Path) -> None:
+def test_a_set_is_downloaded_once_and_read_as_torchvision_does(server: Server, tmp_path: Path) -> None:
     read = datasets.load_training_set(config(tmp_path))
     assert (read.name, read.size, read.image_shape) == ("kmnist", 30, [1, 28, 28])
     assert len(server.requests) == 4
@@ -245,7 +245,7 @@ def test_an_incomplete_archive_is_rejected(
     archive: bytes, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_archive(server, archive, monkeypatch)
-    assert "train-images-idx3-ubyte.gz is no whole gzip archive" in refusal(config(tmp_path))
+    assert "train-images-idx3-ubyte.gz is not a whole gzip archive" in refusal(config(tmp_path))
     assert [path.name for path in (tmp_path / "data/KMNIST/raw").iterdir()] == [".lock"]
 
 
@@ -328,12 +328,12 @@ def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Pa
     [
         (lambda content: content[:-100], "has 23436 bytes where its header promises 23536"),
         (lambda content: content + b"x", "has 23537 bytes"),
-        (lambda content: b"PK" + content[2:], "first bytes"),
-        (lambda content: b"", "first bytes"),
+        (lambda content: b"PK" + content[2:], "does not begin as an IDX file"),
+        (lambda content: b"", "does not begin as an IDX file"),
         (lambda content: content[:9], "has 9 bytes where its header promises"),
         (lambda content: content[:4] + b"\xff" * 12, f"has 16 bytes where its header promises {16 + (2**32 - 1) ** 3}"),
         (lambda content: content[:4] + b"\xff" * 8 + bytes(4), "is empty: 4294967295 x 4294967295 x 0 bytes"),
-        (lambda content: content[:2] + b"\x0d" + content[3:], "first bytes"),
+        (lambda content: content[:2] + b"\x0d" + content[3:], "does not begin as an IDX file"),
         (lambda content: idx(np.zeros((29, 28, 28), np.uint8)), "29 train images but 30 labels"),
     ],
 )
@@ -354,7 +354,7 @@ def test_a_damaged_file_on_the_disk_is_named(damage, expected: str, server: Serv
         ("sparse", f"Has more than {FILE_BYTES} bytes"),
     ],
 )
-def test_whatever_lies_in_a_files_place_is_named_and_does_not_block(
+def test_any_obstacle_in_a_files_place_is_named_and_does_not_block(
     kind: str, expected: str, server: Server, tmp_path: Path
 ) -> None:
     datasets.load_training_set(config(tmp_path))
@@ -450,8 +450,8 @@ def test_a_damaged_copy_is_named_and_only_its_file_is_downloaded(server: Server,
         (folder / archive).write_bytes(content)
     broken = folder / "t10k-labels-idx1-ubyte.gz"
     for content, problem in (
-        (broken.read_bytes()[:-4], "no whole gzip archive"),
-        (b"<html>", "first bytes"),
+        (broken.read_bytes()[:-4], "not a whole gzip archive"),
+        (b"<html>", "does not begin as an IDX file"),
         (b"", ""),
     ):
         broken.write_bytes(content)

@@ -52,7 +52,7 @@ def test_log_weights_match_torch_distributions(likelihood: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
-def test_log_weights_in_float32_are_those_of_float64_to_a_ten_thousandth(scale: float) -> None:
+def test_float32_log_weights_equal_float64_to_a_ten_thousandth(scale: float) -> None:
     """The posterior is the prior here, so that p(x|z) is the whole weight."""
     vae = build_vae(config.load(["model.hidden_dims=[]"]), (1, 28, 28))
     next(vae.decoder.parameters()).data.mul_(scale)
@@ -64,7 +64,7 @@ def test_log_weights_in_float32_are_those_of_float64_to_a_ten_thousandth(scale: 
     torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=1e-4)
 
 
-def test_a_latent_is_active_if_its_posterior_mean_has_variance_above_a_hundredth() -> None:
+def test_a_latent_is_active_above_a_variance_of_a_hundredth() -> None:
     deviations = torch.tensor([1.0, 0.101, 0.099, 0.0])  # their squares: 1, 0.0102, 0.0098, 0
     means = 7 + deviations * torch.tensor([1.0, -1.0]).repeat(500).unsqueeze(1)
     assert active_units(means) == int((np.var(means.double().numpy(), axis=0) > 0.01).sum()) == 2

@@ -33,7 +33,7 @@ def test_wide_rows_are_not_enlarged_and_the_longer_side_decides() -> None:
     assert grid(torch.zeros(1, 1, 7, 28), columns=1).size == (2 * 30, 2 * 9)
 
 
-def test_images_in_few_columns_are_larger_unless_they_are_large_already() -> None:
+def test_small_images_in_few_columns_are_enlarged_more() -> None:
     assert labelled_grid(torch.zeros(2, 1, 28, 28), 2).width == 2 * (4 * 28 + PADDING) + 2 * PADDING
     assert labelled_grid(torch.zeros(2, 3, 256, 256), 2).width == 2 * (256 + PADDING) + 2 * PADDING
 

@@ -48,7 +48,7 @@ def falling(end: float, steps: int = 20) -> torch.Tensor:
     return torch.stack([step, end + 100 * torch.exp(-step / 200)], 1)
 
 
-def test_points_lie_where_their_coordinates_say_on_axes_of_one_scale() -> None:
+def test_points_lie_at_their_coordinates_on_axes_of_one_scale() -> None:
     corners = torch.tensor([[-2.0, -1.0], [2.0, -1.0], [-2.0, 1.0]]).repeat_interleave(50, 0)
     picture = scatter(corners, torch.arange(3).repeat_interleave(50), "x", "y")
     left, top, right, bottom = frame(picture)
@@ -243,9 +243,7 @@ font.size: 31
 
 
 @pytest.mark.slow
-def test_the_same_version_draws_the_same_pixels_whatever_settings_it_would_find(
-    tmp_path: Path, smoke_arguments: list[str]
-) -> None:
+def test_the_same_version_draws_the_same_pixels_under_any_settings(tmp_path: Path, smoke_arguments: list[str]) -> None:
     rc = tmp_path / "rc" / "matplotlibrc"
     homes = [tmp_path / "home" / ".config" / "matplotlib", tmp_path / "home" / ".cache" / "matplotlib"]
     for folder in (rc.parent, *homes, tmp_path / "garbage"):

@@ -38,7 +38,7 @@ def test_the_readme_stays_short() -> None:
     assert len(README.split()) <= MOST_WORDS
 
 
-def test_the_readme_links_to_every_page() -> None:
+def test_the_readme_links_to_every_document() -> None:
     assert {page for page in PAGES if f"]({page})" in README} == PAGES.keys() - {"README.md"}
 
 
@@ -58,7 +58,7 @@ def test_every_promise_and_every_fault_has_a_test() -> None:
         assert not [row for row in claims if not re.search(r"`(?:tests/)?test_\w+", row)]
 
 
-def test_the_map_names_every_folder_and_module_of_the_package_and_no_other() -> None:
+def test_the_map_names_exactly_the_folders_and_modules() -> None:
     listed = README.partition("## The code")[2].partition("| to change")[0].partition("vae_dist/\n")[2]
     package = REPOSITORY / "vae_dist"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
@@ -66,7 +66,7 @@ def test_the_map_names_every_folder_and_module_of_the_package_and_no_other() -> 
     assert set(re.findall(r"^  (\w+)/", listed, re.MULTILINE)) == folders
 
 
-def test_names_to_change_are_where_the_readme_says() -> None:
+def test_names_to_change_are_in_the_files_that_the_readme_names() -> None:
     table = README.partition("| to change | open |\n")[2].partition("\n\n")[0]
     for path, rest in re.findall(r"`(vae_dist/[^`]*)`(.*)", table):
         source = "".join(file.read_text() for file in python_files(REPOSITORY / path))

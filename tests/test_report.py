@@ -325,7 +325,7 @@ def test_long_runs_are_thinned_and_their_last_step_is_shown(run_dir: Path) -> No
 # ---- Missing and malformed files
 
 
-def test_what_is_missing_is_said_with_the_command_that_makes_it(run_dir: Path) -> None:
+def test_the_report_gives_the_command_for_what_is_missing(run_dir: Path) -> None:
     (run_dir / "evaluation.json").unlink()
     shutil.rmtree(run_dir / "evaluations")
     page = page_of(run_dir)
@@ -362,7 +362,7 @@ def test_an_evaluation_that_was_written_elsewhere_is_found_there(run_dir: Path, 
     assert format_number(result["negative_elbo"]) in page.text and "not been evaluated" not in page.text
 
 
-def test_an_older_checkpoint_has_its_own_evaluation_or_says_that_it_has_none(run_dir: Path) -> None:
+def test_an_older_checkpoint_has_its_own_evaluation_or_none(run_dir: Path) -> None:
     older = run_dir / "checkpoints/step_00000020"
     page = page_of(older)
     assert "This report shows the checkpoint of step 20" in page.text and "metrics are not of step 20" in page.text
@@ -373,7 +373,7 @@ def test_an_older_checkpoint_has_its_own_evaluation_or_says_that_it_has_none(run
     assert format_number(result["negative_elbo"]) in page.text and "metrics are not of" not in page.text
 
 
-def test_a_run_that_trains_or_was_stopped_says_so(run_dir: Path) -> None:
+def test_the_report_states_that_a_run_trains_or_was_stopped(run_dir: Path) -> None:
     assert "Trained for 40 steps." in page_of(run_dir).text
     starts = (run_dir / "starts.jsonl").read_text()
     (run_dir / "starts.jsonl").write_text(starts.replace('"last_step": 40', '"last_step": 100'))
@@ -724,7 +724,7 @@ def test_a_pointer_over_the_plane_shows_what_decodes_there(
 
 
 @needs_browser
-def test_a_finger_draws_over_the_plane_and_the_page_stays(browser: Browser, flat: Path) -> None:
+def test_a_finger_moves_over_the_plane_without_scrolling(browser: Browser, flat: Path) -> None:
     browser.open(flat / "report.html", 360, 740)
     left, top, width, height = browser.box(".plane .frame")
     before = browser.evaluate("window.scrollY")

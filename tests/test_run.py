@@ -48,9 +48,7 @@ def run_dir(make_config: MakeConfig) -> Path:
     return train(make_config("name=mine", "train.steps=10", "train.validate_every=5"))
 
 
-def test_a_training_reads_its_images_once_and_an_evaluation_each_file_of_its_checkpoint_once(
-    smoke_arguments: list[str], tmp_path: Path
-) -> None:
+def test_images_and_files_of_a_checkpoint_are_read_once(smoke_arguments: list[str], tmp_path: Path) -> None:
     arguments = [*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", "name=a", "train.steps=2"]
     reads("train", *arguments)  # draws the digits, if no other test has
     digits = {name: count for name, count in reads("train", *arguments[:-2], "name=b", "train.steps=2").items()

@@ -174,7 +174,7 @@ def test_an_interpolation_is_a_straight_line_in_even_steps(run_dir: Path) -> Non
     np.testing.assert_allclose(latents.numpy(), expected, atol=1e-6)
 
 
-def test_reconstructions_come_from_the_mean_and_from_draws_of_the_posterior(run_dir: Path) -> None:
+def test_reconstructions_decode_the_posteriors_mean_and_draws(run_dir: Path) -> None:
     found = tensors(run_dir, "sample.kind=reconstruction", "sample.images=[4,1]", "sample.steps=500")
     posterior = posterior_of(run_dir)
     latents = found["latents"].view(2, 501, 8)
@@ -232,7 +232,7 @@ def test_the_manifold_is_the_inverse_cdf_of_an_even_grid(flat_run: Path) -> None
     assert found["axes"].tolist() == [0, 1]
 
 
-def test_the_manifold_of_many_latents_lies_along_the_two_with_the_largest_kl(run_dir: Path) -> None:
+def test_the_manifold_of_many_latents_shows_the_two_of_largest_kl(run_dir: Path) -> None:
     found = tensors(run_dir, "sample.kind=manifold", "sample.steps=4")
     order = tensors(run_dir, "sample.kind=traversal")["order"][:2]
     assert torch.equal(found["axes"], order)

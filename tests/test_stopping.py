@@ -40,12 +40,12 @@ def none_ignored() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def train_with_signal(run_config: Config, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Train, with a signal to this process after `step` steps; return the run's exit code."""
     due = cadence.due
 
     def with_signal(done: int, every: float, last_step: int) -> bool:
-        if done == step and every == asked.train.log_every:
+        if done == step and every == run_config.train.log_every:
             os.kill(os.getpid(), number)
             time.sleep(0.05)  # for the thread that takes it
         return due(done, every, last_step)
@@ -53,7 +53,7 @@ def train_with_signal(asked: Config, number: signal.Signals, step: int, monkeypa
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="asked to stop; step") as stopped:
         patch.setattr(loop, "due", with_signal)
         patch.setattr("vae_dist.distributed.stopping.CHECK_SECONDS", 0)  # after every step
-        train(asked)
+        train(run_config)
     return stopped.value.exit_code
 
 
@@ -65,12 +65,12 @@ def test_a_stopped_run_saves_its_step_and_resumes_bitwise(
 ) -> None:
     settings = ["train.log_every=7", "data.binarize=dynamic"]
     whole = train(make_config("name=whole", *settings))
-    asked = make_config("name=stopped", *settings)
-    assert train_with_signal(asked, number, 33, monkeypatch) == exit_code
+    run_config = make_config("name=stopped", *settings)
+    assert train_with_signal(run_config, number, 33, monkeypatch) == exit_code
     stopped = find(Path("runs/stopped"), Path("runs")).folder
     assert stopped.name == "step_00000033"
     assert "step 33 of 40 is saved" in Path("runs/stopped/log.txt").read_text()
-    run_dir = train(asked)
+    run_dir = train(run_config)
     assert final(run_dir) == final(whole)
     assert timeless(run_dir) == timeless(whole)
 
@@ -146,7 +146,7 @@ with StopRequests():
 """
 
 
-def test_a_second_signal_ends_a_process_at_once_also_where_it_is_stuck() -> None:
+def test_a_second_signal_ends_even_a_stuck_process_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -183,7 +183,7 @@ def test_a_worker_whose_launcher_is_killed_saves_and_ends(smoke_arguments: list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_torchrun_stops_three_processes_after_the_same_step(
+def test_a_signal_to_torchrun_stops_all_processes_at_one_step(
     number: signal.Signals, smoke_arguments: list[str], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
@@ -192,18 +192,18 @@ def test_a_signal_to_torchrun_stops_three_processes_after_the_same_step(
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path, "runs/a/checkpoints/step_*")
     workers = psutil.Process(launcher.pid).children()
-    asked = time.monotonic()
+    requested_at = time.monotonic()
     launcher.send_signal(number)
     _, said = launcher.communicate(timeout=30)
-    assert time.monotonic() - asked < 15 and launcher.returncode == 1
+    assert time.monotonic() - requested_at < 15 and launcher.returncode == 1
     assert not [worker for worker in workers if worker.is_running()]
     (step,) = {line.split("; step ")[1].split(" of ")[0] for line in said.splitlines() if "asked to stop; step" in line}
     assert find(Path("runs/a"), Path("runs")).folder.name == f"step_{int(step):08d}"
 
 
 def test_the_tracker_is_closed_when_a_run_is_stopped(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = make_config("name=a", "tracking.wandb=offline")
-    assert train_with_signal(asked, signal.SIGTERM, 7, monkeypatch) == 143
+    run_config = make_config("name=a", "tracking.wandb=offline")
+    assert train_with_signal(run_config, signal.SIGTERM, 7, monkeypatch) == 143
     record = next(Path("runs/a/wandb").glob("offline-run-*"))
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(record)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

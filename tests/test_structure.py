@@ -85,7 +85,7 @@ def test_no_module_is_long() -> None:
     assert not {name: length for name, length in lengths.items() if length > 250}
 
 
-def test_every_folder_says_what_is_in_it() -> None:
+def test_every_folder_has_a_docstring() -> None:
     for folder in FOLDERS:
         assert ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())), folder
 

@@ -36,10 +36,10 @@ def track(run_dir, assignments):
             sys.path[:] = [value]
         elif value:
             os.environ[name] = value
-    with tracking.track(asked, run_dir, is_main=True, start=0) as tracker:
+    with tracking.track(run_config, run_dir, is_main=True, start=0) as tracker:
         tracker.scalars(1, {"train/loss": 1.0})
 
-asked = config.load(["tracking.wandb=auto"])
+run_config = config.load(["tracking.wandb=auto"])
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(message)s")
 for number, line in enumerate(sys.stdin):
     print("INPUT", line.strip(), flush=True)
@@ -107,7 +107,7 @@ def test_a_wandb_that_cannot_be_used_costs_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiler_whose_cache_cannot_be_made_leaves_the_step_as_it_is(tmp_path: Path) -> None:
+def test_without_a_compilers_cache_the_step_runs_uncompiled(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said, result = run(COMPILED, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file/cache"))
     assert "the step can't be compiled (NotADirectoryError" in said

@@ -85,7 +85,7 @@ def test_the_run_directory_can_be_moved(make_config: MakeConfig) -> None:
     assert not [path for path in run_dir.rglob("*") if path.is_symlink() and path.readlink().is_absolute()]
 
 
-def test_a_run_that_goes_on_keeps_its_identity(make_config: MakeConfig) -> None:
+def test_a_resumed_run_keeps_its_identity(make_config: MakeConfig) -> None:
     for steps in (5, 10):
         run_dir = train(make_config("name=mine", "tracking.wandb=offline", f"train.steps={steps}"))
     records = sorted((run_dir / "wandb").glob("offline-run-*"))
@@ -99,7 +99,7 @@ def id_of(run_dir: Path) -> str:
     return saved
 
 
-def test_a_saved_config_does_not_take_its_run_s_identity_to_another_run(
+def test_a_saved_config_gives_its_runs_identity_to_no_other_run(
     make_config: MakeConfig, smoke_arguments: list[str], tmp_path: Path
 ) -> None:
     run_dir = train(make_config("name=mine", "train.steps=5"))
@@ -119,7 +119,7 @@ def test_a_saved_config_does_not_take_its_run_s_identity_to_another_run(
     assert {config.tracking.id for config in study.configs} == {None}
 
 
-def test_a_copied_run_gets_a_page_of_its_own_and_a_moved_one_keeps_its_page(
+def test_a_copied_run_gets_a_new_identity_and_a_moved_one_keeps_it(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["evaluate.importance_samples=0"]
@@ -147,9 +147,7 @@ def test_a_copied_run_gets_a_page_of_its_own_and_a_moved_one_keeps_its_page(
     assert {identity(record) for record in (tmp_path / "again/wandb").glob("offline-run-*")} == {mine}
 
 
-def test_a_run_that_was_stored_without_an_owner_has_its_name_to_tell_it_by(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_run_stored_without_an_owner_is_recognised_by_its_name(make_config: MakeConfig, tmp_path: Path) -> None:
     stored = make_config("name=mine", "tracking.id=abc")
     for parent, name, expected in (("runs", "mine", "abc"), ("elsewhere", "mine", "abc"), ("runs", "other", None)):
         run_dir = tmp_path / parent / name
@@ -189,9 +187,7 @@ def test_training_needs_no_wandb(make_config: MakeConfig, monkeypatch: pytest.Mo
         train(make_config("name=other", "tracking.wandb=offline"))
 
 
-def test_an_account_that_is_none_leaves_the_run_offline(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_account_leaves_the_run_offline(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "not a key")
     run_dir = train(make_config("name=mine", "tracking.wandb=auto", "train.steps=5"))
     assert "the W&B account can't be used" in (run_dir / "log.txt").read_text()
@@ -199,7 +195,7 @@ def test_an_account_that_is_none_leaves_the_run_offline(
         train(make_config("name=other", "tracking.wandb=online"))
 
 
-def test_rows_beyond_the_checkpoint_are_cut_and_half_a_row_does_no_harm(tmp_path: Path) -> None:
+def test_records_beyond_the_checkpoint_and_half_records_are_removed(tmp_path: Path) -> None:
     rows = [{"step": step, "train/loss": float(step)} for step in (5, 10, 15)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     for torn in (b'{"step": 20, "tra', b"\0\0\0\0", b"\xff", b"{}", b"20"):
@@ -209,7 +205,7 @@ def test_rows_beyond_the_checkpoint_are_cut_and_half_a_row_does_no_harm(tmp_path
         assert rows_of(tmp_path) == [*rows[:2], {"step": 15, "train/loss": 1.5}]
 
 
-def test_flushed_rows_have_reached_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flushed_records_have_reached_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, fsync = [], os.fsync
 
     def recorded(descriptor: int) -> None:
@@ -237,7 +233,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
     run_dir = tmp_path / "mine"
     tracker = Tracker([MetricsLog(run_dir, start=0)])
     tracker.pictures(1, lambda: picture(1))
@@ -251,7 +247,7 @@ def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in (run_dir / "images").iterdir()] == [before]  # nothing half, nothing beside it
 
 
-def test_a_directory_that_is_deleted_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+def test_a_deleted_directory_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
     in_training = (0, RunError, "put the folder back; .* with name=mine")
     looked_at = (None, UserError, "run the same command again$")
     for start, kind, remedy in (in_training, looked_at):
@@ -268,7 +264,7 @@ def test_a_directory_that_is_deleted_ends_the_run_with_what_to_do(tmp_path: Path
                 call()
 
 
-def test_a_link_in_the_run_directory_leads_no_row_and_no_picture_out_of_it(tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link_out_of_the_run(tmp_path: Path) -> None:
     mine, run_dir = tmp_path / "precious", tmp_path / "run"
     mine.write_text("mine\n")
     (run_dir / "images").mkdir(parents=True)
@@ -351,7 +347,7 @@ def sync(*records: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
 
 
-def test_with_an_account_a_run_is_online_and_its_rows_and_pictures_arrive(
+def test_with_an_account_a_run_is_online_and_its_records_arrive(
     make_config: MakeConfig, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
@@ -366,7 +362,7 @@ def test_with_an_account_a_run_is_online_and_its_rows_and_pictures_arrive(
     assert not [operation for operation in server.operations if "Artifact" in operation]
 
 
-def test_what_was_written_offline_can_be_synced(
+def test_offline_records_can_be_synced(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = train(make_config("name=mine", "tracking.wandb=offline", "train.steps=10"))
@@ -427,8 +423,8 @@ run = train(config.load([*arguments, "name=mine", "tracking.wandb=offline", "tra
 evaluate(run)
 sample(run)
 report(run)
-asked = config.load_study([*arguments, "name=s", "tracking.wandb=auto", "optim.learning_rate=1e-3,1e-4"])
-study(asked)
+planned = config.load_study([*arguments, "name=s", "tracking.wandb=auto", "optim.learning_rate=1e-3,1e-4"])
+study(planned)
 compare([run, run.parent / "s-learning_rate-0.001"])
 changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
 assert not [name for name in changed - {"WANDB_SERVICE"} if "WANDB" in name], changed
@@ -494,7 +490,7 @@ def test_after_going_offline_nothing_more_is_sent(server: WandbServer) -> None:
     assert server.connections == connections
 
 
-def test_a_run_is_looked_at_online_only_where_there_is_an_account_or_where_that_is_asked_for(
+def test_readers_of_a_run_go_online_only_with_an_account_or_on_request(
     make_config: MakeConfig,
 ) -> None:
     for stored, arguments, expected in (
@@ -541,7 +537,7 @@ def test_browsing_the_records_sends_nothing(make_config: MakeConfig, tmp_path: P
 
 
 @pytest.mark.parametrize("told_by", ["variable", "file"])
-def test_wandb_that_is_turned_off_records_nothing_and_sends_nothing(
+def test_a_disabled_wandb_records_and_sends_nothing(
     told_by: str, make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
@@ -549,11 +545,11 @@ def test_wandb_that_is_turned_off_records_nothing_and_sends_nothing(
         monkeypatch.setenv("WANDB_MODE", "disabled")
     else:
         (tmp_path / "settings").write_text("[default]\nmode = disabled\n")  # as `wandb disabled` does
-    for asked in ("auto", "offline"):
-        with tracked(make_config(f"tracking.wandb={asked}"), tmp_path / asked) as tracker:
+    for mode in ("auto", "offline"):
+        with tracked(make_config(f"tracking.wandb={mode}"), tmp_path / mode) as tracker:
             log(tracker, range(1, 51))
-        assert len(rows_of(tmp_path / asked)) == 50
-        assert not (tmp_path / asked / "wandb").exists()
+        assert len(rows_of(tmp_path / mode)) == 50
+        assert not (tmp_path / mode / "wandb").exists()
     run_dir = train(make_config("name=mine", "train.steps=5"))
     remedy = "unset WANDB_MODE" if told_by == "variable" else "run `wandb online`"
     for command in (
@@ -670,7 +666,7 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
     ["hang", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("forbidden", "error", "reset", "refuse"))],
 )
 @pytest.mark.usefixtures("upload_soon")
-def test_a_server_lost_on_the_way_costs_no_row_and_no_time(
+def test_a_server_lost_during_a_run_costs_no_record_and_no_time(
     fault: Fault, make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
@@ -688,7 +684,7 @@ def test_a_server_lost_on_the_way_costs_no_row_and_no_time(
     assert len(rows_of(run_dir)) == 500
     assert 0 < len(server.runs["abc"].history) < 100
     record = record_of(run_dir)
-    assert said(run_dir, "W&B has not got everything") == 1
+    assert said(run_dir, "W&B's records are incomplete") == 1
     assert said(run_dir, f"`wandb sync --include-online {record}`") == 1
     server.recover()
     sync(record)
@@ -716,7 +712,7 @@ def test_an_outage_heals_by_itself(
 
 @client_may_break
 @pytest.mark.slow
-def test_a_service_that_is_killed_costs_the_rows_of_a_second_in_wandb_and_none_on_the_disk(
+def test_a_killed_service_costs_wandb_one_second_and_the_disk_nothing(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
@@ -733,14 +729,14 @@ def test_a_service_that_is_killed_costs_the_rows_of_a_second_in_wandb_and_none_o
         ending = time.monotonic()
     assert time.monotonic() - ending < SLACK
     assert len(rows_of(run_dir)) == 100
-    assert said(run_dir, "W&B is lost") == 1 and said(run_dir, "W&B has not got everything") == 1
+    assert said(run_dir, "W&B is lost") == 1 and said(run_dir, "W&B's records are incomplete") == 1
     sync(record)
     assert [row["train/loss"] for row in server.runs["abc"].history if "train/loss" in row] == list(range(1, 51))
 
 
 @client_may_break
 @pytest.mark.slow
-def test_a_service_that_no_longer_answers_holds_up_nothing(
+def test_a_service_that_no_longer_answers_delays_nothing(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
@@ -824,7 +820,7 @@ def test_a_run_that_is_asked_to_stop_waits_for_no_server(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["service", "server"])
-def test_a_training_ends_in_time_when_wandb_hangs_in_the_middle_of_it(
+def test_a_training_ends_in_time_though_wandb_hangs(
     fault: str, smoke_arguments: list[str], tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
@@ -858,5 +854,5 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert time.monotonic() - ended < 4 + 2 * SLACK
     assert training.returncode == 0 and "train/loss" in output, errors
     assert len(server.runs["abc"].history) < len(rows_of(run_dir)) == 1001
-    assert errors.count("W&B") == 2 and "W&B has not got everything" in errors and "wandb:" not in errors
+    assert errors.count("W&B") == 2 and "W&B's records are incomplete" in errors and "wandb:" not in errors
     assert not alive(service)

@@ -43,7 +43,7 @@ def final(run_dir: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
 
 
-def test_a_run_leaves_what_the_readme_says(make_config: MakeConfig) -> None:
+def test_a_run_leaves_the_files_that_the_readme_names(make_config: MakeConfig) -> None:
     run_dir = train(make_config("name=mine"))
     assert run_dir.name == "mine"
     found = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
@@ -54,10 +54,10 @@ def test_a_run_leaves_what_the_readme_says(make_config: MakeConfig) -> None:
     for path in pictures:
         Image.open(run_dir / path).verify()
     log = (run_dir / "log.txt").read_text()
-    assert "to continue after a stop: name=mine" in log and "step 40/40" in log and "\x1b" not in log
+    assert "to resume after a stop: name=mine" in log and "step 40/40" in log and "\x1b" not in log
 
 
-def test_rows_hold_the_metrics_by_their_names(make_config: MakeConfig) -> None:
+def test_records_hold_the_metrics_by_their_names(make_config: MakeConfig) -> None:
     table = rows(train(make_config("objective.beta=0.5")))
     training = [row for row in table if "train/loss" in row]
     validation = [row for row in table if "validation/kl" in row]
@@ -76,12 +76,12 @@ def test_rows_hold_the_metrics_by_their_names(make_config: MakeConfig) -> None:
 
 def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None:
     """The oracle: twelve steps of textbook PyTorch on the plan's batches and noise."""
-    asked = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
-    ours = load_file(find(train(asked), Path()).folder / "model.safetensors")
+    run_config = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
+    ours = load_file(find(train(run_config), Path()).folder / "model.safetensors")
 
-    training, _ = datasets.load_training(asked.data)
-    plan = Plan(asked.seed, 1000, 50)
-    vae = build_vae(asked, (1, 28, 28)).double()
+    training, _ = datasets.load_training(run_config.data)
+    plan = Plan(run_config.seed, 1000, 50)
+    vae = build_vae(run_config, (1, 28, 28)).double()
     optimizer = torch.optim.Adam(vae.parameters())
     for step in range(12):
         images = training.pixels[plan.batch(step)].double() / 255
@@ -91,7 +91,9 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
         for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(objectives.schedule(asked, step, 12).learning_rate).item()  # kept in float32
+            group["lr"] = torch.tensor(
+                objectives.schedule(run_config, step, 12).learning_rate
+            ).item()  # kept in float32
         optimizer.step()
     for name, parameter in vae.named_parameters():
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-10, atol=1e-12)
@@ -104,7 +106,7 @@ def test_the_same_config_gives_bitwise_the_same_run(make_config: MakeConfig) -> 
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
-def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(binarize: str, make_config: MakeConfig) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(binarize: str, make_config: MakeConfig) -> None:
     settings = [f"data.binarize={binarize}", "objective.beta_warmup_steps=30", "train.log_every=7"]
     whole = train(make_config("name=whole", "checkpoint.every=13", *settings))
     for steps in (13, 26, 40):  # in the middle of an epoch and of a row of metrics
@@ -113,7 +115,7 @@ def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(binarize: str,
     assert final(parts)["optimizer.safetensors"] == final(whole)["optimizer.safetensors"]
 
 
-def test_a_stopped_run_writes_the_same_rows(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_writes_the_same_records(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by force between a checkpoint and the end, at a step that no cadence knows."""
     settings = ["checkpoint.every=9", "train.log_every=7"]
     whole = train(make_config("name=whole", *settings))
@@ -149,11 +151,11 @@ def test_bf16_trains_about_as_well(make_config: MakeConfig) -> None:
 
 
 def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) -> None:
-    asked = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
-    training, _ = datasets.load_training(asked.data)
+    run_config = make_config("data.binarize=dynamic", "train.batch_size=1000", "train.epochs=1")
+    training, _ = datasets.load_training(run_config.data)
     seen = []
-    with processes.join(asked) as world:
-        batches = Batches(training, Plan(0, 1000, 1000), asked, world)
+    with processes.join(run_config) as world:
+        batches = Batches(training, Plan(0, 1000, 1000), run_config, world)
         for step in (0, 1):
             images = batches(range(step, step + 1))[0][0]
             assert set(images.unique().tolist()) == {0, 255}
@@ -164,9 +166,7 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
     assert (seen[0] != seen[1]).float().mean().item() == pytest.approx((2 * grey * (1 - grey)).mean().item(), rel=0.05)
 
 
-def test_what_the_first_step_takes_longer_is_not_in_the_speed(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_speed_excludes_the_first_step(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     class CompiledFirst(Update):
         def __call__(self, *arguments: Any) -> None:
             monkeypatch.setattr(CompiledFirst, "__call__", Update.__call__)
@@ -178,16 +178,14 @@ def test_what_the_first_step_takes_longer_is_not_in_the_speed(
     assert first["train/images_per_second"] > 10 * 100 / 2
 
 
-def test_without_validation_images_there_are_no_validation_rows_and_pictures_say_so(make_config: MakeConfig) -> None:
+def test_without_validation_images_pictures_show_training_images(make_config: MakeConfig) -> None:
     run_dir = train(make_config("data.validation_images=0", "train.steps=10"))
     assert not [row for row in rows(run_dir) if "validation/kl" in row]
     drawn = Image.open(run_dir / "images/reconstructions_step_00000010.png")
     assert drawn.text["Description"].startswith("synthetic_digits, TRAINING images, step 10;")  # type: ignore[attr-defined]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_starting_a_finished_run_changes_nothing(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = train(make_config("name=a", "train.steps=10"))
     before = final(run_dir), timeless(run_dir)
     train(make_config("name=a", "train.steps=10"))
@@ -200,7 +198,7 @@ def test_an_unnamed_run_gets_a_folder_of_its_own(make_config: MakeConfig) -> Non
     assert len(names) == 2 and all(name.startswith("smoke-20") for name in names)
 
 
-def test_a_launcher_that_restarts_its_processes_continues_its_run(
+def test_a_run_continues_after_its_launcher_restarts_it(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
@@ -232,7 +230,7 @@ def test_an_explicit_path_never_falls_back(make_config: MakeConfig) -> None:
     assert not Path("runs/b").exists()
 
 
-def test_a_bad_checkpoint_is_named_and_passed_over(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_checkpoint_is_named_and_skipped(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(make_config("name=whole", "checkpoint.every=5", "train.steps=15"))
     run_dir = train(make_config("name=a", "checkpoint.every=5", "train.steps=10"))
     damaged = run_dir / "checkpoints/step_00000010/optimizer.safetensors"
@@ -249,17 +247,15 @@ def test_a_bad_checkpoint_is_named_and_passed_over(make_config: MakeConfig, caps
     assert sorted(run_dir.rglob("*")) == before
 
 
-def test_that_a_run_is_of_the_embedded_digits_is_said_at_every_start(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_start_warns_of_the_embedded_digits(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     for steps in (2, 4):
         run_dir = train(make_config("name=a", "data.name=auto", "data.download=false", f"train.steps={steps}"))
         assert capsys.readouterr().err.count("TRAINING ON THE EMBEDDED DIGITS") == 1
     log = (run_dir / "log.txt").read_text()
-    assert log.count("TRAINING ON THE EMBEDDED DIGITS") == 2 and "MNIST can't be had" in log
+    assert log.count("TRAINING ON THE EMBEDDED DIGITS") == 2 and "MNIST is not available" in log
 
 
-def test_a_run_that_goes_back_forgets_what_came_later(make_config: MakeConfig) -> None:
+def test_a_resume_from_an_earlier_step_removes_later_records(make_config: MakeConfig) -> None:
     settings = ["name=a", "checkpoint.every=5", "checkpoint.keep=9"]
     run_dir = train(make_config(*settings, "train.steps=20"))
     again = train(make_config(*settings, "train.steps=10", f"checkpoint.resume={run_dir}/checkpoints/step_00000005"))
@@ -270,7 +266,7 @@ def test_a_run_that_goes_back_forgets_what_came_later(make_config: MakeConfig) -
     assert len(list((run_dir / "checkpoints").glob("set_aside-*"))) == 3
 
 
-def test_a_branch_that_is_started_again_goes_on_from_its_own_checkpoints(make_config: MakeConfig) -> None:
+def test_a_branch_started_again_resumes_from_its_own_checkpoints(make_config: MakeConfig) -> None:
     first = train(make_config("name=a", "train.steps=5"))
     settings = ["name=b", f"checkpoint.resume={first}", "checkpoint.every=5"]
     train(make_config(*settings, "train.steps=10"))
@@ -289,7 +285,9 @@ def test_two_trainings_never_write_one_directory(make_config: MakeConfig, monkey
     train(make_config("name=a", "train.steps=10"))
 
 
-def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_is_not_finite_is_never_applied(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The weights of a run whose step 8 is spoiled and skipped are those of one that has no step 8."""
     draw = Batches.__call__
 
@@ -298,8 +296,8 @@ def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, mo
         return images, noise * torch.nan if 7 in steps else noise
 
     monkeypatch.setattr(Batches, "__call__", spoiled)
-    asked = make_config("name=a", "train.steps=8", "train.nonfinite=skip", "optim.max_grad_norm=10")
-    skipped = load_file(find(train(asked), Path()).folder / "model.safetensors")
+    run_config = make_config("name=a", "train.steps=8", "train.nonfinite=skip", "optim.max_grad_norm=10")
+    skipped = load_file(find(train(run_config), Path()).folder / "model.safetensors")
     without = load_file(
         find(train(make_config("name=b", "train.steps=7", "optim.max_grad_norm=10")), Path()).folder
         / "model.safetensors"
@@ -314,9 +312,7 @@ def test_an_update_that_is_not_finite_is_never_taken(make_config: MakeConfig, mo
     assert Checkpoint(went_on / "checkpoints/step_00000020").state.skipped_updates == 1
 
 
-def test_a_directory_that_is_deleted_during_the_run_is_said(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_deleted_during_the_run_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_due = cadence.due
 
     def delete_after_step_7(done: int, every: float, last_step: int) -> bool:
@@ -346,16 +342,16 @@ def test_a_directory_that_is_deleted_during_the_run_is_said(
         (["tracking.wandb=online"], "no account is set up"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_written(
+def test_an_impossible_run_is_refused_before_anything_is_written(
     arguments: list[str], expected: str, make_config: MakeConfig
 ) -> None:
-    asked = make_config(*arguments)
+    run_config = make_config(*arguments)
     with pytest.raises(UserError, match=expected):
-        train(asked)
-    assert not Path(asked.runs_dir).exists()
+        train(run_config)
+    assert not Path(run_config.runs_dir).exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"can't write to .*; choose another runs_dir"):
         train(make_config(f"runs_dir={tmp_path / 'file'}", "name=a"))
@@ -365,7 +361,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(make_config: MakeConfig, tmp
             look(run_dir, [f"output={tmp_path / 'file'}"])
 
 
-def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
+def test_the_configs_precision_overrides_the_launchers(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def precision(*arguments: str) -> str:
@@ -380,16 +376,16 @@ def test_the_launchers_precision_holds_unless_the_config_says_otherwise(
         precision()
 
 
-def test_a_loss_gone_bad_stops_the_run_and_names_the_step(make_config: MakeConfig) -> None:
-    asked = make_config("name=a", "optim.learning_rate=1e30", "checkpoint.every=1")
+def test_a_diverged_loss_stops_the_run_and_names_the_step(make_config: MakeConfig) -> None:
+    run_config = make_config("name=a", "optim.learning_rate=1e30", "checkpoint.every=1")
     with pytest.raises(
         RunError, match=r"not finite in step 2 \(learning rate 1e\+30\).* Try a lower optim.learning_rate"
     ):
-        train(asked)
+        train(run_config)
     assert "not finite in step 2" in Path("runs/a/log.txt").read_text()
 
 
-def test_a_process_that_cannot_find_the_others_does_not_train_alone(
+def test_a_process_without_the_others_does_not_train_alone(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -38,7 +38,7 @@ def listed(runs_dir: Path) -> list[str]:
 FEW = ["evaluate.importance_samples=0", OFFLINE]
 
 
-def test_each_record_is_listed_by_its_run_and_kind_in_the_order_of_time(make_config: MakeConfig) -> None:
+def test_records_are_listed_by_run_and_kind_in_order_of_time(make_config: MakeConfig) -> None:
     for steps in (5, 10):
         run_dir = train(make_config("name=mine", OFFLINE, f"train.steps={steps}"))
     evaluate(run_dir, FEW)
@@ -94,7 +94,7 @@ def test_a_run_of_any_name_is_listed_in_one_line_and_as_itself(record: Path) -> 
     assert len(shown) == len(expected) + 2 and len(set(shown)) == len(shown)  # the long ones are told apart
 
 
-def test_records_of_one_second_and_of_a_run_online_and_many_are_in_order(record: Path) -> None:
+def test_records_are_ordered_also_within_one_second(record: Path) -> None:
     run_dir = record.parents[1]
     copy_record(record, run_dir, f"{record.name}-1")  # the client's name where that was taken
     copy_record(record, run_dir, "run-20200101_000000-abc")  # online, or an import of an older one
@@ -108,7 +108,7 @@ def test_records_of_one_second_and_of_a_run_online_and_many_are_in_order(record:
     ]  # fmt: skip
 
 
-def test_a_record_without_its_kind_is_known_by_its_program_or_listed_as_a_record(record: Path) -> None:
+def test_a_record_without_a_kind_is_recognised_by_its_program(record: Path) -> None:
     runs = record.parents[2]
     for noted in ("", "evaluation\n", "../x", "a\nb", "\0" * 10**6):
         (record / "kind.txt").write_text(noted)
@@ -121,7 +121,7 @@ def test_a_record_without_its_kind_is_known_by_its_program_or_listed_as_a_record
         assert listed(runs) == [f"run-first 1 {kind}"]
 
 
-def test_what_is_no_record_is_not_listed_and_nothing_but_old_links_is_removed(record: Path) -> None:
+def test_only_records_are_listed_and_only_old_links_are_removed(record: Path) -> None:
     runs = record.parents[2]
     folder = wandb_records.make_list(runs)
     (folder / f"{record.name}").symlink_to(record)  # as earlier versions made them
@@ -149,7 +149,7 @@ def test_the_folder_of_the_runs_can_be_moved(record: Path, tmp_path: Path) -> No
     assert (link / "run-abc.wandb").is_file()
 
 
-def test_where_nothing_can_be_listed_one_message_says_what_to_do(record: Path, tmp_path: Path) -> None:
+def test_without_records_one_message_gives_the_remedy(record: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
         with pytest.raises(

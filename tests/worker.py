@@ -46,10 +46,10 @@ from vae_dist.views.sampling import sample
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write the global batches of the first 25 steps: images, noise, learning rate."""
     with processes.join(config.load(arguments)) as world, claim(config.load(arguments), world) as (run, training_set):
-        asked = run.config
-        training, _ = datasets.split(training_set, asked.data)
-        plan = Plan(asked.seed, len(training.labels), asked.train.batch_size)
-        batches = Batches(training, plan, asked, world)
+        run_config = run.config
+        training, _ = datasets.split(training_set, run_config.data)
+        plan = Plan(run_config.seed, len(training.labels), run_config.train.batch_size)
+        batches = Batches(training, plan, run_config, world)
         size = plan.batch_size
         rows = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
         seen: dict[str, list[torch.Tensor]] = {"images": [], "noise": [], "learning_rate": []}
@@ -57,7 +57,7 @@ def record_batches(output: str, arguments: list[str]) -> None:
             images, noise = batches(range(step, step + 1))
             seen["images"].append(world.gather_rows([rows], [images[0]], size))
             seen["noise"].append(world.gather_rows([rows], [noise[0]], size))
-            seen["learning_rate"].append(torch.tensor(schedule(asked, step, 25).learning_rate))
+            seen["learning_rate"].append(torch.tensor(schedule(run_config, step, 25).learning_rate))
         if world.is_main:
             save_file({name: torch.stack(values) for name, values in seen.items()}, output)
 

@@ -24,7 +24,7 @@ from vae_dist.files import read_bounded
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-SILENT_SECONDS = 1.0  # of waiting for a lock, before a message says so
+SILENT_SECONDS = 1.0  # of waiting for a lock, before a message is logged
 REPEAT_SECONDS = 60.0  # between two such messages
 MARK_BYTES = 4096
 CLOCK_SECONDS = 10.0  # by which two readings of a process's start time may differ
@@ -151,7 +151,7 @@ def _this_process() -> bytes:
 
 
 def _machine() -> str:
-    """Name what processes that can see one another share: the host, its boot, and the container."""
+    """Return the identity that processes share if they can see one another: host, boot and container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"

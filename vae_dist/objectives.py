@@ -73,13 +73,14 @@ def bits_per_dimension(nats: float, dimensions: int) -> float:
 def training_loss(terms: ElboTerms, beta: float | Tensor, batch_size: float) -> Tensor:
     """Sum reconstruction + beta KL over these images and divide by `batch_size`: `()`, nats.
 
-    Beta weighs the KL as in Higgins et al. (2017). The losses of a batch's parts add up to the batch mean.
+    Beta weighs the KL as in Higgins et al. (2017). The losses of a batch's shards and micro-batches add up to the
+    batch mean.
     """
     return (terms.reconstruction + beta * terms.kl).sum() / batch_size
 
 
 class Schedule(NamedTuple):
-    """The values of one step that depend on its number."""
+    """The values that change with the step."""
 
     learning_rate: float
     beta: float

@@ -49,7 +49,7 @@ class Stream(IntEnum):
 
 
 class Draws(NamedTuple):
-    """Which random numbers to draw: `(len(steps), len(rows), columns)` of them."""
+    """A request for random numbers `(len(steps), len(rows), columns)`."""
 
     seed: int
     stream: Stream
@@ -81,7 +81,7 @@ def standard_normal(seed: int, stream: Stream, step: int, rows: range, columns: 
     """Standard normal draws `(len(rows), columns)`, float32, on the CPU.
 
     Box and Muller (1958): a fixed number of words per draw, so that a process can skip the rows of the others.
-    Computed in float64, so that rounding of a machine's logarithm or cosine hardly ever reaches the result.
+    Computed in float64, so that a machine's rounding of logarithm or cosine hardly ever reaches the result.
     """
     pairs = uniform_bits(seed, stream, step, rows, 2 * -(-columns // 2))
     radius = np.sqrt(-2.0 * np.log((pairs[:, 0::2] + 0.5) * 2.0**-32))
@@ -104,7 +104,7 @@ def standard_normals(draws: Draws, device: torch.device = CPU, compiled: bool = 
 
 
 def bits(draws: Draws, device: torch.device = CPU, compiled: bool = False) -> Tensor:
-    """Draw `uniform_bits` at each of several steps, int32 whose bits are unsigned; `compiled` as above."""
+    """Draw `uniform_bits` at each of several steps, int32 whose bits are unsigned; `compiled` as there."""
     if _has_numpy(device):
         each = [uniform_bits(draws.seed, draws.stream, step, draws.rows, draws.columns) for step in draws.steps]
         return torch.from_numpy(np.stack(each)).view(torch.int32)
@@ -112,7 +112,7 @@ def bits(draws: Draws, device: torch.device = CPU, compiled: bool = False) -> Te
 
 
 def _on_device(draws: Draws, device: torch.device, convert: Callable[[Tensor], Tensor], compiled: bool) -> Tensor:
-    """Draw 64-bit words on the device, each of which `convert` turns into two numbers."""
+    """Draw 64-bit words on the device; `convert` turns each into two numbers."""
     seed, stream, steps, rows, columns = draws
     blocks = -(-columns // (2 * _WORDS_PER_BLOCK))
     positions = range(rows.start * blocks, rows.stop * blocks)
@@ -172,7 +172,7 @@ def permutation(seed: int, stream: Stream, epoch: int, length: int) -> Tensor:
 class Plan:
     """The plan of a run over a training set of `size` images, in global batches of `batch_size`.
 
-    An epoch has `size // batch_size` steps. The remaining images are dropped, others in each epoch.
+    An epoch has `size // batch_size` steps. The remaining images are dropped, different ones in each epoch.
     """
 
     seed: int
@@ -194,7 +194,7 @@ class Plan:
         return self.order(epoch)[start : start + self.batch_size]
 
     def epochs(self, steps: range) -> Iterator[tuple[int, int, int]]:
-        """Split steps by epoch: yield each epoch, and its first and end position, as for a range."""
+        """Split steps by epoch: yield each epoch, and its positions as the start and stop of a range."""
         while steps:
             epoch, first = divmod(steps.start, self.steps_per_epoch)
             count = min(len(steps), self.steps_per_epoch - first)

@@ -59,7 +59,7 @@ def ours(config: Config) -> None:
     from vae_dist.training import loop
     from vae_dist.training.update import Update
 
-    asked = turns()
+    requested = turns()
 
     class Paced(Update):
         left = steps = 0
@@ -72,7 +72,7 @@ def ours(config: Config) -> None:
                     loss = self.sums.item()  # and on a GPU all is done by then
                     done = self.steps - self.left  # what is launched at once may end later than was asked for
                     answer(self.started, loss * processes / done / config.train.batch_size, self.steps / done)
-                self.left = self.steps = next(asked, 0)
+                self.left = self.steps = next(requested, 0)
                 if self.left == 0:
                     os._exit(0)
                 self.started, self.sums = time.perf_counter(), 0

@@ -222,16 +222,16 @@ def main() -> None:
     parser.add_argument("root", nargs="?", default="data", type=Path)
     parser.add_argument("--output", default="build/gpu", type=Path)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("make gpu needs a CUDA GPU, and torch sees none here")
-    folder = asked.output.resolve()
+    folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    name = "mnist" if (asked.root / "MNIST").is_dir() else "synthetic_digits"
-    settings = [f"data.name={name}", f"data.root={(asked.root if name == 'mnist' else folder / 'data').resolve()}"]
+    name = "mnist" if (options.root / "MNIST").is_dir() else "synthetic_digits"
+    settings = [f"data.name={name}", f"data.root={(options.root if name == 'mnist' else folder / 'data').resolve()}"]
     settings += ["data.validation_images=0", "model.latent_dim=20"]
     found: dict[str, Any] = {"machine": machine(), "data": name, "tests": {}, "speed": {}, "seconds": 0.0}
 
@@ -242,14 +242,14 @@ def main() -> None:
         (folder / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "gpu.md").write_text(page(found))
 
-    note("tests", None, tests(folder, [part for part in TESTS if part in asked.only]))
-    sizes = [size for size in STEPS if f"speed_{size}" in asked.only]
+    note("tests", None, tests(folder, [part for part in TESTS if part in options.only]))
+    sizes = [size for size in STEPS if f"speed_{size}" in options.only]
     if sizes:
         outcomes = guarded(speed, sizes, folder, settings)
         note("speed", None, {size: outcomes for size in sizes} if "error" in outcomes else outcomes)
-    if "start" in asked.only:
+    if "start" in options.only:
         note("start", None, guarded(start, folder, settings))
-    if asked.only == parts:
+    if options.only == parts:
         (REPOSITORY / "docs/gpu.md").write_text(page(found))
     print("\n" + page(found))
     every = [*found["tests"].values(), *found["speed"].values(), *([found["start"]] if "start" in found else [])]

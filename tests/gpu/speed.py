@@ -77,19 +77,19 @@ if __name__ == "__main__":
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=max(STEPS.values()), help="at most so many in a turn")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ.update(
         XLA_PYTHON_CLIENT_PREALLOCATE="false", TORCHINDUCTOR_COMPILE_THREADS="1"
     )  # they share the machine
 
     def note(rates: Rates) -> None:
-        asked.result.write_text(json.dumps(rates, indent=2))
+        options.result.write_text(json.dumps(rates, indent=2))
         print({name: rate and round(rate) for name, rate in rates.items()}, flush=True)
 
     def await_turn() -> None:
         print(READY, flush=True)
-        if asked.wait:
+        if options.wait:
             sys.stdin.readline()
 
-    settings = [*asked.settings, f"device={asked.device}"]
-    measure(asked.size, settings, str(asked.result.parent / "runs"), asked.repeats, asked.steps, await_turn, note)
+    settings = [*options.settings, f"device={options.device}"]
+    measure(options.size, settings, str(options.result.parent / "runs"), options.repeats, options.steps, await_turn, note)

@@ -25,7 +25,7 @@ def command(arguments: list[str], name: str) -> list[str]:
     return [sys.executable, TRAIN, *arguments, *SLOW, f"name={name}"]
 
 
-def test_a_training_that_is_killed_and_stopped_goes_on_bitwise(arguments: list[str], runs: Path) -> None:
+def test_a_killed_and_stopped_training_resumes_bitwise(arguments: list[str], runs: Path) -> None:
     straight = subprocess.Popen(command(arguments, "straight"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for number, code in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM):
         newest = newest_step(runs / "resumed")
@@ -48,7 +48,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU: NCCL needs a card for each process")
-def test_several_cards_train_what_one_trains(arguments: list[str], runs: Path) -> None:
+def test_several_gpus_train_as_one_does(arguments: list[str], runs: Path) -> None:
     losses = []
     for launch in "one_process", "all_gpus":
         config_file = str(REPOSITORY / f"launch/{launch}.yaml")

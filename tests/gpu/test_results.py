@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("columns", [20, 7, 784])
-def test_a_card_draws_the_random_numbers_of_numpy(columns: int, compiled: bool) -> None:
+def test_a_gpu_draws_the_random_numbers_of_numpy(columns: int, compiled: bool) -> None:
     card = torch.device("cuda", 0)
     draws = Draws(3, Stream.POSTERIOR, range(5, 12), range(2, 130), columns)
     assert torch.equal(bits(draws, card, compiled).cpu(), bits(draws))

@@ -29,7 +29,7 @@ def outcome(run_dir: Path, step: int = 70) -> tuple[bytes, bytes, list[dict[str,
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_run_that_went_on_is_bitwise_the_run_that_never_stopped(precision: str, run: Train) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(precision: str, run: Train) -> None:
     straight = run(f"{precision}_straight", f"train.precision={precision}")
     for steps in (41, 70):
         resumed = run(f"{precision}_resumed", f"train.precision={precision}", f"train.steps={steps}")
@@ -49,7 +49,7 @@ def test_steps_launched_at_once_are_bitwise_those_taken_one_by_one(precision: st
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
-def test_images_on_the_host_train_as_those_on_the_card(
+def test_images_on_the_host_train_as_those_on_the_gpu(
     binarize: str, run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [f"data.binarize={binarize}", "train.accumulate=3", "optim.max_grad_norm=20", "optim.warmup_steps=30"]
@@ -59,7 +59,7 @@ def test_images_on_the_host_train_as_those_on_the_card(
     assert outcome(run(f"{binarize}_host", *given)) == outcome(card)
 
 
-def test_a_run_is_compiled_and_captured_when_nobody_says_otherwise(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_compiled_and_captured_by_default(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[update.Update] = []
     create = update.Update.__init__
 
@@ -105,7 +105,7 @@ def test_an_update_that_is_not_finite_can_be_skipped(precision: str, spoilt: Non
     assert max(row.get("train/skipped_updates", 0) for row in outcome(plain)[2]) >= 1
 
 
-def test_a_cpu_and_a_card_see_the_same_losses(run: Train) -> None:
+def test_a_cpu_and_a_gpu_see_the_same_losses(run: Train) -> None:
     given = ["train.steps=50", "train.log_every=5", "objective.beta_warmup_steps=0"]
     losses = []
     for device in ("cpu", "cuda"):

@@ -62,7 +62,7 @@ class Compiled:
             reason = str(error).strip().partition("\n")[0]
             self.failure = f"{type(error).__name__}: {reason}"
             if self._warns:
-                logger.warning("the step can't be compiled (%s) and runs as it is", self.failure)
+                logger.warning("the step can't be compiled (%s) and runs uncompiled", self.failure)
 
 
 def _matrix_products(device: torch.device) -> Mapping[Any, Callable[..., Tensor]] | None:

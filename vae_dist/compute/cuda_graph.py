@@ -19,7 +19,7 @@ Snapshot = tuple[list[Tensor], Mapping[str, object]]
 
 
 class CapturedSteps:
-    """Steps that are captured the first time that so many are taken at once, and replayed from then on.
+    """Steps that are captured at the first call with a number of steps, and replayed from then on.
 
     If the capture fails, the steps run one by one. `state` is everything that they change, in place. A loss scaler has
     a state of its own, which `read` returns and `write` restores.
@@ -41,7 +41,7 @@ class CapturedSteps:
         self.failed = False
 
     def __call__(self, *inputs: Tensor) -> None:
-        """Take as many steps as the inputs are long."""
+        """Take one step for each entry of the inputs' first dimension."""
         count = len(inputs[0])
         if self.failed:
             self._steps(*inputs)
@@ -89,7 +89,7 @@ class CudaGraphCapture:
         self._pool: Any = None
 
     def __call__(self, steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
-        """Return what replays the steps on the current content of `static_inputs`.
+        """Return a function that replays the steps on the current content of `static_inputs`.
 
         The steps must have run before: libraries initialise at their first call, which can't be captured.
         """

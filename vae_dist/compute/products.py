@@ -96,7 +96,7 @@ def warm_up(device: torch.device) -> None:
         raise RuntimeError("the Triton kernel multiplies wrongly on this GPU")
 
 
-# Of torch's operators, while a program is traced.
+# Replacements of torch's operators while a program is traced.
 REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.mm.default: mm,
     torch.ops.aten.addmm.default: addmm,

@@ -1,10 +1,10 @@
-"""Every option of a run, and how files and arguments become one typed config.
+"""The options of a run: files and arguments are merged into one typed config.
 
-Scalars reach their field as the text that the user typed, and the field's type decides what they mean. YAML's own
+Scalars reach their field as the text that the user typed, and the field's type decides their meaning. YAML's own
 guesses never apply: `name: 007` stays `007` and `tags: [on]` stays `on`. In a text, `${model.latent_dim}` stands for
 the value of that key.
 
-Files and arguments may come from anyone. They hold keys, lists and text, within bounds. YAML's tags and aliases, and
+Files and arguments may be untrusted. They hold keys, lists and text, within bounds. YAML's tags and aliases, and
 OmegaConf's resolvers, which read the environment or import modules, are refused.
 """
 

@@ -16,13 +16,13 @@ YAML = (".yaml", ".yml")
 
 
 def separate(arguments: Sequence[str], suffixes: tuple[str, ...] = ("",)) -> tuple[list[str], list[str]]:
-    """The arguments that are paths with one of the suffixes, and those that are `key=value`."""
+    """Split arguments into paths with one of the suffixes and `key=value`."""
     paths = [text for text in arguments if "=" not in text or (text.endswith(suffixes) and is_path(text))]
     return paths, [argument for argument in arguments if argument not in paths]
 
 
 def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """`[RUN] [key=value ...]` as the run's path, or None if it is left out, and the rest."""
+    """Split `[RUN] [key=value ...]` into the run's path, None if it is left out, and the rest."""
     paths, rest = split_runs(arguments)
     if len(paths) > 1:
         raise UserError(f"give one run, not {truncate(', '.join(map(str, paths)))}")
@@ -30,7 +30,7 @@ def split_run(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """`[RUN ...] [key=value ...]` as the runs' paths and the rest. What exists is a path, even with a `=` in it."""
+    """Split `[RUN ...] [key=value ...]` into the runs' paths and the rest. An existing path may have a `=` in it."""
     paths, rest = separate(arguments)
     for path in paths:
         require_text(path, "a run's path")
@@ -42,7 +42,7 @@ def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def split_key(argument: str) -> tuple[str, str]:
-    """`key=value` as key and text; dashes before the key are dropped."""
+    """Split `key=value` into key and text; dashes before the key are dropped."""
     require_text(argument, "an argument", limit=None)
     key, separator, text = argument.partition("=")
     if not separator:
@@ -51,7 +51,7 @@ def split_key(argument: str) -> tuple[str, str]:
 
 
 def parse_argument(argument: str) -> tuple[str, Any]:
-    """`a.b=value` as key and value. The inverse of `argument`.
+    """Parse `a.b=value` into key and value. The inverse of `argument`.
 
     Without brackets or quotes a value is text, whatever it looks like: `name=a: b`, `name=#1`. So is a value in
     brackets for a key of text, and a path that exists.
@@ -66,6 +66,6 @@ def parse_argument(argument: str) -> tuple[str, Any]:
 
 
 def argument(key: str, value: Any) -> str:
-    """`key=value` as a user types it to give the key this value."""
+    """Return `key=value` as a user types it to give the key this value."""
     is_parsed = isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
     return f"{key}={json.dumps(value, ensure_ascii=False) if is_parsed else text_of(value)}"

@@ -1,4 +1,4 @@
-"""Values that no run can have, none on this machine, or none in this precision."""
+"""Checks of values: impossible for every run, on this machine, or in this precision."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from vae_dist.errors import UserError
 _FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
 _FLOAT64 = 2.0**-1022, 2.0**1023 * (2 - 2.0**-52)
 
-# The range in which training usually works, and how a message words it.
+# The range in which training usually works, and its wording in a message.
 _USUAL = {
     "objective.sigma": (0.01, math.inf, "0.01 to 1"),
     "objective.beta": (0.0, 1000.0, "up to 10"),
@@ -34,7 +34,7 @@ _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check(config: Config) -> None:
-    """Raise UserError for the first value that no run can have, or none on this machine."""
+    """Raise UserError for the first value that is impossible for every run, or on this machine."""
     values = flatten(config)
     for key, option in by_key().items():
         for item in leaves(values[key]):
@@ -162,7 +162,7 @@ def check_numbers(config: Config) -> None:
 
 
 def suspects(config: Config) -> list[str]:
-    """The settings that are likely to have made numbers infinite, the most likely first: `key=value (usual: ...)`."""
+    """Return the settings that probably made numbers infinite, the most likely first: `key=value (usual: ...)`."""
     values = flatten(config)
     usual = {key: (low, high) for key, (low, high, _) in _USUAL.items()}
     if config.objective.reconstruction != "gaussian":

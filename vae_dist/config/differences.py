@@ -28,7 +28,7 @@ _SAME_RUN_KEYS = (
 
 
 def resume(config: Config, stored: Config) -> Config:
-    """`config` for resuming a run whose config is `stored`: `auto` becomes what the run had resolved it to.
+    """Return `config` for resuming a run whose config is `stored`: `auto` becomes the value that the run had resolved.
 
     Raises UserError if the two differ in what is learned.
     """
@@ -56,7 +56,7 @@ def resume(config: Config, stored: Config) -> Config:
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
-    """The keys in which the runs differ, of those that matter to what was learned."""
+    """Return the keys in which the runs differ, of those that affect what was learned."""
     tables = [flatten(config) for config in configs]
     keys = [option.key for option in options() if not option.key.startswith(_SAME_RUN_KEYS)]
     return [key for key in keys if any(table[key] != tables[0][key] for table in tables)]

@@ -1,4 +1,4 @@
-"""Files and arguments to one config, and back to a file.
+"""Load one config from files and arguments, and save it to a file.
 
 Later layers win: defaults, YAML files, `key=value` arguments. OmegaConf converts the text of each value to the type of
 its key; no interpolation of its own ever reaches it, so none of its resolvers runs.
@@ -29,7 +29,7 @@ _REFERENCE = re.compile(r"\$\{([a-z_.]+)\}")
 
 
 class Setting(NamedTuple):
-    """A key, the value that a file or an argument gives it (None, text, or lists of these), and the place of it."""
+    """A key, the value that a file or an argument gives it (None, text, or lists of these), and its source."""
 
     key: str
     value: Any
@@ -64,7 +64,7 @@ def load_reader(config: Config, arguments: Sequence[str]) -> Config:
         if not key.startswith(READER_KEYS):
             require_known(key)
             allowed = ", ".join(f"{key}*" if key.endswith(".") else key for key in READER_KEYS)
-            raise UserError(f"{key} belongs to the training and can't be changed here; what can: {allowed}")
+            raise UserError(f"{key} belongs to the training and can't be changed here; these can: {allowed}")
     config = replace(
         config,
         output=None,

@@ -1,4 +1,4 @@
-"""Values as text, for messages and files, and what text a config may hold."""
+"""Values as text, for messages and files, and the text that a config may hold."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from vae_dist.errors import UserError
 
 MAX_TEXT = 2048  # bytes of a value
 
-# Controls, lone surrogates, line ends, and marks that turn the direction of writing: no path or name needs them, and a
-# terminal that shows them obeys them.
+# Controls, lone surrogates, line ends, and marks that change the direction of writing: no path or name needs them, and
+# a terminal obeys them.
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -39,7 +39,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def require_text(text: str, subject: str, limit: int | None = MAX_TEXT) -> None:
-    """Raise UserError for text that no path and no name can be. The message calls it `subject`."""
+    """Raise UserError for text that can be neither a path nor a name. The message calls it `subject`."""
     if unprintable := UNPRINTABLE.search(text):
         raise UserError(f"{subject} has the character {unprintable[0]!a}; remove it: {truncate(ascii(text))}")
     if limit is not None and len(text.encode()) > limit:

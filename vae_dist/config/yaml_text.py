@@ -61,7 +61,7 @@ _Loader.add_constructor(_NULL, lambda loader, node: None)
 
 
 def _refused(problem: str, place: Any) -> ComposerError:
-    """The error of YAML that is valid and that no config needs."""
+    """Return the error for YAML that is valid but that no config may hold."""
     return ComposerError(None, None, problem, place.start_mark)
 
 

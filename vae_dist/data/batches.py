@@ -1,6 +1,6 @@
-"""A process's shard of each step's images and noise, as the plan has them, on the device where it computes.
+"""A process's shard of each step's images and noise, as the plan defines them, on the device that computes.
 
-k steps, b is the size of the shard, L latents, C, H, W image.
+Shapes: k steps, b images of the shard, L latents, C, H, W image.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 class Batches:
-    """Images and noise of any steps; fastest for consecutive ones, whose noise and images are made ahead of time."""
+    """Images and noise of any steps. Consecutive steps are fastest: noise is drawn in blocks, images are prefetched."""
 
     def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
         self._plan = plan
@@ -56,7 +56,7 @@ class Batches:
         return pixels, self._noise(steps)
 
     def _select(self, steps: range) -> Tensor:
-        """Rows of pixels `(k, b, C H W)`, on the device that holds the data set."""
+        """Return rows of pixels `(k, b, C H W)`, on the device that holds the data set."""
         rows = self._rows_of_words.index_select(0, self._indices(steps))
         return rows.view(torch.uint8).view(len(steps), len(self._rows), -1)
 
@@ -68,12 +68,12 @@ class Batches:
         stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(stream):
             copy = rows.pin_memory().to(self._device, non_blocking=True)
-        copy.record_stream(torch.cuda.default_stream(self._device))  # which uses it: its memory is kept until then
+        copy.record_stream(torch.cuda.default_stream(self._device))  # it reads the copy: keep its memory until then
         stream.synchronize()
         return copy
 
     def _indices(self, steps: range) -> Tensor:
-        """Indices of the shard's images in each of the steps `(k b,)`, on the device that holds the data set."""
+        """Return the indices of the shard's images in these steps `(k b,)`, on the device that holds the data set."""
         parts = [
             self._epoch_order(epoch)[first * self._plan.batch_size : last * self._plan.batch_size]
             .view(last - first, -1)[:, self._rows.start : self._rows.stop]
@@ -137,7 +137,7 @@ class BlockDraw:
 
 
 class Prefetch:
-    """Calls `load` for some steps, and in a thread for as many following steps, before they are needed."""
+    """Calls `load` for some steps, and prefetches as many following steps in a thread."""
 
     def __init__(self, load: Callable[[range], Tensor]) -> None:
         self._load = load

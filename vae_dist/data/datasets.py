@@ -47,7 +47,7 @@ def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for a data set that there is none of."""
+    """Raise UserError for an unknown data set."""
     if name != "auto" and name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}")
 
@@ -70,23 +70,23 @@ class TrainingSet(NamedTuple):
 
 
 def load_training_set(config: DataConfig) -> TrainingSet:
-    """Make the data set's files ready under `data.root`, and read its training images.
+    """Download or draw the data set if it is missing under `data.root`, and read its training images.
 
-    `data.name=auto` is MNIST, or the embedded digits if MNIST can't be had. Raises UserError if a named set can't be
-    had or a file is damaged.
+    `data.name=auto` is MNIST, or the embedded digits if MNIST is not available. Raises UserError if a named set is not
+    available or a file is damaged.
     """
     if config.name != "auto":
         return TrainingSet(config.name, *_load(config, "train"))
     try:
         return TrainingSet("mnist", *_load(replace(config, name="mnist"), "train"))
     except mnist.UnreachableError as error:
-        logger.warning("MNIST can't be had: %s", error)
+        logger.warning("MNIST is not available: %s", error)
         warn_of_fallback()
     return TrainingSet(FALLBACK, *_load(replace(config, name=FALLBACK), "train"))
 
 
 def warn_of_fallback() -> None:
-    """Say that the images are not those that `auto` stands for."""
+    """Log a warning that the training images are the embedded digits, not MNIST's."""
     logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): metrics are not comparable with MNIST's", FALLBACK)
 
 
@@ -165,14 +165,14 @@ def _load_digits(config: DataConfig, part: Part) -> tuple[Images, str]:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, save({**tensors, "sha256": digest}))
         except OSError as error:
-            logger.info("the digits are not kept: can't write to %s (%s)", folder, reason(error))
+            logger.info("the digits are not cached: can't write to %s (%s)", folder, reason(error))
     return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"]), digest.numpy().tobytes().hex()
 
 
 def _read_digits(cache: Path, count: int) -> tuple[dict[str, Tensor], Tensor] | None:
     """Return the cached digits and their digest, None if they are missing, damaged or of another drawing.
 
-    The digest finds damage. It does not protect against who may write to `data.root`: they choose the images anyway.
+    The digest detects damage, not forgery: whoever can write to `data.root` chooses the images anyway.
     """
     like = dict(zip(("pixels", "labels"), digits.draw_digits(range(0)), strict=True))
     expected = {
@@ -190,13 +190,13 @@ def _read_digits(cache: Path, count: int) -> tuple[dict[str, Tensor], Tensor] | 
         tensors = load(read_bounded(cache, size + 2**12))
     except OSError:
         return None
-    except Exception:  # whatever a foreign file does to the parser
+    except Exception:  # an untrusted file can make the parser raise anything
         tensors = {}
     if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected:
         digest = tensors.pop("sha256")
         if torch.equal(digest, _digest(tensors)):
             return tensors, digest
-    logger.warning("%s is not a whole cache of these digits; they are drawn again", cache)
+    logger.warning("%s is damaged or of another version; the digits are drawn again", cache)
     return None
 
 

@@ -1,8 +1,8 @@
 """Grey images of digits in the format of MNIST, drawn from Pillow's built-in font: the data set if MNIST is missing.
 
 A hundred or so masks (digit, stroke, blur) are rendered once. Image r is one of them under a smooth warp; mask and warp
-come from the random bits of row r. The arithmetic makes the pixels depend on nothing else: neither on the other rows,
-nor on the block that r falls into, nor on the number of threads.
+come from the random bits of row r. The arithmetic makes the pixels depend on nothing else: not on other rows,
+on the block that r falls into, or on the number of threads.
 """
 
 from functools import cache
@@ -62,7 +62,7 @@ def draw_digits(rows: range) -> tuple[Tensor, Tensor]:
 
 
 def _draw_block(rows: range) -> tuple[Tensor, Tensor]:
-    """Draw as `draw_digits` does, for one block of rows."""
+    """Draw one block of rows, as `draw_digits` returns them."""
     bits = uniform_bits(FIXED_SEED, Stream.DIGITS, 0, rows, 1 + _CENTRE.size)
     masks = _masks()
     chosen = torch.from_numpy(bits[:, 0] % len(masks)).long()
@@ -72,7 +72,7 @@ def _draw_block(rows: range) -> tuple[Tensor, Tensor]:
 
 
 def _warp(bits: npt.NDArray[np.uint32]) -> Tensor:
-    """The point of the mask that each pixel shows, `(B, 28, 28, 2)` float32, from random bits `(B, 14)`."""
+    """Return the point of the mask that each pixel shows, `(B, 28, 28, 2)` float32, from random bits `(B, 14)`."""
     uniform = (bits + 0.5) * 2.0**-31 - 1
     coefficients = _CENTRE + _SPREAD * uniform.reshape(-1, *_CENTRE.shape)
     coefficients[:, 0, 2] -= coefficients[:, 1, 1]  # a rotation: x moves against y

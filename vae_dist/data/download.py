@@ -35,7 +35,7 @@ class DownloadError(Exception):
 def fetch(url: str, md5: str) -> bytes:
     """Return the archive at `url`. Raises DownloadError, after ARCHIVE_SECONDS at the latest.
 
-    A thread receives it: the timeout of a socket does not stop a server that is slow but never silent.
+    A thread receives it: a socket's timeout does not stop a server that is slow but never silent.
     """
     received: Future[bytes] = Future()
 
@@ -76,9 +76,9 @@ def _receive(url: str) -> bytes:
 
 
 def _open(url: str) -> HTTPResponse:
-    """Return the response of `url`, or of where it redirects to: over HTTP again, and no less safely.
+    """Return the response of `url`. Redirects are followed to HTTP and HTTPS, but never from HTTPS to HTTP.
 
-    urllib follows a redirect by itself, but reads all of its body first, however long that is.
+    urllib's own handler reads a redirect's whole body first, however long it is.
     """
     opener = urllib.request.OpenerDirector()
     for handler in _HANDLERS:

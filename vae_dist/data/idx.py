@@ -22,11 +22,11 @@ class IdxFile(NamedTuple):
 
 
 class BadFileError(Exception):
-    """The bytes are not those of the file that they should be."""
+    """The content is not that of the expected file."""
 
 
 def parse(content: bytes, dimensions: int, sha256: str | None) -> IdxFile:
-    """Parse a file of so many dimensions. Raises BadFileError if it is damaged or its sha256 is not the given one.
+    """Parse a file of `dimensions` axes. Raises BadFileError if it is damaged or its sha256 is not the given one.
 
     The file has two zeros, a type (8 is uint8), the number of dimensions, their sizes, the values.
     """
@@ -34,7 +34,7 @@ def parse(content: bytes, dimensions: int, sha256: str | None) -> IdxFile:
     sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
     digest = hashlib.sha256(content).hexdigest()
     if content[:4] != bytes([0, 0, 8, dimensions]):
-        problem = "its first bytes are not those of such a file"
+        problem = "it does not begin as an IDX file of bytes"
     elif len(content) != header + math.prod(sizes):
         problem = f"it has {len(content)} bytes where its header promises {header + math.prod(sizes)}"
     elif 0 in sizes:
@@ -47,7 +47,7 @@ def parse(content: bytes, dimensions: int, sha256: str | None) -> IdxFile:
 
 
 def unpack_if_packed(content: bytes) -> bytes:
-    """Unpack content that begins as gzip does, whatever the file's name: browsers unpack some and keep the name."""
+    """Unpack content that begins as gzip does, whatever the file's name: some browsers unpack and keep the name."""
     return unpack(content, "it") if content[:2] == b"\x1f\x8b" else content
 
 
@@ -57,7 +57,7 @@ def unpack(archive: bytes, source: str) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(archive)) as file:
             content = file.read(FILE_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise BadFileError(f"{source} is no whole gzip archive ({error})") from error
+        raise BadFileError(f"{source} is not a whole gzip archive ({error})") from error
     if len(content) > FILE_BYTES:
         raise BadFileError(f"{source} holds more than {FILE_BYTES} bytes")
     return content

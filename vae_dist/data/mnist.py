@@ -28,7 +28,7 @@ TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist"
 LOCK_SECONDS = 3600  # for another process that downloads the same files to finish
 MOST_NAMED = 5  # files of other formats, in a message
 
-# The files of a set, and how many dimensions each has.
+# The files of a set, and the number of axes of each.
 _DIMENSIONS = {
     f"{part}-{kind}-ubyte": dimensions
     for part in ("train", "t10k")
@@ -83,7 +83,7 @@ def load(name: str, root: Path, split: str, *, download: bool, mirror: str | Non
 
 
 def _find_copies(name: str, root: Path, missing: Sequence[str]) -> tuple[dict[str, IdxFile], list[str]]:
-    """Return the values of missing files from copies downloaded by hand, and which copies can't be used, and why.
+    """Return missing files' values from copies downloaded by hand, and the unusable copies with the reasons.
 
     Copies may be gzipped or not, in folders named like the set, in `root` or in `root/raw`.
     """

@@ -1,4 +1,4 @@
-"""The process that calls a run: what the run changes there is restored when it is done."""
+"""The calling process: the global state that a run changes is restored when the run is done."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 @contextmanager
 def restored_afterwards() -> Iterator[None]:
-    """Restore, at the end, what a run changes in its process and a caller may have set or may still use."""
+    """Restore, at the end, the global state that a run changes and a caller may have set or still use."""
     messages, compiler = logging.getLogger("vae_dist"), logging.getLogger("torch.utils.cpp_extension")
     backends: Any = torch.backends
     with ExitStack() as stack:
@@ -70,7 +70,7 @@ def _leave_group() -> None:
 
 
 def restore_shared_state(shared: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Restore what Accelerate keeps for the life of a process, in place: its objects hold this dict."""
+    """Restore the state that Accelerate keeps for the life of a process, in place: its objects hold this dict."""
     shared.clear()
     shared.update(before)
 

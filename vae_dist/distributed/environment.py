@@ -14,10 +14,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def choose_device(device: str) -> str:
-    """Return the device's type; `auto` takes the best that is available. Raises UserError if there is none such."""
+    """Return the device's type; `auto` takes the best that is available. Raises UserError if it is not."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        return next(name for name, is_there in available.items() if is_there)
+        return next(name for name, is_available in available.items() if is_available)
     if device not in available:
         raise UserError(f"unknown device {device!r}; choose from auto, {', '.join(sorted(available))}")
     if not available[device]:
@@ -26,7 +26,7 @@ def choose_device(device: str) -> str:
 
 
 def processor(device: torch.device) -> str:
-    """Name what decides rounding: the instruction set that torch uses on the CPU, and the GPU's name."""
+    """Name the processor by what decides rounding: torch's instruction set on the CPU, and the GPU's model."""
     cpu = torch.backends.cpu.get_cpu_capability()
     return f"{torch.cuda.get_device_name(device)} with {cpu}" if device.type == "cuda" else cpu
 

@@ -1,6 +1,6 @@
-"""How the processes of a run learn that one of them failed, and why.
+"""Failure reports: a failed process tells the others of its run why.
 
-A process that fails writes the reason to the store that the processes joined by; it works when a collective does not.
+It writes the reason to the store that the processes joined by, which works when a collective does not.
 A process whose collective fails reads the reason there, or finds out which processes no longer answer.
 """
 
@@ -60,7 +60,7 @@ def explained(rank: int, size: int) -> Iterator[None]:
 
 
 def missing_processes(rank: int, size: int) -> list[int]:
-    """The processes that do not answer within ANSWER_SECONDS, as those do whose collective failed too."""
+    """Return the processes that do not answer within ANSWER_SECONDS. Those whose own collective failed do answer."""
     try:
         shared = store()
         shared.set_timeout(timedelta(seconds=ANSWER_SECONDS))
@@ -103,7 +103,7 @@ def wait_for_keys(shared: Any, keys: list[str], seconds: float) -> bool:
 
 
 def _report(shared: Any, rank: int, size: int, error: Exception, seconds: float = REPORT_SECONDS) -> bool:
-    """Write how this process fails; return whether all processes report the same reason in time."""
+    """Write the reason of this process's failure; return whether all processes report the same reason in time."""
     kind = "input" if isinstance(error, UserError) else "run"
     reason = str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
     keys = [_failure_key(other) for other in range(size)]

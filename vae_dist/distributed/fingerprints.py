@@ -14,7 +14,7 @@ _NEXT_CHUNK = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed number
 
 
 def versions() -> dict[str, str]:
-    """Return what must be equal on all processes: torch's version and this package's source."""
+    """Return the versions that must be equal on all processes: torch's, and a hash of this package's source."""
     return {"torch's version": torch.__version__, "the code": code_fingerprint()}
 
 

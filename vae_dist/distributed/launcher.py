@@ -1,4 +1,4 @@
-"""How this process was launched: its rank, from the environment, and its connection to the other processes."""
+"""The launch of this process: its rank, from the environment, and its connection to the other processes."""
 
 import logging
 import os
@@ -59,8 +59,8 @@ def process_variables() -> dict[str, str]:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if missing := [name for name in needed if name not in ranks] + [name for name in address if not address[name]]:
         raise UserError(
-            f"{evidence}={os.environ[evidence]} says that a launcher started this process, but {', '.join(missing)} is "
-            "not set: start all processes with accelerate launch or torchrun, set the missing variables (MASTER_ADDR "
+            f"{evidence}={os.environ[evidence]} means that a launcher started this process, but {', '.join(missing)} is"
+            " not set: start all processes with accelerate launch or torchrun, set the missing variables (MASTER_ADDR "
             f"is the address of process 0's machine), or unset {', '.join(sources.values())} to run alone"
         )
     _require_possible(ranks, sources)
@@ -107,7 +107,7 @@ def require_supported() -> None:
 
 
 def _warn_of_independent_tasks() -> None:
-    """Log a warning if srun started several tasks of this program that do not know one another."""
+    """Log a warning if srun started several independent tasks of this program."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     if tasks.isdecimal() and int(tasks) > 1 and PartialState._shared_state == {}:
         logger.warning(
@@ -173,7 +173,7 @@ def _accepts_connections(address: str, port: int, seconds: float) -> bool:
 
 
 def _connection_advice(reason: str, seconds: float) -> str:
-    """The message for an error of torch's or Accelerate's while the processes connect."""
+    """Return the message for an error of torch's or Accelerate's while the processes connect."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     place, within = f"MASTER_ADDR={address} MASTER_PORT={port}", f"within runtime.start_timeout={seconds:g} seconds"
     if "EADDRINUSE" in reason or "already in use" in reason:
@@ -182,4 +182,4 @@ def _connection_advice(reason: str, seconds: float) -> str:
         return f"not all processes connected to {place} {within}: start the others, with the same address and port"
     if "socket" in reason or "timed out" in reason:
         return f"no process 0 answers at {place} {within}: check both, and that process 0 runs on that machine"
-    return f"the processes can't be joined: {reason or 'for no reason given'}; check {place} and ACCELERATE_* variables"
+    return f"the processes can't be joined: {reason or 'no reason given'}; check {place} and ACCELERATE_* variables"

@@ -1,4 +1,4 @@
-"""Numerical precision: what `train.precision` means on a device, and Accelerate's part in it."""
+"""Numerical precision: the meaning of `train.precision` on a device, and Accelerate's part in it."""
 
 import os
 from collections.abc import Callable

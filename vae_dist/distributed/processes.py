@@ -17,7 +17,7 @@ def join(config: Config) -> Iterator[World]:
     """Join the processes of this run inside the context, and afterwards restore the caller's process as it was.
 
     Two settings can't be restored: denormals stay flushed to zero, and glibc keeps freed memory. Raises UserError if
-    the device is not available, if the environment does not say how to find the other processes, or if they do not
+    the device is not available, if the environment does not name the other processes, or if they do not
     connect within `runtime.start_timeout`.
     """
     environment.flush_denormals()

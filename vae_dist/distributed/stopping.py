@@ -13,7 +13,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last is SLURM's warning
-SAME_REQUEST_SECONDS = 0.5  # within which a scheduler and its launcher may both pass on one request
+SAME_REQUEST_SECONDS = 0.5  # within which a scheduler and its launcher may both forward one request
 CHECK_SECONDS = 0.5
 
 
@@ -103,7 +103,7 @@ class Watch:
         self._raise_if(number)
 
     def check_stop(self) -> None:
-        """Do the same inside something long, such as a validation. All processes call this equally often."""
+        """Do the same inside a long computation, such as a validation. All processes call this equally often."""
         self._raise_if(self._agree(0)[0])
 
     def _agree(self, stride: int) -> tuple[int, int]:
@@ -124,7 +124,7 @@ def _handled_by_the_thread(number: int, frame: FrameType | None) -> None:
 
 
 def _launcher() -> int | None:
-    """The parent's process ID if it is a launcher: killed, it can't tell, and this process would train on unnoticed."""
+    """The parent's process ID if it is a launcher: killed, it sends no signal, and this process would keep training."""
     parent = os.getppid()
     if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         return None

@@ -1,6 +1,6 @@
 """The processes of a run: rank, size and device, collectives, and agreement.
 
-One process is the main process. What only one process may decide (a name, a download) it decides for all.
+One process is the main process. It decides for all what only one may decide, such as a name or a download.
 """
 
 import hashlib
@@ -96,7 +96,7 @@ class World:
         """Return whether this process logs a message: the main process always, one other if the main one does not."""
         if self.size == 1:
             return True
-        key = f"vae_dist/said/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}"
+        key = f"vae_dist/logged/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}"
         try:
             store = failures.store()
             if self.is_main:
@@ -108,7 +108,7 @@ class World:
             return True
 
     def set_timeout(self, seconds: float) -> None:
-        """Let collectives fail after this long, from now on. Before training begins they get more time."""
+        """Set the timeout of collectives from now on."""
         if self.size > 1:
             # Public since torch 2.14; before that it had another name.
             set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
@@ -159,7 +159,7 @@ class World:
         return values
 
     def chunks(self, count: int, size: int) -> list[range]:
-        """This process's chunks of `range(count)`, which is cut alike for any number of processes and dealt in turn."""
+        """Return this process's chunks of `range(count)`, cut alike for any number of processes and dealt in turn."""
         cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
         return cut[self.rank :: self.size]
 

@@ -1,4 +1,4 @@
-"""An evaluation from a checkpoint on disk to its metrics in files, in the log and on the screen."""
+"""The evaluation of a checkpoint: its metrics go to files, to the log and to the screen."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ _LOGGED = (
 
 
 def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint, or the checkpoint that `run` is; the newest run by default.
+    """Evaluate a run's newest checkpoint, or the checkpoint `run`; the newest run by default.
 
     Returns the content of `evaluation.json`. Raises UserError if there is no checkpoint or no data, or if a metric is
     not finite. Every process calls this.

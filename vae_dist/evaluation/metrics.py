@@ -155,5 +155,5 @@ def _require_finite(by_image: Mapping[str, Tensor]) -> None:
         if len(bad := (~values.isfinite()).nonzero()) > 0:
             raise UserError(
                 f"{name} is not finite for {len(bad)} of {len(values)} images (the first: image {bad[0].item()}); "
-                "the model has gone bad: evaluate an earlier checkpoint"
+                "the model has diverged: evaluate an earlier checkpoint"
             )

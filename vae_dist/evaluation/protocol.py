@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: the conditions of its metrics, and what they may be compared with."""
+"""The protocol of an evaluation: the conditions of its metrics, and their comparability."""
 
 import platform
 from typing import Any

@@ -83,7 +83,7 @@ class _BernoulliLogProb(torch.autograd.Function):
 
 
 class Bernoulli(NamedTuple):
-    """The likelihood p(x|z) of binary pixels. It accepts grey pixels in [0, 1], but is no probability of those."""
+    """The likelihood p(x|z) of binary pixels. It accepts grey pixels in [0, 1], but is not their probability."""
 
     logits: Tensor  # (B, C, H, W)
 
@@ -91,7 +91,7 @@ class Bernoulli(NamedTuple):
         """log p(x|z) of images `(B, C, H, W)` in [0, 1]: `(B,)`, nats. Images get no gradient."""
         logits = at_least_float32(self.logits).flatten(1)
         images = images.to(logits.dtype).flatten(1)
-        if logits.device.type != "cpu":  # there logarithms cost less than another pass over the pixels
+        if logits.device.type != "cpu":  # on a GPU logarithms cost less than another pass over the pixels
             return -F.binary_cross_entropy_with_logits(logits, images, reduction="none").sum(1)
         log_prob: Tensor = _BernoulliLogProb.apply(logits, images)[0]
         return log_prob

@@ -46,7 +46,7 @@ class VAE(nn.Module):
         return next(self.parameters()).dtype
 
     def to_input(self, pixels: Tensor) -> Tensor:
-        """Convert uint8 pixels on any device to images in [0, 1] of this model's device and type."""
+        """Convert uint8 pixels on any device to images in [0, 1], on this model's device and in its dtype."""
         return to_unit(pixels.to(self.device), self.dtype)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:

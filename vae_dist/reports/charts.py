@@ -1,4 +1,4 @@
-"""Charts in numbers: where lines, bars, rules and ticks lie. `templates/macros.html` draws them as SVG.
+"""Charts as numbers: the positions of lines, bars, rules and ticks. `templates/macros.html` draws them as SVG.
 
 Positions are percent of the chart's area, from its upper left corner. The SVG has no viewBox, so that its text keeps
 the size of the report's: a phone shows fewer millimetres, not smaller letters.
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bar's rectangle in percent, and its name below the axis; no name if there is no room."""
+    """A bar's rectangle in percent, and its name below the axis, empty if space is short."""
 
     text: str
     is_accented: bool
@@ -150,7 +150,7 @@ def bar_chart(
 def ticks(low: float, high: float, most: int) -> list[Mark]:
     """At most `most` round values within `[low, high]`, with their texts.
 
-    They are the multiples of the smallest step that makes so few: 1, 2 or 5 times a power of ten.
+    They are the multiples of the smallest step that yields so few: 1, 2 or 5 times a power of ten.
     """
     rough = (high - low) / (most - 1)
     if rough < 1e-100:

@@ -53,7 +53,7 @@ def settings(config: Config) -> dict[str, list[Setting]]:
 
 
 def machine(subject: Subject) -> dict[str, str]:
-    """When, on what and how fast the run was trained."""
+    """Return the times, the hardware and the speed of the training."""
     starts, state, unknown = subject.run.starts, subject.checkpoint.state, "not recorded"
     speeds = [value for _, value in subject.run.points("train/images_per_second")]
     return {

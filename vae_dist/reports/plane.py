@@ -1,4 +1,4 @@
-"""The latent space in the report: what a VAE decodes on the plane of two latents, and where held-out images lie on it.
+"""The latent space in the report: images decoded on the plane of two latents, and held-out images' positions on it.
 
 Shapes: N held-out images, L latents, S codes along an axis, C, H, W image.
 """

@@ -56,7 +56,7 @@ def _write(opened: Opened, device: torch.device) -> Path:
 
 
 def _render(subject: Subject, vae: VAE, config: Config) -> str:
-    """The whole report; `config` says where the data lie on this machine."""
+    """Return the report's HTML; `config` names the place of the data on this machine."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     kl = _evaluated_kl(subject, vae.latent_dim)
     latent_plane = plane.decode_plane(vae, config, kl)
@@ -105,7 +105,7 @@ def _evaluated_kl(subject: Subject, latent_dim: int) -> list[float] | None:
 
 @functools.cache
 def environment() -> Environment:
-    """Jinja2 with the templates, escaping all that they insert. A name that a template lacks raises."""
+    """Return Jinja2's environment of the templates. It escapes every inserted value, and an undefined name raises."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -30,14 +30,14 @@ class Subject(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The argument of `make ... RUN=`: where the run was trained, so that it does not depend on the reader."""
+        """The argument of `make ... RUN=`: the path at training time, so that it does not depend on the reader."""
         path = str(Path(self.config.runs_dir) / str(self.config.name))
         quoted = shlex.quote(path)  # for the shell of a recipe; below for make and the shell that starts it
         return quoted if quoted == path else shlex.quote(quoted.replace("$", "$$"))
 
     @property
     def reached(self) -> int:
-        """The last step that is known of."""
+        """The last known step."""
         return max([self.step, *(step for step, _ in self.run.points("train/loss"))])
 
     @property
@@ -49,11 +49,11 @@ class Subject(NamedTuple):
 def subject_of(opened: Opened) -> Subject:
     """Return the subject of a report about an open checkpoint. Evaluations in the folder for output come first."""
     places = [opened.run] if opened.output == opened.run.directory else [Run(opened.output), opened.run]
-    found = []
+    evaluations: list[dict[str, Any]] = []
     for place in places:
         latest = [] if place.evaluation is None else [place.evaluation]
-        found += [one.values for one in (*latest, *place.evaluations(f"step_{opened.step:08d}_*"))]
-    found = [values for values in found if is_number(values.get("negative_elbo"))]
-    of_this_step = (values for values in found if values.get("step") == opened.step)
-    evaluation = next(of_this_step, found[0] if found else {})
+        evaluations += [one.values for one in (*latest, *place.evaluations(f"step_{opened.step:08d}_*"))]
+    evaluations = [values for values in evaluations if is_number(values.get("negative_elbo"))]
+    of_this_step = (values for values in evaluations if values.get("step") == opened.step)
+    evaluation = next(of_this_step, evaluations[0] if evaluations else {})
     return Subject(opened.run, opened.checkpoint, evaluation, opened.live)

@@ -28,7 +28,7 @@ class Table(NamedTuple):
     names_are_redundant: bool  # the settings alone tell the rows apart
 
     def without_redundant_names(self) -> tuple[str, list[str], list[list[str]], list[str]]:
-        """Title, header, rows and notes for a console, which has little room."""
+        """Title, header, rows and notes for a console, which is narrow."""
         end = -1 if self.names_are_redundant else len(self.header)
         return self.title, self.header[:end], [row[:end] for row in self.rows], self.notes
 

@@ -1,1 +1,1 @@
-"""A run's directory: checkpoints, metrics, pictures, W&B records, and what is said in the terminal."""
+"""A run's directory: checkpoints, metrics, pictures, W&B records, and the terminal's output."""

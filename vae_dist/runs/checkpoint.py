@@ -3,8 +3,8 @@
 runs/<name>/checkpoints/step_00001200/
     model.safetensors       the weights, under their plain names
     optimizer.safetensors   Adam's moments and counts, as <parameter>.<moment>
-    state.json              the step, and what later metrics records depend on
-    config.yaml             the resolved config: with the weights, all that evaluation and sampling need
+    state.json              the step, and the values that later metrics records depend on
+    config.yaml             the resolved config; with the weights, enough for evaluation and sampling
     manifest.json           sizes and sha256 of the others, and versions; written last
 
 A checkpoint may be untrusted: see manifest.py. Tensors are loaded only if they fit the config's model.
@@ -32,8 +32,8 @@ from vae_dist.runs import manifest
 from vae_dist.runs.manifest import FILES, MANIFEST, BadCheckpointError
 
 MODEL, OPTIMIZER, STATE, CONFIG = FILES
-VISIBLE_SECONDS = 60.0  # for a network file system to show on one machine what another has renamed
-INFERENCE_FILES = (MODEL, STATE, CONFIG)  # what evaluation and sampling read
+VISIBLE_SECONDS = 60.0  # for a network file system to show a rename by another machine
+INFERENCE_FILES = (MODEL, STATE, CONFIG)  # evaluation and sampling read these
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Optimizer(Protocol):
 class Checkpoint:
     """A checkpoint's verified files. The manifest is parsed once, and each file is read and hashed at most once.
 
-    Raises BadCheckpointError, a UserError, wherever the folder is not what its manifest says. A pickled checkpoint is
+    Raises BadCheckpointError, a UserError, wherever the folder does not match its manifest. A pickled checkpoint is
     its path: the process that unpickles it reads the files itself.
     """
 

@@ -123,7 +123,7 @@ def _stored_id(stored: Config, run_dir: Path) -> str | None:
 
 
 def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
-    """Return whether the run gains by compiling its step, and a compiler is installed.
+    """Return whether compiling the step pays for itself in this run, and a compiler is installed.
 
     The answer depends on the config and the machine alone, not on a clock: it is part of the bitwise promise. On a CPU
     compiling takes 5 s, 16 s the first time on a machine, and saves 5 to 35% of a step: it pays after one to three
@@ -143,7 +143,7 @@ def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
 
 
 def _has_compiler(variable: str, *names: str) -> bool:
-    """Return whether a compiler is found: the one that the environment variable names, or else one of `names`."""
+    """Return whether a compiler is installed: the one that the environment variable names, or else one of `names`."""
     return any(shutil.which(name) for name in ([os.environ[variable]] if variable in os.environ else names))
 
 

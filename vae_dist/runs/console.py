@@ -1,6 +1,6 @@
 """Messages on stderr and in `log.txt`, and the exit codes of commands.
 
-`log.txt` gets every message, whatever becomes of the terminal.
+`log.txt` gets every message, even if the terminal is gone.
 """
 
 import logging
@@ -26,7 +26,7 @@ KEPT_MESSAGES = 1000  # of those logged before their destination is known
 
 
 class Process(Protocol):
-    """This process of a run, as far as messages are concerned."""
+    """This process among those of its run, as messages need it."""
 
     @property
     def rank(self) -> int: ...
@@ -63,7 +63,7 @@ class _Memory(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """`log.txt`. One warning says if it can't be written."""
+    """The handler of `log.txt`. If the file can't be written, it logs one warning."""
 
     _failed = False
 
@@ -80,14 +80,14 @@ class _LogFile(logging.FileHandler):
             logger.warning("%s can't be written (%s)", self.baseFilename, getattr(error, "strerror", None) or error)
 
 
-_unshown = _Memory()  # logged before it is known which process this is
+_unshown = _Memory()  # logged before this process's rank is known
 _unlogged = _Memory()  # logged by the main process before `log.txt` is opened
 _process: Process | None = None
 _starts = 0
 
 
 def start(process: Process) -> None:
-    """Show messages on the terminal: all of the main process, and of the others those warnings that only they have."""
+    """Show messages on the terminal: all of the main process's, and the warnings that only another process logs."""
     global _process, _starts
     _process, _starts = process, _starts + 1
     handler = _ConsoleHandler()
@@ -107,7 +107,7 @@ def _install(*handlers: logging.Handler) -> None:
 
 def _is_shown(record: logging.LogRecord) -> bool:
     if record.name == PROGRESS and messages.is_terminal:
-        return False  # the bar shows what these lines say
+        return False  # the bar shows the same
     key = f"{_starts} {record.getMessage()}"
     return record.levelno < logging.WARNING or _process is None or _process.should_log(key)
 
@@ -197,6 +197,6 @@ def _is_main() -> bool:
 
 
 def _place() -> str:
-    """Return which of several processes this is, and nothing for a single one."""
+    """Return this process's rank and host as text; empty for a single process."""
     rank, size = _rank_and_size()
     return f"process {rank} of {size} on {platform.node()}" if size > 1 else ""

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, and opening it for evaluation, sampling and reports."""
+"""Finding the checkpoint that a path names, and opening it for evaluation, sampling and reports."""
 
 import fcntl
 import logging
@@ -26,8 +26,8 @@ class Opened(NamedTuple):
     """A checkpoint that is open for evaluation, sampling or a report."""
 
     checkpoint: Checkpoint
-    config: Config  # the run's, with the arguments of the command
-    output: Path  # the folder for what the command writes
+    config: Config  # the run's, with the command's arguments applied
+    output: Path  # the folder of the command's files
     live: bool  # whether a training is writing the run now
 
     @property
@@ -39,7 +39,7 @@ class Opened(NamedTuple):
         return Run(self.checkpoint.run_dir)
 
     def agreed(self, world: World) -> "Opened":
-        """Return the main process's choice on every process. Another one may have seen an older checkpoint."""
+        """Return the main process's checkpoint on every process. Another process may have seen an older one."""
         own = self.checkpoint
         folder, config, output, live = world.on_main(lambda: (own.folder, self.config, self.output, self.live))
         return Opened(own if folder == own.folder else open_when_visible(folder), config, output, live)
@@ -53,7 +53,7 @@ def find(path: Path | None, runs_dir: Path, names: Collection[str] = FILES) -> C
     try:
         return _find(_newest_run(runs_dir) if path is None else path, tuple(names))
     except OSError as error:
-        raise UserError(f"can't look into {runs_dir if path is None else path} ({reason(error)})") from error
+        raise UserError(f"can't read {runs_dir if path is None else path} ({reason(error)})") from error
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def open_checkpoint(path: Path | None, arguments: Sequence[str]) -> Iterator[Ope
 
 @contextmanager
 def _kept(path: Path | None, runs_dir: Path) -> Iterator[Checkpoint]:
-    """`find`, and hold a shared lock that keeps the pruner away."""
+    """Call `find`, and hold a shared lock, so that no training prunes the checkpoint."""
     for _ in range(READ_ATTEMPTS):
         checkpoint = find(path, runs_dir, INFERENCE_FILES)
         try:

@@ -28,7 +28,7 @@ _LIBRARIES = ("accelerate", "numpy", "safetensors", "torch")
 
 
 class BadCheckpointError(UserError):
-    """A checkpoint is not what its manifest says."""
+    """A checkpoint does not match its manifest."""
 
 
 class Sealed(NamedTuple):
@@ -95,7 +95,7 @@ def read(folder: Path) -> Manifest:
 def read_sealed(path: Path, sealed: Sealed) -> bytes:
     """Return a file's content. Raises BadCheckpointError if its size or its sha256 is not the manifest's."""
     if path.suffix != ".safetensors" and sealed.bytes > SMALL_FILE_BYTES:
-        raise BadCheckpointError(f"{path} has {sealed.bytes} bytes, which is too much for what it is")
+        raise BadCheckpointError(f"{path} has {sealed.bytes} bytes, which is too many for such a file")
     with _open_plain(path, sealed.bytes) as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != sealed.sha256:
@@ -107,7 +107,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
     """Parse a JSON object without NaN or infinity; `path` names its file in the error."""
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         values = json.loads(content, parse_constant=refuse)
@@ -145,7 +145,7 @@ def _open_plain(path: Path, size: int | None) -> BufferedReader:
     elif size is not None and status.st_size != size:
         problem = f"has {status.st_size} bytes, not {size}"
     elif size is None and status.st_size > SMALL_FILE_BYTES:
-        problem = f"has {status.st_size} bytes, which is too much for what it is"
+        problem = f"has {status.st_size} bytes, which is too many for such a file"
     if problem is not None:
         os.close(descriptor)
         raise BadCheckpointError(f"{path} {problem}")

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, a record of metrics after so many optimizer steps."""
+"""`metrics.jsonl`: one JSON object per line, a record of metrics after a number of optimizer steps."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ LONGEST_LINE = 2**16  # bytes; a record has 300
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of a metrics file, as they were written.
+    """Yield the whole records of a metrics file, in the order of the file.
 
     A live or killed run can end in half a line, and an untrusted file can hold anything: other lines are skipped.
     """

@@ -14,7 +14,7 @@ from vae_dist.runs.run import IMAGES
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one record of metrics a line, and `images/*.png`, each with its caption as text in the file.
+    """`metrics.jsonl`, one record per line, and `images/*.png`, each with its caption as text in the file.
 
     Raises UserError if they can't be written to, and RunError once a training, which has a `start`, is under way.
     """
@@ -27,7 +27,7 @@ class MetricsLog:
         )
         self._failure: type[Exception] = UserError
         for path in (self._file, run_dir / IMAGES, run_dir / "wandb"):
-            if path.is_symlink():  # an untrusted directory could have the user's own files overwritten
+            if path.is_symlink():  # an untrusted directory could redirect the write to the user's own files
                 raise UserError(f"{path} is a symbolic link, which is not followed; remove it")
         make_folder(run_dir / IMAGES, ELSEWHERE if start is None else ANOTHER_RUNS_DIR)
         if start is not None:

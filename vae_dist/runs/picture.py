@@ -1,4 +1,4 @@
-"""Pictures for people, with a caption, as PNG files."""
+"""Pictures with captions, as PNG files."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 CAPTION_SIZE = 13
-LABEL_SPACE = 6  # pixels between a label and what it belongs to
+LABEL_SPACE = 6  # pixels between a label and its image
 NARROWEST = 360  # pixels, for a caption
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -23,7 +23,7 @@ class Picture(NamedTuple):
 
 
 def with_caption(picture: Picture) -> Image.Image:
-    """Return the picture with its caption in a strip below, broken into lines that fit."""
+    """Return the picture with its caption in a strip below, wrapped to its width."""
     font = ImageFont.load_default(size=CAPTION_SIZE)
     words = picture.caption.split()
     width = max(picture.image.width, NARROWEST, widest(words, font) + 2 * LABEL_SPACE)

@@ -20,9 +20,9 @@ BAR_SECONDS = 2  # before a bar is shown
 
 @contextmanager
 def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[int], None]]:
-    """Show the progress of a computation, which calls the yielded function with each number of parts that are done.
+    """Show a computation's progress. It calls the yielded function with the number of parts that it has just done.
 
-    Nothing is shown of a short one. A bar on a terminal disappears at the end.
+    A short computation shows nothing. A bar on a terminal disappears at the end.
     """
     bar = Progress(
         TextColumn(plain(subject), markup=False),

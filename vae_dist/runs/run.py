@@ -1,7 +1,7 @@
-"""A run's directory: who writes it, its checkpoints, and the records next to them.
+"""A run's directory: its writer, its checkpoints, and the records next to them.
 
 A run may be untrusted. Its files are read under fixed names and up to a size, and never through a link that leads out
-of the directory; what no run would have written is skipped.
+of the directory; content that no run writes is skipped.
 """
 
 import fcntl
@@ -53,7 +53,7 @@ class Evaluation(NamedTuple):
 
 
 class Run:
-    """One run's directory. Nothing is read before it is asked for, and the directory need not exist."""
+    """One run's directory. Files are read on access, and the directory need not exist."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -115,7 +115,7 @@ class Run:
         return locks.is_held(self.directory / LOCK, fcntl.LOCK_SH, self.directory / MARK)
 
     def newest(self, names: Collection[str] = FILES) -> Checkpoint | None:
-        """Return the newest checkpoint whose files `names` are whole, None if there is no checkpoint.
+        """Return the newest checkpoint whose files `names` are intact, None if there is no checkpoint.
 
         Raises UserError if all are damaged.
         """
@@ -141,7 +141,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The records of metrics, in the order in which they were written, with what in them are numbers."""
+        """The records of metrics in the order of the file. Values that are not numbers are left out."""
         path = self._inside(METRICS, METRICS_BYTES)
         records = read_records(path) if path else ()
         return [{name: float(value) for name, value in record.items() if is_number(value)} for record in records]
@@ -161,7 +161,7 @@ class Run:
         return [kept for name in names if (kept := self._evaluation(f"{EVALUATIONS}/{name}")) is not None]
 
     def pictures(self, kinds: Collection[str], most: int) -> dict[tuple[str, int], Image.Image]:
-        """Return the pictures of these kinds by kind and step, in this order, of at most `most` evenly chosen steps."""
+        """Return the pictures of these kinds by (kind, step), in this order, of at most `most` evenly spaced steps."""
         paths = sorted((self.directory / IMAGES).glob("*_step_*.png"))
         matches = [match for path in paths if (match := _PICTURE.fullmatch(path.name)) and match[1] in kinds]
         steps = sorted({int(match[2]) for match in matches})
@@ -183,7 +183,7 @@ class Run:
         return "\n".join(line[:LINE_LENGTH] for line in lines)
 
     def _inside(self, name: str, most: int) -> Path | None:
-        """Return the path of a file of at most `most` bytes that is really in the directory."""
+        """Return the path of a file of at most `most` bytes that lies in the directory once links are resolved."""
         path = self.directory / name
         try:
             if path.resolve().is_relative_to(self.directory.resolve()) and path.is_file():
@@ -214,7 +214,7 @@ class Run:
         if content[:8] != PNG or len(content) < 24:
             return None
         width, height = struct.unpack(">II", content[16:24])
-        if not 0 < width * height <= PICTURE_PIXELS:  # known before anything is unpacked
+        if not 0 < width * height <= PICTURE_PIXELS:  # checked before anything is decompressed
             return None
         try:
             picture = Image.open(BytesIO(content), formats=["PNG"])

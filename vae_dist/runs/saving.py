@@ -92,13 +92,13 @@ def step_folders(run_dir: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(f"can't look into {run_dir / 'checkpoints'} ({reason(error)})") from error
+        raise UserError(f"can't read {run_dir / 'checkpoints'} ({reason(error)})") from error
     matches = [(match, path) for path in paths if (match := _STEP_FOLDER.fullmatch(path.name))]
     return [path for match, path in sorted(matches, key=lambda pair: int(pair[0][1]), reverse=True)]
 
 
 def recover(run_dir: Path) -> None:
-    """Publish what a killed training had written whole, and remove what is half written or half pruned.
+    """Publish checkpoints that a killed training had written whole; remove those half written or half pruned.
 
     The caller holds the run's lock.
     """
@@ -149,7 +149,7 @@ def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Give a whole checkpoint its name. If this is interrupted, `recover` finishes it."""
+    """Rename a whole checkpoint to its final name. If this is interrupted, `recover` finishes it."""
     try:
         folder.rename(target)
     except OSError as error:
@@ -167,7 +167,7 @@ def _publish(folder: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. It stops being one at the first operation, however long the rest takes."""
+    """Remove a checkpoint. It is no checkpoint any more after the first operation, however long the rest takes."""
     removed = folder.with_name(f".pruned-{folder.name}-{secrets.token_hex(4)}")
     try:
         folder.rename(removed)

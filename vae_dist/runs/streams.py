@@ -1,6 +1,6 @@
 """stdout and stderr as streams that never fail and never block their caller for long.
 
-What they can't take is dropped, and what their encoding lacks is escaped. Text is shown as it is, never as markup.
+Text that they can't take is dropped, characters that their encoding lacks are escaped, and markup is not interpreted.
 """
 
 import io
@@ -20,7 +20,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a termi
 
 
 class _Descriptor(io.RawIOBase):
-    """The file descriptor of stdout or stderr. What it can't take is dropped."""
+    """The file descriptor of stdout or stderr. Text that it can't take is dropped."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor = descriptor
@@ -41,7 +41,7 @@ class _Descriptor(io.RawIOBase):
 
 
 class _Stream(io.TextIOBase):
-    """`sys.stdout` or `sys.stderr`, whichever object that is at the moment, as a file that does not fail.
+    """The current `sys.stdout` or `sys.stderr`, as a file that does not fail.
 
     A pipe without a reader, a closed terminal or a full disk loses text, and nothing else. A reader that has stopped
     reading, such as a terminal after Ctrl-S, blocks a thread of its own and not the caller.
@@ -66,9 +66,9 @@ class _Stream(io.TextIOBase):
 
     def put(self, text: str, seconds: float | None) -> None:
         """Write, and wait at most `seconds` until it is written; None waits without a bound."""
-        with suppress(Exception):  # it is missing, closed or full; a caller's can do anything
+        with suppress(Exception):  # it is missing, closed or full; a caller's can raise anything
             target = self._target()
-            target.flush()  # what others have printed comes first
+            target.flush()  # earlier prints come first
             data = _encoded(text, self.encoding, getattr(target, "errors", None))
             if target is getattr(sys, f"__{self._name}__"):
                 self._write_in_thread(target.fileno(), data, seconds)
@@ -91,7 +91,7 @@ class _Stream(io.TextIOBase):
 
     def _target(self) -> Any:
         stream = getattr(sys, self._name)
-        return getattr(stream, "rich_proxied_file", stream)  # a bar on a terminal catches what others print
+        return getattr(stream, "rich_proxied_file", stream)  # while a bar is shown, rich redirects prints
 
 
 def _encoded(text: str, encoding: str, errors: str | None) -> bytes:
@@ -118,16 +118,16 @@ results = Console(file=cast(IO[str], stdout), soft_wrap=True, highlight=False, m
 
 def plain(text: object) -> str:
     """Return text with control characters, which a terminal obeys or can't show, spelled out."""
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 def say(text: str) -> None:
-    """Print what the user asked for, however long the reader takes."""
+    """Print a command's output, however long the reader takes."""
     stdout.put(f"{text.rstrip()}\n", None)
 
 
 def guard_standard_streams() -> None:
-    """Let prints of libraries, and of Python at exit, fail no more than ours do."""
+    """Keep prints of libraries, and of Python at exit, from failing, as ours do not fail."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -1,6 +1,6 @@
 """Metrics and pictures go to the run's directory, and to Weights & Biases if it is installed and enabled.
 
-W&B gets nothing that is not on the disk too.
+W&B gets nothing that is not in the directory too.
 """
 
 import logging
@@ -57,7 +57,7 @@ class Tracker:
             sink.flush()
 
     def artifact(self, folder: Path) -> None:
-        """Give away a checkpoint under the run's identity; the folder itself stays in the run."""
+        """Upload a checkpoint as an artifact of the run; the folder itself stays in the run."""
         for sink in self._sinks:
             sink.artifact(folder)
 
@@ -78,14 +78,14 @@ def track(
 ) -> Tracker:  # fmt: skip
     """Return a run's tracker.
 
-    A training gives the step that it starts from. Records of later steps are removed, and so are those of that step in
-    the group `again`, such as `validation`, which the training logs again. While a training writes the run (`live`),
-    others leave W&B to it: two writers would lose records. `kind` is what W&B's record is of.
+    `start` is the step that a training starts from. Records of later steps are removed, and so are those of that step
+    in the group `again`, such as `validation`, which the training logs again. While a training writes the run (`live`),
+    others leave W&B to it: two writers would lose records. `kind` is the kind of W&B's record.
     """
     if not is_main:
         return Tracker([])
     if live:
-        logger.info("a training is writing %s: this goes to files alone, and not to W&B", run_dir)
+        logger.info("a training is writing %s: results go to files alone, and not to W&B", run_dir)
         return Tracker([MetricsLog(run_dir, None)])
     sinks: list[Sink] = [MetricsLog(run_dir, start, again)]
     if (run := wandb_run.start(config, run_dir, kind)) is not None:

@@ -1,4 +1,4 @@
-"""W&B's client: its settings in this process, its account, and a thread that nobody has to wait for.
+"""W&B's client: its settings in this process, its account, and a thread that no process waits for.
 
 Offline, the client sends nothing at all, not even about itself.
 """
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 REACH_SECONDS = 30  # to reach W&B at the start
 CLIENT_SECONDS = 30  # more than REACH_SECONDS, for the client to start its service
 END_SECONDS = 2  # for that service to end when it is told to
-BACKLOG = 10_000  # calls that the client may be behind with
+BACKLOG = 10_000  # calls that may wait for the client
 
 T = TypeVar("T")
 
 
 def check_wandb(config: TrackingConfig) -> None:
-    """Raise UserError if a training asks for a W&B that is not installed, can't be reached or is turned off."""
+    """Raise UserError if the config needs W&B and it is not installed, can't be reached or is turned off."""
     if config.wandb in ("online", "offline") and not is_installed():
         raise UserError(f"tracking.wandb={config.wandb} but wandb is not installed; pip install wandb, or use disabled")
     check_online(config)
@@ -81,7 +81,7 @@ class Worker:
 
 
 def within_seconds(call: Callable[[], T]) -> T:
-    """Return what `call` returns. Raises what it raises, and TimeoutError if the client takes too long."""
+    """Return the result of `call`. Raises its error, or TimeoutError if the client takes too long."""
     worker = Worker()
     try:
         result: T = worker.do(call).result(REACH_SECONDS + CLIENT_SECONDS)
@@ -93,7 +93,7 @@ def within_seconds(call: Callable[[], T]) -> T:
 def end_service(*, at_once: bool = False) -> None:
     """End the client's service, by force if it does not end itself; `at_once` kills it before it sends anything more.
 
-    At exit the client would wait for its service without a bound, and so would whoever reads this process's output.
+    At exit the client would wait for its service without a bound, and so would a reader of this process's output.
     """
     if at_once:
         _kill_service()
@@ -122,7 +122,7 @@ def resolve_mode(wanted: Literal["auto", "online", "offline"]) -> Literal["onlin
 
 
 def _has_account() -> bool:
-    """Return whether a key is set up. No server is asked."""
+    """Return whether a key is set up. No server is contacted."""
     theirs = take_settings()
     try:
         return bool(client().login(prompt=False, verify=False))
@@ -141,7 +141,7 @@ def take_settings(mode: str | None = None) -> Any:
     """
     try:
         wandb = client()
-        wandb.termsetup(wandb.Settings(silent=True), None)  # or it says which files it has read
+        wandb.termsetup(wandb.Settings(silent=True), None)  # otherwise it prints which files it has read
         theirs = wandb.setup().settings.model_copy()
         apply_settings(wandb.Settings(silent=True, mode=mode or theirs.mode))
     except Exception as error:
@@ -178,7 +178,7 @@ def client() -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Return one line that says what went wrong."""
+    """Return the error in one line."""
     if isinstance(error, TimeoutError | Full):
         return "it takes too long"
     if type(error).__name__ == "ValidationError":  # pydantic's, of the client's settings: the first line names none

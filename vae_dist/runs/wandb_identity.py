@@ -1,4 +1,4 @@
-"""Which W&B page a run has: its id, kept in the run's config, and the directory that the id belongs to."""
+"""A run's identity in W&B: its id, kept in the run's config, and the directory that the id belongs to."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from vae_dist.config import Config
 
 
 def new_id() -> str:
-    """Return a new W&B id. The run's config keeps it, so that everything done with the run lands on one page."""
+    """Return a new W&B id. The run's config keeps it, so that training, evaluations and samples are one W&B run."""
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:  # an agent of a sweep has chosen it
         return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
@@ -28,8 +28,8 @@ def owner(run_dir: Path) -> str:
 def own_id(stored: Config, run_dir: Path) -> str | None:
     """Return the W&B id in a run's stored config if it was made for this directory, which may have been moved since.
 
-    A copy has another inode and another path than its original, and gets None: two trainings on one page would mix
-    their records. A run of an earlier version has no owner, and is recognised by its name.
+    A copy has another inode and another path than its original, and gets None: two trainings under one id would
+    mix their records. A run of an earlier version has no owner, and is recognised by its name.
     """
     if stored.tracking.owner is None:
         return stored.tracking.id if stored.name == run_dir.resolve().name else None
@@ -38,7 +38,7 @@ def own_id(stored: Config, run_dir: Path) -> str | None:
 
 
 def for_reading(config: Config, run_dir: Path, arguments: Sequence[str]) -> Config:
-    """Return the config of a run that is evaluated or sampled, with the W&B id that this goes to.
+    """Return the config of a run that is evaluated or sampled, with the W&B id for the results.
 
     It is the run's own, or the arguments' `tracking.id`. A copy of a run has another one, always the same: its original
     may be training, and two writers would lose records.

@@ -1,4 +1,4 @@
-"""The folders of W&B's records below a folder of runs: what kind each is, and the list of them that a browser shows.
+"""W&B's records below a folder of runs: the kind of each, and the list of them that W&B's browser shows.
 
 W&B's client makes a record each time that a run is trained, resumed, evaluated or sampled, in
 `RUN/wandb/(offline-)run-<time>-<id>/run-<id>.wandb`. Its browser, `wandb leet`, lists the folders of one folder whose
@@ -58,15 +58,9 @@ def browse(runs_dir: Path) -> NoReturn:
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:
         raise UserError("wandb is not installed, and its browser shows the runs; pip install wandb")
-    listed = make_list(runs_dir)
+    listed = str(make_list(runs_dir).absolute())  # begins with a slash, so it is never taken for an option
+    command = [sys.executable, "-m", "wandb", "leet", listed]
     # Online, the client would report its errors and its use.
-    command = [
-        sys.executable,
-        "-m",
-        "wandb",
-        "leet",
-        str(listed.absolute()),
-    ]  # which is no option, whatever it is called
     os.execve(sys.executable, command, {**os.environ, "WANDB_MODE": "offline"})
 
 
@@ -91,7 +85,7 @@ def make_list(runs_dir: Path) -> Path:
 
 
 def entries(runs_dir: Path) -> Iterator[tuple[str, Path]]:
-    """The name of each link in the list, and what it points to as seen from there. No two have the same name."""
+    """Yield the name of each link in the list, unique, and its target relative to the list."""
     labels: set[str] = set()
     for run_dir, records in runs_with_records(runs_dir):
         label = _label(run_dir.relative_to(runs_dir))
@@ -105,7 +99,7 @@ def entries(runs_dir: Path) -> Iterator[tuple[str, Path]]:
 
 
 def runs_with_records(folder: Path, depth: int = _DEPTH) -> Iterator[tuple[Path, list[WandbRecord]]]:
-    """The run directories below a folder that have records, and these, the oldest first."""
+    """Yield the run directories below a folder that have records, with their records, the oldest first."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:  # not readable by this user
@@ -120,13 +114,13 @@ def runs_with_records(folder: Path, depth: int = _DEPTH) -> Iterator[tuple[Path,
 
 
 def _records(run_dir: Path) -> list[WandbRecord]:
-    found = []
+    records = []
     for folder in (run_dir / "wandb").glob("*run-*"):
         for file in folder.glob("run-*.wandb"):
             begun, named = _FOLDER.fullmatch(folder.name), _FILE.fullmatch(file.name)
             if begun and named:
-                found.append(WandbRecord(folder, begun[1], named[1], _kind(file)))
-    return sorted(found, key=lambda record: (record.time, record.folder.name))
+                records.append(WandbRecord(folder, begun[1], named[1], _kind(file)))
+    return sorted(records, key=lambda record: (record.time, record.folder.name))
 
 
 def _kind(file: Path) -> str:

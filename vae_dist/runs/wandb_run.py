@@ -40,7 +40,7 @@ _GROUPS = ("train", "validation", "test", "images")
 
 
 class WandbRun:
-    """A Weights & Biases run, online or offline. Raises whatever its client does when it can't begin.
+    """A Weights & Biases run, online or offline. Raises its client's error if it can't begin.
 
     The client waits for its service, another process, without a bound. So it is called in a thread of its own, and not
     called again after its first failure.
@@ -50,7 +50,7 @@ class WandbRun:
         self._run_dir = run_dir
         self._lost = False
         self._ending = False
-        self._missing: str | None = None  # why W&B has not got everything
+        self._missing: str | None = None  # the reason why W&B's records are incomplete
         self._worker = Worker()
         try:
             run = self._worker.do(partial(self._begin, config, mode))
@@ -93,7 +93,7 @@ class WandbRun:
             self._worker.end()
             if self._missing is not None:
                 logger.warning(
-                    "W&B has not got everything (%s); `wandb sync --include-online %s` uploads what its record holds",
+                    "W&B's records are incomplete (%s); `wandb sync --include-online %s` uploads them",
                     self._missing, self._record,
                 )  # fmt: skip
 
@@ -155,7 +155,7 @@ class WandbRun:
             )
 
     def info(self, message: str) -> None:
-        """Drop the client's messages of this level: they only say that it retries."""
+        """Drop the client's messages of this level: they only report retries."""
 
     def warning(self, message: str) -> None:
         """Take the client's warning. One that advises `wandb sync` means that it has given up; no call raises then."""
@@ -168,7 +168,7 @@ class WandbRun:
 
 
 def start(config: Config, run_dir: Path, kind: Kind) -> WandbRun | None:
-    """Begin a W&B run; None if W&B is disabled, not installed or unusable, which a message says."""
+    """Begin a W&B run. Returns None and logs the reason if W&B is disabled, not installed or unusable."""
     if config.tracking.wandb == "disabled":
         return None
     if not is_installed():
@@ -191,7 +191,7 @@ def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> 
     settings = wandb.Settings(
         init_timeout=wandb_client.REACH_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
         x_graphql_retry_max=RETRIES, x_file_transfer_retry_max=RETRIES,
-        x_transaction_log_flush_interval=1,  # a killed run takes the service along, and what that has not written
+        x_transaction_log_flush_interval=1,  # the service dies with a killed run, and so do unwritten records
         console="off", silent=True,
         disable_code=True, disable_git=True, save_code=False, x_save_requirements=False,
     )  # fmt: skip

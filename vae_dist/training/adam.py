@@ -32,7 +32,7 @@ class Adam:
         self._steps = torch.zeros(len(self.parameters), device=self.parameters[0].device)
         self._averages = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
         self._squares = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
-        # Of each parameter: its count of updates `()`, float32, and its moments, of its own shape.
+        # Per parameter: the count of updates `()`, float32, and the moments in its shape.
         self.state = [
             dict(zip(self.MOMENTS, state, strict=True))
             for state in zip(self._steps.unbind(), self._averages, self._squares, strict=True)
@@ -85,7 +85,7 @@ class FlatAdam(Adam):
         for parameter, view in zip(self._views, self.split(weights), strict=True):
             parameter.data = view
         super().__init__([weights])
-        self._steps = self._steps.repeat(len(self._views))  # one of each parameter, all equal
+        self._steps = self._steps.repeat(len(self._views))  # one per parameter, all equal
         moments = self._steps, *map(self.split, (self._averages[0], self._squares[0]))
         self.state = [dict(zip(self.MOMENTS, state, strict=True)) for state in zip(*moments, strict=True)]
 

@@ -1,4 +1,4 @@
-"""After which steps something is due: metrics, validations, checkpoints, and when to check for a request to stop."""
+"""The steps after which metrics, validations, checkpoints and checks for a request to stop are due."""
 
 import math
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ class Cadence(NamedTuple):
 
 
 def due(done: int, every: float, last_step: int) -> bool:
-    """Return whether an event of every so many steps is due after `done` of them. At the last step all are."""
+    """Return whether an event of this interval is due after `done` steps. After the last step every event is."""
     return done % every == 0 or done == last_step
 
 
 def launches(step: int, cadence: Cadence, most: int, watch: Watch) -> Iterator[range]:
-    """Yield the steps from `step` on in ranges to be launched at once, of a power of two and at most `most` steps.
+    """Yield the steps from `step` on in ranges that are launched at once: a power of two of steps, at most `most`.
 
     A range ends where an event is due, or where `watch` checks for a request to stop.
     """

@@ -14,8 +14,8 @@ from vae_dist.errors import RunError
 def assert_equal_weights(world: World, tensors: Sequence[Tensor], step: int, run_name: str | None) -> None:
     """Raise RunError on every process if the optimizer's tensors differ between processes after `step` steps.
 
-    All processes call this. Unlike processors round differently: there the main process's tensors are copied to the
-    others instead.
+    All processes call this. Different processors round differently: then the main process's tensors are copied to
+    the others instead.
     """
     if world.size == 1:
         return
@@ -34,7 +34,7 @@ def _drift(world: World, checksums: Sequence[int], step: int, run_name: str | No
     odd = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[most]]
     named = ", ".join(f"{rank} on {hosts[rank]}" for rank in odd)
     return RunError(
-        f"after step {step} the weights or moments of process {named} are not those of process {most} on "
-        f"{hosts[most]}, and they are not saved. The same command with name={run_name} resumes from the newest "
-        "checkpoint. If this happens again, one of these machines computes wrongly: check its memory, or leave it out"
+        f"after step {step} the weights or moments of process {named} differ from those of process {most} "
+        f"on {hosts[most]}, and they are not saved. The same command with name={run_name} resumes from the newest "
+        "checkpoint. If this happens again, one of these machines computes wrongly: check its memory or leave it out"
     )

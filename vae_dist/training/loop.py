@@ -61,22 +61,24 @@ def train(config: Config) -> Path:
         most_steps = min(update.most_steps, batches.most_steps)
         world.set_timeout(config.runtime.timeout)
         with _outputs(resolved, world, state, cadence, plan) as outputs:
-            at = Milestones(resolved, world, update, meter, outputs, (training, validation), state, cadence.last_step)
-            with at.saved_when_stopped():
+            milestones = Milestones(
+                resolved, world, update, meter, outputs, (training, validation), state, cadence.last_step
+            )
+            with milestones.saved_when_stopped():
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
                     values = [objectives.schedule(config, step, cadence.last_step) for step in steps]
                     update(*batches(steps), values)
                     meter.count(len(steps))
                     done = steps.stop
                     if due(done, cadence.log_every, cadence.last_step):
-                        at.log(done, values[-1])
-                    improved = due(done, cadence.validate_every, cadence.last_step) and at.validate(done)
+                        milestones.log(done, values[-1])
+                    improved = due(done, cadence.validate_every, cadence.last_step) and milestones.validate(done)
                     if due(done, cadence.verify_every, cadence.last_step):
                         update.assert_equal_weights(done)
                     if improved or due(done, cadence.save_every, cadence.last_step):
-                        at.save(done)
+                        milestones.save(done)
                     if done >= outputs.watch.next_step:
-                        at.check_stop(done)
+                        milestones.check_stop(done)
     return run.directory
 
 
@@ -136,7 +138,7 @@ def _log_start(resolved: Resolved, world: World, step: int, last_step: int, plan
     if step:
         logger.info("resuming after step %d of %d", step, last_step)
     else:
-        logger.info("to continue after a stop: name=%s", config.name)
+        logger.info("to resume after a stop: name=%s", config.name)
 
 
 def _log_finished(run: Run, step: int, last_step: int) -> None:

@@ -96,7 +96,7 @@ class Milestones:
     def validate(self, step: int) -> bool:
         """Evaluate the validation images, draw the pictures, and return whether this validation is the best so far."""
         self._require_healthy(step)
-        self._validation_pending = True  # until it is through
+        self._validation_pending = True  # until it is done
         with self._meter.paused():
             terms = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.check_stop)
             metrics = terms.metrics("validation")
@@ -104,7 +104,7 @@ class Milestones:
             improved = math.isfinite(value) and (self._best is None or value < self._best.negative_elbo)
             if improved:
                 self._best = Best(step, value)
-            if self._best is not None:  # what a table of runs is sorted by
+            if self._best is not None:  # tables of runs are sorted by it
                 metrics["validation/best_negative_elbo"] = self._best.negative_elbo
             self._world.on_main(partial(self._tracker.scalars, step, metrics))
             self._world.on_main(partial(self._tracker.pictures, step, partial(self._pictures, step)))
@@ -143,7 +143,7 @@ class Milestones:
         return self._run.save(self._config, self._update.vae, self._update.optimizer, state)
 
     def _require_healthy(self, step: int) -> int:
-        """`Update.require_healthy`, with all that the message needs."""
+        """Call `Update.require_healthy`, and add advice to its error."""
         self._step = step
         try:
             return self._update.require_healthy(step)
@@ -171,13 +171,13 @@ class Milestones:
 
 
 def _advice(config: Config, taken: int) -> str:
-    """Return advice that may keep numbers finite, without what this config does already.
+    """Return options that may keep numbers finite, without those that this config has already.
 
-    Before the first update (`taken` is 0) neither the learning rate nor gradient clipping can have made a difference.
+    Before the first update (`taken` is 0) neither the learning rate nor gradient clipping can be the cause.
     """
-    optim, odd = config.optim, configs.suspects(config)
+    optim, suspects = config.optim, configs.suspects(config)
     if taken == 0:
-        odd = [suspect for suspect in odd if not suspect.startswith("optim.")]
+        suspects = [suspect for suspect in suspects if not suspect.startswith("optim.")]
     options = {
         "a lower optim.learning_rate": taken > 0,
         "optim.max_grad_norm=100": taken > 0 and (optim.max_grad_norm is None or optim.max_grad_norm > 100),
@@ -185,10 +185,10 @@ def _advice(config: Config, taken: int) -> str:
         "train.precision=fp32": config.train.precision in ("fp16", "bf16", "tf32"),
         "train.precision=fp64": taken == 0 and config.train.precision == "fp32",
     }
-    found = [option for option, helps in options.items() if helps]
+    remedies = [option for option, helps in options.items() if helps]
     if config.train.nonfinite != "skip" and taken > 0:
-        found.append("or skip such updates by train.nonfinite=skip")
-    cause = f"The likely cause is {' or '.join(odd)}. " if odd else ""
-    if not found:
+        remedies.append("or skip such updates by train.nonfinite=skip")
+    cause = f"The likely cause is {' or '.join(suspects)}. " if suspects else ""
+    if not remedies:
         return cause.rstrip(". ") or "Check the images and model.hidden_dims"
-    return f"{cause}Try {', '.join(found)}"
+    return f"{cause}Try {', '.join(remedies)}"

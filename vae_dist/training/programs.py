@@ -25,8 +25,8 @@ class _Report(NamedTuple):
 def use_everywhere_or_nowhere(world: World, programs: Sequence[Compiled], results: Iterable[Tensor]) -> None:
     """Give up the programs unless all processes have them, with bitwise equal results. All processes call this.
 
-    Programs and single operations round differently. `results` follow from the mean gradient, so that they have to be
-    equal, or the weights drift apart. On unlike processors they may differ.
+    Compiled programs and eager operations round differently. `results` follow from the mean gradient, so they must
+    be equal, or the weights drift apart. On unlike processors they may differ.
     """
     failure = next((program.failure for program in programs if program.failure), "")
     reports = world.gather_objects(_Report(failure, platform.node(), int(fingerprints.checksum(results))))
@@ -45,4 +45,4 @@ def _warn(reports: Sequence[_Report], failed: Sequence[int]) -> None:
     if failed:
         first, ranks = reports[failed[0]], ", ".join(map(str, failed))
         where = f"on process {ranks} of {len(reports)} (process {failed[0]} on {first.host}: {first.failure})"
-    logger.warning("the step can't be compiled %s and runs as it is on all processes", where)
+    logger.warning("the step can't be compiled %s and runs uncompiled on all processes", where)

@@ -1,6 +1,6 @@
 """One optimizer step of a process on its shard of a batch, compiled or not.
 
-b is the size of the shard, L latents, C, H, W image.
+Shapes: b images of the shard, L latents, C, H, W image.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Step:
         self._guard = _guard(config, world, scaler)
         # On a GPU a step is captured, on another stream than the default one, where autograd's backward has run.
         plain = self._gradients.functional if self._flat else self._gradients.eager
-        # What runs, compiled or not: see `_compile`.
+        # The functions that run, compiled or not: see `_compile`.
         self._guarded_gradients: Function = partial(self._batch_gradients, plain, self._guard)
         self._whole_step: Function | None = None
         self._not_agreed_on: list[Compiled] = []
@@ -55,7 +55,7 @@ class Step:
             self._agree_on_programs(pixels, noise, values, totals)
         skip, *gradients = self._guarded_gradients(pixels, noise, values, totals, *self._optimizer.weights)
         learning_rate = values[0].float()
-        if self._scaler.active:  # it decides by itself whether to skip the update
+        if self._scaler.active:  # it decides itself whether to skip the update
             self._scaler.step(self._optimizer, gradients, learning_rate)
         else:
             self._optimizer.step(gradients, learning_rate, skip)
@@ -84,7 +84,7 @@ class Step:
     ) -> Sequence[Tensor]:
         """Return [skip, *gradients]: the batch's mean gradients over all processes, as the `Guard` passes them on.
 
-        `compute_gradients` is of a micro-batch, as in `Gradients`; it and `guard` may be programs.
+        `compute_gradients` is for one micro-batch, as in `Gradients`; it and `guard` may be compiled programs.
         """
         beta = values[1]
         loss, terms, *gradients = self._accumulated(compute_gradients, pixels, noise, beta, *weights)
@@ -114,7 +114,7 @@ class Step:
         return isinstance(self._optimizer, FlatAdam)
 
     def _compile(self, plain: Function) -> None:
-        """Choose the programs: as much in one as nothing outside of it interrupts.
+        """Compile the step into as few programs as possible: collectives and the loss scaler run between two of them.
 
         A program is traced from functional gradients. If it can't be compiled, `plain` gradients take its place.
         """

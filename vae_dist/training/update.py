@@ -1,6 +1,6 @@
 """Optimizer steps on a process's shards of batches.
 
-k steps, b is the size of the shard, L latents, C, H, W image.
+Shapes: k steps, b images of the shard, L latents, C, H, W image.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A canvas of matplotlib's: isolated from the user's settings, drawn by Agg.
+"""Matplotlib figures, drawn by Agg and isolated from the user's settings.
 
 The same version of matplotlib draws the same pixels, whatever settings, fonts and environment variables the user has.
 """
@@ -39,7 +39,7 @@ _STYLE = {
 
 
 def new_figure(width: int, height: int, x_name: str, y_name: str) -> "tuple[Figure, Axes]":
-    """Return a figure filled by axes of a size in pixels. `to_image` adds the space for what is outside the axes."""
+    """Return a figure filled by axes of a size in pixels. `to_image` adds the space for labels outside the axes."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -52,7 +52,7 @@ def new_figure(width: int, height: int, x_name: str, y_name: str) -> "tuple[Figu
 
 
 def to_image(figure: "Figure") -> Image.Image:
-    """Draw the figure by Agg: RGB, as large as everything in it needs."""
+    """Draw the figure by Agg: RGB, sized to its content."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     file = BytesIO()
@@ -86,7 +86,7 @@ def isolated_matplotlib() -> Iterator[None]:
 def _import_matplotlib() -> None:
     """Import matplotlib without reading the user's settings, fonts and caches, and without writing a cache.
 
-    A matplotlib that the process has imported before is used as it is, with the fonts that it has.
+    If the process has imported matplotlib before, that import and its fonts are used.
     """
     exists = os.path.exists
     with (

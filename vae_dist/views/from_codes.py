@@ -16,7 +16,7 @@ from vae_dist.views.view import View, require_plane
 
 MAX_GRID_IMAGES = 1024  # more can't be told apart
 CODE_COLUMNS = 8
-SHORT_CODE = 3  # latents; a code of no more is written below its image
+SHORT_CODE = 3  # latents; a code of up to this size is written below its image
 TRAVERSAL_EXTENT = 3.0  # a latent goes from -3 to 3, which holds 99.7% of the prior
 
 

@@ -1,4 +1,4 @@
-"""A view of a trained VAE from a checkpoint on disk to its files: tensors, a picture, single images."""
+"""Views of a checkpoint, written to files: tensors, a picture, single images."""
 
 import logging
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
-    """Make a view from a run's newest checkpoint, or from the checkpoint that `run` is; the newest run by default.
+    """Make a view from a run's newest checkpoint, or from the checkpoint `run`; the newest run by default.
 
     Returns the folder of the picture (`scatter.png`, or `grid.png` for all other kinds), `samples.safetensors` and, on
     request, a file per image. Raises UserError if there is no checkpoint, or for an option that the kind can't use.
@@ -42,7 +42,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         if not all(tensor.isfinite().all() for tensor in view.tensors.values()):
             raise UserError(
                 "the codes or the images decoded from them are not finite: give codes nearer to 0 (sample.codes, "
-                "sample.radius), or take an earlier checkpoint if the model has gone bad"
+                "sample.radius), or take an earlier checkpoint if the model has diverged"
             )
         target = output / "samples" / f"step_{step:08d}_{name}"
         caption = f"{config.name} (trained on {config.data.name}), step {step}; {view.description}"
@@ -79,7 +79,7 @@ def _kind(config: Config, arguments: Sequence[str]) -> str:
 
 
 def _write(target: Path, tensors: dict[str, Tensor], picture: Picture, *, separate_files: bool) -> None:
-    """Write all files of a view, and replace those of an earlier command."""
+    """Write all files of a view. They replace those of an earlier command."""
     make_folder(target, ELSEWHERE)
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     file_name = "grid.png" if "images" in tensors else "scatter.png"

@@ -18,7 +18,7 @@ class Start(NamedTuple):
     name: str
     code: Tensor  # (L,)
     images: list[Tensor]  # the test image that was encoded, (1, C, H, W), or none
-    tensors: dict[str, Tensor]  # that test image, as `image_tensors` has it
+    tensors: dict[str, Tensor]  # that test image, as `image_tensors` returns it
 
 
 def start(trained: TrainedVAE) -> Start:

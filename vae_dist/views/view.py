@@ -1,4 +1,4 @@
-"""A view of a trained VAE: what each function of `from_codes` and `from_images` returns."""
+"""A view of a trained VAE: the result of each function in `from_codes` and `from_images`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from vae_dist.errors import UserError
 
 
 class View(NamedTuple):
-    """The result of a kind. Every process has it, and the main one draws it."""
+    """A view. Every process has it, and the main one draws it."""
 
     description: str  # in the caption
     tensors: dict[str, Tensor]  # `latents` (N, L), their `images` (N, C, H, W) except in a scatter, and the kind's own
