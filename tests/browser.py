@@ -92,7 +92,7 @@ class Browser:
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def touch(self, *places: tuple[float, float]) -> None:
-        """Put a finger on the first point, draw it over the others, and lift it."""
+        """Touch the first point, drag the finger over the others, and lift it."""
         for number, (x, y) in enumerate(places):
             kind = "touchMove" if number else "touchStart"
             self.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])

@@ -1,11 +1,11 @@
-"""Kills real trainings at random moments until they are done, and compares them with one that nobody disturbed.
+"""Kill real trainings at random moments until they are done, and compare them with an undisturbed one.
 
     python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER]
 
-Every process of the training gets SIGKILL, its launcher first, so that nobody has the time to tidy up. Half of the
-moments are drawn evenly over a start of the training, from its imports to its end; the others are in the middle of a
-save. Then the same command is given again. Exits with 0 when nothing was lost: bitwise the same weights and moments,
-one gapless series of rows that are equal but for the timings, and no half checkpoint after any kill.
+Every process of the training gets SIGKILL, its launcher first, so that none can clean up. Half of the moments are drawn
+evenly over a start of the training, from its imports to its end; the others are in the middle of a save. Then the same
+command is run again. Exits with 0 if nothing was lost: bitwise the same weights and moments, one gapless series of
+records that are equal but for the timings, and no half checkpoint after any kill.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def command(processes: int, arguments: list[str]) -> list[str]:
 
 
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a launcher and all that it started, its workers' own children too."""
+    """Kill a launcher and every process below it."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         member.suspend()  # so that none can react to the end of another
@@ -56,7 +56,7 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
 
 
 def train(processes: int, arguments: list[str]) -> float:
-    """Train to the end; the seconds that it took."""
+    """Train to the end, and return the seconds that it took."""
     started = time.monotonic()
     result = subprocess.run(command(processes, arguments), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -66,7 +66,7 @@ def train(processes: int, arguments: list[str]) -> float:
 def disturb(
     processes: int, arguments: list[str], run_dir: Path, kills: int, seconds: float, draw: random.Random
 ) -> int:
-    """Start, kill, start again, so many times; the number of kills that came while a checkpoint was being written."""
+    """Start and kill a training `kills` times; return the number of kills during the write of a checkpoint."""
     saved, done, in_a_save, last_seen = -1, 0, 0, time.monotonic()
     while done < kills:
         output = run_dir.with_name("output.txt")
@@ -77,7 +77,7 @@ def disturb(
                 wait_for_a_save(process, run_dir)
         else:
             time.sleep(draw.uniform(0, seconds))
-        if process.poll() is not None:  # it has come to its end: begin anew, for there are kills left
+        if process.poll() is not None:  # it is finished: start a new run, as there are kills left
             assert process.returncode == 0, f"a training has failed with {process.returncode}:\n{output.read_text()}"
             restart(run_dir)
             saved = -1
@@ -85,9 +85,9 @@ def disturb(
         kill_all(process)
         done += 1
         in_a_save += bool(list(run_dir.glob("checkpoints/.writing-*")))
-        found = newest_step(run_dir)
-        assert found >= saved, f"after kill {done} the newest checkpoint is {found}, and it was {saved} before"
-        saved = found
+        newest = newest_step(run_dir)
+        assert newest >= saved, f"after kill {done} the newest checkpoint is {newest}, and it was {saved} before"
+        saved = newest
         if time.monotonic() - last_seen > 10:
             last_seen = time.monotonic()
             print(f"  {done} of {kills} kills, step {saved}", flush=True)
@@ -104,7 +104,7 @@ def wait_for_a_save(process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step that a run would go on from, -1 where it has not saved yet; half a checkpoint would raise."""
+    """Return the step that a run would resume from, -1 if it has not saved yet. Half a checkpoint would raise."""
     folder = newest_checkpoint(run_dir)
     for path in run_dir.glob("checkpoints/step_*"):
         Checkpoint(path).verify()
@@ -112,12 +112,12 @@ def newest_step(run_dir: Path) -> int:
 
 
 def restart(run_dir: Path) -> None:
-    """Put a run that came to its end away, so that it begins anew."""
+    """Rename a finished run, so that the next command starts a new one."""
     run_dir.rename(run_dir.with_name(f"{run_dir.name}-{time.monotonic_ns()}"))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics without what the clock says."""
+    """The metrics records without timings."""
     table = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if "per_second" not in key} for row in table]
 
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> None:
         run_dir = runs / "killed"
         in_a_save = disturb(processes, [*settings, "name=killed"], run_dir, options.kills, seconds, draw)
         train(processes, [*settings, "name=killed"])
-        for path in [run_dir, *runs.glob("killed-*")]:  # also those that came to their end between two kills
+        for path in [run_dir, *runs.glob("killed-*")]:  # also those that finished between two kills
             compare(path, runs / "undisturbed")
         ends = 1 + len(list(runs.glob("killed-*")))
         print(

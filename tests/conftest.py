@@ -1,4 +1,4 @@
-"""What the tests share: a small config over embedded digits that are drawn once, and a clean environment."""
+"""Shared fixtures: a small config over embedded digits that are drawn once, and a clean environment."""
 
 import os
 import tempfile
@@ -23,7 +23,7 @@ os.environ.update(
 for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
 
-# The same examples every time, and nothing kept of them.
+# The same examples every time, and no database of them.
 hypothesis_home = tempfile.TemporaryDirectory()  # otherwise it makes one in the folder that the tests are run from
 set_hypothesis_home_dir(hypothesis_home.name)
 settings.register_profile(
@@ -65,9 +65,9 @@ def make_config(smoke_arguments: list[str], tmp_path: Path) -> MakeConfig:
 
 
 def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:
-    """A checkpoint to be looked at by a test that is alone with it."""
-    with open_checkpoint(path, arguments) as found:
-        return found
+    """An open checkpoint, for a test that alone uses it."""
+    with open_checkpoint(path, arguments) as run:
+        return run
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -78,9 +78,9 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test finds or leaves anything in the folder that the tests are run from, or in the user's home."""
+    """Isolate each test from the folder that the tests are run from and from the user's home."""
     torch.set_flush_denormal(False)  # a run in this process leaves it on, and hypothesis wants to draw such numbers
-    AcceleratorState._reset_state(reset_partial_state=True)  # what a test outside of a run has made
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test outside of a run may have changed it
     GradientState._reset_state()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,8 +1,8 @@
-"""What test_checkpoint runs: saves that are killed before every single thing that they do to the file system.
+"""Saves that are killed before each of their operations on the file system; test_checkpoint runs this.
 
     python tests/crash.py FOLDER
 
-A child process is forked for each of these points and ends there, as by SIGKILL. Prints one JSON object a point.
+A child process is forked for each of these points and ends there, as by SIGKILL. Prints one JSON object per point.
 """
 
 import json
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
             assert newest is not None
             other = build_vae(run_config, [1, 6, 6])
             state = Checkpoint(newest).load_training(other, Adam(other.parameters()))
-            save(run_dir, 4)  # and it goes on
+            save(run_dir, 4)  # the run continues
             after = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
             print(json.dumps({"again": again, "touched": touched, "left": left, "step": state.step, "after": after}))
 

@@ -1,4 +1,4 @@
-"""Trains, evaluates and samples with an old commit and with the working tree on this machine, and compares bits.
+"""Train, evaluate and sample with an old commit and with the working tree on this machine, and compare bits.
 
     python tests/golden.py OLD [--only NAME ...] [--quick] [--keep FOLDER]
 
@@ -7,8 +7,8 @@ OLD      a commit, which is checked out into a temporary worktree, or the folder
 --quick  run on one process alone, and compile nothing
 --keep   write the runs of both sides to this folder, and leave them there
 
-Each case compares weights and moments after 40 steps, the rows of metrics without what a clock says, the evaluation
-without versions and clocks, and the latents of the samples. Prints a line for each comparison. Exits with 0
+Each case compares weights and moments after 40 steps, the metrics records without timings, the evaluation without
+versions and timings, and the latents of the samples. Prints a line for each comparison. Exits with 0
 when all are equal, with 1 when anything differs, and with 2 when OLD is neither a commit nor a checkout.
 """
 
@@ -71,7 +71,7 @@ CASES = {
 
 
 class FailedError(Exception):
-    """A command of one side has failed; the message ends with what it said."""
+    """A command of one side has failed; the message ends with its output."""
 
 
 @contextmanager
@@ -81,16 +81,16 @@ def checkout(old: str) -> Iterator[Path]:
         yield Path(old).resolve()
         return
     git = ["git", "-C", str(REPOSITORY)]
-    found = subprocess.run(
+    resolved = subprocess.run(
         [*git, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{old}^{{commit}}"],
         capture_output=True, text=True,
     )  # fmt: skip
-    if found.returncode != 0:
+    if resolved.returncode != 0:
         print(f"error: {old!r} is neither a commit of {REPOSITORY} nor the folder of a checkout", file=sys.stderr)
         sys.exit(2)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "old"
-        command = [*git, "worktree", "add", "--quiet", "--detach", str(tree), found.stdout.strip()]
+        command = [*git, "worktree", "add", "--quiet", "--detach", str(tree), resolved.stdout.strip()]
         subprocess.run(command, check=True)
         try:
             yield tree
@@ -110,7 +110,7 @@ def run(root: Path, folder: Path, processes: int, script: str, arguments: Sequen
 
 
 def produce(root: Path, folder: Path, name: str) -> Path:
-    """Train, evaluate and sample a case with the checkout at `root`; the run's directory."""
+    """Train, evaluate and sample a case with the checkout at `root`; return the run's directory."""
     case = CASES[name]
     folder.mkdir(parents=True, exist_ok=True)
     compiled = f"train.compile={str(case.is_compiled).lower()}"
@@ -121,15 +121,15 @@ def produce(root: Path, folder: Path, name: str) -> Path:
 
 
 def differences(old: Path, new: Path) -> dict[str, str]:
-    """What was compared of two run directories, and the first difference of each; empty text where there is none.
+    """Return the compared files of two run directories, each with its first difference, or empty text.
 
     A file that only one of them has is a difference.
     """
-    found: dict[str, str] = {}
+    compared: dict[str, str] = {}
     for pattern in COMPARED:
         names = sorted({str(path.relative_to(side)) for side in (old, new) for path in side.glob(pattern)})
-        found |= {name: _difference(old / name, new / name) for name in names} or {pattern: "neither side has any"}
-    return found
+        compared |= {name: _difference(old / name, new / name) for name in names} or {pattern: "neither side has any"}
+    return compared
 
 
 def _difference(old: Path, new: Path) -> str:
@@ -164,11 +164,11 @@ def difference_of_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Ten
 
 
 def difference_of_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> str:
-    """The first row that differs, and its first metric that does."""
+    """Return the first record that differs, and its first metric that does."""
     for number, (before, after) in enumerate(zip(old, new, strict=False), start=1):
-        if found := _difference_of_values(before, after, ""):
-            return f"row {number} (step {before.get('step')}): {found}"
-    return "" if len(old) == len(new) else f"the old side has {len(old)} rows, the new side {len(new)}"
+        if difference := _difference_of_values(before, after, ""):
+            return f"record {number} (step {before.get('step')}): {difference}"
+    return "" if len(old) == len(new) else f"the old side has {len(old)} records, the new side {len(new)}"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -188,16 +188,16 @@ def _difference_of_values(old: Any, new: Any, key: str) -> str:
 
 
 def compare(roots: dict[str, Path], folder: Path, name: str) -> bool:
-    """Run a case on both sides and print what differs; whether nothing does."""
+    """Run a case on both sides, print the differences, and return whether there are none."""
     try:
         old, new = (produce(roots[side], folder / side, name) for side in ("old", "new"))
     except FailedError as error:
         print(f"{name}: {error}", flush=True)
         return False
-    found = differences(old, new)
-    for what, difference in found.items():
-        print(f"{name}: {what}: {f'DIFFERS: {difference}' if difference else 'equal'}", flush=True)
-    return not any(found.values())
+    compared = differences(old, new)
+    for file, difference in compared.items():
+        print(f"{name}: {file}: {f'DIFFERS: {difference}' if difference else 'equal'}", flush=True)
+    return not any(compared.values())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists():
-        parser.error(f"{options.keep} exists; --keep wants a new folder, as runs that are there would go on")
+        parser.error(f"{options.keep} exists; --keep needs a new folder, as existing runs would be resumed")
     names = [name for name in options.only if not options.quick or CASES[name].is_quick]
     if not names:
         parser.error("--quick leaves none of these cases")

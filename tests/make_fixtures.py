@@ -1,10 +1,10 @@
-"""How the run directories in tests/fixtures/runs were made: by the code of commit 36a6cd1, in an empty folder.
+"""Make the run directories of tests/fixtures/runs. They were made by the code of commit 36a6cd1, in an empty folder.
 
     python tests/make_fixtures.py
     torchrun --standalone --nproc-per-node 3 tests/make_fixtures.py
 
 They are not made again when the format changes: they show that runs of earlier versions are read. A later format gets
-fixtures of its own beside these. The script names internals of that commit, so a later one may need that checkout.
+fixtures of its own next to these. The script names internals of that commit, so a later one may need that checkout.
 """
 
 import os
@@ -75,7 +75,7 @@ def main() -> None:
     from vae_dist.data.batches import Batches
     from vae_dist.evaluation import metrics
 
-    step = ("vae_dist.data.batches.Batches.__call__", Batches.__call__, 6)  # with 2 steps of a row's 4 done
+    step = ("vae_dist.data.batches.Batches.__call__", Batches.__call__, 6)  # with 2 of a record's 4 steps done
     if "RANK" in os.environ:
         stopped("three_processes", *step)
         return

@@ -1,4 +1,4 @@
-"""Numbers and names that parse and that a run can't use: the message names the key to change."""
+"""Numbers and names that parse but that a run can't use: the message names the key to change."""
 
 from pathlib import Path
 
@@ -93,9 +93,9 @@ def test_a_refused_branch_is_told_what_would_work(make_config: MakeConfig) -> No
     branch = ["name=b", f"checkpoint.resume={run}", "optim.learning_rate=0.01"]
     with pytest.raises(UserError) as refused:
         train(make_config(*branch))
-    said = str(refused.value)
-    assert "optim.learning_rate (was 0.001, now 0.01); leave optim.learning_rate as it was" in said
-    assert f"or leave out checkpoint.resume={run}" in said
+    message = str(refused.value)
+    assert "optim.learning_rate (was 0.001, now 0.01); leave optim.learning_rate as it was" in message
+    assert f"or leave out checkpoint.resume={run}" in message
     train(make_config(*branch[:2], "train.steps=3"))
     train(make_config("name=c", branch[2], "train.steps=1"))
     with pytest.raises(UserError, match="choose another name for a new run"):

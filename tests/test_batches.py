@@ -69,8 +69,8 @@ def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypa
     with processes.join(config) as world:
         expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
         monkeypatch.setattr(plan, "_has_numpy", lambda device: False)
-        found = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
-    assert all(map(torch.equal, found, expected))
+        drawn = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
+    assert all(map(torch.equal, drawn, expected))
 
 
 def test_prefetch_loads_the_next_steps_before_they_are_needed() -> None:

@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("processes", "kills"), [(1, 2), (3, 6)])
 def test_a_training_killed_again_and_again_loses_nothing(processes: int, kills: int, tmp_path: Path) -> None:
-    """Bitwise the weights and moments of the undisturbed run, the same rows, and never half a checkpoint."""
+    """Bitwise the weights and moments of the undisturbed run, the same records, and never half a checkpoint."""
     options = [f"--kills={kills}", f"--processes={processes}", "--epochs=10", f"--folder={tmp_path}"]
     result = subprocess.run(
         [sys.executable, str(REPOSITORY / "tests/chaos.py"), *options], capture_output=True, text=True

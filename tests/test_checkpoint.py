@@ -78,9 +78,9 @@ def test_weights_and_config_are_enough_to_load_a_model(make_config: MakeConfig, 
     vae, optimizer = trained(config)
     folder = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(1))
     moved = folder.rename(tmp_path / "elsewhere")
-    found = opened(moved)
-    loaded = Checkpoint(moved).load_vae(found.config, torch.device("cpu"))
-    assert found.output == moved
+    run = opened(moved)
+    loaded = Checkpoint(moved).load_vae(run.config, torch.device("cpu"))
+    assert run.output == moved
     latents = torch.randn(3, vae.latent_dim)
     assert torch.equal(loaded.decode(latents).mean, vae.decode(latents).mean)
 
@@ -124,9 +124,9 @@ def test_without_a_validation_there_is_no_best(make_config: MakeConfig, tmp_path
 
 def test_a_checkpoint_that_is_open_is_not_pruned_until_it_is_closed(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
-    with open_checkpoint(folder, []) as found:
+    with open_checkpoint(folder, []) as run:
         written(make_config(), tmp_path, 2, 3, 4)
-        assert found.checkpoint.verify().step == 1
+        assert run.checkpoint.verify().step == 1
     written(make_config(), tmp_path, 5)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step_00000004", "step_00000005"]
 
@@ -146,8 +146,8 @@ def test_readers_get_a_whole_checkpoint_however_often_a_run_prunes(make_config: 
     writer.start()
     try:
         for _ in range(20):
-            with open_checkpoint(tmp_path / "run", []) as found:
-                found.checkpoint.load_vae(found.config, torch.device("cpu"))
+            with open_checkpoint(tmp_path / "run", []) as run:
+                run.checkpoint.load_vae(run.config, torch.device("cpu"))
     finally:
         stop.set()
         writer.join()
@@ -202,7 +202,7 @@ def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path
 
 
 def test_a_save_killed_at_any_point_leaves_a_resumable_run(tmp_path: Path) -> None:
-    """Before and after every file, the manifest, the renames and the pruning: wherever a save touches the disk."""
+    """Before and after every file, the manifest, the renames and the pruning: wherever a save writes to the disk."""
     result = subprocess.run([sys.executable, CRASH, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     points = [json.loads(line) for line in result.stdout.splitlines()]
@@ -252,7 +252,7 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_visible_late_is_awaited(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a network file system, which shows on one machine later what another has renamed."""
+    """As on a network file system, where a rename by another machine shows later."""
     folder = written(make_config(), tmp_path, 1)
     hidden = folder.rename(tmp_path / "hidden")
     threading.Timer(0.5, lambda: hidden.rename(folder)).start()
@@ -264,7 +264,7 @@ def test_a_checkpoint_that_is_visible_late_is_awaited(
 
 
 DAMAGES = [(name, damage) for name in FILES for damage in ("cut", "flip", "delete", "swap", "link", "pipe")]
-DAMAGES.remove(("manifest.json", "flip"))  # hashed by nobody: a flipped bit in a version's number goes unnoticed
+DAMAGES.remove(("manifest.json", "flip"))  # no hash covers it: a flipped bit in a version's number goes unnoticed
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
@@ -361,7 +361,7 @@ def test_tensors_of_another_shape_are_refused_despite_a_valid_hash(make_config: 
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest promise what is there, as somebody would who means harm."""
+    """Update the manifest to the current files, as an attacker would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
@@ -387,7 +387,7 @@ def test_a_file_of_another_size_than_promised_is_not_read(make_config: MakeConfi
     folder = written(make_config(), tmp_path, 1)
     for name in FILES:
         content = (folder / name).read_bytes()
-        os.truncate(folder / name, 2**40)  # a terabyte that takes no room on the disk
+        os.truncate(folder / name, 2**40)  # a sparse terabyte
         with pytest.raises(BadCheckpointError, match=r"bytes, not|too many for such a file"):
             Checkpoint(folder).verify()
         (folder / name).write_bytes(content)
@@ -446,7 +446,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_loaded(make_config: MakeConfig, 
 
 
 class Malicious:
-    """What a pickle of this would do when it is loaded."""
+    """Its pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("touched",)
@@ -460,8 +460,8 @@ def test_a_pickle_in_a_checkpoint_is_never_run(name: str, make_config: MakeConfi
     config = make_config()
     vae, optimizer = trained(config)
     with pytest.raises(UserError):
-        found = opened(folder)
-        Checkpoint(found.checkpoint.folder).load_training(vae, optimizer)
+        run = opened(folder)
+        Checkpoint(run.checkpoint.folder).load_training(vae, optimizer)
     assert not Path("touched").exists()
 
 
@@ -489,6 +489,6 @@ def test_an_untrusted_run_redirects_no_write(make_config: MakeConfig, tmp_path: 
         (run_dir / name).symlink_to(mine)
         with pytest.raises(UserError, match=f"{name} is a symbolic link"):
             opened(run_dir)
-        opened(run_dir, [f"output={tmp_path / 'out'}"])  # looked at, with the files elsewhere
+        opened(run_dir, [f"output={tmp_path / 'out'}"])  # read, with the files elsewhere
         (run_dir / name).unlink()
     assert not list(mine.iterdir())

@@ -1,4 +1,4 @@
-"""The commands as a user types them: real processes, real exit codes, what they print and where."""
+"""The commands as a user types them: real processes, exit codes, stdout and stderr."""
 
 import json
 import os

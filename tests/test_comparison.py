@@ -75,7 +75,7 @@ def compared(folder: Path) -> list[dict[str, Any]]:
 
 
 def state_of(folder: Path) -> dict[Path, int]:
-    """When each file of a folder was written."""
+    """The time at which each file of a folder was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -138,14 +138,14 @@ def cells(picture: Image.Image, columns: int) -> np.ndarray[Any, Any]:
 
 
 def test_rows_of_images_are_originals_and_each_runs_reconstructions(pair: list[Path]) -> None:
-    found = [opened(run) for run in pair]
-    test = datasets.load_test(found[0].config.data)
+    runs = [opened(run) for run in pair]
+    test = datasets.load_test(runs[0].config.data)
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
     expected = [datasets.to_unit(test.pixels[shown])]
-    for run in found:
+    for run in runs:
         vae = run.checkpoint.load_vae(run.config, CPU)
         expected.append(vae.decode(vae.encode(expected[0]).mean).mean)
-    grid = cells(reconstructions(found, CPU).image, 10)
+    grid = cells(reconstructions(runs, CPU).image, 10)
     assert grid.shape == (3, 10, 28, 28)
     assert np.array_equal(grid[0], test.pixels[shown].squeeze(1).numpy())
     assert np.array_equal(grid, (torch.stack(expected).squeeze(2) * 255).round().byte().numpy())

@@ -1,4 +1,4 @@
-"""What is said to a person: over real pipes, terminals and processes, whatever becomes of them."""
+"""Messages to users, over real pipes, terminals and processes, also when these are closed or stall."""
 
 import errno
 import fcntl
@@ -36,13 +36,13 @@ def command(smoke: list[str], *arguments: str) -> list[str]:
 
 def read_until(descriptor: int, text: bytes, file: Path | None = None, seconds: float = 60) -> None:
     """Read until the text has come, or until it is in a file."""
-    said, deadline = b"", time.monotonic() + seconds
-    while text not in said:
-        assert time.monotonic() < deadline, said
+    output, deadline = b"", time.monotonic() + seconds
+    while text not in output:
+        assert time.monotonic() < deadline, output
         if select.select([descriptor], [], [], 0.05)[0]:
-            said += os.read(descriptor, 4096)
+            output += os.read(descriptor, 4096)
         if file is not None:
-            said = file.read_bytes() if file.exists() else b""
+            output = file.read_bytes() if file.exists() else b""
 
 
 def saved_step() -> int:
@@ -109,7 +109,7 @@ def test_a_training_with_a_stalled_reader_runs_to_its_end(smoke_arguments: list[
 
 @pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_closed_terminal_changes_neither_training_nor_exit_code(stopped: bool, smoke_arguments: list[str]) -> None:
-    """As with a disowned job, which goes on, and as with one that gets SIGHUP, which saves and ends."""
+    """As with a disowned job, which continues, and as with one that gets SIGHUP, which saves and ends."""
     child, leader = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL if stopped else signal.SIG_IGN)
@@ -167,7 +167,7 @@ def test_unencodable_text_is_escaped_and_markup_is_printed_as_text(encoding: str
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_prints_of_libraries_do_not_fail(unbuffered: str) -> None:
-    """Without a buffer print fails; with one Python does at exit, says so, and exits with 120."""
+    """Without a buffer print fails; with one Python fails at exit, with a message and code 120."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONIOENCODING": "ascii"}
     with pipe() as (reader, writer):
         os.close(reader)
@@ -203,8 +203,8 @@ def test_an_unwritable_log_is_one_warning_and_no_error(tmp_path: Path, capsys: p
     with console.logged_to(tmp_path / "missing/log.txt"):
         console.logger.info("first")
         console.logger.info("second")
-    said = capsys.readouterr().err
-    assert said.count("missing/log.txt can't be written") == 1 and "first" in said and "second" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("missing/log.txt can't be written") == 1 and "first" in stderr and "second" in stderr
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ def test_messages_before_the_log_opens_are_in_it_once(tmp_path: Path) -> None:
     ],
 )
 def test_every_process_prints_its_own_error(environment: dict[str, str], place: str) -> None:
-    """Whatever an earlier launcher has left in the environment."""
-    said = subprocess.run(
+    """Also with variables that an earlier launcher has left in the environment."""
+    ended = subprocess.run(
         [sys.executable, TRAIN, "model.latnt_dim=3"], env={**os.environ, **environment}, capture_output=True, text=True
     )
-    assert said.returncode == 2 and said.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
+    assert ended.returncode == 2 and ended.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
 
 
 def test_one_process_prints_its_error_and_the_others_learn_the_reason(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_one_process_prints_its_error_and_the_others_learn_the_reason(tmp_path: 
         for rank in ("0", "1")
     ]
     for process in processes:
-        said = process.communicate(timeout=60)[1]
+        stderr = process.communicate(timeout=60)[1]
         assert process.returncode == 2
-        assert said.count("\n") == 1
-        assert said.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")
+        assert stderr.count("\n") == 1
+        assert stderr.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")

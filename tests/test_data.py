@@ -126,8 +126,8 @@ def test_a_changed_cache_of_digits_is_rejected(
     cache = tmp_path / "synthetic_digits" / good.name
     cache.parent.mkdir()
     cache.write_bytes(damage(good.read_bytes()))
-    found = datasets.load_test(settings(tmp_path))
-    assert torch.equal(found.pixels, true.pixels) and torch.equal(found.labels, true.labels)
+    images = datasets.load_test(settings(tmp_path))
+    assert torch.equal(images.pixels, true.pixels) and torch.equal(images.labels, true.labels)
     assert cache.read_bytes() == good.read_bytes()
 
 

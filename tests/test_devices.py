@@ -68,9 +68,9 @@ def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
 def test_images_and_noise_stay_on_the_gpu(binarize: str, card: World) -> None:
     training = Images(pixels(), torch.zeros(COUNT, dtype=torch.int64))
     batches = Batches(training, Plan(0, COUNT, 50), config_of(f"data.binarize={binarize}"), card)
-    found = batches(range(12, 16))  # over the end of an epoch
-    assert [tensor.device for tensor in found] == [CARD, CARD]
-    assert [tuple(tensor.shape) for tensor in found] == [(4, 50, 1, 28, 28), (4, 50, 40)]
+    batch = batches(range(12, 16))  # over the end of an epoch
+    assert [tensor.device for tensor in batch] == [CARD, CARD]
+    assert [tuple(tensor.shape) for tensor in batch] == [(4, 50, 1, 28, 28), (4, 50, 40)]
     assert batches._pixels.device == CARD
 
 
@@ -107,7 +107,7 @@ def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VA
     settings = config_of("evaluate.importance_samples=3")
     trained = TrainedVAE(vae, settings, card)
     encodings = metrics.encode(vae, pixels(), card, settings)
-    found = [
+    results = [
         *metrics.score(vae, pixels(), card, settings),
         *encodings.terms,
         *encodings[1:],
@@ -115,8 +115,8 @@ def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VA
         *trained.encode(pixels()),
         trained.decode(torch.zeros(COUNT, 40)),
     ]
-    assert {tensor.device.type for tensor in found} == {"cpu"}
-    assert {len(tensor) for tensor in found} == {COUNT}
+    assert {tensor.device.type for tensor in results} == {"cpu"}
+    assert {len(tensor) for tensor in results} == {COUNT}
 
 
 def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:

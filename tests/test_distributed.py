@@ -300,16 +300,16 @@ def test_a_checksum_tells_any_bit_and_any_place(which: int, place: int, bit: int
     """For tensors of odd and even lengths, and for a view that starts in the middle of a word."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(30, generator=generator), torch.randn(31, generator=generator)[1:], torch.randn(5, 7)[:, :6]
-    found = int(fingerprints.checksum(made))
-    assert int(fingerprints.checksum([tensor.clone() for tensor in made])) == found
+    original = int(fingerprints.checksum(made))
+    assert int(fingerprints.checksum([tensor.clone() for tensor in made])) == original
     bits = made[which].view(torch.int32)
     at, elsewhere = (tuple(int(i) for i in torch.unravel_index(torch.tensor(n), bits.shape)) for n in (place, other))
     bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
-    assert int(fingerprints.checksum(made)) != found
+    assert int(fingerprints.checksum(made)) != original
     bits[at] ^= 1 << bit if bit < 31 else -(1 << 31)
     bits[at] += 1  # two changes that cancel in a plain sum
     bits[elsewhere] -= 1
-    assert (int(fingerprints.checksum(made)) == found) is (at == elsewhere)
+    assert (int(fingerprints.checksum(made)) == original) is (at == elsewhere)
 
 
 @pytest.mark.parametrize("what", UNCOMPILED)

@@ -46,9 +46,9 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> str:
-    _, said = process.communicate(timeout=seconds)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    _, output = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 @pytest.mark.slow
@@ -58,9 +58,9 @@ def test_two_machines_train_bitwise_what_one_with_two_processes_trains(
     port = unused_port()
     options = ["--nnodes=2", "--nproc-per-node=1"]
     machines = [agent(port, options, [*smoke_arguments, "name=two_machines"]) for _ in range(2)]
-    said = [finish(machine) for machine in machines]
-    assert sum("2 processes on cpu (threads: 1)" in text for text in said) == 1
-    assert not [text for text in said if "OMP_NUM_THREADS" in text]  # Accelerate did not choose the threads instead
+    outputs = [finish(machine) for machine in machines]
+    assert sum("2 processes on cpu (threads: 1)" in text for text in outputs) == 1
+    assert not [text for text in outputs if "OMP_NUM_THREADS" in text]  # Accelerate did not choose the threads instead
     finish(agent(unused_port(), ["--nnodes=1", "--nproc-per-node=2"], [*smoke_arguments, "name=one_machine"]))
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (
@@ -100,17 +100,17 @@ def test_after_a_lost_machine_the_other_continues_the_same_plan_alone(
     for process in [*lost.children(recursive=True), lost]:
         process.kill()
     machines[1].communicate()
-    said = finish(machines[0])
+    output = finish(machines[0])
 
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert "2 processes on cpu" in said and "1 process on cpu" in said and "resuming after step" in said
+    assert "2 processes on cpu" in output and "1 process on cpu" in output and "resuming after step" in output
     newest = newest_checkpoint(run_dir)
     assert newest is not None and newest.name == "step_00004000"
     undisturbed = subprocess.run([sys.executable, TRAIN, *settings, "name=undisturbed"], capture_output=True, text=True)
     assert undisturbed.returncode == 0, undisturbed.stderr
     ours, theirs = losses(run_dir), losses(tmp_path / "runs/undisturbed")
     assert [step for step, _ in ours] == list(range(1, 4001))
-    # Each step's loss is that of its own images and noise: others would be nats away.
+    # Each step's loss is that of its own images and noise: other ones would change it by nats.
     assert max(abs(ours[step][1] - theirs[step][1]) for step in range(4000)) < 1e-3
 
 
@@ -128,6 +128,6 @@ def test_a_process_that_hangs_ends_the_others_within_the_timeout(smoke_arguments
     workers[0].wait(timeout=20)
     assert 3 < time.monotonic() - stopped < 15
     workers[1].send_signal(signal.SIGKILL)
-    _, said = machine.communicate(timeout=60)
-    assert machine.returncode == 1 and "Timed out waiting 4000ms" in said
-    assert said.count("the run has ended: process 1 of 2 died or hangs") == 1
+    _, output = machine.communicate(timeout=60)
+    assert machine.returncode == 1 and "Timed out waiting 4000ms" in output
+    assert output.count("the run has ended: process 1 of 2 died or hangs") == 1

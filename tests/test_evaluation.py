@@ -84,8 +84,8 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_with_the_exact_posterior_any_number_of_samples_is_exact(count: int) -> None:
     vae, log_likelihood = linear_gaussian_vae()
-    found = estimate(vae, PIXELS, f"evaluate.importance_samples={count}", "evaluate.chunk=700")
-    torch.testing.assert_close(found, -log_likelihood, rtol=0, atol=1e-9)
+    estimates = estimate(vae, PIXELS, f"evaluate.importance_samples={count}", "evaluate.chunk=700")
+    torch.testing.assert_close(estimates, -log_likelihood, rtol=0, atol=1e-9)
 
 
 def test_with_another_posterior_the_estimate_falls_to_the_exact_value() -> None:
@@ -155,8 +155,8 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
             return values
 
     vae.likelihood = partial(Spoiled, sigma=SIGMA)
-    found = estimate(vae, PIXELS, "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200")
-    assert found[33].isnan() and found.isfinite().sum() == 299
+    estimates = estimate(vae, PIXELS, "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200")
+    assert estimates[33].isnan() and estimates.isfinite().sum() == 299
 
 
 def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
@@ -407,7 +407,7 @@ def test_codes_of_the_wrong_size_are_refused(run_dir: Path) -> None:
 def test_an_evaluation_during_a_training_writes_files_alone(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever `output` is: the run in W&B belongs to the training."""
+    """With any `output`: the run in W&B belongs to the training."""
     run_dir = train(make_config("name=a", "train.steps=10", "tracking.wandb=offline"))
     records = sorted((run_dir / "wandb").iterdir())
     for output in run_dir, tmp_path / "elsewhere":

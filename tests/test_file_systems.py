@@ -199,20 +199,20 @@ READERS: dict[str, tuple[Callable[[Path, Sequence[str]], object], list[str]]] = 
 def test_readers_of_a_run_keep_its_files_on_a_full_or_read_only_disk(
     command: str, disk: Disk, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    look, settings = READERS[command]
+    read, settings = READERS[command]
     run_dir = train(make_config("name=a", "train.steps=20"))
     settings = [f"data.root={make_config().data.root}", "tracking.wandb=disabled", "train.threads=1", *settings]
     if command == "compare":
         evaluate(run_dir, [*settings, "evaluate.importance_samples=0"])
     settings.append(f"output={disk.place / 'out'}")
-    look(run_dir, settings)
+    read(run_dir, settings)
     before = {path: content for path, content in state_of(disk.place).items() if path.name != "metrics.jsonl"}
     assert before
     failures = 0
     for free in (0, 4, 16, 128, 4096):
         disk.leave(free)
         try:
-            look(run_dir, settings)
+            read(run_dir, settings)
             break
         except UserError as error:
             failures += 1
@@ -227,7 +227,7 @@ def test_readers_of_a_run_keep_its_files_on_a_full_or_read_only_disk(
     assert failures > 0
     disk.mount("-o", "remount,ro")
     with pytest.raises(UserError, match=r"\(Read-only file system\); output=FOLDER writes elsewhere"):
-        look(run_dir, settings)
+        read(run_dir, settings)
 
 
 def test_read_only_runs_are_compared_elsewhere_and_evaluated_once(
@@ -308,9 +308,9 @@ def test_a_run_is_trained_and_read_under_a_path_of_any_characters(
     odd = "/".join(NAMES)  # relative, and more than one of these characters begins an argument
     Path("run=1.yaml").write_text(json.dumps({"runs_dir": odd, "data": {"root": f"{odd}/data"}}, ensure_ascii=False))
     readable = ["tracking.wandb=disabled", "evaluate.importance_samples=2", f"data.root={odd}/data"]
-    run_config = config.load([smoke_arguments[0], "run=1.yaml", *smoke_arguments[2:], "name=a", "train.steps=10"])
-    assert run_config == config.load([smoke_arguments[0], *smoke_arguments[2:], *readable[2:], "name=a", "train.steps=10",
-                                 f"runs_dir={odd}"])  # fmt: skip
+    settings = [*smoke_arguments[2:], "name=a", "train.steps=10"]
+    run_config = config.load([smoke_arguments[0], "run=1.yaml", *settings])
+    assert run_config == config.load([smoke_arguments[0], *settings, *readable[2:], f"runs_dir={odd}"])
     run_dir = train(run_config)
     assert run_dir == Path(odd, "a") and (run_dir / "metrics.jsonl").exists()
 

@@ -1,6 +1,6 @@
 """Runs of earlier versions are read for ever: tests/fixtures/runs, which tests/make_fixtures.py made.
 
-CPUs differ in the last digits, so figures are compared within tolerances.
+CPUs differ in the last digits, so metrics are compared within tolerances.
 """
 
 import json
@@ -35,7 +35,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def rows(run_dir: Path) -> dict[tuple[int, str], float]:
-    """The figures of a run by step and name, but for those that a clock gives."""
+    """The metrics of a run by step and name, without timings."""
     table = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
         (row["step"], name): value
@@ -53,7 +53,7 @@ def close(expected: Any) -> Any:
 def test_git_ignores_no_file_of_the_fixtures() -> None:
     files = [str(path) for path in FIXTURES.rglob("*")]
     ignored = subprocess.run(["git", "check-ignore", *files], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (ignored.returncode, ignored.stdout) == (1, "")  # as git says that it ignores none
+    assert (ignored.returncode, ignored.stdout) == (1, "")  # git's answer if it ignores none
 
 
 @pytest.mark.parametrize("name", STOPPED)
@@ -66,11 +66,11 @@ def test_the_state_of_a_stopped_run_is_read(name: str, runs: Path) -> None:
 
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_stopped_run_resumes_as_one_never_stopped(name: str, runs: Path) -> None:
-    """Rows of the run `evaluated`, which was not stopped, and of the study's at step 10, are the oracle."""
+    """Records of the run `evaluated`, which was not stopped, and of the study's at step 10, are the oracle."""
     run_dir = train(config.load([str(runs / name / "config.yaml")]))
     found, whole = rows(run_dir), rows(FIXTURES / "evaluated") | rows(FIXTURES / "study-latent_dim-2")
     expected = {key: value for key, value in whole.items() if key in found}
-    assert len(expected) >= 7 * 5 + 4 * 2 - 1  # 5 rows of training, validations at 10 and 20, the best once
+    assert len(expected) >= 7 * 5 + 4 * 2 - 1  # 5 records of training, validations at 10 and 20, the best once
     assert {key: found[key] for key in expected} == close(expected)
     assert newest_checkpoint(run_dir) == run_dir / "checkpoints/step_00000020"
 
@@ -87,8 +87,8 @@ def test_a_stopped_run_of_three_processes_resumes_on_three(runs: Path) -> None:
 def test_a_finished_run_is_evaluated_again_to_the_same_metrics(name: str, runs: Path) -> None:
     kept = json.loads((runs / name / "evaluation.json").read_text())
     result = evaluate(runs / name)
-    for figure in ("negative_elbo", "reconstruction", "negative_log_likelihood", "mean_squared_error"):
-        assert result[figure] == close(kept[figure])
+    for metric in ("negative_elbo", "reconstruction", "negative_log_likelihood", "mean_squared_error"):
+        assert result[metric] == close(kept[metric])
     assert result["kl_per_latent"] == pytest.approx(kept["kl_per_latent"], rel=0.05)
     assert result.keys() == kept.keys() and result["step"] == FINISHED[name]
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are anything at all: whatever is in their files, they are read or refused, and nothing else."""
+"""Checkpoints of arbitrary content: each is read or refused, without any other effect."""
 
 import hashlib
 import json
@@ -59,13 +59,13 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def places(value: Any) -> list[tuple[Any, ...]]:
-    """The paths of all that a JSON value holds, itself too."""
+    """The paths of every value inside a JSON value, and of the value itself."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
     return [(), *((key, *rest) for key, inner in items for rest in places(inner))]
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest promise what is there."""
+    """Update the manifest to the current files."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in FILES:
         content = (folder / name).read_bytes()
@@ -73,15 +73,15 @@ def reseal(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def look(folder: Path, config: Config) -> None:
-    """All that is done with a checkpoint: found, opened for looking, and gone on from."""
+def read(folder: Path, config: Config) -> None:
+    """Find a checkpoint, open it for inference, and resume from it."""
     config.data.image_shape = SHAPE
     vae = build_vae(config, SHAPE)
     optimizer = Adam(vae.parameters())
     before = [parameter.clone() for parameter in vae.parameters()]
     try:
-        found = opened(folder)
-        found.checkpoint.load_vae(found.config, torch.device("cpu"))
+        run = opened(folder)
+        run.checkpoint.load_vae(run.config, torch.device("cpu"))
         Checkpoint(folder).load_training(vae, optimizer)
     except UserError as refusal:
         assert "\n" not in str(refusal)
@@ -95,7 +95,7 @@ def fuzzed(whole: Path, name: str, content: bytes, config: Config, *, seal: bool
     (folder / name).write_bytes(content)
     if seal:
         reseal(folder)
-    look(folder, config)
+    read(folder, config)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "state.json"])
@@ -130,7 +130,7 @@ def test_bytes_of_any_kind(name: str, whole: Path, config: Config, examples: int
 
 
 def test_tensor_files_with_any_header(whole: Path, config: Config, examples: int) -> None:
-    """A header is JSON behind its length, and the sizes and places that it states can be anything."""
+    """A header is JSON behind its length, and its sizes and offsets can be anything."""
     content = (whole / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]

@@ -1,4 +1,4 @@
-"""The proof that no bit has moved: it finds what has."""
+"""The comparison of two commits: it detects every bit that has moved."""
 
 import json
 import shutil
@@ -70,8 +70,8 @@ def test_the_first_difference_of_two_runs_is_reported(
 ) -> None:
     assert set(golden.differences(*sides).values()) == {""}
     tamper(sides[1] / name)
-    found = {what: difference for what, difference in golden.differences(*sides).items() if difference}
-    assert found.keys() == {name} and found[name].startswith(expected)
+    changed = {what: difference for what, difference in golden.differences(*sides).items() if difference}
+    assert changed.keys() == {name} and changed[name].startswith(expected)
 
 
 def test_clocks_and_versions_may_differ_and_a_missing_result_may_not(

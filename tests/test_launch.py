@@ -59,14 +59,14 @@ def documented_commands() -> list[str]:
     """The commands that launch files and docs/scaling.md show, each on one line."""
     page = (REPOSITORY / "docs/scaling.md").read_text().replace("\\\n", " ")
     comments = "\n".join(path.read_text() for path in [*FILES, SLURM])
-    found = re.findall(r"^(?:exec |#   |\| .*?`)?((?:accelerate launch|torchrun|sbatch) [^`|\n]*)", page, re.MULTILINE)
-    found += re.findall(r"^#   ((?:accelerate launch|sbatch) .*)", comments, re.MULTILINE)
+    lines = re.findall(r"^(?:exec |#   |\| .*?`)?((?:accelerate launch|torchrun|sbatch) [^`|\n]*)", page, re.MULTILINE)
+    lines += re.findall(r"^#   ((?:accelerate launch|sbatch) .*)", comments, re.MULTILINE)
     manifest = re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert manifest is not None
     _, job = yaml.safe_load_all(manifest[1])
     shell, option, command = job["spec"]["template"]["spec"]["containers"][0]["command"]
     assert (shell, option) == ("sh", "-c")
-    return [*found, command.removeprefix("exec ").replace("$((JOB_COMPLETION_INDEX == 0))", "1")]
+    return [*lines, command.removeprefix("exec ").replace("$((JOB_COMPLETION_INDEX == 0))", "1")]
 
 
 @pytest.mark.parametrize("command", documented_commands())
@@ -188,8 +188,8 @@ def test_the_batch_script_is_sound_bash() -> None:
 def test_every_node_starts_its_part_of_one_run(cluster: Cluster) -> None:
     given = ["configs/smoke.yaml", "data.root=a folder", "tracking.tags=[a, $b]"]
     job = cluster.sbatch(*given)
-    _, said = job.communicate(timeout=20)
-    assert (job.returncode, said) == (0, "")
+    _, output = job.communicate(timeout=20)
+    assert (job.returncode, output) == (0, "")
     nodes = [cluster.torchrun(0), cluster.torchrun(1)]
     assert [node.node_rank for node in nodes] == [0, 1]
     for node in nodes:
@@ -216,8 +216,8 @@ def test_a_job_near_its_time_limit_stops_and_is_requeued(cluster: Cluster) -> No
     job = cluster.sbatch(ticks=1000)
     cluster.wait_until_it_runs()
     job.send_signal(signal.SIGUSR1)
-    _, said = job.communicate(timeout=10)
-    assert job.returncode == 1 and "requeueing job" in said
+    _, output = job.communicate(timeout=10)
+    assert job.returncode == 1 and "requeueing job" in output
     assert cluster.lines()[-2:] == ["srun USR1", f"scontrol requeue {JOB}"]
 
 

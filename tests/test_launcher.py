@@ -156,9 +156,9 @@ def test_processes_that_can_not_connect_name_the_address(
 def test_a_process_without_the_others_prints_one_line_and_exits_2(smoke_arguments: list[str]) -> None:
     place = {**PLACE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "no.host.invalid", "MASTER_PORT": "29500"}
     command = [sys.executable, TRAIN, *smoke_arguments, "runtime.start_timeout=1"]
-    said = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
-    assert (said.returncode, said.stdout, said.stderr.count("\n")) == (2, "", 1)
-    assert re.match(r"error: process 1 of 2 on .*: no process 0 answers at MASTER_ADDR=no.host.invalid", said.stderr)
+    ended = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert re.match(r"error: process 1 of 2 on .*: no process 0 answers at MASTER_ADDR=no.host.invalid", ended.stderr)
 
 
 @pytest.mark.slow
@@ -175,6 +175,6 @@ def test_processes_of_mpirun_train_together(smoke_arguments: list[str], tmp_path
         )
         for rank in ("0", "1")
     ]
-    said = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "2 processes on cpu" in said[0]
+    outputs = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 processes on cpu" in outputs[0]

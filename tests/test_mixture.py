@@ -58,14 +58,14 @@ def test_a_draw_does_not_depend_on_the_others(draws: Tensor) -> None:
 
 
 def test_a_known_mixture_is_recovered(draws: Tensor) -> None:
-    found = aligned(fit(draws, 3).mixture)
-    for ours, theirs in zip(found, KNOWN, strict=True):
+    fitted = aligned(fit(draws, 3).mixture)
+    for ours, theirs in zip(fitted, KNOWN, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.04)
 
 
 def test_the_likelihood_ends_at_the_true_densitys(draws: Tensor) -> None:
-    found = fit(draws, 3).log_likelihoods
-    assert found[-1] == pytest.approx(density(KNOWN).log_prob(draws).mean().item(), abs=0.005)
+    likelihoods = fit(draws, 3).log_likelihoods
+    assert likelihoods[-1] == pytest.approx(density(KNOWN).log_prob(draws).mean().item(), abs=0.005)
 
 
 @pytest.mark.parametrize("floor", [FLOOR, 0.4])  # the second is above some of the true variances
@@ -76,14 +76,14 @@ def test_the_likelihood_never_falls(
     monkeypatch.setattr(mixture, "FLOOR", floor)
     monkeypatch.setattr(mixture, "TOLERANCE", -math.inf)  # a step that lowers the likelihood does not end the fit
     monkeypatch.setattr(mixture, "MAX_STEPS", 60)
-    found = fit(draws[:2000], components).log_likelihoods
-    assert len(found) == 60 and found[-1] > found[0]
-    assert min(after - before for before, after in itertools.pairwise(found)) > -1e-12
+    likelihoods = fit(draws[:2000], components).log_likelihoods
+    assert len(likelihoods) == 60 and likelihoods[-1] > likelihoods[0]
+    assert min(after - before for before, after in itertools.pairwise(likelihoods)) > -1e-12
 
 
 def test_the_reported_likelihood_is_that_of_the_returned_mixture(draws: Tensor) -> None:
-    found = fit(draws, 3)
-    assert found.log_likelihoods[-1] == pytest.approx(density(found.mixture).log_prob(draws).mean().item(), abs=1e-9)
+    fitted = fit(draws, 3)
+    assert fitted.log_likelihoods[-1] == pytest.approx(density(fitted.mixture).log_prob(draws).mean().item(), abs=1e-9)
 
 
 def test_a_fit_is_reproducible_bitwise(draws: Tensor) -> None:
@@ -93,9 +93,9 @@ def test_a_fit_is_reproducible_bitwise(draws: Tensor) -> None:
 
 
 def test_one_component_is_the_sample_mean_and_covariance(draws: Tensor) -> None:
-    found = fit(draws, 1).mixture
-    np.testing.assert_allclose(found.means[0], draws.mean(0), atol=1e-12)
-    np.testing.assert_allclose(found.covariances[0], np.cov(draws.numpy().T, bias=True), atol=1e-10)
+    fitted = fit(draws, 1).mixture
+    np.testing.assert_allclose(fitted.means[0], draws.mean(0), atol=1e-12)
+    np.testing.assert_allclose(fitted.covariances[0], np.cov(draws.numpy().T, bias=True), atol=1e-10)
 
 
 @pytest.mark.parametrize("components", [1, 3, 10])

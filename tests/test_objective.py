@@ -40,7 +40,7 @@ def test_log_weights_match_torch_distributions(likelihood: str) -> None:
     vae = build_vae(settings, (2, 9, 13)).double()  # 234 pixels: neither a multiple nor a divisor of anything
     images, noise = torch.rand(4, 2, 9, 13).double().round(decimals=1), torch.randn(3, 4, 5).double()
     posterior = vae.encode(images)
-    found = log_weights(vae, posterior, images, noise)
+    computed = log_weights(vae, posterior, images, noise)
     q = Normal(posterior.mean, (0.5 * posterior.log_variance).exp())
     for sample in range(3):
         latents = q.mean + q.stddev * noise[sample]
@@ -48,7 +48,7 @@ def test_log_weights_match_torch_distributions(likelihood: str) -> None:
         bernoulli, gaussian = Bernoulli(logits=mean, validate_args=False), Normal(mean, 1.0)
         pixels = bernoulli.log_prob(images) if likelihood == "bernoulli" else gaussian.log_prob(images)
         joint = pixels.sum((1, 2, 3)) + Normal(0.0, 1.0).log_prob(latents).sum(1)
-        torch.testing.assert_close(found[sample], joint - q.log_prob(latents).sum(1))
+        torch.testing.assert_close(computed[sample], joint - q.log_prob(latents).sum(1))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
@@ -58,10 +58,10 @@ def test_float32_log_weights_equal_float64_to_a_ten_thousandth(scale: float) -> 
     next(vae.decoder.parameters()).data.mul_(scale)
     images, noise = torch.randint(0, 2, (50, 1, 28, 28)).float(), torch.randn(1, 50, 40)
     prior = DiagonalGaussian(torch.zeros(50, 40), torch.zeros(50, 40))
-    found = log_weights(vae, prior, images, noise)[0]
+    computed = log_weights(vae, prior, images, noise)[0]
     logits = vae.decoder(noise[0]).double()
     expected = Bernoulli(logits=logits).log_prob(images.double()).sum((1, 2, 3))
-    torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=1e-4)
+    torch.testing.assert_close(computed.double(), expected, rtol=2e-7, atol=1e-4)
 
 
 def test_a_latent_is_active_above_a_variance_of_a_hundredth() -> None:

@@ -62,15 +62,17 @@ def test_a_labelled_grid_holds_every_image_whole_in_rows_on_white(channels: int,
     drawn = labelled_grid(
         pictures, 5, left=["a row", "b"], right=["", "far right"], top=["x"] * 5, below=["(0, 0)"] * 10, gaps=[2]
     )
-    found = [box for level in levels for box in boxes(drawn, level)]
-    scale = (found[0][2] - found[0][0]) // width
-    assert len(found) == 10
-    assert {(right - left, bottom - top) for left, top, right, bottom in found} == {(width * scale, height * scale)}
-    lefts = [left for left, _, _, _ in found[:5]]
+    rectangles = [box for level in levels for box in boxes(drawn, level)]
+    scale = (rectangles[0][2] - rectangles[0][0]) // width
+    assert len(rectangles) == 10
+    assert {(right - left, bottom - top) for left, top, right, bottom in rectangles} == {
+        (width * scale, height * scale)
+    }
+    lefts = [left for left, _, _, _ in rectangles[:5]]
     steps = [after - before for before, after in itertools.pairwise(lefts)]
     assert steps[0] == steps[2] == steps[3] < steps[1]  # there is a gap before the third column
-    assert [left for left, _, _, _ in found[5:]] == lefts
-    assert len({top for _, top, _, _ in found[:5]}) == 1 and found[5][1] > found[0][3]
+    assert [left for left, _, _, _ in rectangles[5:]] == lefts
+    assert len({top for _, top, _, _ in rectangles[:5]}) == 1 and rectangles[5][1] > rectangles[0][3]
     assert drawn.mode == ("L" if channels == 1 else "RGB")
 
 

@@ -21,7 +21,7 @@ NAN, INFINITE = float("nan"), float("inf")
 
 
 def near(picture: Image.Image, colour: str, distance: int = 22) -> np.ndarray[Any, Any]:
-    """Where the pixels are near a colour, `(H, W)` bool."""
+    """A mask of the pixels near a colour, `(H, W)` bool."""
     return np.abs(np.asarray(picture).astype(int) - ImageColor.getrgb(colour)).max(2) < distance
 
 
@@ -33,8 +33,8 @@ def middle(picture: Image.Image, colour: str) -> tuple[float, float]:
 
 def frame(picture: Image.Image) -> tuple[int, int, int, int]:
     """The left, top, right and bottom of the axes: the outermost long lines of their colour."""
-    found = near(picture, "#808080", 30)
-    columns, rows = ((found.sum(axis) > 0.6 * min(picture.size)).nonzero()[0].tolist() for axis in (0, 1))
+    mask = near(picture, "#808080", 30)
+    columns, rows = ((mask.sum(axis) > 0.6 * min(picture.size)).nonzero()[0].tolist() for axis in (0, 1))
     return columns[0], rows[0], columns[-1], rows[-1]
 
 
@@ -120,7 +120,7 @@ def test_curves_go_through_their_points() -> None:
 
     assert all(is_drawn(x, 100 - x, COLOURS[0]) for x in range(2, 99, 4))
     assert all(is_drawn(x, 100, COLOURS[1]) for x in range(4, 49, 4))
-    assert not any(is_drawn(x, 100, COLOURS[1]) for x in range(54, 99, 4))  # it has ended
+    assert not any(is_drawn(x, 100, COLOURS[1]) for x in range(54, 99, 4))  # the curve has ended
     assert edges_are_white(picture)
 
 
@@ -180,7 +180,7 @@ def test_a_name_is_written_as_it_is_and_without_a_warning() -> None:
     def drawn(*names: str) -> Image.Image:
         return lines([Curve(name, falling(100)) for name in names], ("steps", "nats"))
 
-    assert drawn("$x$" * 10).width > drawn("x" * 10).width + 100  # no formula
+    assert drawn("$x$" * 10).width > drawn("x" * 10).width + 100  # not typeset as a formula
     assert drawn("$unbalanced", "_hidden", "{x}%s\\frac", "\u4e2d\u6587", "n" * 128).width > 1500
     assert drawn("_hidden").width > drawn("").width + 40
     assert drawn() == drawn()
@@ -263,7 +263,7 @@ def test_the_same_version_draws_the_same_pixels_under_any_settings(tmp_path: Pat
         f"os.environ.update(MATPLOTLIBRC={str(rc)!r}, HOME={str(tmp_path / 'home')!r}, MPLBACKEND='tkagg')",
         "os.environ.pop('HOME'); os.environ['FREETYPE_PROPERTIES'] = 'truetype:interpreter-version=35'",
         "os.environ.update(HOME='/proc/none', MPLCONFIGDIR='/proc/none/here'); torch.set_flush_denormal(True)",
-        # A caller's own matplotlib, with what he has set, and no backend chosen yet.
+        # A caller's own matplotlib, with other settings, and no backend chosen yet.
         f"logging.disable(); import matplotlib; matplotlib.rc_file({str(rc)!r}); draw(); "
         "assert matplotlib.rcParams['font.size'] == 31 and matplotlib.get_backend(auto_select=False) is None",
     ]

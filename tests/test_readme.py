@@ -18,14 +18,14 @@ SUFFIXES = {"py", "safetensors"}  # train.py and model.safetensors are no option
 
 
 def code(page: str) -> str:
-    """The page's code blocks and code spans, one a line."""
+    """The document's code blocks and code spans, one per line."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     return "\n".join([*blocks, *re.findall(r"`([^`]+)`", prose)])
 
 
 def anchors(text: str) -> set[str]:
-    """The names that GitHub gives to a page's headings."""
+    """The anchors that GitHub gives to a document's headings."""
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 

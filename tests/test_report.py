@@ -44,7 +44,7 @@ from vae_dist.training.loop import train
 MINUS = "\u2212"
 VOID = {"meta", "link", "img", "input"}
 MARKUP = "</script></style>--><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"'&"
-HOSTILE = MARKUP + "\u202e"  # which turns the direction of writing
+HOSTILE = MARKUP + "\u202e"  # which changes the direction of writing
 
 
 class Page(HTMLParser):
@@ -192,18 +192,18 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
     page = page_of(run_dir)
     headline = [text for path, text in page.texts if "/p/b" in path]
     assert headline == ["90.13", " ± 0.71"]
-    for said in (
+    for sentence in (
         "negative log-likelihood, 64 importance samples", "pixels: grey, 0 to 1; likelihood: bernoulli; step 40",
         "Not to be compared.", "0.0412", " ± 0.0001", "versions: torch", "9.9",
     ):  # fmt: skip
-        assert said in page.text
+        assert sentence in page.text
 
 
 def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path, page: Page) -> None:
     """The oracle: the encoder. If an evaluation has the KL of each latent, the bars are its own."""
-    found = opened(run_dir)
-    vae = found.checkpoint.load_vae(found.config, torch.device("cpu"))
-    kl = vae.encode(datasets.to_unit(datasets.load_test(found.config.data).pixels)).kl().double().mean(0).tolist()
+    run = opened(run_dir)
+    vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
+    kl = vae.encode(datasets.to_unit(datasets.load_test(run.config.data).pixels)).kl().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
     assert list(page.readings("KL per latent").items()) == [(f"latent {i}", f"{kl[i]:.4f} nats") for i in falling]
     assert page.all("svg", **{"data-names": f"latent {falling[0]},latent {falling[1]}"})
@@ -219,9 +219,9 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
 
 
 def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> None:
-    found = opened(run_dir)
-    vae = found.checkpoint.load_vae(found.config, torch.device("cpu"))
-    seen = plane.decode_plane(vae, found.config, None)
+    run = opened(run_dir)
+    vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
+    seen = plane.decode_plane(vae, run.config, None)
     pixels = np.asarray(seen.sprite)
     assert (seen.columns, seen.rows, seen.cell, pixels.shape) == (31, 31, (28, 28), (868, 868))
     for column, row in (0, 0), (15, 15), (30, 0), (7, 22):
@@ -230,7 +230,7 @@ def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> N
         expected = vae.decode(code).mean[0, 0].mul(255).numpy()
         cell = pixels[row * 28 : row * 28 + 28, column * 28 : column * 28 + 28]
         assert np.abs(cell - expected).max() < 0.51
-    mean = vae.encode(datasets.to_unit(datasets.load_test(found.config.data).pixels)).mean[:, seen.latents]
+    mean = vae.encode(datasets.to_unit(datasets.load_test(run.config.data).pixels)).mean[:, seen.latents]
     torch.testing.assert_close(seen.means, mean)
 
 
@@ -247,8 +247,8 @@ def test_any_image_and_any_number_of_latents_has_a_plane(
     shape: list[int], latents: int, columns: int, rows: int, cell: tuple[int, int], mode: str, tmp_path: Path
 ) -> None:
     settings = ["data.name=mnist", f"data.root={tmp_path}", "data.download=false", f"data.image_shape={shape}"]
-    found = config.load([*settings, f"model.latent_dim={latents}", "model.hidden_dims=[8]"])
-    seen = plane.decode_plane(build_vae(found, shape), found, None)
+    run_config = config.load([*settings, f"model.latent_dim={latents}", "model.hidden_dims=[8]"])
+    seen = plane.decode_plane(build_vae(run_config, shape), run_config, None)
     assert (seen.columns, seen.rows, seen.cell, seen.sprite.mode) == (columns, rows, cell, mode)
     assert seen.sprite.size == (columns * cell[0], rows * cell[1])
     page = Page(environment().get_template("plane.html").render(plane=seen, kl_chart=None))
@@ -341,8 +341,8 @@ def test_the_report_gives_the_command_for_what_is_missing(run_dir: Path) -> None
     (run_dir / "starts.jsonl").unlink()
     shutil.rmtree(run_dir / "images")
     page = page_of(run_dir)
-    for said in "no record in metrics.jsonl", "no pictures", "no log.txt", "not recorded", "not been evaluated":
-        assert said in page.text
+    for sentence in "no record in metrics.jsonl", "no pictures", "no log.txt", "not recorded", "not been evaluated":
+        assert sentence in page.text
     assert "None" not in page.text and "nan" not in page.text.lower().split()
 
 
@@ -544,11 +544,11 @@ def test_nothing_is_read_through_a_link_that_leads_out_of_the_run(
 @pytest.mark.parametrize(("low", "high"), [(0, 2750), (105.3, 131.8), (-3, 3), (0.0, 0.002), (1e-9, 3e-9), (5e5, 7e9)])
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     for most in 5, 7:
-        found = charts.ticks(low, high, most)
-        values = [value for value, _ in found]
+        marks = charts.ticks(low, high, most)
+        values = [value for value, _ in marks]
         assert 1 <= len(values) <= most
         assert all(low - 1e-12 * abs(high) <= value <= high * (1 + 1e-12) for value in values)
-        for value, text in found:
+        for value, text in marks:
             assert float(text.replace("\u2212", "-").replace(",", "")) == pytest.approx(value, abs=1e-15)
         if len(values) > 1:
             step = values[1] - values[0]
@@ -666,13 +666,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def sprite(flat: Path) -> np.ndarray[Any, Any]:
     """The decoded images of the run with two latents, computed again."""
-    found = opened(flat)
-    vae = found.checkpoint.load_vae(found.config, torch.device("cpu"))
-    return np.asarray(plane.decode_plane(vae, found.config, None).sprite)
+    opened_run = opened(flat)
+    vae = opened_run.checkpoint.load_vae(opened_run.config, torch.device("cpu"))
+    return np.asarray(plane.decode_plane(vae, opened_run.config, None).sprite)
 
 
 def messages(browser: Browser) -> list[dict[str, Any]]:
-    """Whatever a page logged, threw, or was refused."""
+    """The messages, errors and refusals that a page caused in the browser."""
     kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded"}
     return [event for event in browser.events if event["method"] in kinds]
 

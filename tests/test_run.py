@@ -1,4 +1,4 @@
-"""A run's directory as an object: what is read, how often, and what is skipped."""
+"""A run's directory as an object: the files that are read, how often, and the content that is skipped."""
 
 import json
 import subprocess

@@ -84,11 +84,11 @@ def test_a_kind_writes_a_picture_and_tensors_the_same_bytes_twice(name: str, run
     }  # fmt: skip
     for path in folders[0].iterdir():
         assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
-    found = load_file(folders[0] / "samples.safetensors")
-    assert found["latents"].shape[1:] == (8,)
+    stored = load_file(folders[0] / "samples.safetensors")
+    assert stored["latents"].shape[1:] == (8,)
     if not is_scatter:
-        assert found["images"].shape == (len(found["latents"]), 1, 28, 28)
-        assert found["images"].min() >= 0 and found["images"].max() <= 1
+        assert stored["images"].shape == (len(stored["latents"]), 1, 28, 28)
+        assert stored["images"].min() >= 0 and stored["images"].max() <= 1
     with Image.open(tmp_path / f"a/images/sample_{name}_step_00000100.png") as logged:
         height, width = logged.height, logged.width  # the file of the view has its caption below
         assert np.array_equal(np.asarray(logged), picture(folders[0])[:height, :width])
@@ -110,8 +110,8 @@ def colour_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_every_kind_takes_colour_images_that_are_not_square_in_float64(colour_run: Path) -> None:
     for name, arguments in EVERY_KIND.items():
         folder = sample(colour_run, ["train.threads=1", *arguments])
-        found = load_file(folder / "samples.safetensors")
-        assert name == "scatter" or found["images"].shape[1:] == (3, 6, 14)
+        view = load_file(folder / "samples.safetensors")
+        assert name == "scatter" or view["images"].shape[1:] == (3, 6, 14)
         assert picture(folder).shape[2] == 3
 
 
@@ -133,7 +133,7 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
         raise AssertionError("the test images were loaded")
 
     monkeypatch.setattr(datasets, "load_test", refuse)
-    found = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
+    view = tensors(run_dir, "sample.sampler=mixture", "sample.mixture_components=1", "sample.count=4000")
     source = opened(run_dir)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     training, _ = datasets.load_training(source.config.data)
@@ -142,9 +142,9 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
     mean = posterior.mean.double().mean(0)
     covariance = posterior.mean.double().T.cov() + posterior.log_variance.exp().double().mean(0).diag()
     error = 5 / len(training.labels) ** 0.5
-    torch.testing.assert_close(found["mixture.means"][0], mean, rtol=0, atol=error)
-    torch.testing.assert_close(found["mixture.covariances"][0], covariance, rtol=0, atol=2 * error)
-    torch.testing.assert_close(found["latents"].double().mean(0), mean, rtol=0, atol=2 * error)
+    torch.testing.assert_close(view["mixture.means"][0], mean, rtol=0, atol=error)
+    torch.testing.assert_close(view["mixture.covariances"][0], covariance, rtol=0, atol=2 * error)
+    torch.testing.assert_close(view["latents"].double().mean(0), mean, rtol=0, atol=2 * error)
 
 
 def test_every_training_image_has_one_reproducible_draw(run_dir: Path) -> None:
@@ -175,9 +175,9 @@ def test_an_interpolation_is_a_straight_line_in_even_steps(run_dir: Path) -> Non
 
 
 def test_reconstructions_decode_the_posteriors_mean_and_draws(run_dir: Path) -> None:
-    found = tensors(run_dir, "sample.kind=reconstruction", "sample.images=[4,1]", "sample.steps=500")
+    view = tensors(run_dir, "sample.kind=reconstruction", "sample.images=[4,1]", "sample.steps=500")
     posterior = posterior_of(run_dir)
-    latents = found["latents"].view(2, 501, 8)
+    latents = view["latents"].view(2, 501, 8)
     torch.testing.assert_close(latents[:, 0], posterior.mean[[4, 1]])
     standardised = (latents[:, 1:] - latents[:, :1]) / torch.exp(0.5 * posterior.log_variance[[4, 1]]).unsqueeze(1)
     assert (standardised.mean(1).abs() < 5 / 500**0.5).all()
@@ -187,12 +187,12 @@ def test_reconstructions_decode_the_posteriors_mean_and_draws(run_dir: Path) -> 
 
 
 def test_a_traversal_moves_one_latent_a_row_in_the_order_of_their_kl(run_dir: Path) -> None:
-    found = tensors(run_dir, "sample.kind=traversal", "sample.images=[7]", "sample.rows=5", "sample.steps=7")
+    view = tensors(run_dir, "sample.kind=traversal", "sample.images=[7]", "sample.rows=5", "sample.steps=7")
     posterior = posterior_of(run_dir)
     oracle = kl_divergence(Normal(posterior.mean, torch.exp(0.5 * posterior.log_variance)), Normal(0.0, 1.0)).mean(0)
-    torch.testing.assert_close(found["kl"].float(), oracle.sort(descending=True).values[:5])
+    torch.testing.assert_close(view["kl"].float(), oracle.sort(descending=True).values[:5])
     assert oracle.max() > 2 * oracle.min()  # so the order is not arbitrary
-    for row, latent in zip(found["latents"].view(5, 7, 8), found["order"].tolist(), strict=True):
+    for row, latent in zip(view["latents"].view(5, 7, 8), view["order"].tolist(), strict=True):
         torch.testing.assert_close(row[:, latent], torch.linspace(-3, 3, 7))
         others = [index for index in range(8) if index != latent]
         torch.testing.assert_close(row[:, others], posterior.mean[7:8, others].expand(7, -1))
@@ -209,12 +209,12 @@ def test_a_traversal_starts_from_zero_or_from_a_given_code(run_dir: Path) -> Non
 @pytest.mark.parametrize("start", ["sample.codes=[[1,-1,0,0,2,0,0,0]]", "sample.images=[7]", None])
 def test_neighbours_lie_at_exactly_the_stated_distances(start: str | None, run_dir: Path) -> None:
     settings = ["sample.kind=neighbours", "sample.radius=0.6", "sample.rows=3", "sample.steps=4"]
-    found = tensors(run_dir, *settings, *([start] if start else []))
+    view = tensors(run_dir, *settings, *([start] if start else []))
     codes = {"sample.codes=[[1,-1,0,0,2,0,0,0]]": torch.tensor([1.0, -1, 0, 0, 2, 0, 0, 0]), None: torch.zeros(8)}
     code = codes[start] if start in codes else posterior_of(run_dir).mean[7]
-    assert found["distances"].tolist() == pytest.approx([0.2, 0.4, 0.6])
-    offsets = (found["latents"] - code).double().view(3, 4, 8)
-    expected = found["distances"].view(3, 1).expand(3, 4)
+    assert view["distances"].tolist() == pytest.approx([0.2, 0.4, 0.6])
+    offsets = (view["latents"] - code).double().view(3, 4, 8)
+    expected = view["distances"].view(3, 1).expand(3, 4)
     torch.testing.assert_close(offsets.norm(dim=2), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(offsets[1], 2 * offsets[0], rtol=0, atol=4e-6)  # a column is one direction
     default = tensors(run_dir, "sample.kind=neighbours")
@@ -222,45 +222,45 @@ def test_neighbours_lie_at_exactly_the_stated_distances(start: str | None, run_d
 
 
 def test_the_manifold_is_the_inverse_cdf_of_an_even_grid(flat_run: Path) -> None:
-    found = tensors(flat_run, "sample.kind=manifold", "sample.steps=9")
+    view = tensors(flat_run, "sample.kind=manifold", "sample.steps=9")
     quantiles = (torch.arange(9) + 0.5) / 9
     expected = Normal(0.0, 1.0).icdf(quantiles)
-    latents = found["latents"].view(9, 9, 2)
+    latents = view["latents"].view(9, 9, 2)
     for index in range(9):
         torch.testing.assert_close(latents[index, :, 0], expected)  # to the right
         torch.testing.assert_close(latents[:, index, 1], expected.flip(0))  # upwards
-    assert found["axes"].tolist() == [0, 1]
+    assert view["axes"].tolist() == [0, 1]
 
 
 def test_the_manifold_of_many_latents_shows_the_two_of_largest_kl(run_dir: Path) -> None:
-    found = tensors(run_dir, "sample.kind=manifold", "sample.steps=4")
+    view = tensors(run_dir, "sample.kind=manifold", "sample.steps=4")
     order = tensors(run_dir, "sample.kind=traversal")["order"][:2]
-    assert torch.equal(found["axes"], order)
-    moved = (found["latents"] != 0).any(0).nonzero().flatten()
+    assert torch.equal(view["axes"], order)
+    moved = (view["latents"] != 0).any(0).nonzero().flatten()
     assert torch.equal(moved, order.sort().values)
 
 
 def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path, run_dir: Path) -> None:
     for run in flat_run, run_dir:
-        found = tensors(run, "sample.kind=scatter")
-        torch.testing.assert_close(found["latents"], posterior_of(run).mean)
-        assert torch.equal(found["labels"], datasets.load_test(opened(run).config.data).labels)
-    expected = principal_components(found["latents"], 2)
-    torch.testing.assert_close(found["points"], expected.coordinates)  # this process may have more threads
-    torch.testing.assert_close(found["variance_shares"], expected.variance_ratios)
+        view = tensors(run, "sample.kind=scatter")
+        torch.testing.assert_close(view["latents"], posterior_of(run).mean)
+        assert torch.equal(view["labels"], datasets.load_test(opened(run).config.data).labels)
+    expected = principal_components(view["latents"], 2)
+    torch.testing.assert_close(view["points"], expected.coordinates)  # this process may have more threads
+    torch.testing.assert_close(view["variance_shares"], expected.variance_ratios)
 
 
 def test_principal_components_are_those_of_numpys_svd() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(500, 6, generator=generator) * torch.tensor([3.0, 1, 2, 0.5, 1.5, 0.1]) + 7
-    found = principal_components(points, 3)
+    components = principal_components(points, 3)
     centred = points.double().numpy() - points.double().numpy().mean(0)
     _, spreads, directions = np.linalg.svd(centred, full_matrices=False)
-    signs = np.sign((found.directions.numpy() * directions[:3]).sum(1, keepdims=True))
-    np.testing.assert_allclose(found.directions, signs * directions[:3], atol=1e-12)
-    np.testing.assert_allclose(found.coordinates, centred @ (signs * directions[:3]).T, atol=1e-10)
-    np.testing.assert_allclose(found.variance_ratios, (spreads**2 / (spreads**2).sum())[:3])
-    assert found.directions.gather(1, found.directions.abs().argmax(1, keepdim=True)).min() > 0
+    signs = np.sign((components.directions.numpy() * directions[:3]).sum(1, keepdims=True))
+    np.testing.assert_allclose(components.directions, signs * directions[:3], atol=1e-12)
+    np.testing.assert_allclose(components.coordinates, centred @ (signs * directions[:3]).T, atol=1e-10)
+    np.testing.assert_allclose(components.variance_ratios, (spreads**2 / (spreads**2).sum())[:3])
+    assert components.directions.gather(1, components.directions.abs().argmax(1, keepdim=True)).min() > 0
 
 
 REFUSALS = {
@@ -311,10 +311,10 @@ def test_single_images_are_those_of_the_last_command(flat_run: Path) -> None:
     for count, arguments in (6, [f"sample.codes={codes}"]), (1, ["sample.codes=[[0.5,0.5]]"]):
         folder = sample(flat_run, [*arguments, "sample.files=true"])
         assert sorted(path.name for path in folder.glob("0*.png")) == [f"{index:06d}.png" for index in range(count)]
-    found = load_file(folder / "samples.safetensors")
-    assert found["latents"].tolist() == [[0.5, 0.5]]
+    view = load_file(folder / "samples.safetensors")
+    assert view["latents"].tolist() == [[0.5, 0.5]]
     with Image.open(folder / "000000.png") as single:
-        assert np.array_equal(np.asarray(single), np.asarray(pictures.grid(found["images"], 1)))
+        assert np.array_equal(np.asarray(single), np.asarray(pictures.grid(view["images"], 1)))
 
 
 def test_a_grid_shows_1024_images_at_most(run_dir: Path) -> None:

@@ -194,10 +194,12 @@ def test_a_signal_to_torchrun_stops_all_processes_at_one_step(
     workers = psutil.Process(launcher.pid).children()
     requested_at = time.monotonic()
     launcher.send_signal(number)
-    _, said = launcher.communicate(timeout=30)
+    _, output = launcher.communicate(timeout=30)
     assert time.monotonic() - requested_at < 15 and launcher.returncode == 1
     assert not [worker for worker in workers if worker.is_running()]
-    (step,) = {line.split("; step ")[1].split(" of ")[0] for line in said.splitlines() if "asked to stop; step" in line}
+    (step,) = {
+        line.split("; step ")[1].split(" of ")[0] for line in output.splitlines() if "asked to stop; step" in line
+    }
     assert find(Path("runs/a"), Path("runs")).folder.name == f"step_{int(step):08d}"
 
 

@@ -30,21 +30,21 @@ def name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, wherever in it."""
-    found = set()
+    """Dotted names that a file imports anywhere."""
+    dotted_names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            dotted_names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            dotted_names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return dotted_names
 
 
 def ours(path: Path) -> set[str]:
     """The modules of the package that a file imports, by their names below it."""
     known = {name(module) for module in MODULES}
-    found = {dotted.removeprefix("vae_dist.") for dotted in imports(path) if dotted.startswith("vae_dist.")}
-    return (found & known) - {name(path)}
+    imported = {dotted.removeprefix("vae_dist.") for dotted in imports(path) if dotted.startswith("vae_dist.")}
+    return (imported & known) - {name(path)}
 
 
 def test_no_folder_imports_one_that_imports_it() -> None:
@@ -52,7 +52,7 @@ def test_no_folder_imports_one_that_imports_it() -> None:
     for path in MODULES:
         unit = name(path).partition(".")[0]
         graph.setdefault(unit, set()).update({module.partition(".")[0] for module in ours(path)} - {unit})
-    assert len(list(TopologicalSorter(graph).static_order())) > len(FOLDERS)  # a CycleError names the circle
+    assert len(list(TopologicalSorter(graph).static_order())) > len(FOLDERS)  # a CycleError names the cycle
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

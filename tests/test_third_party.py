@@ -109,6 +109,6 @@ def test_a_wandb_that_cannot_be_used_costs_one_message(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_without_a_compilers_cache_the_step_runs_uncompiled(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    said, result = run(COMPILED, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file/cache"))
-    assert "the step can't be compiled (NotADirectoryError" in said
+    message, result = run(COMPILED, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file/cache"))
+    assert "the step can't be compiled (NotADirectoryError" in message
     assert result == "[1.0, 1.0] True"

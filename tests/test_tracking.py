@@ -44,7 +44,7 @@ from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
 KEY = "0123456789" * 4  # of no account
-AT_ONCE = 1  # seconds: far more than a row takes, less than any wait for a server
+AT_ONCE = 1  # seconds: far more than a record takes, less than any wait for a server
 SLACK = 10  # seconds that a busy machine may take on top of a bound; without the bound it is a minute or for ever
 
 
@@ -64,7 +64,7 @@ def test_wandb_gets_what_the_run_directory_has(make_config: MakeConfig) -> None:
     evaluate(run_dir)
     records = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(records) == 2
-    assert len({identity(record) for record in records}) == 1  # they land on one page
+    assert len({identity(record) for record in records}) == 1  # they are one W&B run
 
     trained, evaluated = (json.loads(inspect(record, "--summary")) for record in records)
     assert trained["config"]["model"]["latent_dim"] == 8 and trained["config"]["data"]["name"] == "synthetic_digits"
@@ -182,7 +182,7 @@ def test_training_needs_no_wandb(make_config: MakeConfig, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     run_dir = train(make_config("name=mine", "tracking.wandb=auto", "train.steps=5"))
     assert "wandb is not installed" in (run_dir / "log.txt").read_text()
-    evaluate(run_dir, ["tracking.wandb=offline"])  # as if it had been trained so, where there is wandb
+    evaluate(run_dir, ["tracking.wandb=offline"])  # as if it had been trained with wandb installed
     with pytest.raises(UserError, match="pip install wandb"):
         train(make_config("name=other", "tracking.wandb=offline"))
 
@@ -210,8 +210,8 @@ def test_flushed_records_have_reached_the_disk(tmp_path: Path, monkeypatch: pyte
 
     def recorded(descriptor: int) -> None:
         fsync(descriptor)
-        found = os.fstat(descriptor)
-        synced.append((found.st_ino, found.st_size))
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
 
     tracker = Tracker([MetricsLog(tmp_path, start=0)])
     tracker.scalars(1, {"train/loss": 1.0})
@@ -219,7 +219,7 @@ def test_flushed_records_have_reached_the_disk(tmp_path: Path, monkeypatch: pyte
     tracker.flush()
     metrics = (tmp_path / "metrics.jsonl").stat()
     assert metrics.st_size > 0 and (metrics.st_ino, metrics.st_size) in synced
-    assert tmp_path.stat().st_ino in [inode for inode, _ in synced]  # in it stands that the file is there
+    assert tmp_path.stat().st_ino in [inode for inode, _ in synced]  # the folder holds the file's name
 
 
 @contextmanager
@@ -244,7 +244,9 @@ def test_a_full_disk_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
             tracker.scalars(step, {"train/loss": 1.0})
     with full_disk(50), pytest.raises(RunError, match=r"samples_step_00000001.png \(File too large\); make room"):
         tracker.pictures(1, lambda: picture(2))
-    assert [path.read_bytes() for path in (run_dir / "images").iterdir()] == [before]  # nothing half, nothing beside it
+    assert [path.read_bytes() for path in (run_dir / "images").iterdir()] == [
+        before
+    ]  # no half file and no temporary one
 
 
 def test_a_deleted_directory_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
@@ -325,11 +327,11 @@ def rows_of(run_dir: Path) -> list[dict[str, float]]:
 
 
 def check_that_all_arrived(run_dir: Path, run: Run) -> None:
-    """The rows of the run's directory in their order, each once, and the picture that each picture's row speaks of."""
+    """Assert that W&B has the records of the run's directory, in order and once, and the pictures."""
     rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in run.history]
-    figures = [row for row in rows if not any(key.startswith("images/") for key in row)]
-    assert figures == rows_of(run_dir)
-    # what is added to a run goes on from what W&B has: it does not start again at 0, over what is there
+    metrics = [row for row in rows if not any(key.startswith("images/") for key in row)]
+    assert metrics == rows_of(run_dir)
+    # a resumed run appends to W&B's records: it does not overwrite them from 0
     assert [row["_step"] for row in run.history] == list(range(len(rows)))
 
     pictures = {key: value for row in rows for key, value in row.items() if key.startswith("images/")}
@@ -405,7 +407,7 @@ def test_the_key_is_in_the_authorization_of_requests_and_nowhere_else(
     assert not [path for path in written if KEY.encode() in path.read_bytes() or encoded in path.read_bytes()]
 
 
-# Every command, in one process. Its user's variables stay what they are, and its user's own runs online.
+# Every command, in one process. The user's variables stay unchanged, and the user's own runs online.
 ALL_COMMANDS = """
 import os, sys
 import wandb
@@ -440,7 +442,7 @@ def reporting() -> dict[str, str]:
 
 
 def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_path: Path) -> None:
-    """No connection is made, so that where the network swallows packets nothing is waited for either."""
+    """No connection is made, so a network that drops packets delays nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         environment = reporting() | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
         arguments = [
@@ -574,8 +576,8 @@ def tracked(config: Config, run_dir: Path, start: int | None = 0) -> Iterator[Tr
         yield tracker
 
 
-def said(run_dir: Path, what: str) -> int:
-    """How many messages say it."""
+def messages_with(run_dir: Path, what: str) -> int:
+    """The number of log lines that contain a text."""
     return (run_dir / "log.txt").read_text().count(what)
 
 
@@ -589,7 +591,7 @@ def picture(step: int) -> dict[str, Picture]:
 
 
 def log(tracker: Tracker, steps: range) -> float:
-    """A row for each step and a picture for every fiftieth; the seconds that the slowest call took."""
+    """Log a record for each step and a picture for every fiftieth; return the seconds of the slowest call."""
     slowest = 0.0
     for step in steps:
         started = time.perf_counter()
@@ -623,7 +625,7 @@ client_may_break = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThr
 
 @pytest.fixture
 def upload_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client by itself uploads every 15 seconds; it knows whole seconds alone."""
+    """By default the client uploads every 15 seconds; it takes whole seconds alone."""
     monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
 
 
@@ -653,7 +655,7 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
         assert time.monotonic() - started < 1 + SLACK
         assert log(tracker, range(1, 21)) < AT_ONCE
     assert time.monotonic() - started < 1 + 2 * SLACK
-    assert said(run_dir, "W&B can't be reached") == 1 and said(run_dir, "WARNING") == 1
+    assert messages_with(run_dir, "W&B can't be reached") == 1 and messages_with(run_dir, "WARNING") == 1
     assert not [path for path in run_dir.rglob("*") if path.is_symlink() and path.readlink().is_absolute()]
     assert len(rows_of(run_dir)) == 20
     server.recover()
@@ -677,15 +679,15 @@ def test_a_server_lost_during_a_run_costs_no_record_and_no_time(
         wait_until(lambda: server.runs["abc"].history)
         server.fail(fault)
         assert log(tracker, range(51, 501)) < AT_ONCE
-        if fault == "forbidden":  # the client tries no more, and says so to nobody but us
-            wait_until(lambda: said(run_dir, "W&B takes no more of this run"))
+        if fault == "forbidden":  # the client gives up, and reports it to this package alone
+            wait_until(lambda: messages_with(run_dir, "W&B takes no more of this run"))
         ending = time.monotonic()
     assert time.monotonic() - ending < 1 + SLACK
     assert len(rows_of(run_dir)) == 500
     assert 0 < len(server.runs["abc"].history) < 100
     record = record_of(run_dir)
-    assert said(run_dir, "W&B's records are incomplete") == 1
-    assert said(run_dir, f"`wandb sync --include-online {record}`") == 1
+    assert messages_with(run_dir, "W&B's records are incomplete") == 1
+    assert messages_with(run_dir, f"`wandb sync --include-online {record}`") == 1
     server.recover()
     sync(record)
     check_that_all_arrived(run_dir, server.runs["abc"])
@@ -704,10 +706,10 @@ def test_an_outage_heals_by_itself(
     with tracked(make_config("tracking.wandb=auto", "tracking.id=abc"), run_dir) as tracker:
         server.fail("error")
         log(tracker, range(1, 101))
-        time.sleep(25)  # the client by itself gives up on a picture after twenty tries, and says nothing
+        time.sleep(25)  # by default the client gives up on a picture after twenty tries, silently
         server.recover()
     check_that_all_arrived(run_dir, server.runs["abc"])
-    assert not said(run_dir, "WARNING")
+    assert not messages_with(run_dir, "WARNING")
 
 
 @client_may_break
@@ -729,7 +731,7 @@ def test_a_killed_service_costs_wandb_one_second_and_the_disk_nothing(
         ending = time.monotonic()
     assert time.monotonic() - ending < SLACK
     assert len(rows_of(run_dir)) == 100
-    assert said(run_dir, "W&B is lost") == 1 and said(run_dir, "W&B's records are incomplete") == 1
+    assert messages_with(run_dir, "W&B is lost") == 1 and messages_with(run_dir, "W&B's records are incomplete") == 1
     sync(record)
     assert [row["train/loss"] for row in server.runs["abc"].history if "train/loss" in row] == list(range(1, 51))
 
@@ -752,7 +754,7 @@ def test_a_service_that_no_longer_answers_delays_nothing(
         ending = time.monotonic()
     assert time.monotonic() - ending < 2 + SLACK
     assert len(rows_of(run_dir)) == 5000
-    assert said(run_dir, "W&B is lost (it takes too long)") == 1
+    assert messages_with(run_dir, "W&B is lost (it takes too long)") == 1
     assert not services()
 
 
@@ -773,7 +775,7 @@ def test_a_service_that_never_answers_leaves_wandb_out(
         with tracked(make_config("tracking.wandb=auto"), run_dir) as tracker:
             log(tracker, range(1, 21))
         assert time.monotonic() - started < 1 + SLACK
-    assert said(run_dir, "W&B can't be used (it takes too long)") == 1
+    assert messages_with(run_dir, "W&B can't be used (it takes too long)") == 1
     assert len(rows_of(run_dir)) == 20
 
 
@@ -800,7 +802,7 @@ def test_a_run_that_is_asked_to_stop_waits_for_no_server(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(server, monkeypatch)
-    monkeypatch.setattr(wandb_run, "STOP_SECONDS", 4)  # FINISH_SECONDS stays what it is
+    monkeypatch.setattr(wandb_run, "STOP_SECONDS", 4)  # FINISH_SECONDS is unchanged
     monkeypatch.setattr(wandb_client, "END_SECONDS", 1)
     run_dir = tmp_path / "run"
     with (
@@ -840,13 +842,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     )  # fmt: skip
     try:
         run_dir = tmp_path / "runs/mine"
-        wait_until(lambda: (run_dir / "log.txt").exists() and said(run_dir, "W&B: http"))
+        wait_until(lambda: (run_dir / "log.txt").exists() and messages_with(run_dir, "W&B: http"))
         (service,) = services(training.pid)
         if fault == "server":
             server.fail("hang")
         else:
             service.suspend()
-        wait_until(lambda: said(run_dir, "step 1000:"))
+        wait_until(lambda: messages_with(run_dir, "step 1000:"))
         ended = time.monotonic()
         output, errors = training.communicate(timeout=60)
     finally:

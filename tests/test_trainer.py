@@ -32,7 +32,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics without what the clock says."""
+    """The metrics records without timings."""
     return [{key: value for key, value in row.items() if "per_second" not in key} for row in rows(run_dir)]
 
 
@@ -46,11 +46,11 @@ def final(run_dir: Path) -> dict[str, bytes]:
 def test_a_run_leaves_the_files_that_the_readme_names(make_config: MakeConfig) -> None:
     run_dir = train(make_config("name=mine"))
     assert run_dir.name == "mine"
-    found = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
     pictures = {f"images/{kind}_step_{step:08d}.png" for kind in ("reconstructions", "samples") for step in (20, 40)}
     parts = ("config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
     saved = {f"checkpoints/step_{step:08d}/{part}" for step in (20, 40) for part in parts}
-    assert found == {".lock", "config.yaml", "metrics.jsonl", "starts.jsonl", "log.txt", *pictures, *saved}
+    assert files == {".lock", "config.yaml", "metrics.jsonl", "starts.jsonl", "log.txt", *pictures, *saved}
     for path in pictures:
         Image.open(run_dir / path).verify()
     log = (run_dir / "log.txt").read_text()
@@ -109,7 +109,7 @@ def test_the_same_config_gives_bitwise_the_same_run(make_config: MakeConfig) -> 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(binarize: str, make_config: MakeConfig) -> None:
     settings = [f"data.binarize={binarize}", "objective.beta_warmup_steps=30", "train.log_every=7"]
     whole = train(make_config("name=whole", "checkpoint.every=13", *settings))
-    for steps in (13, 26, 40):  # in the middle of an epoch and of a row of metrics
+    for steps in (13, 26, 40):  # in the middle of an epoch and of a metrics record
         parts = train(make_config("name=parts", f"train.steps={steps}", "checkpoint.every=13", *settings))
     assert final(parts)["model.safetensors"] == final(whole)["model.safetensors"]
     assert final(parts)["optimizer.safetensors"] == final(whole)["optimizer.safetensors"]
@@ -236,8 +236,8 @@ def test_a_bad_checkpoint_is_named_and_skipped(make_config: MakeConfig, capsys: 
     damaged = run_dir / "checkpoints/step_00000010/optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(make_config("name=a", "checkpoint.every=5", "train.steps=15"))
-    for said in capsys.readouterr().err, (run_dir / "log.txt").read_text():
-        assert "skipping a checkpoint" in said and f"{damaged} has " in said and "resuming after step 5" in said
+    for text in capsys.readouterr().err, (run_dir / "log.txt").read_text():
+        assert "skipping a checkpoint" in text and f"{damaged} has " in text and "resuming after step 5" in text
     assert final(run_dir) == final(whole) and timeless(run_dir) == timeless(whole)
     for part in ("step_00000010", "step_00000015"):
         (run_dir / "checkpoints" / part / "manifest.json").write_text("{}")
@@ -261,8 +261,8 @@ def test_a_resume_from_an_earlier_step_removes_later_records(make_config: MakeCo
     again = train(make_config(*settings, "train.steps=10", f"checkpoint.resume={run_dir}/checkpoints/step_00000005"))
     steps = [row["step"] for row in rows(again) if "train/loss" in row]
     assert steps == [5, 10]
-    found = newest_checkpoint(run_dir)
-    assert found is not None and found.name == "step_00000010"
+    newest = newest_checkpoint(run_dir)
+    assert newest is not None and newest.name == "step_00000010"
     assert len(list((run_dir / "checkpoints").glob("set_aside-*"))) == 3
 
 
@@ -305,7 +305,7 @@ def test_an_update_that_is_not_finite_is_never_applied(
     assert all(torch.equal(skipped[name], without[name]) for name in without)
     with pytest.raises(RunError, match=r"1 updates up to step 8 were skipped .* train.max_skipped=0"):
         train(make_config("name=c", "train.steps=8", "train.nonfinite=skip", "train.max_skipped=0"))
-    # Stopped by default; and what was saved before can go on another way.
+    # The default stops the run, and its checkpoint can be resumed with other options.
     with pytest.raises(RunError, match="not finite in step 8"):
         train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.log_every=1000"))
     went_on = train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.nonfinite=skip"))
@@ -356,9 +356,9 @@ def test_an_unwritable_folder_is_named(make_config: MakeConfig, tmp_path: Path) 
     with pytest.raises(UserError, match=r"can't write to .*; choose another runs_dir"):
         train(make_config(f"runs_dir={tmp_path / 'file'}", "name=a"))
     run_dir = train(make_config("name=a", "train.steps=1"))
-    for look in (evaluate, sample):
+    for command in (evaluate, sample):
         with pytest.raises(UserError, match=r"can't write to .*; output=FOLDER writes elsewhere"):
-            look(run_dir, [f"output={tmp_path / 'file'}"])
+            command(run_dir, [f"output={tmp_path / 'file'}"])
 
 
 def test_the_configs_precision_overrides_the_launchers(

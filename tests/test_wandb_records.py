@@ -91,12 +91,12 @@ def test_a_run_of_any_name_is_listed_in_one_line_and_as_itself(record: Path) -> 
     shown = listed(runs)
     expected = [f"run-{name} 1 training" for name in [*names.values(), "first", "linked"]]
     assert sorted(name for name in shown if long[:50] not in name) == sorted(expected)
-    assert len(shown) == len(expected) + 2 and len(set(shown)) == len(shown)  # the long ones are told apart
+    assert len(shown) == len(expected) + 2 and len(set(shown)) == len(shown)  # the long ones stay distinct
 
 
 def test_records_are_ordered_also_within_one_second(record: Path) -> None:
     run_dir = record.parents[1]
-    copy_record(record, run_dir, f"{record.name}-1")  # the client's name where that was taken
+    copy_record(record, run_dir, f"{record.name}-1")  # the client's name if that was taken
     copy_record(record, run_dir, "run-20200101_000000-abc")  # online, or an import of an older one
     for number in range(9):
         copy_record(record, run_dir, f"offline-run-2030010{number}_000000-abc")

@@ -1,8 +1,8 @@
 """A stand-in for the Weights & Biases server on a loopback port: enough of it for the real client, online and syncing.
 
-It keeps what it is sent as the real one does: lines go to where the client says, so that a resumed run which says it
-wrong is seen to have lost some, and a client that resumes is told what there is. It checks nothing, and refuses what a
-test tells it to.
+It stores uploads as the real server does: lines go to the offset that the client states, so that a wrong offset of a
+resumed run shows as lost lines, and a resuming client is told the current state. It checks nothing, and refuses the
+requests that a test selects.
 """
 
 import json
@@ -27,17 +27,17 @@ Fault = Literal[
 
 @dataclass
 class Run:
-    """One page in W&B."""
+    """One run in W&B."""
 
     name: str = ""  # as shown; `WandbServer.runs` has it by its id
     project: str = ""
-    upserted: dict[str, Any] = field(default_factory=dict)  # the newest value of all that was said of the run
+    upserted: dict[str, Any] = field(default_factory=dict)  # the newest value of each fact of the run
     streams: dict[str, list[str]] = field(default_factory=dict)  # the lines of wandb-history.jsonl and others
     files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row for each `_step`: a row that is uploaded again is the same row."""
+        """One record for each `_step`: a record that is uploaded again is the same record."""
         rows = [json.loads(line) for line in self.streams.get("wandb-history.jsonl", [])]
         return list({row["_step"]: row for row in rows}.values())
 
@@ -69,14 +69,14 @@ class WandbServer(ThreadingHTTPServer):
         self._serve()
 
     def fail(self, fault: Fault, after: int = 0) -> None:
-        """Do this to every request from now on, or after so many that are still answered."""
+        """Fail every request in this way from now on, or once `after` more have been answered."""
         self.recovered.clear()
         self._fault, self._answers_left = fault, after
         if fault == "refuse":
             self._stop()
 
     def recover(self) -> None:
-        """Answer again. What has waited for an answer until now gets none."""
+        """Answer again. Requests that have waited until now get no answer."""
         refused = self._fault == "refuse"
         self._fault = None
         self.recovered.set()
@@ -92,7 +92,7 @@ class WandbServer(ThreadingHTTPServer):
             self._stop()
 
     def fault(self) -> Fault | None:
-        """What is to be done to the request that is here now."""
+        """Return the fault for the current request; None if it is answered."""
         with self.lock:
             self._answers_left -= 1
             return self._fault if self._answers_left < 0 else None
@@ -183,4 +183,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the tests' output is for the tests."""
+        """Log nothing."""

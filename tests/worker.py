@@ -165,7 +165,7 @@ def fill_the_disk(output: str, arguments: list[str]) -> None:
 def with_another_pixel(
     read: Callable[..., Any], cache: Path, count: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The digits of another, whole file."""
+    """Return digits of another intact file."""
     tensors, _ = read(cache, count)
     tensors["train_pixels"][0, 0, 0, 0] += 1
     return tensors, datasets._digest(tensors)

@@ -70,7 +70,7 @@ def ours(config: Config) -> None:
             if self.left <= 0:
                 if self.steps:
                     loss = self.sums.item()  # and on a GPU all is done by then
-                    done = self.steps - self.left  # what is launched at once may end later than was asked for
+                    done = self.steps - self.left  # steps launched at once may exceed the requested number
                     answer(self.started, loss * processes / done / config.train.batch_size, self.steps / done)
                 self.left = self.steps = next(requested, 0)
                 if self.left == 0:
@@ -297,8 +297,8 @@ def ours_evaluate(config: Config) -> None:
 
         def loop(steps: int) -> float:
             for _ in range(steps):
-                figures = metrics.score(vae, pixels, world, config).metrics("test")
-            return figures["test/negative_elbo"]
+                terms = metrics.score(vae, pixels, world, config).metrics("test")
+            return terms["test/negative_elbo"]
 
         serve(loop)
 

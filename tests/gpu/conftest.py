@@ -1,4 +1,4 @@
-"""What the tests on a GPU share. They need no more than the package, pytest and one card."""
+"""Shared fixtures of the tests on a GPU, which need no more than the package, pytest and one GPU."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -47,7 +47,7 @@ READY_SECONDS, TURN_SECONDS = 110, 30  # for all loops to compile side by side; 
 
 def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
     """The tests on the card, some parts at a time."""
-    waiting, found = list(chosen), {}
+    waiting, results = list(chosen), {}
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     while waiting or running:
         while waiting and len(running) < SIDE_BY_SIDE:
@@ -65,10 +65,10 @@ def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
                 process.kill()
                 process.wait()
             if process.poll() is not None:
-                found[part] = outcome(folder / f"{part}.log", process.returncode, seconds)
-                print(f"tests, {part}: {found[part]['said']}", flush=True)
+                results[part] = outcome(folder / f"{part}.log", process.returncode, seconds)
+                print(f"tests, {part}: {results[part]['said']}", flush=True)
                 del running[part]
-    return found
+    return results
 
 
 def outcome(log: Path, code: int, seconds: float) -> dict[str, Any]:

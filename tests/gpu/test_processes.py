@@ -1,4 +1,4 @@
-"""A training on one card in a process of its own, as a user starts it: killed, stopped, and gone on with."""
+"""A training on one card in a process of its own, as a user starts it: killed, stopped, and resumed."""
 
 import signal
 import subprocess
@@ -34,12 +34,12 @@ def test_a_killed_and_stopped_training_resumes_bitwise(arguments: list[str], run
         while newest_step(runs / "resumed") <= newest and time.monotonic() < give_up and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == code, said
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == code, output
     done = subprocess.run(command(arguments, "resumed"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    said, _ = straight.communicate(timeout=120)
-    assert straight.returncode == 0, said
+    output, _ = straight.communicate(timeout=120)
+    assert straight.returncode == 0, output
     assert outcome(runs / "resumed", 60000) == outcome(runs / "straight", 60000)
 
 

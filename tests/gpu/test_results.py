@@ -1,4 +1,4 @@
-"""What is computed on a card beside training: random numbers, products, evaluations, pictures."""
+"""Computations on a GPU other than training: random numbers, products, evaluations, pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,20 @@ def test_small_products_are_as_exact_as_cublas(
         return ((result - exact).norm() / exact.norm()).item()
 
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    found = products.mm(a, b)
-    assert error(found) < 2 * max(error(a @ b), 6e-8)
-    assert torch.equal(products.mm(a, b), found)
+    computed = products.mm(a, b)
+    assert error(computed) < 2 * max(error(a @ b), 6e-8)
+    assert torch.equal(products.mm(a, b), computed)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     assert error(products.mm(a, b)) < 1e-3
 
 
-def figures(run_dir: Path, *arguments: str) -> dict[str, Any]:
+def evaluated(run_dir: Path, *arguments: str) -> dict[str, Any]:
     return evaluate(run_dir, ["evaluate.importance_samples=64", *arguments])
 
 
 def test_an_evaluation_is_that_of_a_cpu_and_always_the_same(run: Train) -> None:
     folder = run("evaluated")
-    card, again, cpu = (figures(folder, f"device={device}") for device in ("cuda", "cuda", "cpu"))
+    card, again, cpu = (evaluated(folder, f"device={device}") for device in ("cuda", "cuda", "cpu"))
     assert card == again
     for name in ("negative_elbo", "kl", "negative_log_likelihood", "mean_squared_error"):
         assert card[name] == pytest.approx(cpu[name], rel=1e-4)
@@ -74,9 +74,9 @@ def test_every_kind_of_sample_is_that_of_a_cpu(kind: str, run: Train, tmp_path: 
     given = [f"sample.kind={kind}", *(["sample.codes=[[0,0],[1,-1]]"] if kind == "codes" else [])]
     for device in ("cuda", "cpu"):
         sample(folder, [*given, f"device={device}", f"output={tmp_path / device}"])
-    found = {path.relative_to(tmp_path / "cuda") for path in (tmp_path / "cuda").rglob("*") if path.is_file()}
-    assert found
-    for path in found:
+    files = {path.relative_to(tmp_path / "cuda") for path in (tmp_path / "cuda").rglob("*") if path.is_file()}
+    assert files
+    for path in files:
         if path.suffix == ".safetensors":
             card, cpu = load_file(tmp_path / "cuda" / path), load_file(tmp_path / "cpu" / path)
             torch.testing.assert_close(card, cpu, rtol=1e-3, atol=2e-3)

@@ -20,7 +20,7 @@ PRECISIONS = ["fp32", "tf32", "bf16", "fp16", "fp64"]
 
 
 def outcome(run_dir: Path, step: int = 70) -> tuple[bytes, bytes, list[dict[str, Any]]]:
-    """Weights, moments, and the rows of metrics without clocks."""
+    """Weights, moments, and the metrics records without timings."""
     folder = run_dir / f"checkpoints/step_{step:08d}"
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timeless = [{key: value for key, value in row.items() if "second" not in key and "time" not in key} for row in rows]
@@ -34,7 +34,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(precision: str, run: Tra
     for steps in (41, 70):
         resumed = run(f"{precision}_resumed", f"train.precision={precision}", f"train.steps={steps}")
         torch.compiler.reset()  # the next one compiles anew, as another process would
-    assert outcome(resumed)[:2] == outcome(straight)[:2]  # the ends on the way have rows of their own
+    assert outcome(resumed)[:2] == outcome(straight)[:2]  # the ends on the way have records of their own
 
 
 @pytest.mark.parametrize(
