@@ -4,7 +4,7 @@
 #   sbatch launch/slurm.sh configs/tutorial.yaml data.name=mnist checkpoint.every=500
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh data.name=mnist checkpoint.every=500 name=mine
 #
-# The arguments are those of vae_dist/train.py. The run is called slurm-<job id>, unless name=... says otherwise.
+# The arguments are those of vae_dist/train.py. The run is called slurm-<job id>, unless name=... is given.
 #
 # The job is requeued before its time limit, and when it is preempted or loses a node. It keeps its id, so the run keeps
 # its name and resumes. Before the time limit, and at a preemption with a grace time, the run saves first. If a node is

@@ -59,8 +59,8 @@ def replace(old: str, new: str) -> Callable[[Path], None]:
             lambda path: save_file({"a": torch.zeros(3, 2), "b": torch.zeros(2)}, path),
             "a was torch.float32 [2",
         ),
-        ("metrics.jsonl", replace(str(1 / 14), "0.0714"), f"row 2 (step 14): train/loss was {1 / 14} and is 0.0714"),
-        ("metrics.jsonl", replace('{"step": 7', '{"step": 1}\n{"step": 7'), "row 1 (step 7): step was 7 and is 1"),
+        ("metrics.jsonl", replace(str(1 / 14), "0.0714"), f"record 2 (step 14): train/loss was {1 / 14} and is 0.0714"),
+        ("metrics.jsonl", replace('{"step": 7', '{"step": 1}\n{"step": 7'), "record 1 (step 7): step was 7 and is 1"),
         ("evaluation.json", replace("[1, 2]", "[1, 2.0]"), "active[1] was 2 and is 2.0"),
         ("evaluation.json", replace('"kl"', '"KL"'), 'kl was 1.5 and is "(absent)"'),
     ],
@@ -119,4 +119,4 @@ def test_a_changed_step_is_detected_and_a_copy_of_the_code_is_equal(is_changed: 
     done = subprocess.run([sys.executable, GOLDEN, "--only=two", str(copy)], capture_output=True, text=True)
     weights = next(line for line in done.stdout.splitlines() if WEIGHTS in line)
     assert (done.returncode, "DIFFERS" in weights) == (int(is_changed), is_changed), done.stdout + done.stderr
-    assert ("two: metrics.jsonl: DIFFERS: row 1 (step 7): train/" in done.stdout) == is_changed
+    assert ("two: metrics.jsonl: DIFFERS: record 1 (step 7): train/" in done.stdout) == is_changed

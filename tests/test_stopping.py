@@ -208,5 +208,5 @@ def test_the_tracker_is_closed_when_a_run_is_stopped(make_config: MakeConfig, mo
     assert train_with_signal(run_config, signal.SIGTERM, 7, monkeypatch) == 143
     record = next(Path("runs/a/wandb").glob("offline-run-*"))
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(record)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert found["exit_code"] != 0
+    inspected = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert inspected["exit_code"] != 0
