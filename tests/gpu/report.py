@@ -160,30 +160,30 @@ def machine() -> dict[str, str]:
     }
 
 
-def page(found: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """The summary, in Markdown."""
-    about = found["machine"]
+    about = results["machine"]
     text = [
         "# On a GPU", "",
         "Read this page before you rely on exact results or on a speed on a GPU. `make gpu` writes it;",
         "`tests/gpu/report.py` describes the method. One process on one card.", "",
         f"{about['date']}: {about['gpu']}, {about['cpu']}, torch {about['torch']}, Python {about['python']}. "
-        f"Data: {found['data']}. {found['seconds']:.0f} s in all.", "",
+        f"Data: {results['data']}. {results['seconds']:.0f} s in all.", "",
         "## Tests", "",
         "In these tests, warnings are errors.", "",
     ]  # fmt: skip
     rows = [
         [name, part.get("said", part.get("error", "")), f"{part.get('seconds', '')}"]
-        for name, part in found["tests"].items()
+        for name, part in results["tests"].items()
     ]
     text += markdown(["part", "outcome", "seconds"], rows)
-    text += [f"- failed: {name}" for part in found["tests"].values() for name in part.get("failed", [])]
-    if "start" in found:
+    text += [f"- failed: {name}" for part in results["tests"].values() for name in part.get("failed", [])]
+    if "start" in results:
         text += ["## From `accelerate launch` to the first step", ""]
-        starts = found["start"].get("seconds_to_first_step", {})
+        starts = results["start"].get("seconds_to_first_step", {})
         text += markdown(["", "seconds"], [[name, f"{seconds}"] for name, seconds in starts.items()])
-    if found["speed"]:
-        text += speeds({size: part.get("images_per_second", {}) for size, part in found["speed"].items()})
+    if results["speed"]:
+        text += speeds({size: part.get("images_per_second", {}) for size, part in results["speed"].items()})
     return "\n".join(text) + "\n"
 
 
@@ -233,26 +233,27 @@ def main() -> None:
     name = "mnist" if (options.root / "MNIST").is_dir() else "synthetic_digits"
     settings = [f"data.name={name}", f"data.root={(options.root if name == 'mnist' else folder / 'data').resolve()}"]
     settings += ["data.validation_images=0", "model.latent_dim=20"]
-    found: dict[str, Any] = {"machine": machine(), "data": name, "tests": {}, "speed": {}, "seconds": 0.0}
+    results: dict[str, Any] = {"machine": machine(), "data": name, "tests": {}, "speed": {}, "seconds": 0.0}
 
     def note(kind: str, part: str | int | None, outcome: dict[Any, Any]) -> None:
         """Write the results so far: the machine may be lost."""
-        found.setdefault(kind, {}).update(outcome if part is None else {part: outcome})
-        found["seconds"] = time.monotonic() - began
-        (folder / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
-        (folder / "gpu.md").write_text(page(found))
+        results.setdefault(kind, {}).update(outcome if part is None else {part: outcome})
+        results["seconds"] = time.monotonic() - began
+        (folder / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / "gpu.md").write_text(page(results))
 
     note("tests", None, tests(folder, [part for part in TESTS if part in options.only]))
     sizes = [size for size in STEPS if f"speed_{size}" in options.only]
     if sizes:
         outcomes = guarded(speed, sizes, folder, settings)
-        note("speed", None, {size: outcomes for size in sizes} if "error" in outcomes else outcomes)
+        note("speed", None, dict.fromkeys(sizes, outcomes) if "error" in outcomes else outcomes)
     if "start" in options.only:
         note("start", None, guarded(start, folder, settings))
     if options.only == parts:
-        (REPOSITORY / "docs/gpu.md").write_text(page(found))
-    print("\n" + page(found))
-    every = [*found["tests"].values(), *found["speed"].values(), *([found["start"]] if "start" in found else [])]
+        (REPOSITORY / "docs/gpu.md").write_text(page(results))
+    print("\n" + page(results))
+    every = [*results["tests"].values(), *results["speed"].values()]
+    every += [results["start"]] if "start" in results else []
     sys.exit(0 if all(part["ok"] for part in every) else 1)
 
 

@@ -40,7 +40,7 @@ def measure(
     note: Callable[[Rates], None],
 ) -> None:  # fmt: skip
     """Note images per second by `loop, precision` after each turn; None for a loop that can't be run."""
-    found: Rates = {}
+    rates: Rates = {}
     with ExitStack() as alive:
         groups: dict[str, tuple[Group, int]] = {}
         for loop, (_, precisions, steps) in LOOPS.items():
@@ -57,15 +57,15 @@ def measure(
                 try:
                     getattr(group, what)(*([steps_of_turn] if what == "begin" else []))
                 except (SystemExit, OSError):
-                    found[name] = None
+                    rates[name] = None
                     del groups[name]
         await_turn()
         seconds: dict[str, list[float]] = {name: [] for name in groups}
         for _ in range(repeats):
             for name, (group, steps_of_turn) in groups.items():
                 seconds[name].append(group.turn(steps_of_turn)["seconds"])
-                found[name] = steps_of_turn * size / statistics.median(seconds[name])
-                note(found)
+                rates[name] = steps_of_turn * size / statistics.median(seconds[name])
+                note(rates)
 
 
 if __name__ == "__main__":
@@ -92,4 +92,6 @@ if __name__ == "__main__":
             sys.stdin.readline()
 
     settings = [*options.settings, f"device={options.device}"]
-    measure(options.size, settings, str(options.result.parent / "runs"), options.repeats, options.steps, await_turn, note)
+    measure(
+        options.size, settings, str(options.result.parent / "runs"), options.repeats, options.steps, await_turn, note
+    )
