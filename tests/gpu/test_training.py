@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.gpu.conftest import Train
-from vae_dist.compute.cuda_graph import CapturedSteps
 from vae_dist.data import batches
 from vae_dist.errors import RunError
 from vae_dist.training import update
@@ -70,7 +69,7 @@ def test_a_run_is_compiled_and_captured_by_default(run: Train, monkeypatch: pyte
     monkeypatch.setattr(update.Update, "__init__", noted)
     folder = run("by_itself")
     assert "compile: true" in (folder / "config.yaml").read_text()
-    assert isinstance(made[0]._steps, CapturedSteps) and not made[0]._steps.failed
+    assert made[0]._captured_steps is not None and not made[0]._captured_steps.failed
 
 
 @pytest.fixture

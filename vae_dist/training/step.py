@@ -1,10 +1,10 @@
 """One optimizer step of a process on its shard of a batch, compiled or not.
 
-Shapes: b images of the shard, L latents, C, H, W image.
+b is the size of the shard, L latents, C, H, W image.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -38,22 +38,24 @@ class Step:
         self._gradients = _gradients(vae, config, world, scaler)
         self._guard = _guard(config, world, scaler)
         # On a GPU a step is captured, on another stream than the default one, where autograd's backward has run.
-        plain = self._gradients.functional if self._flat else self._gradients.eager
-        # The functions that run, compiled or not: see `_compile`.
-        self._guarded_gradients: Function = partial(self._batch_gradients, plain, self._guard)
-        self._whole_step: Function | None = None
+        self._compute_gradients: Function = self._gradients.functional if self._flat else self._gradients.eager
+        self._apply_guard: Function = self._guard
+        self._program: Compiled | None = None  # of the whole step, or of all of it but the optimizer
         self._not_agreed_on: list[Compiled] = []
         if config.train.compile:
-            self._compile(plain)
+            self._compile()
 
-    def __call__(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
-        """Take the step."""
-        if self._whole_step is not None:
-            self._whole_step(pixels, noise, values, totals, *self._optimizer.tensors)
+    def take(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+        """Change weights, moments and totals in place."""
+        if self._program is not None and self._flat:
+            self._program(pixels, noise, values, totals, *self._optimizer.tensors)
             return
         if self._not_agreed_on:
             self._agree_on_programs(pixels, noise, values, totals)
-        skip, *gradients = self._guarded_gradients(pixels, noise, values, totals, *self._optimizer.weights)
+        if self._program is not None:
+            skip, *gradients = self._program(pixels, noise, values, totals, *self._optimizer.weights)
+        else:
+            skip, *gradients = self._guarded_gradients(pixels, noise, values, totals, *self._optimizer.weights)
         learning_rate = values[0].float()
         if self._scaler.active:  # it decides itself whether to skip the update
             self._scaler.step(self._optimizer, gradients, learning_rate)
@@ -67,44 +69,31 @@ class Step:
         optimizer = self._optimizer
         assert isinstance(optimizer, FlatAdam)
         weights = optimizer.split(state[0])
-        functional = self._gradients.functional
-        skip, gradient = self._batch_gradients(functional, self._guard, pixels, noise, values, totals, *weights)
+        skip, gradient = self._guarded_gradients(pixels, noise, values, totals, *weights)
         optimizer.update(state, gradient, values[0].float(), skip)
         return [skip]
 
-    def _batch_gradients(
-        self,
-        compute_gradients: Function,
-        guard: Function,
-        pixels: Tensor,
-        noise: Tensor,
-        values: Tensor,
-        totals: Tensor,
-        *weights: Tensor,
+    def _guarded_gradients(
+        self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor, *weights: Tensor
     ) -> Sequence[Tensor]:
-        """Return [skip, *gradients]: the batch's mean gradients over all processes, as the `Guard` passes them on.
-
-        `compute_gradients` is for one micro-batch, as in `Gradients`; it and `guard` may be compiled programs.
-        """
+        """Return [skip, *gradients]: the batch's mean gradients over all processes, as the `Guard` passes them on."""
         beta = values[1]
-        loss, terms, *gradients = self._accumulated(compute_gradients, pixels, noise, beta, *weights)
+        loss, terms, *gradients = self._accumulated_gradients(pixels, noise, beta, *weights)
         if self._flat:
             gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
         means, mean_loss = average_gradients(gradients, loss, self._world)
         if self._scaler.active:
             self._scaler.unscale(self._optimizer, means)
-        return guard(terms, mean_loss, beta, totals, *means)
+        return self._apply_guard(terms, mean_loss, beta, totals, *means)
 
-    def _accumulated(
-        self, compute_gradients: Function, pixels: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor
-    ) -> Sequence[Tensor]:
+    def _accumulated_gradients(self, pixels: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """Return [loss, terms, *gradients] of the shard, summed over its micro-batches."""
         scale = self._scaler.scale()
         sums: Sequence[Tensor] = []
         for number in range(self._micro_batches):
             rows = shard(len(pixels), number, self._micro_batches)
             images = datasets.to_unit(pixels[rows.start : rows.stop], noise.dtype)
-            results = compute_gradients(images, noise[rows.start : rows.stop], beta, scale, *weights)
+            results = self._compute_gradients(images, noise[rows.start : rows.stop], beta, scale, *weights)
             # Accumulate in place: a second set of gradients may not fit.
             sums = [total.add_(value) for total, value in zip(sums, results, strict=True)] if sums else results
         return sums
@@ -113,23 +102,24 @@ class Step:
     def _flat(self) -> bool:
         return isinstance(self._optimizer, FlatAdam)
 
-    def _compile(self, plain: Function) -> None:
+    def _compile(self) -> None:
         """Compile the step into as few programs as possible: collectives and the loss scaler run between two of them.
 
-        A program is traced from functional gradients. If it can't be compiled, `plain` gradients take its place.
+        A program is traced from functional gradients. If it can't be compiled, its part of the step runs uncompiled.
         """
-        functional = self._gradients.functional
+        eager, functional = self._compute_gradients, self._gradients.functional
         if self._world.size > 1 or self._scaler.active:  # the exchange, or the scaler, is between two programs
             warns = self._world.size == 1
-            compute_gradients = Compiled(functional, plain, warns=warns)
+            gradients = Compiled(functional, eager, warns=warns)
             guard = Compiled(self._guard, self._guard, warns=warns)
-            self._guarded_gradients = partial(self._batch_gradients, compute_gradients, guard)
-            self._not_agreed_on = [compute_gradients, guard] if self._world.size > 1 else []
+            self._compute_gradients, self._apply_guard = gradients, guard
+            self._not_agreed_on = [gradients, guard] if self._world.size > 1 else []
         elif self._flat:
-            self._whole_step = Compiled(self._with_optimizer, self._with_optimizer)
+            self._program = Compiled(self._with_optimizer, self._with_optimizer)
         else:  # Adam is torch's fused kernel, which no program contains
-            traced = partial(self._batch_gradients, functional, self._guard)
-            self._guarded_gradients = Compiled(traced, self._guarded_gradients)
+            traced = copy(self)
+            traced._compute_gradients = functional
+            self._program = Compiled(traced._guarded_gradients, self._guarded_gradients)
 
     def _agree_on_programs(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
         """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""

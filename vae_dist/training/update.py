@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture, Steps
+from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture
 from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
@@ -62,7 +62,7 @@ class Update:
         self._values: list[Schedule] = []
         self._values_on_device = torch.empty(0)
         self._step = Step(vae, self.optimizer, config, world, self._scaler)
-        self._steps: Steps = self._one_by_one if capture is None else self._captured(capture)
+        self._captured_steps = None if capture is None else self._captured(capture)
         self.most_steps = 1 if capture is None else MOST_STEPS
 
     def __call__(self, pixels: Tensor, noise: Tensor, values: Sequence[Schedule]) -> None:
@@ -70,16 +70,20 @@ class Update:
         if list(values) != self._values:  # a constant schedule is copied to the device once
             self._values = list(values)
             self._values_on_device = torch.tensor(self._values, dtype=self.totals.dtype).to(self.totals.device)
-        self._steps(pixels, noise, self._values_on_device)
+        if self._captured_steps is not None:
+            self._captured_steps(pixels, noise, self._values_on_device)
+        else:
+            self._take(pixels, noise, self._values_on_device)
 
-    def _one_by_one(self, pixels: Tensor, noise: Tensor, values: Tensor) -> None:
-        for inputs in zip(pixels, noise, values, strict=True):
-            self._step(*inputs, self.totals)
+    def _take(self, pixels: Tensor, noise: Tensor, values: Tensor) -> None:
+        """Take the steps one by one."""
+        for pixels_of_step, noise_of_step, values_of_step in zip(pixels, noise, values, strict=True):
+            self._step.take(pixels_of_step, noise_of_step, values_of_step, self.totals)
 
     def _captured(self, capture: Capture) -> CapturedSteps:
         """The same steps, which are captured once for each k, and replayed from then on."""
         state = [*self.optimizer.tensors, self.totals]
-        return CapturedSteps(self._one_by_one, state, capture, self._scaler.state_dict, self._scaler.load_state_dict)
+        return CapturedSteps(self._take, state, capture, self._scaler.state_dict, self._scaler.load_state_dict)
 
     def require_healthy(self, step: int) -> int:
         """Return how many updates were skipped up to `step`, the same on all processes; all call this.
