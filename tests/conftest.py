@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from tests.forked import ForkServer
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.runs.lookup import Opened, open_checkpoint
@@ -34,6 +35,14 @@ settings.load_profile("suite")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Python processes that have imported torch already."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

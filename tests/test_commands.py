@@ -1,4 +1,7 @@
-"""The commands as a user types them: real processes, exit codes, stdout and stderr."""
+"""The commands as a user types them: real processes, real exit codes, what they print and where.
+
+Where nothing depends on how Python and torch start, the processes are forked.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, newest_checkpoint
+from tests.forked import ForkServer, Result
 
 TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE = (
     str(REPOSITORY / f"vae_dist/{command}.py")
@@ -21,8 +25,6 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ["data.synthetic_images=600", "data.validation_images=100", "train.steps=4", "tracking.wandb=disabled"]
 
-Result = subprocess.CompletedProcess[str]
-
 
 def run(*command: str, cwd: Path | None = None, **environment: str) -> Result:
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -30,48 +32,55 @@ def run(*command: str, cwd: Path | None = None, **environment: str) -> Result:
     return subprocess.run(command, cwd=cwd, env=outside, capture_output=True, text=True, timeout=120)
 
 
-def test_commands_run_from_any_folder_without_installation(smoke_arguments: list[str], tmp_path: Path) -> None:
-    trained = run(*LAUNCH, TRAIN, *smoke_arguments)
+def test_commands_run_from_any_folder_without_installation(
+    fork_server: ForkServer, smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    trained = run(*LAUNCH, TRAIN, *smoke_arguments, "train.threads=null")
     assert trained.returncode == 0, trained.stderr
     assert "step 40/40" in trained.stderr and "validation/negative_elbo" in trained.stdout
     assert not {"\x1b", "\r"} & set(trained.stderr + trained.stdout)  # stderr is no terminal
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+    assert f"(threads: {cores})" in trained.stderr  # though the launcher sets one
     run_dir = next((tmp_path / "runs").iterdir())
 
-    evaluated = run(sys.executable, EVALUATE)
+    evaluated = fork_server.run(EVALUATE)
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert f"{result['negative_elbo']:.4f}" in evaluated.stdout
 
-    sampled = run(sys.executable, "-P", SAMPLE, "runs", "sample.count=4")
+    sampled = fork_server.run(SAMPLE, "runs", "sample.count=4")
     assert sampled.returncode == 2 and "runs has no checkpoint yet" in sampled.stderr
-    sampled = run(sys.executable, "-P", SAMPLE, str(run_dir), "sample.count=4")
+    sampled = fork_server.run(SAMPLE, str(run_dir), "sample.count=4")
     assert sampled.returncode == 0, sampled.stderr
     assert (run_dir / "samples/step_00000040_prior_seed_0/grid.png").exists()
-    scattered = run(sys.executable, SAMPLE, str(run_dir), "sample.kind=scatter")
+    scattered = fork_server.run(SAMPLE, str(run_dir), "sample.kind=scatter")
     assert "step_00000040_scatter" in scattered.stderr
     assert (run_dir / "samples/step_00000040_scatter/scatter.png").exists()
-    confused = run(sys.executable, SAMPLE, str(run_dir), "sample.kind=scater")
+    confused = fork_server.run(SAMPLE, str(run_dir), "sample.kind=scater")
     assert confused.returncode == 2 and "choose from prior, codes" in confused.stderr
 
-    reported = run(sys.executable, REPORT)
+    reported = fork_server.run(REPORT)
     assert reported.returncode == 0, reported.stderr
     assert f"written to runs/{run_dir.name}/report.html" in reported.stderr
     assert f"{result['negative_elbo']:.2f}" in (run_dir / "report.html").read_text()
 
 
-def test_a_command_runs_as_a_module(tmp_path: Path) -> None:
-    arguments = [*TINY, "data.name=synthetic_digits", f"data.root={tmp_path}", f"runs_dir={tmp_path}/runs", "name=a"]
-    trained = run(sys.executable, "-m", "vae_dist.train", *arguments, cwd=REPOSITORY)
+def test_a_command_runs_as_a_module(
+    fork_server: ForkServer, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    arguments = [*TINY, "data.name=synthetic_digits", f"data.root={data_root}", f"runs_dir={tmp_path}/runs", "name=a"]
+    trained = fork_server.run("-m", "vae_dist.train", *arguments)
     assert trained.returncode == 0, trained.stderr
     assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
-def test_without_data_and_network_the_embedded_digits_are_used(tmp_path: Path) -> None:
-    trained = run(*LAUNCH, TRAIN, *TINY, "name=a", "data.mirror=http://127.0.0.1:9")
+def test_without_data_and_network_a_training_falls_back_to_the_embedded_digits(
+    fork_server: ForkServer, data_root: Path, tmp_path: Path
+) -> None:
+    trained = fork_server.run(TRAIN, *TINY, "name=a", f"data.root={data_root}", "data.mirror=http://127.0.0.1:9")
     assert trained.returncode == 0, trained.stderr
-    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
-    assert f"(threads: {cores})" in trained.stderr  # though the launcher sets one
-    assert "MNIST is not available" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
+    assert "MNIST can't be had" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
     assert "name: synthetic_digits" in (tmp_path / "runs/a/config.yaml").read_text()
 
 
@@ -92,17 +101,19 @@ def test_without_data_and_network_the_embedded_digits_are_used(tmp_path: Path) -
         (REPORT, "model.latent_dim=3", "there is no trained run in runs"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(command: str, argument: str, expected: str) -> None:
-    refused = run(sys.executable, command, argument)
+def test_bad_input_is_one_message_and_exit_code_2(
+    command: str, argument: str, expected: str, fork_server: ForkServer
+) -> None:
+    refused = fork_server.run(command, argument)
     assert refused.returncode == 2
     assert expected in refused.stderr and refused.stderr.count("\n") == 1
     assert refused.stdout == ""
     assert not Path("runs").exists()
 
 
-def test_the_launch_file_for_cpus_starts_processes_that_train_together(tmp_path: Path) -> None:
+def test_the_launch_file_for_cpus_starts_processes_that_train_together(data_root: Path, tmp_path: Path) -> None:
     launch = [*LAUNCH, "--config_file", str(REPOSITORY / "launch/cpu.yaml")]
-    trained = run(*launch, TRAIN, *TINY, "data.name=synthetic_digits", "device=cpu", "name=a")
+    trained = run(*launch, TRAIN, *TINY, "data.name=synthetic_digits", f"data.root={data_root}", "device=cpu", "name=a")
     assert trained.returncode == 0, trained.stderr
     assert trained.stderr.count("runs/a: 2 processes on cpu") == 1 and "Warning" not in trained.stderr
     assert newest_checkpoint(tmp_path / "runs/a") is not None
@@ -143,7 +154,7 @@ def test_help_shows_a_commands_keys_and_print_config_the_config() -> None:
     assert "latent_dim: 7" in printed.stdout and printed.stderr == ""
     readable = run(sys.executable, EVALUATE, "--help").stdout
     assert "evaluate.batch_size=" in readable and "model.latent_dim=" not in readable
-    sampling = run(sys.executable, SAMPLE, "--help").stdout
+    sampling = run(sys.executable, "-P", SAMPLE, "--help").stdout  # with nothing of its folder on the path
     assert all(kind in sampling for kind in ("neighbours", "traversal", "manifold", "sample.steps=null"))
 
 
