@@ -57,6 +57,13 @@ class ForkServer:
         """Run one program to its end: `FILE ...`, `-m MODULE ...` or `-c CODE ...`, as after `python`."""
         return self.run_group([dict(os.environ)], *command, **options)[0]
 
+    def launch(self, size: int, *command: str, **options: Any) -> list[Result]:
+        """Run a program in `size` processes that can join, as a launcher would."""
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "GLOO_SOCKET_IFNAME": "lo"}
+        common = {**os.environ, **meet, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        return self.run_group(ranks, *command, **options)
+
     def run_group(
         self,
         environments: Sequence[dict[str, str]],
@@ -87,6 +94,12 @@ class ForkServer:
             texts = list(readers.map(_read, (reader for reader, _ in pipes)))
             codes = json.loads(ours.makefile().read())
         return [Result(command, code, *texts[2 * rank : 2 * rank + 2]) for rank, code in enumerate(codes)]
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _read(descriptor: int) -> str:
@@ -141,7 +154,7 @@ def _fork_group(request: dict[str, Any], reply: int, *streams: int) -> None:
 
 
 def _run() -> int:
-    """Run the program that `sys.argv` names, as the interpreter would, and return its exit code."""
+    """Run the program that `sys.argv` names and return its exit code."""
     try:
         _run_program()
     except SystemExit as end:
@@ -164,6 +177,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _run_program() -> None:
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if sys.argv[0] == "-c":
         code = sys.argv.pop(1)
         sys.path.insert(0, "")

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.conftest import MakeConfig
-from tests.test_mnist import unused_port
+from tests.forked import unused_port
 from vae_dist import config
 from vae_dist.distributed import caller, environment, failures, precision, processes
 from vae_dist.errors import UserError

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.test_elastic import unused_port
+from tests.forked import ForkServer
 from tests.test_mnist import idx
 from vae_dist.errors import RunError
 from vae_dist.runs import console, streams, tables
@@ -236,15 +236,15 @@ def test_messages_before_the_log_opens_are_in_it_once(tmp_path: Path) -> None:
         ({"RANK": "1", "WORLD_SIZE": "2"}, f"process 1 of 2 on {platform.node()}: "),
     ],
 )
-def test_every_process_prints_its_own_error(environment: dict[str, str], place: str) -> None:
-    """Also with variables that an earlier launcher has left in the environment."""
-    ended = subprocess.run(
-        [sys.executable, TRAIN, "model.latnt_dim=3"], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert ended.returncode == 2 and ended.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
+def test_every_process_prints_its_own_error(environment: dict[str, str], place: str, fork_server: ForkServer) -> None:
+    """Whatever an earlier launcher has left in the environment."""
+    (said,) = fork_server.run_group([{**os.environ, **environment}], TRAIN, "model.latnt_dim=3")
+    assert said.returncode == 2 and said.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
 
 
-def test_one_process_prints_its_error_and_the_others_learn_the_reason(tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_printed_by_it_and_the_others_learn_the_reason(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """A data set that lies on the first machine and not on the second."""
     folder = tmp_path / "0/data/KMNIST/raw"
     folder.mkdir(parents=True)
@@ -254,19 +254,7 @@ def test_one_process_prints_its_error_and_the_others_learn_the_reason(tmp_path: 
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.zeros(60, np.uint8)))
     settings = ["data.name=kmnist", "data.download=false", "data.validation_images=0", "train.batch_size=10"]
     settings += ["tracking.wandb=disabled", "device=cpu", "train.compile=false", f"runs_dir={tmp_path}/runs", "name=a"]
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, TRAIN, *settings],
-            cwd=tmp_path / rank,
-            env={**os.environ, **launch, "RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        stderr = process.communicate(timeout=60)[1]
-        assert process.returncode == 2
-        assert stderr.count("\n") == 1
-        assert stderr.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")
+    for ended in fork_server.launch(2, TRAIN, *settings, folders=[tmp_path / "0", tmp_path / "1"]):
+        assert ended.returncode == 2
+        assert ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")

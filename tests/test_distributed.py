@@ -1,4 +1,4 @@
-"""Claims about several processes, on real ones: one `torchrun` per world size, and a plain call for one process."""
+"""Claims about several processes, on real ones: one group per world size, and a plain call for one process."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests import worker
 from tests.conftest import REPOSITORY, newest_checkpoint
+from tests.forked import ForkServer
 from vae_dist import config
 from vae_dist.distributed import fingerprints
 from vae_dist.runs.checkpoint import Checkpoint
@@ -123,7 +124,9 @@ def torchrun(world_size: int, *command: str, **environment: str) -> subprocess.C
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) -> dict[int, Path]:
+def roots(
+    tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str], fork_server: ForkServer
+) -> dict[int, Path]:
     """Each world size's folder, with what its jobs wrote; made at its first use."""
     base = tmp_path_factory.mktemp("worlds")
     reference = base / "1/runs/fp32"
@@ -138,9 +141,11 @@ def roots(tmp_path_factory: pytest.TempPathFactory, smoke_arguments: list[str]) 
                 worker.main([job for job in listed if job[0] in alone])
             else:
                 (root / "jobs.json").write_text(json.dumps(listed))
-                result = torchrun(world_size, str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json"))
-                assert result.returncode == 0, result.stderr[-4000:]
-                (root / "log").write_text(result.stdout + result.stderr)
+                command = str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json")
+                ended = fork_server.launch(world_size, *command, libraries=["torch._dynamo"], timeout=200)
+                log = "".join(result.stdout + result.stderr for result in ended)
+                assert not any(result.returncode for result in ended), log[-4000:]
+                (root / "log").write_text(log)
             self[world_size] = root
             return root
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, newest_checkpoint
+from tests.forked import unused_port
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 
@@ -32,12 +32,6 @@ def agent(port: int, options: list[str], arguments: list[str]) -> subprocess.Pop
         stdout=subprocess.DEVNULL,
         text=True,
     )
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:

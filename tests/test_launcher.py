@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig
-from tests.test_mnist import unused_port
+from tests.forked import unused_port
 from vae_dist import config
 from vae_dist.distributed import launcher, precision, processes
 from vae_dist.errors import UserError

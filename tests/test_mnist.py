@@ -2,7 +2,6 @@ import fcntl
 import gzip
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 import torchvision
 
 from tests.conftest import REPOSITORY
+from tests.forked import unused_port
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets, download, mnist
 from vae_dist.data.idx import FILE_BYTES
@@ -488,9 +488,3 @@ def test_the_real_mnist_is_read_whole() -> None:
     assert training.pixels.shape == (60_000, 1, 28, 28)
     assert training.pixels.double().mean().item() / 255 == pytest.approx(0.1306604762738429)
     assert len(datasets.load_test(settings).labels) == 10_000
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

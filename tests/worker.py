@@ -1,6 +1,6 @@
-"""The jobs of test_distributed under torchrun: several commands in one group of processes.
+"""The jobs of test_distributed: several commands in one group of processes, each of which runs this program.
 
-    torchrun --nproc-per-node N tests/worker.py JOBS.json
+    tests/worker.py JOBS.json
 
 JOBS.json is a list of [command, output, arguments]. One launch serves many claims, because a launch takes seconds.
 """
@@ -29,7 +29,7 @@ from vae_dist import config
 from vae_dist.compute.compiled import Compiled
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
-from vae_dist.distributed import environment, fingerprints, precision, processes, stopping
+from vae_dist.distributed import environment, failures, fingerprints, precision, processes, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
@@ -145,10 +145,12 @@ def warn(output: str, arguments: list[str]) -> None:
     with processes.join(config.load(arguments)) as world:
         console.start(world)
         console.logger.warning("said by all")
-        if world.rank == world.size - 1:
-            console.logger.warning("said by the last")
-        if not world.is_main:
-            console.logger.warning("said by the others")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(failures, "REPORT_SECONDS", 0.1)  # in vain: the main process does not log these
+            if world.rank == world.size - 1:
+                console.logger.warning("said by the last")
+            if not world.is_main:
+                console.logger.warning("said by the others")
         torch.distributed.barrier()
 
 
