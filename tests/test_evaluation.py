@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,15 @@ from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
 
+@pytest.fixture(scope="module")
+def trained(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs_dir = tmp_path_factory.mktemp("runs")
+    return train(config.load([*smoke_arguments, f"runs_dir={runs_dir}", "name=a", "train.steps=10"]))
+
+
 @pytest.fixture
-def run_dir(make_config: MakeConfig) -> Path:
-    return train(make_config("name=a", "train.steps=10"))
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "runs/a"))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """A run's directory as an object: the files that are read, how often, and the content that is skipped."""
 
 import json
-import subprocess
-import sys
+import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY, MakeConfig
+from tests.forked import ForkServer
+from vae_dist import config
 from vae_dist.runs.run import Run
 from vae_dist.runs.starts import Start
 from vae_dist.training.loop import train
@@ -35,27 +37,38 @@ print(json.dumps(opened))
 """
 
 
-def reads(*arguments: str) -> dict[str, int]:
-    command = [sys.executable, "-c", COUNT_READS, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(REPOSITORY)})
+def reads(server: ForkServer, *arguments: str) -> dict[str, int]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    (done,) = server.run_group([environment], "-c", COUNT_READS, *arguments)
     assert done.returncode == 0, done.stderr
     counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return counts
 
 
+@pytest.fixture(scope="module")
+def trained(smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = ["name=mine", "train.steps=10", "train.validate_every=5", f"runs_dir={tmp_path_factory.mktemp('runs')}"]
+    return train(config.load([*smoke_arguments, *settings]))
+
+
 @pytest.fixture
-def run_dir(make_config: MakeConfig) -> Path:
-    return train(make_config("name=mine", "train.steps=10", "train.validate_every=5"))
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "runs/mine"))
 
 
-def test_images_and_files_of_a_checkpoint_are_read_once(smoke_arguments: list[str], tmp_path: Path) -> None:
+def test_a_training_reads_its_images_once_and_an_evaluation_each_file_of_its_checkpoint_once(
+    fork_server: ForkServer, smoke_arguments: list[str], tmp_path: Path
+) -> None:
     arguments = [*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", "name=a", "train.steps=2"]
-    reads("train", *arguments)  # draws the digits, if no other test has
-    digits = {name: count for name, count in reads("train", *arguments[:-2], "name=b", "train.steps=2").items()
-              if name.startswith("1200_") and name.endswith(".safetensors")}  # fmt: skip
+    reads(fork_server, "train", *arguments)  # draws the digits, if no other test has
+    counts = reads(fork_server, "train", *arguments[:-2], "name=b", "train.steps=2")
+    digits = {
+        name: count for name, count in counts.items() if name.startswith("1200_") and name.endswith(".safetensors")
+    }
     assert list(digits.values()) == [1]
 
-    counts = reads("evaluate", str(tmp_path / "runs/b"), "evaluate.importance_samples=1", "tracking.wandb=disabled")
+    settings = "evaluate.importance_samples=1", "tracking.wandb=disabled"
+    counts = reads(fork_server, "evaluate", str(tmp_path / "runs/b"), *settings)
     assert counts["manifest.json"] == 2  # parsed once, and held open against the pruner
     assert counts["model.safetensors"] == counts["state.json"] == 2  # its size is checked before it is read
     assert counts["optimizer.safetensors"] == 1  # its size alone
