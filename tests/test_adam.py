@@ -1,10 +1,9 @@
-import subprocess
-import sys
-
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY
+from tests.forked import ForkServer
 from vae_dist.training.adam import Adam, FlatAdam
 
 
@@ -66,7 +65,7 @@ def test_torchs_gradient_scaler_drives_it_as_it_does_torchs_adam() -> None:
     assert optimizer.state[0]["step"] == 4
 
 
-def test_a_step_does_not_load_torchs_compiler() -> None:
+def test_a_step_does_not_load_torchs_compiler(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The import takes longer than everything else before the first step."""
     code = """
 import sys, torch
@@ -76,7 +75,8 @@ Adam([parameter]).step([torch.ones(3)], torch.tensor(0.1))
 assert parameter[0] < 1
 sys.exit("torch._dynamo" in sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    monkeypatch.chdir(REPOSITORY)
+    assert fork_server.run("-c", code).returncode == 0
 
 
 def test_adam_over_one_tensor_is_torchs_adam() -> None:

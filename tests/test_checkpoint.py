@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint, opened
+from tests.forked import ForkServer
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
 from vae_dist.models import build_vae
@@ -201,9 +202,9 @@ def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
 
 
-def test_a_save_killed_at_any_point_leaves_a_resumable_run(tmp_path: Path) -> None:
-    """Before and after every file, the manifest, the renames and the pruning: wherever a save writes to the disk."""
-    result = subprocess.run([sys.executable, CRASH, str(tmp_path)], capture_output=True, text=True)
+def test_a_save_that_is_killed_at_any_point_leaves_a_run_that_goes_on(fork_server: ForkServer, tmp_path: Path) -> None:
+    """Before and after every file, the manifest, the renames and the pruning: wherever a save touches the disk."""
+    result = fork_server.run(CRASH, str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     points = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(points) > 40

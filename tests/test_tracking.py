@@ -30,6 +30,7 @@ import wandb
 from PIL import Image
 
 from tests.conftest import REPOSITORY, MakeConfig
+from tests.forked import ForkServer
 from tests.wandb_server import Fault, Run, WandbServer
 from vae_dist import config as configs
 from vae_dist.config import Config
@@ -441,8 +442,10 @@ def reporting() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(REPOSITORY)}
 
 
-def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_path: Path) -> None:
-    """No connection is made, so a network that drops packets delays nothing."""
+def test_offline_nothing_is_sent_by_any_command(
+    fork_server: ForkServer, smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    """No connection is made, so that where the network swallows packets nothing is waited for either."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         environment = reporting() | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
         arguments = [
@@ -451,8 +454,7 @@ def test_offline_nothing_is_sent_by_any_command(smoke_arguments: list[str], tmp_
             "train.steps=5",
             "evaluate.importance_samples=1",
         ]
-        command = [sys.executable, "-c", ALL_COMMANDS, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        (done,) = fork_server.run_group([environment], "-c", ALL_COMMANDS, *arguments)
         assert done.returncode == 0 and "wandb:" not in done.stderr, done.stderr
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
