@@ -146,9 +146,9 @@ def test_processes_that_can_not_connect_name_the_address(
     port = listener if is_taken else unused_port()
     for name, value in {**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
-    run_config = make_config("runtime.start_timeout=1")
-    with pytest.raises(UserError, match=message.format(port=port)), processes.join(run_config):
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.2)
+    asked = make_config("runtime.start_timeout=0.3")
+    with pytest.raises(UserError, match=message.format(port=port)), processes.join(asked):
         pass
 
 
