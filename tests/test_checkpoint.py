@@ -202,7 +202,7 @@ def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
 
 
-def test_a_save_that_is_killed_at_any_point_leaves_a_run_that_goes_on(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_a_save_killed_at_any_point_leaves_a_resumable_run(fork_server: ForkServer, tmp_path: Path) -> None:
     """Before and after every file, the manifest, the renames and the pruning: wherever a save touches the disk."""
     result = fork_server.run(CRASH, str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]

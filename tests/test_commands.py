@@ -75,7 +75,7 @@ def test_a_command_runs_as_a_module(
     assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
-def test_without_data_and_network_a_training_falls_back_to_the_embedded_digits(
+def test_without_data_and_network_the_embedded_digits_are_used(
     fork_server: ForkServer, data_root: Path, tmp_path: Path
 ) -> None:
     trained = fork_server.run(TRAIN, *TINY, "name=a", f"data.root={data_root}", "data.mirror=http://127.0.0.1:9")

@@ -242,9 +242,7 @@ def test_every_process_prints_its_own_error(environment: dict[str, str], place: 
     assert said.returncode == 2 and said.stderr.startswith(f"error: {place}unknown key 'model.latnt_dim'")
 
 
-def test_an_error_of_one_process_is_printed_by_it_and_the_others_learn_the_reason(
-    fork_server: ForkServer, tmp_path: Path
-) -> None:
+def test_one_process_prints_its_error_and_the_others_learn_the_reason(fork_server: ForkServer, tmp_path: Path) -> None:
     """A data set that lies on the first machine and not on the second."""
     folder = tmp_path / "0/data/KMNIST/raw"
     folder.mkdir(parents=True)

@@ -50,10 +50,10 @@ print("compiled")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
-def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+def test_the_kernel_compiles_for_gpus(fork_server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.chdir(REPOSITORY)
+    done = fork_server.run("-c", COMPILE)
     assert done.stdout == "compiled\n", done.stderr
 
 

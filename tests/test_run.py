@@ -56,7 +56,7 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "runs/mine"))
 
 
-def test_a_training_reads_its_images_once_and_an_evaluation_each_file_of_its_checkpoint_once(
+def test_images_and_files_of_a_checkpoint_are_read_once(
     fork_server: ForkServer, smoke_arguments: list[str], tmp_path: Path
 ) -> None:
     arguments = [*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", "name=a", "train.steps=2"]
