@@ -1,5 +1,6 @@
 """Shared fixtures: a small config over embedded digits that are drawn once, and a clean environment."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,11 @@ settings.load_profile("suite")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 MakeConfig = Callable[..., Config]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the libraries' objects the collections of garbage that tests ask for."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -111,11 +111,13 @@ def _serve(requests: socket.socket) -> None:
     """Answer requests until the client has gone. Returns in a forked process, with its program still to be run."""
     while True:
         text, descriptors, *_ = socket.recv_fds(requests, LONGEST_REQUEST, 64)
+        with suppress(ChildProcessError):  # there are no more
+            while os.waitpid(-1, os.WNOHANG if text else 0)[0]:
+                pass
         if not text:
             os._exit(0)
         if os.fork() == 0:
             requests.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return _fork_group(json.loads(text), *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -196,7 +198,6 @@ if __name__ == "__main__":
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()  # the forks share what is here: ending one must not touch it all
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for how those ended that the server has forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _serve(socket.socket(fileno=int(sys.argv[1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)

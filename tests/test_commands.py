@@ -80,7 +80,7 @@ def test_without_data_and_network_the_embedded_digits_are_used(
 ) -> None:
     trained = fork_server.run(TRAIN, *TINY, "name=a", f"data.root={data_root}", "data.mirror=http://127.0.0.1:9")
     assert trained.returncode == 0, trained.stderr
-    assert "MNIST can't be had" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
+    assert "MNIST is not available" in trained.stderr and "TRAINING ON THE EMBEDDED DIGITS" in trained.stderr
     assert "name: synthetic_digits" in (tmp_path / "runs/a/config.yaml").read_text()
 
 
