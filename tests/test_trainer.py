@@ -389,5 +389,5 @@ def test_a_process_without_the_others_does_not_train_alone(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"WORLD_SIZE=2 says .* RANK, LOCAL_RANK, MASTER_ADDR is not set"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 means .* RANK, LOCAL_RANK, MASTER_ADDR is not set"):
         train(make_config())
