@@ -57,6 +57,7 @@ def test_the_kernel_compiles_for_gpus(fork_server: ForkServer, tmp_path: Path, m
     assert done.stdout == "compiled\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
 def test_split_and_tiled_products_are_the_products(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
