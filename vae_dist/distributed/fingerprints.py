@@ -26,14 +26,6 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Hash the tensors' bits, on the host."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """Sum the tensors' bits, each word weighted by its position: int64 `()`, on their device, without a host sync.
 

@@ -27,7 +27,7 @@ from vae_dist.models import build_vae, check_names
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
-from vae_dist.runs.run import ELSEWHERE, Run
+from vae_dist.runs.run import ANOTHER_RUNS_DIR, Run
 from vae_dist.runs.wandb_client import check_wandb
 from vae_dist.runs.wandb_identity import new_id, own_id, owner
 
@@ -71,7 +71,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Traini
             f"train.batch_size={config.train.batch_size} is too small for {world.size} processes "
             f"with {config.train.accumulate} micro-batches each; it must be at least {micro_batches}"
         )
-    with writing(Path(config.runs_dir), ELSEWHERE):  # to list it takes permissions too
+    with writing(Path(config.runs_dir), ANOTHER_RUNS_DIR):  # to list it takes permissions too
         config = replace(config, name=_name(config))
         run = Run(Path(config.runs_dir) / str(config.name))
         is_new = not run.directory.exists()

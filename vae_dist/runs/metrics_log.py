@@ -9,8 +9,7 @@ from vae_dist.errors import RunError, UserError
 from vae_dist.files import ELSEWHERE, append, make_folder, sync, write_atomically, writing
 from vae_dist.runs.metrics import METRICS, read_records
 from vae_dist.runs.picture import Picture, to_png
-from vae_dist.runs.run import ELSEWHERE as ANOTHER_RUNS_DIR
-from vae_dist.runs.run import IMAGES
+from vae_dist.runs.run import ANOTHER_RUNS_DIR, IMAGES
 
 
 class MetricsLog:

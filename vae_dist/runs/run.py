@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOCK, MARK, LOG = ".lock", ".writer.json", "log.txt"
 EVALUATION, EVALUATIONS, IMAGES = "evaluation.json", "evaluations", "images"
-ELSEWHERE = "choose another runs_dir"
+ANOTHER_RUNS_DIR = "choose another runs_dir"
 LOCK_SECONDS = 10.0  # for a training that was asked to stop to release the directory
 TEXT_BYTES = 2**26  # of a log or the starts
 METRICS_BYTES = 2**30
@@ -66,10 +66,10 @@ class Run:
 
         Raises UserError if the directory can't be written to, holds links, or belongs to another live training.
         """
-        make_folder(self.directory, ELSEWHERE)
+        make_folder(self.directory, ANOTHER_RUNS_DIR)
         require_no_links(self.directory)
         with self._locked(take_over):
-            with writing(self.directory, ELSEWHERE):
+            with writing(self.directory, ANOTHER_RUNS_DIR):
                 saving.recover(self.directory)
             yield
 
@@ -87,7 +87,7 @@ class Run:
         subject = f"another training is writing {self.directory}"
         with ExitStack() as stack:
             try:
-                with writing(self.directory, ELSEWHERE):
+                with writing(self.directory, ANOTHER_RUNS_DIR):
                     problem = stack.enter_context(locks.locked(self.directory / LOCK, LOCK_SECONDS, subject))
                     if problem is not None:
                         stack.enter_context(locks.marked(self.directory / MARK, LOCK_SECONDS, subject, take_over))

@@ -21,7 +21,7 @@ from vae_dist.runs import console, tracking
 from vae_dist.runs.checkpoint import TrainingState
 from vae_dist.runs.claim import Resolved, claim
 from vae_dist.runs.progress import TrainingProgress
-from vae_dist.runs.run import ELSEWHERE, LOG, Run
+from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, Run
 from vae_dist.runs.starts import Start, write_start
 from vae_dist.training.cadence import Cadence, due, launches
 from vae_dist.training.meter import Meter
@@ -92,7 +92,7 @@ def _outputs(resolved: Resolved, world: World, state: TrainingState, cadence: Ca
         trackers = []
 
         def begin() -> None:
-            with writing(run.directory, ELSEWHERE):
+            with writing(run.directory, ANOTHER_RUNS_DIR):
                 run.resume_from(state.step)
                 configs.save(config, run.directory / "config.yaml")
                 write_start(run.directory, _start(config, world, state.step, cadence.last_step, plan))
