@@ -1,26 +1,25 @@
-"""The objective: ELBO terms per image, the training loss, and the schedules of learning rate and beta.
+"""Objectives and metrics: values per image, by name.
 
-All values are nats per image, summed over an image's pixels and latents and never averaged over them. B batch, N images
-of a set, K importance samples, L latents, C, H, W image.
+All values are nats per image, summed over an image's pixels and latents and never averaged over them. A new objective
+is a function here and a line in OBJECTIVES. B batch, K draws from each posterior, L latents, C, H, W image.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from vae_dist.config import Config
-from vae_dist.models.distributions import DiagonalGaussian, at_least_float32
-from vae_dist.models.vae import VAE, VAEOutput
+from vae_dist.models.vae import Inference
 
 ACTIVE_VARIANCE = 0.01  # of Burda et al. (2016), section 5.2
 
 
 class ElboTerms(NamedTuple):
-    """The two terms of the negative ELBO, one value per image."""
+    """The two terms of the negative ELBO, one value per image, averaged over its draws."""
 
-    reconstruction: Tensor  # (B,), -log p(x|z) of one sample of z
-    kl: Tensor  # (B,), KL(q(z|x) || p(z)), at least 0
+    reconstruction: Tensor  # (B,), -log p(x|z)
+    kl: Tensor  # (B,), KL(q(z|x) || p(z)), at least 0 where it has a closed form
 
     @property
     def negative_elbo(self) -> Tensor:
@@ -38,72 +37,69 @@ class ElboTerms(NamedTuple):
         }
 
 
-def elbo_terms(output: VAEOutput, images: Tensor) -> ElboTerms:
+def elbo_terms(inference: Inference, images: Tensor) -> ElboTerms:
     """Return the ELBO terms of images `(B, C, H, W)`, in float32 at least (Kingma and Welling 2013, equation 10)."""
-    return ElboTerms(
-        reconstruction=-output.likelihood.log_prob(at_least_float32(images)),
-        kl=output.posterior.kl().sum(1),
-    )
+    return _terms(inference, inference.log_likelihood(images))
 
 
-def log_weights(vae: VAE, posterior: DiagonalGaussian, images: Tensor, noise: Tensor) -> Tensor:
-    """Log importance weights log p(x, z) - log q(z|x) of K latents per image: `(K, B)`, in float32 at least.
+def log_weights(inference: Inference, images: Tensor) -> Tensor:
+    """Log importance weights log p(x, z) - log q(z|x) of the K draws: `(K, B)`, in float32 at least.
 
-    Latents are drawn from the posterior `(B, L)` of images `(B, C, H, W)` with noise `(K, B, L)`. The logarithm of an
-    image's mean weight is on average at most log p(x), and rises to it with K (Burda et al. 2016, equation 8).
+    The logarithm of an image's mean weight is on average at most log p(x), and rises to it with K (Burda et al. 2016,
+    equation 8).
     """
-    likelihood = vae.decode(posterior.sample(noise).flatten(0, 1))
-    log_likelihood = likelihood.log_prob(at_least_float32(images).repeat(len(noise), 1, 1, 1))
-    return log_likelihood.unflatten(0, noise.shape[:2]) + posterior.log_prior_ratio(noise)
+    return inference.log_likelihood(images) + inference.log_ratio
 
 
-def active_units(posterior_means: Tensor) -> int:
-    """Count the latents whose posterior mean `(N, L)` has a variance over the images above 0.01.
+# The values of each image, by name: `(B,)` each, nats. `loss` is the one that is minimised.
+Values = dict[str, Tensor]
+Objective = Callable[[Inference, Tensor, Tensor], Values]
+
+
+def elbo(inference: Inference, images: Tensor, beta: Tensor) -> Values:
+    """The negative ELBO, whose KL beta `()` weighs as in Higgins et al. (2017), averaged over the K draws."""
+    terms = elbo_terms(inference, images)
+    return {"loss": terms.reconstruction + beta * terms.kl, "reconstruction": terms.reconstruction, "kl": terms.kl}
+
+
+def iwae(inference: Inference, images: Tensor, beta: Tensor) -> Values:
+    """The negative importance-weighted bound of K draws (Burda et al. 2016, equation 8), and the ELBO's terms."""
+    log_likelihood = inference.log_likelihood(images)
+    weights = log_likelihood + inference.log_ratio
+    terms = _terms(inference, log_likelihood)
+    loss = math.log(len(weights)) - weights.logsumexp(0)
+    return {"loss": loss, "reconstruction": terms.reconstruction, "kl": terms.kl}
+
+
+# Name in a config (`objective.bound`) -> the values of each image.
+OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae}
+
+
+def with_bound(means: Mapping[str, float]) -> dict[str, float]:
+    """Add the negative ELBO to the means of its two terms; nothing if they are not both there."""
+    if not {"reconstruction", "kl"} <= means.keys():
+        return dict(means)
+    bound = {"negative_elbo": means["reconstruction"] + means["kl"]}
+    return {name: value for name, value in means.items() if name == "loss"} | bound | dict(means)
+
+
+def _terms(inference: Inference, log_likelihood: Tensor) -> ElboTerms:
+    return ElboTerms(reconstruction=_mean(-log_likelihood), kl=_mean(inference.kl.sum(2)))
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean over draws `(K, B)`."""
+    return values[0] if len(values) == 1 else values.mean(0)
+
+
+def active_units(variance: Tensor) -> int:
+    """Count the latents whose posterior mean has a variance over the images `(L,)` above 0.01.
 
     Measure and threshold are those of Burda et al. (2016), section 5.2.
     """
-    return int((posterior_means.double().var(0, correction=0) > ACTIVE_VARIANCE).sum())
+    return int((variance > ACTIVE_VARIANCE).sum())
 
 
 def bits_per_dimension(nats: float, dimensions: int) -> float:
     """Convert nats per image to bits per dimension; an image has `dimensions` pixel values."""
     return nats / (dimensions * math.log(2))
-
-
-def training_loss(terms: ElboTerms, beta: float | Tensor, batch_size: float) -> Tensor:
-    """Sum reconstruction + beta KL over these images and divide by `batch_size`: `()`, nats.
-
-    Beta weighs the KL as in Higgins et al. (2017). The losses of a batch's shards and micro-batches add up to the
-    batch mean.
-    """
-    return (terms.reconstruction + beta * terms.kl).sum() / batch_size
-
-
-class Schedule(NamedTuple):
-    """The values that change with the step."""
-
-    learning_rate: float
-    beta: float
-
-
-def schedule(config: Config, step: int, last_step: int) -> Schedule:
-    """Return the values of step `step`, from 0; `last_step` is the run's number of steps."""
-    return Schedule(_learning_rate(config, step, last_step), _beta(config, step))
-
-
-def _learning_rate(config: Config, step: int, last_step: int) -> float:
-    optim = config.optim
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.learning_rate
-    decay_steps = max((optim.decay_steps or last_step) - optim.warmup_steps, 1)
-    progress = min((step - optim.warmup_steps) / decay_steps, 1.0)
-    return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _beta(config: Config, step: int) -> float:
-    objective = config.objective
-    if step < objective.beta_warmup_steps:
-        return objective.beta * step / objective.beta_warmup_steps
-    return objective.beta

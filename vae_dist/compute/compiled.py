@@ -1,8 +1,9 @@
-"""Functions of tensors, compiled."""
+"""Functions of tensors, compiled by torch.compile."""
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ _SAME_EVERY_TIME = {"deterministic": True, "triton.autotune_pointwise": False}
 class Compiled:
     """A compiled function, or `fallback` if it can't be compiled.
 
-    The function must depend on its tensor arguments alone, and may modify them in place. It is compiled once per
-    combination of shapes, without guards: torch.compile's guards take longer than a small network's step.
+    The function must depend on its tensor arguments alone, and may modify them in place. What else it reads, such as a
+    number in a closure, is a constant of the program. It is compiled once per combination of shapes, without guards:
+    they would take a tenth of a small network's step.
 
     `failure` is the reason why it can't be compiled, or empty. Setting it selects `fallback`. With `warns=False` the
     caller reports it.
@@ -36,45 +38,45 @@ class Compiled:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._programs and not self.failure:
-            self._compile(shapes, inputs)
-        if self.failure:
-            return self._fallback(*inputs)
-        with torch.no_grad():
-            return self._programs[shapes](*inputs)
+        if not self.failure and shapes in self._programs:
+            with torch.no_grad():
+                return self._programs[shapes](*inputs)
+        return self._fallback(*inputs) if self.failure else self._first_call(shapes, inputs)
 
-    def _compile(self, shapes: tuple[torch.Size, ...], inputs: Sequence[Tensor]) -> None:
+    def _first_call(self, shapes: tuple[torch.Size, ...], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Compile for these shapes, and call the program or the fallback. A failure changes no input."""
         # It warns if torch was built for CUDA and there is no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
-            from torch._inductor import compile as compile_graph  # takes seconds, and makes the compiler's cache folder
-            from torch.fx.experimental.proxy_tensor import make_fx
-
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's advice to leave float32 for TF32, among others
-                on_gpu = inputs[0].is_cuda
-                graph = make_fx(
-                    self._function, _matrix_products(inputs[0].device) if on_gpu else None, tracing_mode="fake"
-                )(*inputs)
-                options = dict(_SAME_EVERY_TIME) if on_gpu else None  # it is emptied
-                self._programs[shapes] = compile_graph(graph, list(inputs), options)
+                program = self._compile(inputs)
+                results = program(*inputs)
         except Exception as error:  # of torch's compiler, or of the C++ compiler that it calls
             reason = str(error).strip().partition("\n")[0]
             self.failure = f"{type(error).__name__}: {reason}"
             if self._warns:
                 logger.warning("the step can't be compiled (%s) and runs uncompiled", self.failure)
+            return self._fallback(*inputs)
+        self._programs[shapes] = program
+        return results
+
+    def _compile(self, inputs: Sequence[Tensor]) -> Function:
+        """Return the program, which torch.compile compiles at its first call."""
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        if inputs[0].is_cuda:
+            options |= _SAME_EVERY_TIME
+        return torch.compile(_of_its_own(self._function), fullgraph=True, dynamic=False, options=options)
 
 
-def _matrix_products(device: torch.device) -> Mapping[Any, Callable[..., Tensor]] | None:
-    """The replacements of torch's matrix products while tracing, if the GPU has TF32 and Triton compiles for it."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    from vae_dist.compute import products
+def _of_its_own(function: Function) -> Function:
+    """Wrap a function in one that has a code object of its own.
 
-    try:
-        products.warm_up(device)
-    except Exception as error:  # of Triton, or of the C compiler that it calls
-        reason = str(error).strip().rpartition("\n")[2]
-        logger.warning("small matrix products are left to cuBLAS: %s: %s", type(error).__name__, reason)
-        return None
-    return products.REPLACEMENTS
+    torch.compile keeps its programs by code object. Without guards a second function of the same code, such as that of
+    another network, would run the first one's program.
+    """
+
+    def program(*inputs: Tensor) -> Sequence[Tensor]:
+        return function(*inputs)
+
+    return FunctionType(program.__code__.replace(), globals(), "program", closure=program.__closure__)

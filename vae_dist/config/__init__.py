@@ -16,9 +16,11 @@ from vae_dist.config.keys import Option, flatten, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
 from vae_dist.config.paths import expand
 from vae_dist.config.schema import (
+    ARCHITECTURES,
     CheckpointConfig,
     Config,
     DataConfig,
+    EmaConfig,
     EvaluateConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -33,10 +35,12 @@ from vae_dist.config.study import Study, load_study
 from vae_dist.config.text import as_text, text_of
 
 __all__ = [
+    "ARCHITECTURES",
     "READER_KEYS",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EmaConfig",
     "EvaluateConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -51,6 +51,10 @@ class ModelConfig:
     architecture: str = option("mlp", "name of an entry of ARCHITECTURES in vae_dist/models/__init__.py")
     latent_dim: int = option(40, "number of latents", at_least=1)
     hidden_dims: list[int] = option([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
+    prior: str = option("standard_normal", "prior of the latents")
+
+
+ARCHITECTURES = {"mlp": ModelConfig}
 
 
 @dataclass
@@ -61,6 +65,8 @@ class ObjectiveConfig:
         1.0, "weight of the KL in the training loss; the reported ELBO always has a weight of 1", at_least=0
     )
     beta_warmup_steps: int = option(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
+    bound: Literal["elbo", "iwae"] = option("elbo", "x")
+    samples: int = option(1, "x", at_least=1)
 
 
 @dataclass
@@ -73,11 +79,21 @@ class OptimConfig:
     decay_steps: int | None = option(
         None, "optimizer step at which the cosine reaches 0; null: the run's last", at_least=1
     )
+    optimizer: Literal["adam", "adamw", "adamax"] = option("adam", "x")
+    betas: list[float] = option([0.9, 0.999], "x")
+    eps: float = option(1e-8, "x")
+    weight_decay: float = option(0.0, "x")
     max_grad_norm: float | None = option(None, "clip the gradient to this norm; null: no clipping", above=0)
 
 
 @dataclass
+class EmaConfig:
+    decay: float | None = option(None, "x")
+
+
+@dataclass
 class TrainConfig:
+    recipe: str = option("vae", "what a step does: name of an entry of RECIPES in vae_dist/training/recipes.py")
     epochs: int = option(5, "passes over the training images", at_least=1)
     steps: int | None = option(None, "optimizer steps; overrides train.epochs", at_least=1)
     batch_size: int = option(100, "images per optimizer step, over all processes", at_least=1)
@@ -219,11 +235,13 @@ class Config:
     runs_dir: str = option("runs", "folder of the runs")
     seed: int = option(0, "seed of weights, batches and noise", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
+    weights: Literal["ema", "raw"] = option("ema", "x")
     output: str | None = option(None, "folder for results of evaluation and sampling; null: the run's directory")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -111,7 +111,7 @@ class Watch:
         number = self._requests.poll()
         if self._world.size == 1:
             return number, stride
-        number, stride = self._world.all_reduce_max(torch.tensor([number, stride])).tolist()
+        number, stride = self._world.max(torch.tensor([number, stride])).tolist()
         return number, stride
 
     def _raise_if(self, number: int) -> None:

@@ -5,14 +5,14 @@ One process is the main process. It decides for all what only one may decide, su
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
@@ -22,6 +22,8 @@ from vae_dist.errors import RunError, UserError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MOST_EXCHANGED = 2**26  # numbers in one exchange of gradients: a copy of all of a large model's may not fit
 
 
 class World:
@@ -122,46 +124,44 @@ class World:
                 assert copy is not None  # this process is in the group
                 copy.wait()
 
-    def all_reduce(self, values: Tensor, operation: Any = torch.distributed.ReduceOp.SUM) -> None:
-        """Replace `values` by the sum of the processes' tensors. Raises RunError if a process does not answer."""
-        with self._explained():
-            torch.distributed.all_reduce(values, operation)
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of the processes' tensors. Raises RunError if a process does not answer."""
+        return self._reduced(values, "mean")
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the processes' tensors, on the CPU."""
-        if self.size > 1:
-            values = values.to(self.device, copy=True)
-            self.all_reduce(values)
-        return values.cpu()
+        return self._reduced(values, "sum").cpu()
 
-    def all_reduce_max(self, values: Tensor) -> Tensor:
+    def max(self, values: Tensor) -> Tensor:
         """The elementwise maximum of the processes' tensors, on the CPU."""
-        if self.size > 1:
-            values = values.to(self.device, copy=True)
-            self.all_reduce(values, torch.distributed.ReduceOp.MAX)
-        return values.cpu()
+        return self._reduced(values, "max").cpu()
+
+    def _reduced(self, values: Tensor, reduction: str) -> Tensor:
+        if self.size == 1:
+            return values
+        with self._explained():
+            reduced: Tensor = reduce(values.to(self.device), reduction)
+        return reduced
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the tensors of all processes, stacked by rank, on the CPU."""
-        values = values.to(self.device)
-        gathered = [torch.empty_like(values) for _ in range(self.size)] if self.size > 1 else [values]
-        if self.size > 1:
-            with self._explained():
-                torch.distributed.all_gather(gathered, values)
-        return torch.stack(gathered).cpu()
+        if self.size == 1:
+            return values.unsqueeze(0).cpu()
+        with self._explained():
+            gathered: Tensor = gather(values.to(self.device).unsqueeze(0))
+        return gathered.cpu()
 
     def gather_objects(self, value: T) -> list[T]:
         """Return the values of all processes, by rank. They are pickled."""
-        values = [value] * self.size
-        if self.size > 1:
-            with self._explained():
-                torch.distributed.all_gather_object(values, value)
-        return values
+        if self.size == 1:
+            return [value]
+        with self._explained():
+            gathered: list[T] = gather_object([value])
+        return gathered
 
     def chunks(self, count: int, size: int) -> list[range]:
         """Return this process's chunks of `range(count)`, cut alike for any number of processes and dealt in turn."""
-        cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        return cut[self.rank :: self.size]
+        return every_chunk(count, size)[self.rank :: self.size]
 
     def gather_rows(self, chunks: Sequence[range], values: Sequence[Tensor], count: int) -> Tensor:
         """Return all values in row order, `(count, ...)` on the CPU; `values[i]` holds the rows of `chunks[i]`.
@@ -178,16 +178,35 @@ class World:
         return failures.explained(self.rank, self.size)
 
 
+def every_chunk(count: int, size: int) -> list[range]:
+    """Return `range(count)` in chunks of `size`; the last one may be smaller."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def average_gradients(gradients: Sequence[Tensor], loss: Tensor, world: World) -> tuple[Sequence[Tensor], Tensor]:
     """Average the gradients and the losses `()` over the processes.
 
-    One all-reduce of all gradients in a fixed layout. DistributedDataParallel rebuilds its buckets after the first
-    backward, so with three processes or more a restarted run would add in another order than one that never stopped.
+    They are exchanged in a fixed layout, large ones in several parts. DistributedDataParallel rebuilds its buckets
+    after the first backward, so with three processes or more a restarted run would add in another order than one that
+    never stopped.
     """
     if world.size == 1:
         return gradients, loss
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1)])
-    world.all_reduce(flat)
-    flat /= world.size
-    *means, mean_loss = flat.split([*(gradient.numel() for gradient in gradients), 1])
-    return [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)], mean_loss.view(())
+    tensors = [*gradients, loss]
+    means: list[Tensor] = []
+    for part in _parts(tensors):
+        flat = world.mean(torch.cat([tensor.flatten() for tensor in part]))
+        split = flat.split([tensor.numel() for tensor in part])
+        means += [mean.view_as(tensor) for mean, tensor in zip(split, part, strict=True)]
+    return means[:-1], means[-1]
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Cut a list of tensors into parts of about MOST_EXCHANGED numbers."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and sum(other.numel() for other in part) + tensor.numel() > MOST_EXCHANGED:
+            yield part
+            part = []
+        part.append(tensor)
+    yield part

@@ -112,7 +112,7 @@ def _show(result: Mapping[str, Any]) -> None:
         "kl": ("  KL", "nats, the rate"),
         "bits_per_dimension": ("bits per dimension", f"from the {'log-likelihood' if samples else 'ELBO'}"),
         "mean_squared_error": ("mean squared error", "per pixel"),
-        "active_units": ("active units", f"of {len(result['kl_per_latent'])} latents"),
+        "active_units": ("active units", f"of {result['latents']} latents"),
     }
     tables.metrics(
         f"{result['run']}, step {result['step']}: {result['images']} {result['split']} images of {result['dataset']}",

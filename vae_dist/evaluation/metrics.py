@@ -5,7 +5,7 @@ docs/evaluation.md defines the metrics. N images, K importance samples, L latent
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor
 
 from vae_dist import objectives
 from vae_dist.config import Config
-from vae_dist.distributed.world import World
+from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
-from vae_dist.evaluation.protocol import is_probability
-from vae_dist.models.distributions import DiagonalGaussian
-from vae_dist.models.vae import VAE, VAEOutput
+from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
 from vae_dist.runs.progress import progress
@@ -43,43 +41,67 @@ def score(
                 check_stop()
             for chunk in chunks[turn : turn + 1]:  # the last turn may have none for this process
                 images = vae.to_input(pixels[chunk.start : chunk.stop])
-                terms = _elbo_terms(vae, vae.encode(images), images, chunk)
+                terms = objectives.elbo_terms(_one_draw(vae, images, chunk), images)
                 values.append(torch.stack(terms, dim=1).cpu())
     return ElboTerms(*world.gather_rows(chunks, values, len(pixels)).double().unbind(1))
 
 
 class Encodings(NamedTuple):
-    """The posterior of every image of a set, and its costs. All float64, on the CPU."""
+    """The costs of every image of a set, and statistics of its latents. All float64, on the CPU."""
 
     terms: ElboTerms  # (N,) each, as `score` returns them
-    mean: Tensor  # (N, L), of the posterior
-    kl: Tensor  # (N, L), KL(q(z|x) || p(z)) of each latent, nats
     squared_error: Tensor  # (N,), of the image decoded from the mean, averaged over its pixel values; white is 1
+    kl: Tensor  # (G,), nats, by group of latents, averaged over the images
+    variance: Tensor  # (L,), of the posterior's mean over the images
 
 
 def encode(vae: VAE, pixels: Tensor, world: World, config: Config) -> Encodings:
-    """Return the encodings of images `(N, C, H, W)` uint8, N at least 1. Every process calls this."""
+    """Return the encodings of images `(N, C, H, W)` uint8, N at least 1. Every process calls this.
+
+    A chunk's latents are summed up before chunks are gathered: those of all images may not fit into memory.
+    """
     chunks = world.chunks(len(pixels), config.evaluate.batch_size)
-    values = []
+    values, kl_sums, moments = [], [], []
     with torch.inference_mode():
         for chunk in chunks:
             images = vae.to_input(pixels[chunk.start : chunk.stop])
-            posterior = vae.encode(images)
-            terms = torch.stack(_elbo_terms(vae, posterior, images, chunk), dim=1)
-            squared_error = (vae.decode(posterior.mean).mean - images).square().flatten(1).mean(1, keepdim=True)
-            values.append(torch.cat([terms, posterior.mean, posterior.kl(), squared_error], 1).cpu())
-    rows = world.gather_rows(chunks, values, len(pixels)).double()
-    elbo, mean, kl, error = rows.split([2, vae.latent_dim, vae.latent_dim, 1], dim=1)
-    return Encodings(ElboTerms(*elbo.unbind(1)), mean, kl, error.squeeze(1))
+            inference = _one_draw(vae, images, chunk)
+            terms = torch.stack(objectives.elbo_terms(inference, images), dim=1)
+            means = inference.posterior.mean
+            squared_error = (vae.decode(means).mean - images).square().flatten(1).mean(1, keepdim=True)
+            values.append(torch.cat([terms, squared_error], 1).cpu())
+            kl_sums.append(inference.kl[0].double().sum(0, keepdim=True))
+            moments.append(torch.stack(torch.var_mean(means.double(), 0, correction=0)).unsqueeze(0))
+    *elbo, error = world.gather_rows(chunks, values, len(pixels)).double().unbind(1)
+    numbers = [range(number, number + 1) for number in (chunk.start // config.evaluate.batch_size for chunk in chunks)]
+    count = -(-len(pixels) // config.evaluate.batch_size)
+    kl = world.gather_rows(numbers, kl_sums, count).sum(0) / len(pixels)
+    sizes = [len(chunk) for chunk in every_chunk(len(pixels), config.evaluate.batch_size)]
+    return Encodings(ElboTerms(*elbo), error, kl, _variance(sizes, world.gather_rows(numbers, moments, count)))
 
 
-def _elbo_terms(vae: VAE, posterior: DiagonalGaussian, images: Tensor, indices: range) -> ElboTerms:
-    """Return the ELBO terms of images with these indices.
+def _one_draw(vae: VAE, images: Tensor, indices: range) -> Inference:
+    """Infer images with these indices, with one draw each.
 
     The noise belongs to an image's index, not to the run: an image meets the same noise in every evaluation.
     """
     noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, indices, vae.latent_dim).to(vae.device, vae.dtype)
-    return objectives.elbo_terms(VAEOutput(posterior, vae.decode(posterior.sample(noise))), images)
+    inference: Inference = vae(images, noise.unsqueeze(0))
+    return inference
+
+
+def _variance(sizes: Sequence[int], moments: Tensor) -> Tensor:
+    """The variance `(L,)` of a set whose parts have these sizes, variances and means `(parts, 2, L)`.
+
+    The parts are joined as by Chan, Golub and LeVeque (1983): no squares of large means cancel.
+    """
+    total, squares, mean = 0, torch.zeros_like(moments[0, 0]), torch.zeros_like(moments[0, 1])
+    for size, (variance, mean_of_part) in zip(sizes, moments, strict=True):
+        distance = mean_of_part - mean
+        squares = squares + size * variance + distance.square() * (total * size / (total + size))
+        total += size
+        mean = mean + distance * (size / total)
+    return squares / total
 
 
 def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Config) -> Tensor:
@@ -97,14 +119,14 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
     with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
             images = vae.to_input(pixels[chunk.start : chunk.stop])
-            posterior = vae.encode(images)
+            posterior = vae.infer(images)
             total = torch.full((len(chunk),), -math.inf, dtype=torch.float64)
             at_once = max(config.evaluate.chunk // len(chunk), 1)
             for start in range(0, count, at_once):
                 samples = range(start, min(start + at_once, count))
                 noise = standard_normals(Draws(FIXED_SEED, Stream.IMPORTANCE, samples, chunk, vae.latent_dim))
                 noise = noise.to(vae.device, vae.dtype)
-                weights = objectives.log_weights(vae, posterior, images, noise).cpu().double()
+                weights = objectives.log_weights(vae.sample(posterior, noise), images).cpu().double()
                 # The sum would hide a weight of 0, and an infinite weight would look like a good estimate.
                 weights.masked_fill_(~weights.isfinite(), math.nan)
                 total = torch.logaddexp(total, weights.logsumexp(0))
@@ -136,10 +158,12 @@ def measure(vae: VAE, pixels: Tensor, world: World, config: Config) -> dict[str,
         **{name: means[name] for name in ("negative_elbo", "reconstruction", "kl")},
         "negative_log_likelihood": means.get("negative_log_likelihood"),
         "importance_samples": config.evaluate.importance_samples or 0,
-        "bits_per_dimension": bits if is_probability(config) else None,
+        "bits_per_dimension": bits if vae.likelihood.is_probability(config.data.binarize) else None,
         "mean_squared_error": means["mean_squared_error"],
-        "active_units": objectives.active_units(encodings.mean),
-        "kl_per_latent": encodings.kl.mean(0).tolist(),
+        "active_units": objectives.active_units(encodings.variance),
+        "latents": vae.latent_dim,
+        # Of a prior whose density does not factorise into latents, the KL is known by group alone.
+        "kl_per_latent" if len(encodings.kl) == vae.latent_dim else "kl_per_group": encodings.kl.tolist(),
         "standard_errors": {name: _standard_error(values) for name, values in by_image.items()},
     }
 

@@ -11,6 +11,7 @@ import vae_dist
 from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
+from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
 _PIXEL_VALUES = {
@@ -22,14 +23,13 @@ _PIXEL_VALUES = {
 
 def describe(config: Config, pixels: Tensor, world: World) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits."""
-    likelihood = config.objective.reconstruction
     return {
         "dataset": config.data.name,
         "split": config.evaluate.split,
         "images": len(pixels),
         "image_shape": list(pixels.shape[1:]),
         "pixels": _PIXEL_VALUES[config.data.binarize],
-        "likelihood": likelihood if likelihood == "bernoulli" else f"{likelihood}, sigma {config.objective.sigma}",
+        "likelihood": likelihood_kind(config.objective).description,
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,
@@ -48,27 +48,13 @@ def describe(config: Config, pixels: Tensor, world: World) -> dict[str, Any]:
     }
 
 
-def is_probability(config: Config) -> bool:
-    """Return whether the model assigns images a probability, as opposed to a density or a loss."""
-    return config.objective.reconstruction == "bernoulli" and config.data.binarize != "none"
-
-
 def comparison_warning(config: Config) -> str | None:
     """Return why the metrics can't be compared with published likelihoods; None if they can."""
     name = config.data.name
-    if config.objective.reconstruction == "gaussian":
-        return (
-            "a Gaussian of pixels is a density, of which sigma decides the size: compare these figures with others of "
-            "the same sigma on the same pixels, not with probabilities of images"
-        )
-    if not is_probability(config):
-        return (
-            f"grey pixels under a Bernoulli are not a likelihood: compare these figures with others on grey {name}, "
-            "not with papers on binarised images (train with data.binarize=dynamic for that)"
-        )
-    if config.data.binarize == "threshold":
+    caution = likelihood_kind(config.objective).caution(config.data.binarize, name)
+    if caution is None and config.data.binarize == "threshold":
         return (
             f"these pixels were cut at half of white: compare these figures with others on {name} cut so, not with "
             "papers, which draw binary pixels at random (train with data.binarize=dynamic for that)"
         )
-    return None
+    return caution

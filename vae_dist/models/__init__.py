@@ -1,50 +1,46 @@
-"""Models by name. A new architecture is a file here and a line in ARCHITECTURES."""
+"""Models by name: `model.architecture=conv` is the module `conv` of this folder, whose `build` makes the VAE."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 
 import torch
-from torch import nn
 
-from vae_dist.config import Config
+from vae_dist.config import ARCHITECTURES, Config
 from vae_dist.errors import UserError
-from vae_dist.models.distributions import LIKELIHOODS
-from vae_dist.models.mlp import MLPDecoder, MLPEncoder
+from vae_dist.models.likelihoods import LIKELIHOODS, likelihood_kind
+from vae_dist.models.priors import PRIORS
 from vae_dist.models.vae import VAE
-
-Network = Callable[[Sequence[int], Sequence[int], int], nn.Module]  # (image shape, hidden sizes, latent dimension)
-
-# Name in a config -> encoder and decoder. Tests check the shapes of every entry.
-ARCHITECTURES: dict[str, tuple[Network, Network]] = {
-    "mlp": (MLPEncoder, MLPDecoder),
-}
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError if the config names an unknown architecture or likelihood."""
-    if config.model.architecture not in ARCHITECTURES:
-        choices = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"unknown architecture {config.model.architecture!r}; choose from {choices}")
-    if config.objective.reconstruction not in LIKELIHOODS:
-        choices = ", ".join(sorted(LIKELIHOODS))
-        raise UserError(f"unknown reconstruction {config.objective.reconstruction!r}; choose from {choices}")
+    """Raise UserError if the config names an unknown architecture, prior or likelihood."""
+    named: dict[str, tuple[str, Mapping[str, object]]] = {
+        "architecture": (config.model.architecture, ARCHITECTURES),
+        "prior": (config.model.prior, PRIORS),
+        "reconstruction": (config.objective.reconstruction, LIKELIHOODS),
+    }
+    for what, (name, known) in named.items():
+        if name not in known:
+            raise UserError(f"unknown {what} {name!r}; choose from {', '.join(sorted(known))}")
 
 
 def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
     """Build the config's VAE for images `(C, H, W)`, on the CPU; its weights depend on the seed alone.
 
-    Raises UserError for unknown names, and for a model that does not fit into memory.
+    Raises UserError for unknown names, for images that the architecture can't encode, and for a model that does not fit
+    into memory.
     """
     check_names(config)
-    build_encoder, build_decoder = ARCHITECTURES[config.model.architecture]
-    sizes = (image_shape, config.model.hidden_dims, config.model.latent_dim)
-    build_likelihood = LIKELIHOODS[config.objective.reconstruction]
-    likelihood = partial(build_likelihood, config.objective.sigma)
+    build = import_module(f"{__name__}.{config.model.architecture}").build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            return VAE(build_encoder(*sizes), build_decoder(*sizes), likelihood, config.model.latent_dim)
+            vae: VAE = build(config.model, tuple(image_shape), likelihood_kind(config.objective))
+            assert vae.latent_dim > 0
+        except ValueError as error:
+            raise UserError(f"model.architecture={config.model.architecture} can't be built: {error}") from error
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
-            raise UserError("the model does not fit this machine's memory; use smaller model.hidden_dims") from error
+            raise UserError("the model does not fit this machine's memory; use a smaller model") from error
+    return vae

@@ -1,41 +1,72 @@
-"""The variational autoencoder: an encoder, a decoder, and the distributions of their outputs (Kingma and Welling 2013).
+"""The variational autoencoder (Kingma and Welling 2013): the contract of all architectures.
 
-Shapes: B batch, L latents, C, H, W image.
+Codes are flat at the border: `(B, L)`, whatever shape a network gives its latents. The numbers of a shaped latent are
+in C, H, W order. K draws, B batch, L latents, G groups of latents, C, H, W image.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vae_dist.data.datasets import to_unit
-from vae_dist.models.distributions import DiagonalGaussian, Likelihood
+from vae_dist.models.likelihoods import Likelihood, LikelihoodKind
+from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.priors import Prior
+from vae_dist.models.tensors import Shape, ShapeError, at_least_float32, require_shape
 
 
-class VAEOutput(NamedTuple):
-    """The distributions that the objective is computed from."""
+class Inference(NamedTuple):
+    """K draws from the posterior of each image, decoded: all that objectives and metrics are computed from."""
 
-    posterior: DiagonalGaussian  # q(z|x), (B, L)
-    likelihood: Likelihood  # p(x|z), (B, C, H, W)
+    likelihood: Likelihood  # p(x|z) of K B images
+    kl: Tensor  # (K, B, G), nats: each latent's if p(z) factorises, or a level's, or the whole code's
+    log_ratio: Tensor  # (K, B), nats: log p(z) - log q(z|x) of the draws
+    latents: Tensor  # (K, B, L), the draws
+    posterior: DiagonalGaussian  # q(z|x)
+
+    def log_likelihood(self, images: Tensor) -> Tensor:
+        """log p(x|z) of images `(B, C, H, W)` given each draw: `(K, B)`, nats, in float32 at least."""
+        draws, count = self.latents.shape[:2]
+        images = at_least_float32(images)
+        repeated = images if draws == 1 else images.repeat(draws, 1, 1, 1)
+        return self.likelihood.log_prob(repeated).view(draws, count)
 
 
 class VAE(nn.Module):
     """A VAE whose noise is an argument: it draws no random numbers itself.
 
-    `encoder` maps images `(B, C, H, W)` to posterior parameters `(B, 2 L)`; `decoder` maps latents `(B, L)` to the
-    parameters of the likelihood `(B, C, H, W)`. No layer may mix images of a batch (BatchNorm does), or a run would
-    depend on the number of its processes.
+    A subclass sets `encoder`, `decoder` and `p_z`, and defines `latent_shapes`. `encoder` maps images to the means and
+    log-variances of latents in their shape, joined along dimension 1; `decoder` maps latents in their shape to the
+    likelihood's parameters. No layer may mix images of a batch (BatchNorm does), or a run would depend on the number
+    of its processes.
     """
 
-    def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, likelihood: Callable[[Tensor], Likelihood], latent_dim: int
-    ) -> None:
+    encoder: nn.Module
+    decoder: nn.Module
+    p_z: Prior
+    worth_compiling: ClassVar[bool] = False  # on a CPU, where a long run compiles its step if train.compile is null
+
+    def __init__(self, image_shape: Shape, likelihood: LikelihoodKind) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
+        self.image_shape = image_shape  # (C, H, W), of the images that it is trained on
         self.likelihood = likelihood
-        self.latent_dim = latent_dim
+
+    def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
+        """The shapes of an image's latents, one per level. Raises ValueError for images that can't be encoded."""
+        raise NotImplementedError
+
+    @cached_property
+    def latent_dim(self) -> int:
+        """L, the number of latents of an image of `image_shape`."""
+        return _size(self.latent_shapes(self.image_shape))
+
+    @property
+    def prior_numbers(self) -> int:
+        """The number of standard normal numbers that `prior` needs for a code."""
+        return self.p_z.numbers
 
     @property
     def device(self) -> torch.device:
@@ -49,15 +80,47 @@ class VAE(nn.Module):
         """Convert uint8 pixels on any device to images in [0, 1], on this model's device and in its dtype."""
         return to_unit(pixels.to(self.device), self.dtype)
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Return the posterior of images `(B, C, H, W)` in [0, 1]."""
-        return DiagonalGaussian.from_network(self.encoder(images))
+    def infer(self, images: Tensor) -> DiagonalGaussian:
+        """Return the posterior of images `(B, C, H, W)` in [0, 1], of any size that `latent_shapes` accepts."""
+        latents = self._latents(images.shape[1:])
+        parameters = self.encoder(images).flatten(1)
+        require_shape(parameters, (len(images), 2 * latents), "the encoder's output, flat,")
+        return DiagonalGaussian.from_network(parameters)
 
-    def decode(self, latents: Tensor) -> Likelihood:
-        """Return the likelihood of images given latents `(B, L)`."""
-        return self.likelihood(self.decoder(latents))
+    def sample(self, posterior: DiagonalGaussian, noise: Tensor, image_shape: Shape | None = None) -> Inference:
+        """Draw with standard normal noise `(K, B, L)` from the posterior of images of a shape, and decode."""
+        if noise.ndim != 3 or noise.shape[1:] != posterior.mean.shape:
+            expected = ("K", *posterior.mean.shape)
+            raise ShapeError(f"noise must have the shape {expected}, not {tuple(noise.shape)}")
+        latents = posterior.sample(noise)
+        log_ratio = self.p_z.log_ratio(posterior, latents, noise)
+        kl = self.p_z.kl(posterior, latents, log_ratio)
+        return Inference(self.decode(latents.flatten(0, 1), image_shape), kl, log_ratio, latents, posterior)
 
-    def forward(self, images: Tensor, noise: Tensor) -> VAEOutput:
-        """Encode images `(B, C, H, W)`, sample latents with standard normal noise `(B, L)`, decode."""
-        posterior = self.encode(images)
-        return VAEOutput(posterior, self.decode(posterior.sample(noise)))
+    def prior(self, noise: Tensor) -> Tensor:
+        """Draw codes `(B, L)` from the prior with standard normal noise `(B, prior_numbers)`.
+
+        Noise of zeros gives the code from which views start.
+        """
+        codes: Tensor = self.p_z(noise)
+        return codes
+
+    def decode(self, latents: Tensor, image_shape: Shape | None = None) -> Likelihood:
+        """Return the likelihood of images given codes `(B, L)`; of images of `self.image_shape` by default."""
+        image_shape = image_shape or self.image_shape
+        require_shape(latents, (len(latents), self._latents(image_shape)), "latents")
+        output = self.decoder(latents.unflatten(1, self.latent_shapes(image_shape)[0]))
+        require_shape(output, (len(latents), *self.likelihood.output_shape(image_shape)), "the decoder's output")
+        likelihood: Likelihood = self.likelihood(output)
+        return likelihood
+
+    def forward(self, images: Tensor, noise: Tensor) -> Inference:
+        """Infer the posterior of images `(B, C, H, W)`, and sample it with standard normal noise `(K, B, L)`."""
+        return self.sample(self.infer(images), noise, tuple(images.shape[1:]))
+
+    def _latents(self, image_shape: Shape) -> int:
+        return self.latent_dim if image_shape == self.image_shape else _size(self.latent_shapes(tuple(image_shape)))
+
+
+def _size(shapes: tuple[Shape, ...]) -> int:
+    return sum(math.prod(shape) for shape in shapes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.errors import UserError
-from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
 from vae_dist.reports.pictures import data_uri
@@ -102,7 +102,7 @@ def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     """The plane of the two latents with the largest KL; `kl` `(L,)` is averaged over the held-out images if None."""
     posterior, labels, without_images = _held_out(vae, config)
     if kl is None and len(labels) > 0:
-        kl = posterior.kl().double().mean(0).tolist()
+        kl = posterior.kl_from_standard_normal().double().mean(0).tolist()
     falling = sorted(range(vae.latent_dim), key=lambda latent: -kl[latent] if kl else 0.0)
     latents = falling[:2] if vae.latent_dim > 2 else sorted(falling)
     sprite, cell, columns, rows = _decode(vae, latents, config.data.image_shape or [])
@@ -132,7 +132,7 @@ def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor, str |
         nothing = torch.empty(0, vae.latent_dim)
         return DiagonalGaussian(nothing, nothing), torch.empty(0, dtype=torch.int64), str(error)
     with torch.inference_mode():
-        return vae.encode(vae.to_input(pixels)), labels, None
+        return vae.infer(vae.to_input(pixels)), labels, None
 
 
 def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image.Image, tuple[int, int], int, int]:

@@ -34,7 +34,7 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
             vae = run.checkpoint.load_vae(run.config, device)
             with torch.inference_mode():
                 batch = originals.to(vae.device, vae.dtype)
-                rows.append(vae.decode(vae.encode(batch).mean).mean.float().cpu())
+                rows.append(vae.decode(vae.infer(batch).mean).mean.float().cpu())
             names.append(label)
     columns = min(map(len, rows))
     caption = f"{subject(opened)} over their reconstructions from the posterior's mean"

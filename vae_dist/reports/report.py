@@ -25,7 +25,6 @@ from vae_dist.reports.subject import Subject, subject_of
 from vae_dist.reports.text import count, format_number, format_percent, printable
 from vae_dist.runs import console
 from vae_dist.runs.lookup import Opened, open_checkpoint
-from vae_dist.runs.manifest import FILES
 from vae_dist.runs.metrics import METRICS, is_number
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             log=subject.run.log[-LOG_CHARACTERS:] or "There is no log.txt next to this checkpoint.",
             processes=count(world_size, "process", "processes"),
             command=facts.command(subject.config, world_size),
-            hashes={name: subject.checkpoint.manifest.files[name].sha256 for name in FILES},
+            hashes={name: sealed.sha256 for name, sealed in subject.checkpoint.manifest.files.items()},
         )
     )
 

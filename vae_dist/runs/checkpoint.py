@@ -2,7 +2,8 @@
 
 runs/<name>/checkpoints/step_00001200/
     model.safetensors       the weights, under their plain names
-    optimizer.safetensors   Adam's moments and counts, as <parameter>.<moment>
+    optimizer.safetensors   the optimizer's moments and counts, as <parameter>.<moment>
+    ema.safetensors         the moving average of the weights, if the run has one
     state.json              the step, and the values that later metrics records depend on
     config.yaml             the resolved config; with the weights, enough for evaluation and sampling
     manifest.json           sizes and sha256 of the others, and versions; written last
@@ -10,16 +11,17 @@ runs/<name>/checkpoints/step_00001200/
 A checkpoint may be untrusted: see manifest.py. Tensors are loaded only if they fit the config's model.
 """
 
+import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vae_dist import config as configs
@@ -33,7 +35,8 @@ from vae_dist.runs.manifest import FILES, MANIFEST, BadCheckpointError
 
 MODEL, OPTIMIZER, STATE, CONFIG = FILES
 VISIBLE_SECONDS = 60.0  # for a network file system to show a rename by another machine
-INFERENCE_FILES = (MODEL, STATE, CONFIG)  # evaluation and sampling read these
+EMA = "ema.safetensors"
+INFERENCE_FILES = (MODEL, EMA, STATE, CONFIG)  # evaluation and sampling read these
 
 
 @dataclass
@@ -59,12 +62,27 @@ class TrainingState:
 
 
 class Optimizer(Protocol):
-    """An optimizer as a checkpoint saves and restores it: the named state of each parameter, in their order."""
+    """An optimizer as a checkpoint saves and restores it."""
 
-    MOMENTS: ClassVar[tuple[str, ...]]
-    state: list[dict[str, Tensor]]
+    def state_dict(self) -> dict[str, Tensor]: ...
 
-    def load(self, state: Iterable[Mapping[str, Tensor]]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Trained(Protocol):
+    """What a checkpoint holds: networks and optimizers, in a file `<name>.safetensors` each.
+
+    There are at least the network `model` and the optimizer `optimizer`. Frozen networks are held by their hash alone.
+    """
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def optimizers(self) -> Mapping[str, Optimizer]: ...
+
+    @property
+    def frozen(self) -> Mapping[str, nn.Module]: ...
 
 
 class Checkpoint:
@@ -103,18 +121,22 @@ class Checkpoint:
         self._content(CONFIG)  # verified
         return configs.read(self.folder / CONFIG)
 
-    def verify(self, names: Sequence[str] = FILES) -> "Checkpoint":
-        """Check the size of every file and the hashes of `names`, and return the checkpoint."""
-        for name in FILES:
-            manifest.require_size(self.folder / name, self.manifest.files[name])
-        for name in names:
+    def verify(self, names: Collection[str] | None = None) -> "Checkpoint":
+        """Check the size of every file and the hashes of `names`, by default of all; return the checkpoint."""
+        files = self.manifest.files
+        for name, sealed in files.items():
+            manifest.require_size(self.folder / name, sealed)
+        for name in files if names is None else [name for name in names if name in files]:
             self._content(name)
         if self.state.step != self.step:
             raise BadCheckpointError(f"{self.folder} is damaged: its manifest and its state are of different steps")
         return self
 
     def load_vae(self, config: Config, device: torch.device) -> VAE:
-        """Build the model in float32 (float64 for a run in fp64) for inference."""
+        """Build the model in float32 (float64 for a run in fp64) for inference.
+
+        Its weights are the moving average if the run has one, unless the config has `weights=raw`.
+        """
         shape, dtype = config.data.image_shape, param_dtype(config.train.precision)
         if shape is None or len(shape) != 3 or min(shape) < 1:
             raise BadCheckpointError(f"{self.folder / CONFIG} does not state a data.image_shape of three sizes")
@@ -123,27 +145,33 @@ class Checkpoint:
                 expected = build_vae(config, shape).to(dtype).state_dict()
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:
             raise BadCheckpointError(f"{self.folder / CONFIG} describes a model that can't be built") from error
-        weights = self._tensors(MODEL, expected)
+        weights = self._tensors(EMA if self.uses_average(config) else MODEL, expected)
         vae = build_vae(config, shape).to(dtype)
         vae.load_state_dict(weights)
         return vae.to(device).eval().requires_grad_(False)
 
-    def load_training(self, model: nn.Module, optimizer: Optimizer) -> TrainingState:
-        """Load weights and moments in place, and return the state. Nothing is changed unless everything fits."""
-        names = [name for name, _ in model.named_parameters()]
-        expected = {
-            f"{name}.{moment}": parameter if moment != "step" else torch.zeros(())
-            for name, parameter in model.named_parameters()
-            for moment in optimizer.MOMENTS
-        }
+    def uses_average(self, config: Config) -> bool:
+        """Return whether `load_vae` loads the moving average of the weights."""
+        return config.weights == "ema" and EMA in self.manifest.files
+
+    def load_training(self, trained: Trained) -> TrainingState:
+        """Load networks and optimizers in place, and return the state. Nothing is changed unless everything fits."""
         state = self.state
-        moments = self._tensors(OPTIMIZER, expected)
-        model.load_state_dict(self._tensors(MODEL, model.state_dict()))
-        optimizer.load({moment: moments[f"{name}.{moment}"] for moment in optimizer.MOMENTS} for name in names)
+        for name, network in trained.frozen.items():
+            if self.manifest.frozen.get(name) != hash_of(network):
+                raise BadCheckpointError(f"{self.folder} is of a run with other weights of the frozen network {name!r}")
+        loaded = [
+            (part, self._tensors(f"{name}.safetensors", part.state_dict()))
+            for name, part in [*trained.networks.items(), *trained.optimizers.items()]
+        ]
+        for part, tensors in loaded:
+            part.load_state_dict(tensors)
         return state
 
     def _content(self, name: str) -> bytes:
         if name not in self._contents:
+            if name not in self.manifest.files:
+                raise BadCheckpointError(f"{self.folder} has no {name}")
             self._contents[name] = manifest.read_sealed(self.folder / name, self.manifest.files[name])
         return self._contents[name]
 
@@ -182,6 +210,15 @@ def await_visible(folder: Path) -> None:
         time.sleep(0.1)
         if folder.parent.is_dir():
             list(folder.parent.iterdir())  # a network file system then asks its server again
+
+
+def hash_of(network: nn.Module) -> str:
+    """Return the sha256 of a network's weights and their names."""
+    return hashlib.sha256(save(on_cpu(network.state_dict()))).hexdigest()
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -14,7 +14,7 @@ from vae_dist.errors import UserError
 from vae_dist.files import reason, require_no_links
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import INFERENCE_FILES, Checkpoint, open_when_visible
-from vae_dist.runs.manifest import FILES, MANIFEST, BadCheckpointError
+from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
 from vae_dist.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -45,13 +45,13 @@ class Opened(NamedTuple):
         return Opened(own if folder == own.folder else open_when_visible(folder), config, output, live)
 
 
-def find(path: Path | None, runs_dir: Path, names: Collection[str] = FILES) -> Checkpoint:
+def find(path: Path | None, runs_dir: Path, names: Collection[str] | None = None) -> Checkpoint:
     """Return the checkpoint that `path` names: itself, RUN/best, or a run's newest; by default the newest run's.
 
     Its files `names` are verified. Raises UserError if there is none.
     """
     try:
-        return _find(_newest_run(runs_dir) if path is None else path, tuple(names))
+        return _find(_newest_run(runs_dir) if path is None else path, names)
     except OSError as error:
         raise UserError(f"can't read {runs_dir if path is None else path} ({reason(error)})") from error
 
@@ -104,7 +104,7 @@ def _newest_run(runs_dir: Path) -> Path:
     return runs[max(runs)]
 
 
-def _find(path: Path, names: tuple[str, ...]) -> Checkpoint:
+def _find(path: Path, names: Collection[str] | None) -> Checkpoint:
     if path.name == "checkpoints" and any(path.glob(f"step_*/{MANIFEST}")):
         path = path.parent
     if path.is_file() and (path.parent / MANIFEST).exists():
@@ -121,7 +121,7 @@ def _find(path: Path, names: tuple[str, ...]) -> Checkpoint:
     return newest
 
 
-def _best(run_dir: Path, names: tuple[str, ...]) -> Checkpoint:
+def _best(run_dir: Path, names: Collection[str] | None) -> Checkpoint:
     best = Run(run_dir).best(names)
     if best is not None:
         return best

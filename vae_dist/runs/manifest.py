@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import stat
 from collections.abc import Mapping
 from functools import cache
@@ -21,9 +22,11 @@ from vae_dist.errors import UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")  # of every checkpoint
+MOST_FILES = 32
 SMALL_FILE_BYTES = 2**20  # manifest, state and config are far below this
 
+_TENSORS = re.compile(r"[a-z][a-z0-9_]{0,60}\.safetensors")  # names of other files
 _LIBRARIES = ("accelerate", "numpy", "safetensors", "torch")
 
 
@@ -43,12 +46,13 @@ class Manifest(NamedTuple):
 
     step: int
     files: Mapping[str, Sealed]
+    frozen: Mapping[str, str]  # sha256 of networks that the run uses and does not change
     versions: Mapping[str, str]
     fingerprint: str  # equal if two processes read the same checkpoint
 
 
-def seal(contents: Mapping[str, bytes], step: int) -> dict[str, Any]:
-    """Return the manifest of these files, as JSON values."""
+def seal(contents: Mapping[str, bytes], step: int, frozen: Mapping[str, str]) -> dict[str, Any]:
+    """Return the manifest of these files and frozen networks, as JSON values."""
     return {
         "format": FORMAT,
         "step": step,
@@ -56,6 +60,7 @@ def seal(contents: Mapping[str, bytes], step: int) -> dict[str, Any]:
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in contents.items()
         },
+        **({"frozen": dict(frozen)} if frozen else {}),
         "versions": {
             "vae_dist": vae_dist.__version__,
             "python": platform.python_version(),
@@ -80,16 +85,20 @@ def read(folder: Path) -> Manifest:
     if type(step) is not int or not isinstance(files, dict):
         raise BadCheckpointError(f"{path} is not a checkpoint's manifest")
     sealed = {}
-    for name in FILES:
+    for name in (*FILES, *sorted(files.keys() - set(FILES))):
         entry = files.get(name)
         size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if type(size) is not int or type(sha256) is not str:
+        is_known = name in FILES or _TENSORS.fullmatch(name)
+        if type(size) is not int or type(sha256) is not str or not is_known or len(files) > MOST_FILES:
             raise BadCheckpointError(f"{path} is not a checkpoint's manifest")
         sealed[name] = Sealed(size, sha256)
-    stated = values.get("versions")
-    versions = {key: text for key, text in stated.items() if isinstance(text, str)} if isinstance(stated, dict) else {}
+    versions, frozen = (_texts(values.get(key)) for key in ("versions", "frozen"))
     fingerprint = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-    return Manifest(step, sealed, versions, fingerprint)
+    return Manifest(step, sealed, frozen, versions, fingerprint)
+
+
+def _texts(values: Any) -> dict[str, str]:
+    return {key: text for key, text in values.items() if isinstance(text, str)} if isinstance(values, dict) else {}
 
 
 def read_sealed(path: Path, sealed: Sealed) -> bytes:

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from torch import nn
 
 from vae_dist import locks
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, reason, require_no_links, writing
 from vae_dist.runs import saving
-from vae_dist.runs.checkpoint import Checkpoint, Optimizer, TrainingState
-from vae_dist.runs.manifest import FILES, SMALL_FILE_BYTES, BadCheckpointError
+from vae_dist.runs.checkpoint import Checkpoint, Trained, TrainingState
+from vae_dist.runs.manifest import SMALL_FILE_BYTES, BadCheckpointError
 from vae_dist.runs.metrics import METRICS, is_number, read_records
 from vae_dist.runs.starts import STARTS, Start, parse_starts
 
@@ -73,9 +72,9 @@ class Run:
                 saving.recover(self.directory)
             yield
 
-    def save(self, config: Config, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> Path:
+    def save(self, config: Config, trained: Trained, state: TrainingState) -> Path:
         """Publish a checkpoint, prune older ones, and return its folder. Raises RunError if it can't be written."""
-        return saving.save_checkpoint(self.directory, config, model, optimizer, state)
+        return saving.save_checkpoint(self.directory, config, trained, state)
 
     def resume_from(self, step: int) -> None:
         """Set aside checkpoints of later steps, so that an interrupted training does not resume from them."""
@@ -114,15 +113,15 @@ class Run:
         """True while a training holds the directory."""
         return locks.is_held(self.directory / LOCK, fcntl.LOCK_SH, self.directory / MARK)
 
-    def newest(self, names: Collection[str] = FILES) -> Checkpoint | None:
-        """Return the newest checkpoint whose files `names` are intact, None if there is no checkpoint.
+    def newest(self, names: Collection[str] | None = None) -> Checkpoint | None:
+        """Return the newest checkpoint whose files `names`, by default all, are intact, None if there is no checkpoint.
 
         Raises UserError if all are damaged.
         """
         folders = saving.step_folders(self.directory)
         for folder in folders:
             try:
-                return Checkpoint(folder).verify(tuple(names))
+                return Checkpoint(folder).verify(names)
             except BadCheckpointError as error:
                 if folder.exists():  # otherwise it was pruned at this moment
                     logger.warning("skipping a checkpoint: %s", error)
@@ -131,13 +130,13 @@ class Run:
             raise UserError(f"all checkpoints in {where} are damaged; nothing was started or changed")
         return None
 
-    def best(self, names: Collection[str] = FILES) -> Checkpoint | None:
+    def best(self, names: Collection[str] | None = None) -> Checkpoint | None:
         """Return the best checkpoint by validation, None if there was none. Raises UserError if it is damaged."""
         newest = self.newest(names)
         if newest is None or newest.state.best is None:
             return None
         folder = saving.folder_of(self.directory, newest.state.best.step)
-        return newest if folder == newest.folder else Checkpoint(folder).verify(tuple(names))
+        return newest if folder == newest.folder else Checkpoint(folder).verify(names)
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:

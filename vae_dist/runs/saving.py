@@ -10,12 +10,10 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor, nn
 
 from vae_dist import config as configs
 from vae_dist import locks
@@ -25,25 +23,23 @@ from vae_dist.files import NOT_RENAMED, advice, reason, sync, write_atomically
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import (
     CONFIG,
-    MODEL,
-    OPTIMIZER,
     STATE,
     Best,
     Checkpoint,
-    Optimizer,
+    Trained,
     TrainingState,
     all_finite,
+    hash_of,
+    on_cpu,
 )
-from vae_dist.runs.manifest import FILES, MANIFEST, BadCheckpointError
+from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
 
 logger = logging.getLogger(__name__)
 
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
-def save_checkpoint(
-    run_dir: Path, config: Config, model: nn.Module, optimizer: Optimizer, state: TrainingState
-) -> Path:
+def save_checkpoint(run_dir: Path, config: Config, trained: Trained, state: TrainingState) -> Path:
     """Publish a checkpoint in a run's directory, prune older ones, and return its folder. One process calls this.
 
     Raises RunError if it can't be written or if a number is not finite; existing checkpoints then stay.
@@ -51,18 +47,20 @@ def save_checkpoint(
     folder = run_dir / "checkpoints"
     target = folder_of(run_dir, state.step)
     temporary = folder / f".writing-{target.name}-{secrets.token_hex(4)}"
-    weights, moments = _on_cpu(model.state_dict()), _on_cpu(_moments(model, optimizer))
-    if not all_finite([*weights.values(), *moments.values()]):
+    parts = {**trained.networks, **trained.optimizers}
+    tensors = {f"{name}.safetensors": on_cpu(part.state_dict()) for name, part in parts.items()}
+    if not all(all_finite(part.values()) for part in tensors.values()):
         raise RunError(f"the weights or moments after step {state.step} are not finite; they are not saved")
     try:
         temporary.mkdir(parents=True)
         contents = {
-            MODEL: save(weights),
-            OPTIMIZER: save(moments),
+            **{name: save(part) for name, part in tensors.items()},
             STATE: manifest.to_json(asdict(state)),
             CONFIG: configs.to_yaml(config).encode(),
         }
-        for name, content in {**contents, MANIFEST: manifest.to_json(manifest.seal(contents, state.step))}.items():
+        frozen = {name: hash_of(network) for name, network in trained.frozen.items()}
+        sealed = manifest.to_json(manifest.seal(contents, state.step, frozen))
+        for name, content in {**contents, MANIFEST: sealed}.items():
             write_atomically(temporary / name, content)
         sync(temporary)
         if target.exists():  # if this process dies between the two renames, `recover` does the second
@@ -124,18 +122,6 @@ def set_aside_after(run_dir: Path, step: int) -> None:
             logger.warning("set aside: %s", shutil.move(folder, aside))
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{moment}": value
-        for (name, _), state in zip(model.named_parameters(), optimizer.state, strict=True)
-        for moment, value in state.items()
-    }
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-
-
 def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
     """Remove all checkpoints but the newest, the best, and those that a reader has open."""
     for folder in step_folders(run_dir)[keep:]:
@@ -157,7 +143,7 @@ def _publish(folder: Path, target: Path) -> None:
             raise
         target.mkdir()
         try:
-            for name in (*FILES, MANIFEST):
+            for name in (*manifest.read(folder).files, MANIFEST):
                 write_atomically(target / name, (folder / name).read_bytes())
         except OSError:
             shutil.rmtree(target, ignore_errors=True)

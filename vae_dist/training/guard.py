@@ -1,62 +1,61 @@
-"""The guard of a step: it clips the gradients, skips updates that are not finite, and sums the metrics."""
+"""The guard of a step: it clips gradients, skips updates that are not finite, and sums what a step reports."""
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vae_dist.training.meter import Meter
-
-TOTALS = (*Meter.NAMES, "applied", "skipped")  # the last two count updates, and are the same on every process
-SKIPPED = TOTALS.index("skipped")
+COUNTS = ("updates", "applied", "skipped")  # the last of a step's totals; the same on every process
 
 
 class Guard:
-    """Decides on the device, without a host sync, whether the mean gradients of a batch are applied.
+    """Decides on the device, without a host sync, whether a step is applied, and adds what it reports to totals.
 
-    The update is skipped if the loss or a gradient is not finite on any process. So are all later ones, unless
-    `skip_nonfinite`. A call is a function of tensors, which can be compiled.
+    An update is skipped if a loss or a gradient is not finite on any process: the numbers it is given are means over
+    the processes. So are all later ones, unless `skip_nonfinite`. Methods are functions of tensors, which can be
+    compiled.
     """
 
-    def __init__(
-        self, *, max_norm: float | None, skip_nonfinite: bool, scaled: bool, processes: int, sum_dtype: torch.dtype
-    ) -> None:
-        self._max_norm = max_norm
+    def __init__(self, *, skip_nonfinite: bool, processes: int, sum_dtype: torch.dtype) -> None:
         self._skip_nonfinite = skip_nonfinite
-        self._scaled = scaled
         self._processes = processes
         self._sum_dtype = sum_dtype
 
-    def __call__(self, terms: Tensor, loss: Tensor, beta: Tensor, totals: Tensor, *gradients: Tensor) -> list[Tensor]:
-        """Return [skip, *gradients], the gradients clipped, and add the step to `totals` `(7,)`, which follow TOTALS.
+    def healthy(self, numbers: Sequence[Tensor], totals: Tensor) -> Tensor:
+        """Return whether the update may be applied: bool `()`. `numbers` `()` must be finite."""
+        healthy = functools.reduce(torch.add, numbers).abs() < math.inf
+        return healthy if self._skip_nonfinite else healthy & (totals[-1] == 0)
 
-        `skip` `()` is 1 if the update must not be applied and 0 otherwise, float32. `terms` `(2,)` are this process's
-        reconstruction and KL; `loss` and gradients are means over the processes.
+    def count(self, totals: Tensor, healthy: Tensor, sums: Tensor, norms: Sequence[Tensor]) -> None:
+        """Add a step to its totals `(n + m + 3,)`: this process's sums `(n,)`, m norms `()`, and COUNTS.
+
+        Nothing but `skipped` is added for a step that is not applied.
         """
-        norm = global_norm(gradients)
-        clipped = list(gradients)
-        if self._max_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
-            factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-            clipped = [gradient * factor for gradient in gradients]
-        if self._scaled:  # the scale was too large: the scaler skips this update and tries a smaller one
-            norm = torch.where(norm.isfinite(), norm, 0.0)
-        healthy = (loss + norm).abs() < math.inf
-        if not self._skip_nonfinite:
-            healthy = healthy & (totals[SKIPPED] == 0)
-        reconstruction, kl = terms.unbind()
-        # Norm and count are the same on every process: 1/W of each, as the processes' metrics are summed.
-        applied, size = healthy.to(self._sum_dtype), self._processes
-        metrics = [
-            reconstruction + beta * kl, reconstruction, kl, norm.to(self._sum_dtype) / size, applied / size, applied,
-        ]  # fmt: skip
-        totals.add_(torch.stack([*(torch.where(healthy, metric, 0.0) for metric in metrics), 1 - applied]))
-        return [healthy.logical_not().float(), *clipped]
+        applied = healthy.to(self._sum_dtype)
+        # Norms and updates are the same on every process: 1/W of each, as the processes' totals are summed.
+        shared = [number.to(self._sum_dtype) / self._processes for number in (*norms, applied)]
+        reported = torch.cat([sums, torch.stack([*shared, applied])])
+        totals.add_(torch.cat([torch.where(healthy, reported, 0.0), (1 - applied).unsqueeze(0)]))
 
 
-def global_norm(gradients: tuple[Tensor, ...]) -> Tensor:
-    """The norm `()` over all gradients."""
+def clip(gradients: Sequence[Tensor], max_norm: float | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the norm `()` over all gradients, and the gradients scaled down to `max_norm`."""
+    norm = _global_norm(gradients)
+    if max_norm is None:
+        return norm, list(gradients)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
+    return norm, [gradient * factor for gradient in gradients]
+
+
+def _global_norm(gradients: Sequence[Tensor]) -> Tensor:
     if len(gradients) == 1:
         return torch.linalg.vector_norm(gradients[0])
     # Reduce rows first: torch parallelises over rows, but not a full reduction.
-    rows = [torch.linalg.vector_norm(gradient, dim=-1).view(-1) for gradient in gradients]
+    rows = [torch.linalg.vector_norm(_rows(gradient), dim=-1).view(-1) for gradient in gradients]
     return torch.linalg.vector_norm(torch.cat(rows))
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    return gradient.flatten(1) if gradient.ndim > 2 else gradient

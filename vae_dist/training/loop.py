@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vae_dist import config as configs
-from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
@@ -24,8 +23,10 @@ from vae_dist.runs.progress import TrainingProgress
 from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, Run
 from vae_dist.runs.starts import Start, write_start
 from vae_dist.training.cadence import Cadence, due, launches
+from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter
 from vae_dist.training.milestones import Milestones, Outputs
+from vae_dist.training.recipes import RECIPES
 from vae_dist.training.update import Update
 
 logger = logging.getLogger(__name__)
@@ -50,14 +51,16 @@ def train(config: Config) -> Path:
         plan = Plan(config.seed, len(training.labels), config.train.batch_size)
         cadence = Cadence.of(config, plan)
         vae = build_vae(config, training_set.image_shape).to(world.device, param_dtype(config.train.precision))
-        update = Update(vae, config, world)
+        scaler = LossScaler(config.train.precision, world.device)
+        recipe = RECIPES[config.train.recipe](vae, config, world, scaler, cadence.last_step)
+        update = Update(recipe, config, world, scaler)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= cadence.last_step and not state.validation_pending:
             _log_finished(run, state.step, cadence.last_step)
             return run.directory
         update.assert_equal_weights(state.step)
         batches = Batches(training, plan, config, world)
-        meter = Meter(update.totals[:5], world, plan.batch_size, state.window)
+        meter = Meter(update, world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
         world.set_timeout(config.runtime.timeout)
         with _outputs(resolved, world, state, cadence, plan) as outputs:
@@ -66,8 +69,9 @@ def train(config: Config) -> Path:
             )
             with milestones.saved_when_stopped():
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
-                    values = [objectives.schedule(config, step, cadence.last_step) for step in steps]
-                    update(*batches(steps), values)
+                    values = [recipe.values(step) for step in steps]
+                    pixels, noise = batches(steps)
+                    update(pixels, noise.unflatten(2, recipe.noise_shape), values)
                     meter.count(len(steps))
                     done = steps.stop
                     if due(done, cadence.log_every, cadence.last_step):

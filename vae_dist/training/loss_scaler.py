@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vae_dist.config import Precision
 from vae_dist.distributed import precision as precisions
-from vae_dist.training.adam import Adam
+from vae_dist.training.optimizers import Optimizer
 
 
 class LossScaler:
@@ -19,7 +19,8 @@ class LossScaler:
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
-        self._scaler: Any = precisions.accelerator(precision).scaler
+        self.accelerator = precisions.accelerator(precision)
+        self._scaler: Any = self.accelerator.scaler
         self._one = torch.ones((), device=device)
 
     @property
@@ -31,7 +32,7 @@ class LossScaler:
         scale: Tensor = self._scaler.scale(self._one) if self.active else self._one
         return scale
 
-    def unscale(self, optimizer: Adam, gradients: Sequence[Tensor]) -> None:
+    def unscale(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
         """Divide the gradients by the scale, in place, and note for `step` whether they are finite."""
         for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -39,7 +40,7 @@ class LossScaler:
         for parameter in optimizer.parameters:
             parameter.grad = None
 
-    def step(self, optimizer: Adam, gradients: Sequence[Tensor], learning_rate: Tensor) -> None:
+    def step(self, optimizer: Optimizer, gradients: Sequence[Tensor], learning_rate: Tensor) -> None:
         """Apply the gradients if they are finite, and adapt the scale."""
         self._scaler.step(optimizer, gradients, learning_rate)
         self._scaler.update()

@@ -4,28 +4,31 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
-
 from vae_dist.distributed.world import World
+from vae_dist.objectives import with_bound
+from vae_dist.training.recipes import totals_of
+from vae_dist.training.update import Update
 
 
 class Meter:
-    """Sums of the training metrics since the last record. They stay on the device until they are read.
+    """Sums of the training metrics since the last record, by name. They stay on the device until they are read.
 
     Sums are kept per process and reduced only when a record is written. Reducing at checkpoints as well would change
     the summation order of a resumed run, and the last digits of its records.
     """
 
-    NAMES = ("loss", "reconstruction", "kl", "grad_norm", "updates")
-
-    def __init__(self, sums: Tensor, world: World, batch_size: int, window: Sequence[Mapping[str, float]]) -> None:
-        """`sums` `(5,)` follow `NAMES`; an `Update` adds to them. `window` is from a checkpoint, or empty."""
+    def __init__(
+        self, update: Update, world: World, batch_size: int, window: Sequence[Mapping[str, float]] = ()
+    ) -> None:
+        """An `Update` adds to its totals. `window` is from a checkpoint, or empty; names that it lacks are 0."""
         self._world = world
         self._batch_size = batch_size
-        self._sums = sums
+        self._recipe = update.recipe
+        self._names = totals_of(update.recipe)[:-2]
+        self._sums = update.totals[:-2]
         for rank, saved in enumerate(window):
             if rank % world.size == world.rank:  # this process's own, and more if more processes have saved
-                self._sums += self._sums.new_tensor([saved.get(name, 0.0) for name in self.NAMES])
+                self._sums += self._sums.new_tensor([saved.get(name, 0.0) for name in self._names])
         self._timed_steps = 0
         self._resumed_at = time.perf_counter()
         self._seconds = 0.0
@@ -36,24 +39,18 @@ class Meter:
 
     def window(self) -> list[dict[str, float]]:
         """Return each process's sums, which a checkpoint holds, so that a resumed run writes the same records."""
-        return [dict(zip(self.NAMES, sums, strict=True)) for sums in self._world.gather(self._sums).tolist()]
+        return [dict(zip(self._names, sums, strict=True)) for sums in self._world.gather(self._sums).tolist()]
 
     def read(self) -> dict[str, float]:
         """Return the metrics since the last call, and reset the sums. Skipped updates do not count."""
-        sums = dict(zip(self.NAMES, self._world.sum(self._sums).tolist(), strict=True))
+        sums = dict(zip(self._names, self._world.sum(self._sums).tolist(), strict=True))
         updates = sums["updates"]
         seconds = self._seconds + time.perf_counter() - self._resumed_at
         metrics = {"train/images_per_second": self._timed_steps * self._batch_size / seconds}
         if updates:
-            means = {name: sums[name] / (updates * self._batch_size) for name in ("loss", "reconstruction", "kl")}
-            metrics = {
-                "train/loss": means["loss"],
-                "train/negative_elbo": means["reconstruction"] + means["kl"],
-                "train/reconstruction": means["reconstruction"],
-                "train/kl": means["kl"],
-                "train/grad_norm": sums["grad_norm"] / updates,
-                **metrics,
-            }
+            means = {name: sums[name] / (updates * self._batch_size) for name in self._recipe.image_values}
+            means |= {name: sums[name] / updates for name in self._recipe.norms}
+            metrics = {**{f"train/{name}": value for name, value in with_bound(means).items()}, **metrics}
         self._sums.zero_()
         self.restart_clock()
         return metrics

@@ -2,14 +2,13 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from vae_dist import config as configs
-from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data.datasets import Images
 from vae_dist.distributed import environment
@@ -17,7 +16,6 @@ from vae_dist.distributed.stopping import Watch
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
-from vae_dist.objectives import Schedule
 from vae_dist.runs.checkpoint import Best, TrainingState
 from vae_dist.runs.claim import Resolved
 from vae_dist.runs.picture import Picture
@@ -58,6 +56,7 @@ class Milestones:
         self._config, self._run, _ = resolved
         self._world = world
         self._update = update
+        self._recipe = update.recipe
         self._meter = meter
         self._tracker, self._progress, self._watch = outputs
         self._training, self._validation = images
@@ -83,11 +82,11 @@ class Milestones:
                 stopped.exit_code,
             ) from None
 
-    def log(self, step: int, now: Schedule) -> None:
+    def log(self, step: int, now: Mapping[str, float]) -> None:
         """Log the training metrics of the steps since the last record."""
         skipped = self._require_healthy(step)
         self._update.assert_equal_weights(step)
-        record = {**self._meter.read(), "train/learning_rate": now.learning_rate, "train/beta": now.beta}
+        record = {**self._meter.read(), **{f"train/{name}": value for name, value in now.items()}}
         if self._config.train.nonfinite == "skip":
             record["train/skipped_updates"] = skipped
         self._world.on_main(partial(self._tracker.scalars, step, record))
@@ -98,7 +97,9 @@ class Milestones:
         self._require_healthy(step)
         self._validation_pending = True  # until it is done
         with self._meter.paused():
-            terms = score(self._update.vae, self._validation.pixels, self._world, self._config, self._watch.check_stop)
+            terms = score(
+                self._recipe.model, self._validation.pixels, self._world, self._config, self._watch.check_stop
+            )
             metrics = terms.metrics("validation")
             value = metrics.get("validation/negative_elbo", math.nan)
             improved = math.isfinite(value) and (self._best is None or value < self._best.negative_elbo)
@@ -140,7 +141,7 @@ class Milestones:
 
     def _publish(self, state: TrainingState) -> Path:
         self._tracker.flush()  # a checkpoint is never ahead of the records
-        return self._run.save(self._config, self._update.vae, self._update.optimizer, state)
+        return self._run.save(self._config, self._recipe, state)
 
     def _require_healthy(self, step: int) -> int:
         """Call `Update.require_healthy`, and add advice to its error."""
@@ -148,10 +149,10 @@ class Milestones:
         try:
             return self._update.require_healthy(step)
         except NotFiniteError as error:
-            now = objectives.schedule(self._config, error.step, self._last_step)
+            now = self._recipe.values(error.step)
             raise RunError(
                 f"the loss or the gradient is not finite in step {error.step + 1} (learning rate "
-                f"{now.learning_rate:g}), and the weights are still those of the step before. "
+                f"{now['learning_rate']:g}), and the weights are still those of the step before. "
                 f"{_advice(self._config, error.step)}"
             ).on_every_process() from None
         except RunError as error:
@@ -165,8 +166,8 @@ class Milestones:
         subject = f"{name}, {'validation' if held_out else 'TRAINING'} images, step {step}"
         shown = self._validation if held_out else self._training
         return {
-            "reconstructions": pictures.reconstructions(self._update.vae, shown.pixels, subject),
-            "samples": pictures.samples(self._update.vae, f"model of {name}, step {step}"),
+            "reconstructions": pictures.reconstructions(self._recipe.model, shown.pixels, subject),
+            "samples": pictures.samples(self._recipe.model, f"model of {name}, step {step}"),
         }
 
 

@@ -1,6 +1,6 @@
 """Optimizer steps on a process's shards of batches.
 
-Shapes: k steps, b images of the shard, L latents, C, H, W image.
+Shapes: k steps, b images of the shard, C, H, W image.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,10 @@ from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
-from vae_dist.models.vae import VAE
-from vae_dist.objectives import Schedule
 from vae_dist.runs.checkpoint import Checkpoint, TrainingState
-from vae_dist.training.adam import Adam, FlatAdam
 from vae_dist.training.equal_weights import assert_equal_weights
-from vae_dist.training.guard import TOTALS
 from vae_dist.training.loss_scaler import LossScaler
-from vae_dist.training.step import Step
+from vae_dist.training.recipes import Recipe, totals_of
 
 MOST_STEPS = 32  # captured in one graph: more would hardly save launches, and make capturing slower
 
@@ -34,42 +30,41 @@ class NotFiniteError(Exception):
 
 
 class Update:
-    """Optimizer steps on this process's shards of batches, with the state that a checkpoint holds.
+    """A recipe's steps on this process's shards of batches, with the state that a checkpoint holds.
 
-    If the loss or gradient is not finite on any process, the update is skipped on the device, without a host sync. So
+    If a loss or gradient is not finite on any process, the update is skipped on the device, without a host sync. So
     are all later ones, unless train.nonfinite=skip. `require_healthy` is where the host checks.
 
-    `totals` `(7,)` sums TOTALS over the steps: metrics in nats over the images, and counts of updates. All but the last
-    two are the `Meter`'s, which resets them. `most_steps` is the most that one call may take: more than one if they are
-    captured and replayed at once.
+    `totals` sums over the steps what `totals_of(recipe)` names. All but the last two are the `Meter`'s, which resets
+    them. `most_steps` is the most that one call may take: more than one if they are captured and replayed at once.
     """
 
     def __init__(
-        self, vae: VAE, config: Config, world: World, flat: bool | None = None, capture: Capture | None = None
+        self, recipe: Recipe, config: Config, world: World, scaler: LossScaler, capture: Capture | None = None
     ) -> None:
-        """`flat` puts all weights into one tensor; `capture` captures steps. On a GPU both are the default."""
-        on_gpu = world.device.type == "cuda"
-        if capture is None and on_gpu and world.size == 1 and config.runtime.cuda_graph:
+        """`capture` captures steps. On one GPU this is the default."""
+        if capture is None and world.device.type == "cuda" and world.size == 1 and config.runtime.cuda_graph:
             capture = CudaGraphCapture()
-        self.vae = vae
+        self.recipe = recipe
         self._config = config
         self._world = world
-        self._scaler = LossScaler(config.train.precision, world.device)
-        flat = on_gpu if flat is None else flat
-        self.optimizer: Adam = (FlatAdam if flat else Adam)(vae.parameters())
-        self.totals = torch.zeros(len(TOTALS), dtype=precision.sum_dtype(world.device), device=world.device)
+        self._scaler = scaler
+        self.totals = torch.zeros(len(totals_of(recipe)), dtype=precision.sum_dtype(world.device), device=world.device)
         self._first_step = self._skipped_before = 0
-        self._values: list[Schedule] = []
+        self._values: list[dict[str, float]] = []
         self._values_on_device = torch.empty(0)
-        self._step = Step(vae, self.optimizer, config, world, self._scaler)
         self._captured_steps = None if capture is None else self._captured(capture)
         self.most_steps = 1 if capture is None else MOST_STEPS
 
-    def __call__(self, pixels: Tensor, noise: Tensor, values: Sequence[Schedule]) -> None:
-        """Take the k steps of `values`, at most `most_steps`: pixels `(k, b, C, H, W)`, uint8, noise `(k, b, L)`."""
+    def __call__(self, pixels: Tensor, noise: Tensor, values: Sequence[dict[str, float]]) -> None:
+        """Take the k steps of `values`, at most `most_steps`.
+
+        pixels are `(k, b, C, H, W)`, uint8, and noise is `(k, b, *noise_shape)`, standard normal.
+        """
         if list(values) != self._values:  # a constant schedule is copied to the device once
             self._values = list(values)
-            self._values_on_device = torch.tensor(self._values, dtype=self.totals.dtype).to(self.totals.device)
+            numbers = [list(of_step.values()) for of_step in values]
+            self._values_on_device = torch.tensor(numbers, dtype=self.totals.dtype).to(self.totals.device)
         if self._captured_steps is not None:
             self._captured_steps(pixels, noise, self._values_on_device)
         else:
@@ -78,11 +73,11 @@ class Update:
     def _take(self, pixels: Tensor, noise: Tensor, values: Tensor) -> None:
         """Take the steps one by one."""
         for pixels_of_step, noise_of_step, values_of_step in zip(pixels, noise, values, strict=True):
-            self._step.take(pixels_of_step, noise_of_step, values_of_step, self.totals)
+            self.recipe.step(pixels_of_step, noise_of_step, values_of_step, self.totals)
 
     def _captured(self, capture: Capture) -> CapturedSteps:
         """The same steps, which are captured once for each k, and replayed from then on."""
-        state = [*self.optimizer.tensors, self.totals]
+        state = [*self.recipe.tensors, self.totals]
         return CapturedSteps(self._take, state, capture, self._scaler.state_dict, self._scaler.load_state_dict)
 
     def require_healthy(self, step: int) -> int:
@@ -90,8 +85,7 @@ class Update:
 
         Raises NotFiniteError for the first one, or with train.nonfinite=skip RunError if they are too many.
         """
-        counts = dict(zip(TOTALS, self.totals.tolist(), strict=True))
-        applied, skipped = int(counts["applied"]), int(counts["skipped"])
+        applied, skipped = map(int, self.totals[-2:].tolist())
         if skipped and self._config.train.nonfinite == "stop":
             raise NotFiniteError(self._first_step + applied)
         skipped += self._skipped_before
@@ -104,7 +98,7 @@ class Update:
 
     def assert_equal_weights(self, step: int) -> None:
         """Raise RunError on every process if weights or moments differ between processes; all call this."""
-        assert_equal_weights(self._world, self.optimizer.tensors, step, self._config.name)
+        assert_equal_weights(self._world, self.recipe.tensors, step, self._config.name)
 
     def loss_scale(self) -> dict[str, object] | None:
         """The state of fp16's loss scale; None in other precisions."""
@@ -113,7 +107,7 @@ class Update:
     def restore(self, checkpoint: Checkpoint) -> TrainingState:
         """Load weights, moments and loss scale."""
         self._world.assert_equal_everywhere(lambda: {"the checkpoint": checkpoint.manifest.fingerprint})
-        state = checkpoint.load_training(self.vae, self.optimizer)
+        state = checkpoint.load_training(self.recipe)
         self._scaler.load_state_dict(state.loss_scale or {})
         self._first_step, self._skipped_before = state.step, state.skipped_updates
         return state

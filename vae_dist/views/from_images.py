@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from vae_dist.errors import UserError
-from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
 from vae_dist.views.latents import TrainedVAE, principal_components

@@ -17,7 +17,7 @@ from vae_dist.data import datasets
 from vae_dist.data.datasets import Images
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
 from vae_dist.runs.progress import progress
@@ -48,7 +48,7 @@ class TrainedVAE:
     @cached_property
     def kl(self) -> Tensor:
         """Each latent's KL from the prior, averaged over the test images: `(L,)` float64, nats."""
-        return self.posterior.kl().double().mean(0)
+        return self.posterior.kl_from_standard_normal().double().mean(0)
 
     @property
     def by_kl(self) -> Tensor:
@@ -59,7 +59,7 @@ class TrainedVAE:
         """Return the posteriors of images `(N, C, H, W)` uint8."""
 
         def parameters(chunk: range) -> Tensor:
-            return torch.cat(self.vae.encode(self.vae.to_input(pixels[chunk.start : chunk.stop])), dim=1)
+            return torch.cat(self.vae.infer(self.vae.to_input(pixels[chunk.start : chunk.stop])), dim=1)
 
         return DiagonalGaussian(*self.in_chunks("encoding", len(pixels), parameters).chunk(2, dim=1))
 
@@ -85,7 +85,7 @@ class TrainedVAE:
             if self.config.data.binarize == "dynamic":
                 pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, chunk)
             noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, chunk, self.vae.latent_dim)
-            posterior = self.vae.encode(self.vae.to_input(pixels))
+            posterior = self.vae.infer(self.vae.to_input(pixels))
             return posterior.sample(noise.to(posterior.mean.device, posterior.mean.dtype))
 
         return self.in_chunks("encoding the training images", len(training.labels), draws)

@@ -93,7 +93,7 @@ def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:
     """Draw rows of images `(N, C, H, W)` uint8, each over a row of their reconstructions."""
     originals = vae.to_input(pixels[: PROGRESS_IMAGES // 2])
     with torch.inference_mode():
-        decoded = vae.decode(vae.encode(originals).mean).mean
+        decoded = vae.decode(vae.infer(originals).mean).mean
     pairs = zip(originals.split(PROGRESS_COLUMNS), decoded.split(PROGRESS_COLUMNS), strict=True)
     rows = [torch.cat(pair) for pair in pairs]
     caption = f"{subject}; each row over its reconstruction from the posterior's mean"

@@ -1,0 +1,45 @@
+"""Posteriors q(z|x). K draws, B batch, L latents."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_dist.models.tensors import at_least_float32
+
+LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in float16 too
+
+
+class DiagonalGaussian(NamedTuple):
+    """Independent normal latents."""
+
+    mean: Tensor  # (B, L)
+    log_variance: Tensor  # (B, L)
+
+    @classmethod
+    def from_network(cls, parameters: Tensor) -> "DiagonalGaussian":
+        """Split a network's output `(B, 2 L)` into means and log-variances, the latter softly bounded.
+
+        The bound is a tanh, which is the identity near 0 and, unlike a clamp, has a gradient everywhere.
+        """
+        mean, raw = at_least_float32(parameters).chunk(2, dim=1)
+        return cls(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Reparameterise (Kingma and Welling 2013): latents `(..., B, L)` from standard normal noise `(..., B, L)`."""
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        """log q(z|x) of latents `(..., B, L)`: `(..., B)`, nats."""
+        squared = (latents - self.mean).square() * torch.exp(-self.log_variance)
+        return -0.5 * (squared + self.log_variance + math.log(2 * math.pi)).sum(-1)
+
+    def kl_from_standard_normal(self) -> Tensor:
+        """KL(q(z|x) || N(0, I)) per latent `(B, L)`, nats, at least 0 (Kingma and Welling 2013, appendix B)."""
+        mean, log_variance = at_least_float32(self.mean), at_least_float32(self.log_variance)
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+    def detached(self) -> "DiagonalGaussian":
+        """The same posterior, through which no gradient flows."""
+        return DiagonalGaussian(self.mean.detach(), self.log_variance.detach())

@@ -1,0 +1,33 @@
+"""An exponential moving average of a network's weights."""
+
+from copy import deepcopy
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vae_dist.training.flat_adam import FlatAdam
+from vae_dist.training.optimizers import Optimizer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Ema(Generic[Network]):
+    """The average of the weights that an optimizer updates (Polyak and Juditsky 1992): `network` holds it."""
+
+    def __init__(self, network: Network, optimizer: Optimizer) -> None:
+        self.network = deepcopy(network).requires_grad_(False)
+        self.tensors: list[Tensor] = list(self.network.parameters())
+        if isinstance(optimizer, FlatAdam):  # one tensor too, whose parts are the network's parameters
+            flat = optimizer.parameters[0].clone()
+            for parameter, part in zip(self.tensors, optimizer.split(flat), strict=True):
+                parameter.data = part
+            self.tensors = [flat]
+        self._weights = optimizer.parameters
+
+    @torch.no_grad()
+    def update(self, decay: Tensor, skip: Tensor) -> None:
+        """Move the average by 1 - `decay` `()` towards the weights; not at all if `skip` `()` is 1."""
+        distance = ((1 - decay) * (1 - skip)).to(self.tensors[0].dtype)
+        # A weight for each tensor: one number would be read by the host.
+        torch._foreach_lerp_(self.tensors, self._weights, [distance] * len(self.tensors))

@@ -1,0 +1,58 @@
+"""Recipes by name (`train.recipe`): what an optimizer step does to which networks.
+
+b is the size of the shard, C, H, W image.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vae_dist.config import Config
+from vae_dist.distributed.world import World
+from vae_dist.models.vae import VAE
+from vae_dist.training.guard import COUNTS
+from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.optimizers import Optimizer
+from vae_dist.training.vae_recipe import VAERecipe
+
+
+class Recipe(Protocol):
+    """Networks, their optimizers, and what a step does to them. A new recipe is a class and a line in RECIPES.
+
+    A checkpoint holds networks and optimizers under their names; of frozen networks it holds a hash, and the recipe
+    loads them itself. `totals` names what `step` adds to: sums of values of images, norms, and the guard's COUNTS.
+    """
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+    frozen: dict[str, nn.Module]
+    noise_shape: tuple[int, ...]  # standard normal numbers per image
+    image_values: tuple[str, ...]  # names of values that are summed over images
+    norms: tuple[str, ...]  # names of values that are equal on every process
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that `step` changes but the totals: weights, moments, counts of updates, moving averages."""
+
+    @property
+    def model(self) -> VAE:
+        """The VAE that is validated and drawn: the moving average if there is one."""
+
+    def values(self, step: int) -> dict[str, float]:
+        """The values that move with the step, such as the learning rate, of step `step`, from 0."""
+
+    def step(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+        """Change networks, optimizers and totals in place, from tensors alone and without a host sync.
+
+        pixels are `(b, C, H, W)`, uint8, noise is `(b, *noise_shape)`, values are those of the step in their order.
+        """
+
+
+# Name in a config -> the recipe of a VAE, its config, the processes, the loss scaler, and the run's last step.
+RECIPES: dict[str, Callable[[VAE, Config, World, LossScaler, int], Recipe]] = {"vae": VAERecipe}
+
+
+def totals_of(recipe: Recipe) -> tuple[str, ...]:
+    """The names of what a recipe's step adds to its totals."""
+    return (*recipe.image_values, *recipe.norms, *COUNTS)

@@ -1,0 +1,187 @@
+"""The default recipe: one VAE, trained by one objective.
+
+b is the size of the shard, K draws from each posterior, L latents, C, H, W image.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from vae_dist.compute.compiled import Compiled, Function
+from vae_dist.config import Config
+from vae_dist.distributed import precision
+from vae_dist.distributed.world import World, average_gradients
+from vae_dist.models.vae import VAE
+from vae_dist.objectives import OBJECTIVES
+from vae_dist.plan import shard
+from vae_dist.training import programs, schedules
+from vae_dist.training.differentiate import Differentiate, Losses
+from vae_dist.training.ema import Ema
+from vae_dist.training.flat_adam import FLAT_OPTIMIZERS, FlatAdam
+from vae_dist.training.guard import Guard, clip
+from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.optimizers import OPTIMIZERS, Optimizer
+
+
+class VAERecipe:
+    """One VAE, one objective, one optimizer, and the moving average of the weights if the config asks for one."""
+
+    def __init__(
+        self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int, flat: bool | None = None
+    ) -> None:
+        """`flat` puts all weights into one tensor if the optimizer can; on a GPU this is the default."""
+        self._vae = vae
+        self._config = config
+        self._world = world
+        self._scaler = scaler
+        self._last_step = last_step
+        flat = world.device.type == "cuda" if flat is None else flat
+        optimizers = {**OPTIMIZERS, **(FLAT_OPTIMIZERS if flat else {})}
+        self._optimizer = optimizers[config.optim.optimizer](vae.named_parameters(), config.optim)
+        self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)
+        self.noise_shape: tuple[int, ...] = (config.objective.samples, vae.latent_dim)
+        self.networks: dict[str, nn.Module] = {"model": vae, **({"ema": self._ema.network} if self._ema else {})}
+        self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
+        self.frozen: dict[str, nn.Module] = {}
+        self.image_values: tuple[str, ...] = ("loss", "reconstruction", "kl")
+        self.norms: tuple[str, ...] = ("grad_norm",)
+        self._differentiate = Differentiate(
+            vae,
+            self._losses,
+            # The mean of the processes' losses is then the batch mean, however uneven their shards are.
+            batch_size=config.train.batch_size / world.size,
+            autocast=precision.autocast(config.train.precision, world.device),
+            accelerator=scaler.accelerator,
+            sum_dtype=precision.sum_dtype(world.device),
+        )
+        self._guard = Guard(
+            skip_nonfinite=config.train.nonfinite == "skip",
+            processes=world.size,
+            sum_dtype=precision.sum_dtype(world.device),
+        )
+        # On a GPU a step is captured, on another stream than the default one, where autograd's backward has run.
+        self._gradients: Function = self._differentiate.functional if flat else self._differentiate.eager
+        self._guarded: Function = self._clip_and_guard
+        self._program: Compiled | None = None  # of the whole step, or of all of it but the optimizer
+        self._not_agreed_on: list[Compiled] = []
+        if config.train.compile:
+            self._compile()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self._optimizer.tensors, *(self._ema.tensors if self._ema else [])]
+
+    @property
+    def model(self) -> VAE:
+        return self._ema.network if self._ema else self._vae
+
+    def values(self, step: int) -> dict[str, float]:
+        config = self._config
+        ema = {} if self._ema is None else {"ema_decay": schedules.ema_decay(config.ema, step)}
+        return {
+            "learning_rate": schedules.learning_rate(config.optim, step, self._last_step),
+            "beta": schedules.beta(config.objective, step),
+            **ema,
+        }
+
+    # ---- A step, in order
+
+    def step(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+        """Take gradients, average them over the processes, guard, update the weights, then their moving average."""
+        skip = self._update(pixels, noise, values, totals)
+        if self._ema is not None:
+            self._ema.update(values[2], skip)
+
+    def _update(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> Tensor:
+        """Update the weights, and return whether that was skipped: 1 or 0 `()`."""
+        if self._program is not None and isinstance(self._optimizer, FlatAdam):
+            return self._program(pixels, noise, values, totals, *self._optimizer.tensors)[0]
+        if self._not_agreed_on:
+            self._agree_on_programs(pixels, noise, values, totals)
+        guarded = self._guarded_gradients if self._program is None else self._program
+        skip, *gradients = guarded(pixels, noise, values, totals, *self._optimizer.weights)
+        learning_rate = values[0].float()
+        if self._scaler.active:  # it skips the update itself
+            self._scaler.step(self._optimizer, gradients, learning_rate)
+        else:
+            self._optimizer.step(gradients, learning_rate, skip)
+        return skip
+
+    def _guarded_gradients(
+        self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor, *weights: Tensor
+    ) -> Sequence[Tensor]:
+        """Return [skip, *gradients]: the batch's mean gradients over all processes, as the guard passes them on."""
+        loss, sums, *gradients = self._accumulated_gradients(pixels, noise, values[1], *weights)
+        if isinstance(self._optimizer, FlatAdam):
+            gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
+        means, mean_loss = average_gradients(gradients, loss, self._world)
+        if self._scaler.active:
+            self._scaler.unscale(self._optimizer, means)
+        return self._guarded(mean_loss, sums, totals, *means)
+
+    def _accumulated_gradients(self, pixels: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+        """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
+        totals: Sequence[Tensor] = []
+        for number in range(self._config.train.accumulate):
+            rows = shard(len(pixels), number, self._config.train.accumulate)
+            images = self._vae.to_input(pixels[rows.start : rows.stop])
+            draws = noise[rows.start : rows.stop].transpose(0, 1)  # (K, b, L)
+            results = self._gradients(self._scaler.scale(), images, draws, beta, *weights)
+            # Accumulate in place: a second set of gradients may not fit.
+            totals = [total.add_(value) for total, value in zip(totals, results, strict=True)] if totals else results
+        return totals
+
+    def _losses(self, vae: VAE, images: Tensor, noise: Tensor, beta: Tensor) -> Losses:
+        """The objective of images `(b, C, H, W)` in [0, 1], with noise `(K, b, L)`."""
+        return Losses(OBJECTIVES[self._config.objective.bound](vae(images, noise), images, beta))
+
+    def _clip_and_guard(self, loss: Tensor, sums: Tensor, totals: Tensor, *gradients: Tensor) -> list[Tensor]:
+        """Return [skip, *gradients], the gradients clipped, and add the step to `totals`."""
+        norm, clipped = clip(gradients, self._config.optim.max_grad_norm)
+        if self._scaler.active:  # an infinite norm is of a scale too large: the scaler tries a smaller one
+            norm = torch.where(norm.isfinite(), norm, 0.0)
+        healthy = self._guard.healthy([loss, norm], totals)
+        self._guard.count(totals, healthy, sums, [norm])
+        return [healthy.logical_not().float(), *clipped]
+
+    # ---- Compilation
+
+    def _compile(self) -> None:
+        """Compile the step into as few programs as possible: collectives and the loss scaler run between two of them.
+
+        A program is traced from functional gradients. If it can't be compiled, its part of the step runs uncompiled.
+        """
+        eager, functional = self._gradients, self._differentiate.functional
+        if self._world.size > 1 or self._scaler.active:
+            warns = self._world.size == 1
+            gradients = Compiled(functional, eager, warns=warns)
+            guarded = Compiled(self._clip_and_guard, self._clip_and_guard, warns=warns)
+            self._gradients, self._guarded = gradients, guarded
+            self._not_agreed_on = [gradients, guarded] if self._world.size > 1 else []
+        elif isinstance(self._optimizer, FlatAdam):
+            self._program = Compiled(self._with_optimizer, self._with_optimizer)
+        else:  # the optimizer is torch's fused kernel, which no program contains
+            traced = copy(self)
+            traced._gradients = functional
+            self._program = Compiled(traced._guarded_gradients, self._guarded_gradients)
+
+    def _with_optimizer(
+        self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor, *state: Tensor
+    ) -> Sequence[Tensor]:
+        """Update the weights as a function of tensors, `FlatAdam`'s included. Returns [skip]."""
+        optimizer = self._optimizer
+        assert isinstance(optimizer, FlatAdam)
+        skip, gradient = self._guarded_gradients(pixels, noise, values, totals, *optimizer.split(state[0]))
+        optimizer.update(state, gradient, values[0].float(), skip)
+        return [skip]
+
+    def _agree_on_programs(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+        """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""
+        totals = torch.zeros_like(totals)
+        with self._scaler.rehearsal():
+            results = self._guarded_gradients(pixels, noise, values, totals, *self._optimizer.weights)
+        norm = totals[len(self.image_values)]
+        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*results, norm])
+        self._not_agreed_on = []
