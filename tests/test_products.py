@@ -13,18 +13,60 @@ import torch
 from vae_dist.compute import products
 
 torch.manual_seed(0)
+
+
+def multiply(a, b):
+    return products.product(a, b, *products.splits_and_precision(a, b)).sum(0)
+
+
 # Two tiles of rows and three splits, two tiles of columns and two splits, two of both, part of one.
 for m, k, n in (40, 200, 20), (20, 129, 40), (33, 20, 33), (7, 20, 3), (1, 1, 1):
     for left, right in (False, True), (True, False), (False, False):
         a, b = torch.randn((k, m) if left else (m, k)), torch.randn((n, k) if right else (k, n))
         a, b = a.t() if left else a, b.t() if right else b
         exact = a.double() @ b.double()
-        assert (products.mm(a, b) - exact).norm() < 3e-7 * exact.norm()
-        bias = torch.randn(n)
-        torch.testing.assert_close(products.addmm(bias, a, b), (exact + bias).float())
+        assert (multiply(a, b) - exact).norm() < 3e-7 * exact.norm()
 big = torch.empty(2**9, 2**10, device="meta"), torch.empty(2**10, 2**9, device="meta")
-assert products.mm(*big) is NotImplemented
-assert products.mm(torch.ones(2, 2).double(), torch.ones(2, 2).double()) is NotImplemented
+assert products.splits_and_precision(*big) is None
+assert products.splits_and_precision(torch.ones(2, 2).double(), torch.ones(2, 2).double()) is None
+print("equal")
+"""
+
+# A program that is compiled for a CPU calls the interpreted kernel.
+REPLACE = """
+import torch
+from vae_dist.compute import products
+
+torch.manual_seed(0)
+calls = []
+kernel = products._matmul_kernel
+
+
+class Counted:
+    def __getitem__(self, grid):
+        calls.append(grid)
+        return kernel[grid]
+
+
+products._matmul_kernel = Counted()
+layers = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+names = [name for name, _ in layers.named_parameters()]
+
+
+def gradients(images, *weights):
+    def loss(weights):
+        return torch.func.functional_call(layers, dict(zip(names, weights)), (images,)).square().sum()
+
+    return torch.func.grad(loss)(weights)
+
+
+images = torch.randn(33, 40)
+with torch.no_grad():
+    compiled = torch.compile(
+        gradients, fullgraph=True, options={"post_grad_custom_pre_pass": products.SmallProducts()}
+    )(images, *layers.parameters())
+torch.testing.assert_close(compiled, gradients(images, *layers.parameters()), rtol=1e-5, atol=1e-5)
+assert len(calls) == 5, calls  # two forward, and the gradients of two weights and of one hidden layer
 print("equal")
 """
 
@@ -63,4 +105,13 @@ def test_split_and_tiled_products_are_the_products(fork_server: ForkServer, monk
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.chdir(REPOSITORY)
     done = fork_server.run("-c", COMPARE)
+    assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
+def test_a_compiled_program_multiplies_by_the_kernel(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.chdir(REPOSITORY)
+    done = fork_server.run("-c", REPLACE)
     assert done.stdout == "equal\n", done.stderr

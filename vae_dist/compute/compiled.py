@@ -65,7 +65,7 @@ class Compiled:
         """Return the program, which torch.compile compiles at its first call."""
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         if inputs[0].is_cuda:
-            options |= _SAME_EVERY_TIME
+            options |= {**_SAME_EVERY_TIME, **_small_products(inputs[0].device)}
         return torch.compile(_of_its_own(self._function), fullgraph=True, dynamic=False, options=options)
 
 
@@ -80,3 +80,18 @@ def _of_its_own(function: Function) -> Function:
         return function(*inputs)
 
     return FunctionType(program.__code__.replace(), globals(), "program", closure=program.__closure__)
+
+
+def _small_products(device: torch.device) -> dict[str, Any]:
+    """The option that replaces small matrix products, if the GPU has TF32 and Triton compiles for it."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return {}
+    try:
+        from vae_dist.compute import products
+
+        products.warm_up(device)
+    except Exception as error:  # of Triton, or of the C compiler that it calls
+        reason = str(error).strip().rpartition("\n")[2]
+        logger.warning("small matrix products are left to cuBLAS: %s: %s", type(error).__name__, reason)
+        return {}
+    return {"post_grad_custom_pre_pass": products.SmallProducts()}

@@ -9,13 +9,15 @@ TF32, in TF32. Every sum has a fixed order.
 B, M, N, K are sizes.
 """
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
 
 SMALL = 2**27  # multiplications; above, cuBLAS is faster
 PROGRAMS = 264  # per launch: two for each multiprocessor of a large GPU
@@ -70,23 +72,50 @@ def _(a: Tensor, b: Tensor, splits: int, precision: str) -> Tensor:
     return a.new_empty((splits, a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
-def mm(a: Tensor, b: Tensor, *rest: Any, **more: Any) -> Tensor:
-    """Return `a @ b`, or NotImplemented if cuBLAS is as fast."""
+class SmallProducts(CustomGraphPass):
+    """Replaces the matrix products of a compiled program by the kernel where cuBLAS is slower.
+
+    torch.compile takes it as the option `post_grad_custom_pre_pass`, which has no public alternative: torch.func can't
+    differentiate through an operator of ours.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target is torch.ops.aten.mm.default:
+                _replace(graph, node, *node.args)
+            elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
+                bias, a, b = node.args
+                _replace(graph, node, a, b, bias)
+
+    def uuid(self) -> str:
+        """The key of compiled programs in the compiler's cache."""
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def splits_and_precision(a: Tensor, b: Tensor) -> tuple[int, str] | None:
+    """Return the kernel's arguments for `(M, K)` times `(K, N)`; None if cuBLAS is as fast."""
     (m, k), n = a.shape, b.shape[1]
-    if rest or more or a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return NotImplemented
-    if m * n * k > SMALL:
-        return NotImplemented
+    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16, torch.float16) or m * n * k > SMALL:
+        return None
     tiles = -(-m // TILE) * -(-n // TILE)
     splits = max(1, min(PROGRAMS // tiles, k // (2 * TILE)))
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 or a.dtype != torch.float32 else "tf32x3"
-    return product(a, b, splits, precision).sum(0).to(a.dtype)
+    return splits, "tf32" if torch.backends.cuda.matmul.allow_tf32 or a.dtype != torch.float32 else "tf32x3"
 
 
-def addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any, **more: Any) -> Tensor:
-    """Return `a @ b + bias`, or NotImplemented if cuBLAS is as fast."""
-    result = mm(a, b, *rest, **more)
-    return result if result is NotImplemented else result + bias
+def _replace(graph: Graph, node: Node, a: Node, b: Node, bias: Node | None = None) -> None:
+    values = a.meta["val"], b.meta["val"]
+    arguments = splits_and_precision(*values)
+    if arguments is None:
+        return
+    with graph.inserting_before(node):
+        parts = graph.call_function(torch.ops.vae_dist.product.default, (a, b, *arguments))
+        result = graph.call_function(torch.ops.aten.sum.dim_IntList, (parts, [0]))
+        if (dtype := values[0].dtype) != torch.float32:
+            result = graph.call_function(torch.ops.prims.convert_element_type.default, (result, dtype))
+        if bias is not None:
+            result = graph.call_function(torch.ops.aten.add.Tensor, (result, bias))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def warm_up(device: torch.device) -> None:
@@ -94,10 +123,3 @@ def warm_up(device: torch.device) -> None:
     ones = torch.ones(TILE, TILE, device=device)
     if not torch.equal(product(ones, ones, 1, "tf32x3")[0], ones * TILE):
         raise RuntimeError("the Triton kernel multiplies wrongly on this GPU")
-
-
-# Replacements of torch's operators while a program is traced.
-REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.aten.mm.default: mm,
-    torch.ops.aten.addmm.default: addmm,
-}
