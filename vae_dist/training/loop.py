@@ -26,7 +26,7 @@ from vae_dist.training.cadence import Cadence, due, launches
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter
 from vae_dist.training.milestones import Milestones, Outputs
-from vae_dist.training.recipes import RECIPES
+from vae_dist.training.recipes import RECIPES, check_recipe
 from vae_dist.training.update import Update
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def train(config: Config) -> Path:
         given = {**configs.flatten(config), **fingerprints.versions()}
         world.assert_equal_everywhere(lambda: given)
         world.compare_processors()
+        check_recipe(config)
         resolved, training_set = stack.enter_context(claim(config, world))
         config, run, resumed_from = resolved
         environment.set_threads(config)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vae_dist.config import Config
 from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
 from vae_dist.training.guard import COUNTS
 from vae_dist.training.loss_scaler import LossScaler
@@ -51,6 +52,12 @@ class Recipe(Protocol):
 
 # Name in a config -> the recipe of a VAE, its config, the processes, the loss scaler, and the run's last step.
 RECIPES: dict[str, Callable[[VAE, Config, World, LossScaler, int], Recipe]] = {"vae": VAERecipe}
+
+
+def check_recipe(config: Config) -> None:
+    """Raise UserError if the config names an unknown recipe."""
+    if config.train.recipe not in RECIPES:
+        raise UserError(f"unknown train.recipe {config.train.recipe!r}; choose from {', '.join(sorted(RECIPES))}")
 
 
 def totals_of(recipe: Recipe) -> tuple[str, ...]:
