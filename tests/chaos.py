@@ -1,6 +1,8 @@
 """Kill real trainings at random moments until they are done, and compare them with an undisturbed one.
 
-    python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER]
+    python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER] [--two-networks]
+
+--two-networks trains by tests/two_networks.py, with a moving average of the weights.
 
 Every process of the training gets SIGKILL, its launcher first, so that none can clean up. Half of the moments are drawn
 evenly over a start of the training, from its imports to its end; the others are in the middle of a save. Then the same
@@ -30,7 +32,8 @@ from vae_dist.errors import UserError
 from vae_dist.runs.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TRAIN = str(REPOSITORY / "vae_dist/train.py")
+TRAIN = "vae_dist/train.py"
+TWO_NETWORKS = "tests/two_networks.py"
 SETTINGS = [
     str(REPOSITORY / "configs/smoke.yaml"), "tracking.wandb=disabled", "device=cpu", "train.threads=1",
     "train.log_every=7", "checkpoint.every=11", "train.validate_every=40", "data.binarize=dynamic",
@@ -39,8 +42,10 @@ AIMED = 0.5  # of the kills: while a checkpoint is being written
 
 
 def command(processes: int, arguments: list[str]) -> list[str]:
+    """The command of a training. The first argument is its script."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), TRAIN, *SETTINGS, *arguments]
+    script, *settings = arguments
+    return [sys.executable, *(launcher if processes > 1 else []), str(REPOSITORY / script), *SETTINGS, *settings]
 
 
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
@@ -127,7 +132,8 @@ def compare(run_dir: Path, undisturbed: Path) -> None:
         assert newest_checkpoint(path) is not None
     ours, theirs = (max((path / "checkpoints").glob("step_*")) for path in (run_dir, undisturbed))
     assert ours.name == theirs.name
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+    names = sorted(path.name for path in theirs.glob("*.safetensors"))
+    for name in (*names, "state.json"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), f"{name} differs"
     assert rows(run_dir) == rows(undisturbed), "the rows differ"
 
@@ -139,12 +145,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--two-networks", action="store_true")
     options = parser.parse_args(arguments)
     folder = options.folder or Path(tempfile.mkdtemp())
     for processes in options.processes:
         draw = random.Random(options.seed)
         runs = folder / f"{processes}_processes"
-        settings = [f"runs_dir={runs}", f"data.root={folder / 'data'}", f"train.epochs={options.epochs}"]
+        script = [TWO_NETWORKS, "ema.decay=0.99", "train.accumulate=2"] if options.two_networks else [TRAIN]
+        settings = [*script, f"runs_dir={runs}", f"data.root={folder / 'data'}", f"train.epochs={options.epochs}"]
         train(processes, [*settings, "name=warm_up", "train.steps=1"])  # draws the digits
         seconds = train(processes, [*settings, "name=undisturbed"])
         started = time.monotonic()
