@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ class Losses(NamedTuple):
     outputs: tuple[Tensor, ...] = ()  # of the network, for losses of other networks
 
 
+Autocast = Callable[[], AbstractContextManager[object]]
+
 # Computes the losses from the network's forward, which it calls, and from tensors.
 LossFunction = Callable[..., Losses]
 
@@ -28,8 +31,8 @@ class Differentiate:
     part of the batch mean, sums `(n,)` are those of the values over the images, outputs are detached, gradients are in
     the weights' order and of the loss times its scale `()`.
 
-    `batch_size` divides the sum over the images. `autocast` surrounds the network's forward alone. `sum_dtype` is the
-    type of sums over images.
+    `batch_size` divides the sum over the images. Autocast surrounds the network's forward alone: Accelerate's, or
+    `autocast` where a compiler traces it. `sum_dtype` is the type of sums over images.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class Differentiate:
         losses: LossFunction,
         *,
         batch_size: float,
-        autocast: Callable[[], AbstractContextManager[object]],
+        autocast: Autocast,
         accelerator: Accelerator,
         sum_dtype: torch.dtype,
     ) -> None:
@@ -53,7 +56,7 @@ class Differentiate:
     def eager(self, scale: Tensor, *tensors: Tensor) -> list[Tensor]:
         """Run forward and autograd's backward. The weights are the network's own; Accelerate scales the loss."""
         inputs, weights = self._inputs_and_weights(tensors)
-        loss, sums, outputs = self._reduced(self._network, inputs)
+        loss, sums, outputs = self._reduced(self._network, inputs, self._accelerator.autocast)
         self._accelerator.backward(loss, inputs=weights)
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         assert len(gradients) == len(weights), "a weight does not take part in the loss"
@@ -67,15 +70,20 @@ class Differentiate:
 
         def loss_of(weights: Sequence[Tensor]) -> tuple[Tensor, Any]:
             named = dict(zip(self._names, weights, strict=True))
-            loss, sums, outputs = self._reduced(lambda *given: functional_call(self._network, named, given), inputs)
+            network = partial(functional_call, self._network, named)
+            loss, sums, outputs = self._reduced(lambda *given: network(given), inputs, self._autocast)
             return loss * scale.to(loss.dtype), (loss, sums, outputs)
 
         gradients, (_, (loss, sums, outputs)) = grad_and_value(loss_of, has_aux=True)(weights)
         return [loss, sums, *outputs, *gradients]
 
-    def _reduced(self, network: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _reduced(
+        self, network: Callable[..., Any], inputs: Sequence[Tensor], autocast: Autocast
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return loss, sums and outputs of these images."""
+
         def forward(*given: Tensor) -> Any:
-            with self._autocast():
+            with autocast():
                 return network(*given)
 
         values, outputs = self._losses(forward, *inputs)
