@@ -1,4 +1,4 @@
-"""The objective: ELBO terms per image, the training loss, and the schedules of learning rate and beta.
+"""The objective: ELBO terms per image, and the training loss.
 
 All values are nats per image, summed over an image's pixels and latents and never averaged over them. B batch, N images
 of a set, K importance samples, L latents, C, H, W image.
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vae_dist.config import Config
 from vae_dist.models.distributions import DiagonalGaussian, at_least_float32
 from vae_dist.models.vae import VAE, VAEOutput
 
@@ -77,33 +76,3 @@ def training_loss(terms: ElboTerms, beta: float | Tensor, batch_size: float) -> 
     batch mean.
     """
     return (terms.reconstruction + beta * terms.kl).sum() / batch_size
-
-
-class Schedule(NamedTuple):
-    """The values that change with the step."""
-
-    learning_rate: float
-    beta: float
-
-
-def schedule(config: Config, step: int, last_step: int) -> Schedule:
-    """Return the values of step `step`, from 0; `last_step` is the run's number of steps."""
-    return Schedule(_learning_rate(config, step, last_step), _beta(config, step))
-
-
-def _learning_rate(config: Config, step: int, last_step: int) -> float:
-    optim = config.optim
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.learning_rate
-    decay_steps = max((optim.decay_steps or last_step) - optim.warmup_steps, 1)
-    progress = min((step - optim.warmup_steps) / decay_steps, 1.0)
-    return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _beta(config: Config, step: int) -> float:
-    objective = config.objective
-    if step < objective.beta_warmup_steps:
-        return objective.beta * step / objective.beta_warmup_steps
-    return objective.beta

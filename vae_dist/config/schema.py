@@ -1,24 +1,13 @@
 """Every option of a run: key, type, default, bounds, meaning. There is a dataclass per concern; `Config` holds them."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from vae_dist.config.architectures import MLPConfig, ModelConfig
+from vae_dist.config.fields import option
+from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and its bounds; the bounds of a list hold for each item."""
-    metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -44,36 +33,6 @@ class DataConfig:
         at_least=6,
         at_most=2**32,
     )
-
-
-@dataclass
-class ModelConfig:
-    architecture: str = option("mlp", "name of an entry of ARCHITECTURES in vae_dist/models/__init__.py")
-    latent_dim: int = option(40, "number of latents", at_least=1)
-    hidden_dims: list[int] = option([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
-
-
-@dataclass
-class ObjectiveConfig:
-    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
-    sigma: float = option(1.0, "standard deviation of the gaussian likelihood; pixels lie in [0, 1]", above=0)
-    beta: float = option(
-        1.0, "weight of the KL in the training loss; the reported ELBO always has a weight of 1", at_least=0
-    )
-    beta_warmup_steps: int = option(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
-
-
-@dataclass
-class OptimConfig:
-    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
-    warmup_steps: int = option(0, "optimizer steps over which the learning rate rises linearly from 0", at_least=0)
-    schedule: Literal["constant", "cosine"] = option(
-        "constant", "learning rate after the warm-up: constant, or a cosine down to 0"
-    )
-    decay_steps: int | None = option(
-        None, "optimizer step at which the cosine reaches 0; null: the run's last", at_least=1
-    )
-    max_grad_norm: float | None = option(None, "clip the gradient to this norm; null: no clipping", above=0)
 
 
 @dataclass
@@ -220,10 +179,16 @@ class Config:
     seed: int = option(0, "seed of weights, batches and noise", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     output: str | None = option(None, "folder for results of evaluation and sampling; null: the run's directory")
+    weights: Literal["ema", "raw"] = option(
+        "ema",
+        "weights that evaluation, samples and reports use: ema: the moving average if the run has one, otherwise the "
+        "trained weights; raw: the trained weights",
+    )
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=MLPConfig)  # that of the architecture
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from vae_dist.config import Config
+from vae_dist.config import Config, MLPConfig
 from vae_dist.errors import UserError
 from vae_dist.models.distributions import LIKELIHOODS
 from vae_dist.models.mlp import MLPDecoder, MLPEncoder
@@ -36,6 +36,7 @@ def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
     Raises UserError for unknown names, and for a model that does not fit into memory.
     """
     check_names(config)
+    assert isinstance(config.model, MLPConfig)
     build_encoder, build_decoder = ARCHITECTURES[config.model.architecture]
     sizes = (image_shape, config.model.hidden_dims, config.model.latent_dim)
     build_likelihood = LIKELIHOODS[config.objective.reconstruction]

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vae_dist import config as configs
-from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
@@ -26,6 +25,7 @@ from vae_dist.runs.starts import Start, write_start
 from vae_dist.training.cadence import Cadence, due, launches
 from vae_dist.training.meter import Meter
 from vae_dist.training.milestones import Milestones, Outputs
+from vae_dist.training.schedules import schedule
 from vae_dist.training.update import Update
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def train(config: Config) -> Path:
             )
             with milestones.saved_when_stopped():
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
-                    values = [objectives.schedule(config, step, cadence.last_step) for step in steps]
+                    values = [schedule(config, step, cadence.last_step) for step in steps]
                     update(*batches(steps), values)
                     meter.count(len(steps))
                     done = steps.stop

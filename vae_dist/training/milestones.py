@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vae_dist import config as configs
-from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data.datasets import Images
 from vae_dist.distributed import environment
@@ -17,13 +16,13 @@ from vae_dist.distributed.stopping import Watch
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
-from vae_dist.objectives import Schedule
 from vae_dist.runs.checkpoint import Best, TrainingState
 from vae_dist.runs.claim import Resolved
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.progress import TrainingProgress
 from vae_dist.runs.tracking import Tracker
 from vae_dist.training.meter import Meter
+from vae_dist.training.schedules import Schedule, schedule
 from vae_dist.training.update import NotFiniteError, Update
 from vae_dist.views import pictures
 
@@ -148,7 +147,7 @@ class Milestones:
         try:
             return self._update.require_healthy(step)
         except NotFiniteError as error:
-            now = objectives.schedule(self._config, error.step, self._last_step)
+            now = schedule(self._config, error.step, self._last_step)
             raise RunError(
                 f"the loss or the gradient is not finite in step {error.step + 1} (learning rate "
                 f"{now.learning_rate:g}), and the weights are still those of the step before. "

@@ -14,12 +14,12 @@ from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
 from vae_dist.models.vae import VAE
-from vae_dist.objectives import Schedule
 from vae_dist.runs.checkpoint import Checkpoint, TrainingState
 from vae_dist.training.adam import Adam, FlatAdam
 from vae_dist.training.equal_weights import assert_equal_weights
 from vae_dist.training.guard import TOTALS
 from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.schedules import Schedule
 from vae_dist.training.step import Step
 
 MOST_STEPS = 32  # captured in one graph: more would hardly save launches, and make capturing slower
