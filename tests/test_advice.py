@@ -28,6 +28,9 @@ FP64 = "train.precision=fp64"
         (["optim.learning_rate=1e39"], r"optim.learning_rate=1e\+39 can't"),
         (["optim.learning_rate=1e39", FP64], r"optim.learning_rate=1e\+39 can't .* to 3.4e\+38"),
         (["optim.learning_rate=1e-40"], "optim.learning_rate=1e-40 can't"),
+        (["optim.stages=[[0,0.1],[5,1e-40]]"], "optim.stages with the rate 1e-40 can't .* fp32"),
+        (["optim.eps=1e-40"], "optim.eps=1e-40 can't .* fp32"),
+        (["optim.weight_decay=1e39"], r"optim.weight_decay=1e\+39 can't .* use 0, or a value"),
         (["optim.max_grad_norm=1e-40"], "optim.max_grad_norm=1e-40 can't .* use a value at least 1.2e-38"),
     ],
 )
@@ -52,6 +55,8 @@ def test_a_study_is_refused_before_the_first_of_its_runs(smoke_arguments: list[s
         ["objective.sigma=1e-10"],  # a Bernoulli likelihood has none
         [GAUSSIAN, "objective.sigma=1e-20", FP64],
         ["objective.beta=0"],
+        ["optim.learning_rate=1e39", "optim.stages=[[0,0.1]]"],  # stages replace it
+        ["optim.eps=1e-40", FP64],
         ["objective.beta=1e30", FP64],
         ["optim.max_grad_norm=1e300"],
     ],
@@ -86,6 +91,14 @@ def test_advice_omits_settings_in_use_or_without_effect(make_config: MakeConfig)
     assert "train.precision=fp32" in advice("train.precision=bf16") and "precision" not in advice()
     assert "optim" not in advice("optim.learning_rate=1e30", taken=0)
     assert "objective.beta=1e+18" in advice("objective.beta=1e18", taken=0)
+
+
+def test_the_rate_of_a_stage_is_suspected_in_place_of_the_rate_that_it_replaces(make_config: MakeConfig) -> None:
+    loaded = make_config("optim.learning_rate=9", "optim.stages=[[0,0.001],[5,5]]", "optim.weight_decay=3")
+    assert config.suspects(loaded) == [
+        "optim.stages with the rate 5 (usual: 0.0001 to 0.003)",
+        "optim.weight_decay=3 (usual: up to 0.1)",
+    ]
 
 
 def test_a_refused_branch_is_told_what_would_work(make_config: MakeConfig) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from vae_dist.data.datasets import Images
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports import comparison
-from vae_dist.reports.comparison import compare, curves
+from vae_dist.reports.comparison import _to_json, compare, curves
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.study import study
+from vae_dist.reports.table import make_table
 from vae_dist.runs.lookup import find
 from vae_dist.runs.picture import with_caption
 from vae_dist.training import cadence, loop
@@ -86,6 +88,36 @@ def test_runs_are_labelled_by_the_settings_that_differ(make_run: MakeRun, pair: 
         "seed=0, hidden_dims=[32], train.batch_size=50",  # evaluations have a batch size too
         "seed=3, hidden_dims=[9, 9], train.batch_size=40",
     ]
+
+
+def test_runs_of_several_architectures_are_told_apart_by_the_keys_that_they_have(pair: list[Path]) -> None:
+    runs = [opened(run) for run in pair]
+    conv = replace(runs[0].config, model=config.ConvConfig())
+    runs.append(runs[0]._replace(config=conv))
+    assert labels(runs[1:]) == ["architecture=mlp", "architecture=conv"]
+    assert labels(runs) == ["architecture=mlp, latent_dim=2", "architecture=mlp, latent_dim=4", "architecture=conv"]
+    keys = config.differing([run.config for run in runs])
+    table = make_table(runs, keys, [{}] * 3)
+    assert table.header == ["architecture", "latent_dim", "step", "run"] and table.names_are_redundant
+    assert [row[:2] for row in table.rows] == [["mlp", "2"], ["mlp", "4"], ["conv", ""]]
+    noted = _to_json(runs, keys, [{}] * 3)["runs"]
+    assert noted[1]["settings"] == {"model.architecture": "mlp", "model.latent_dim": 4}
+    assert noted[2]["settings"] == {"model.architecture": "conv"}
+
+
+@pytest.mark.parametrize(
+    ("change", "axis"),
+    [
+        ({"samples": 5}, "training loss"),  # of the same bound
+        ({"bound": "iwae"}, "training negative ELBO"),
+        ({"beta": 0.5}, "training negative ELBO"),
+    ],
+)
+def test_curves_of_several_bounds_are_of_the_negative_elbo(change: dict[str, Any], axis: str, pair: list[Path]) -> None:
+    first, second = (opened(run) for run in pair)
+    objective = replace(second.config.objective, **change)
+    second = second._replace(config=replace(second.config, objective=objective))
+    assert curves([first, second])[1] == ("optimizer steps", f"{axis}, nats per image")
 
 
 def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun, pair: list[Path]) -> None:
@@ -323,7 +355,7 @@ def names(study_config: Study) -> list[str]:
 
 def test_a_study_varies_one_key_and_the_default_is_the_tutorials() -> None:
     planned = config.load_study([])
-    assert [run.model.latent_dim for run in planned.configs] == [2, 5, 10, 20, 40]
+    assert [config.flatten(run)["model.latent_dim"] for run in planned.configs] == [2, 5, 10, 20, 40]
     assert names(planned)[:2] == ["tutorial-latent_dim-2", "tutorial-latent_dim-5"]
     assert planned.output == Path("runs/tutorial-latent_dim")
     assert {run.tracking.group for run in planned.configs} == {"tutorial-latent_dim"}

@@ -22,7 +22,7 @@ def refusal(*arguments: str) -> str:
 
 def test_no_arguments_give_the_tutorials_config() -> None:
     loaded = config.load([])
-    assert (loaded.model.hidden_dims, loaded.model.latent_dim) == ([400], 40)
+    assert loaded.model == config.MLPConfig("mlp", "standard_normal", 40, [400])
     assert (loaded.train.epochs, loaded.train.batch_size, loaded.optim.learning_rate) == (5, 100, 1e-3)
     assert config.load([str(REPOSITORY / "configs/tutorial.yaml")]) == loaded
 
@@ -39,7 +39,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     first.write_text("seed: 1\nmodel: {latent_dim: 3}\ntrain: {epochs: 7}")
     second.write_text("seed: 2\nmodel: {latent_dim: 4}")
     loaded = config.load(["seed=3", str(first), str(second)])
-    assert (loaded.seed, loaded.model.latent_dim, loaded.train.epochs) == (3, 4, 7)
+    assert (loaded.seed, loaded.model, loaded.train.epochs) == (3, config.MLPConfig(latent_dim=4), 7)
     assert config.load(["tracking.tags=[a,b]", "tracking.tags=[c]"]).tracking.tags == ["c"]
     assert loaded.name == "second-{time}"
     odd = tmp_path / "my run (2).yaml"
@@ -176,6 +176,21 @@ def test_a_runs_path_must_be_printable() -> None:
         ("model.hidden_dims=[400,0]", "model.hidden_dims must be at least 1, not 0"),
         ("optim.learning_rate=0", "optim.learning_rate must be above 0, not 0.0"),
         ("optim.learning_rate=inf", "optim.learning_rate must be a finite number"),
+        ("objective.samples=0", "objective.samples must be at least 1, not 0"),
+        ("optim.optimizer=sgd", "optim.optimizer must be one of adam, adamw, adamax, not sgd"),
+        ("optim.betas=[0.9]", "optim.betas must be two numbers, such as [0.9,0.999], not [0.9]"),
+        ("optim.betas=[0.9,1]", "optim.betas must be below 1, not 1.0"),
+        ("optim.eps=0", "optim.eps must be above 0, not 0.0"),
+        ("optim.weight_decay=-1", "optim.weight_decay must be at least 0, not -1.0"),
+        ("optim.stages=[]", "optim.stages must be pairs [[step, rate], ...], such as"),
+        ("optim.stages=[[0,1,2]]", "optim.stages must be pairs"),
+        ("optim.stages=[0,1]", "optim.stages must be list of lists of float or null"),
+        ("optim.stages=[[1,0.1]]", "the steps of optim.stages must be whole numbers that rise from 0, not [1.0]"),
+        ("optim.stages=[[0,0.1],[2.5,0.2]]", "whole numbers that rise from 0, not [0.0, 2.5]"),
+        ("optim.stages=[[0,0.1],[3,1],[3,2]]", "whole numbers that rise from 0, not [0.0, 3.0, 3.0]"),
+        ("optim.stages=[[0,0]]", "the rates of optim.stages must be above 0, not 0.0"),
+        ("ema.decay=1", "ema.decay must be below 1, not 1.0"),
+        ("weights=both", "weights must be one of ema, raw, not both"),
         ("data.binarize=maybe", "data.binarize must be one of none, threshold, dynamic, not maybe"),
         ("train.precision=no", "train.precision must be one of auto, fp32"),
         ("train.batch_size=0", "train.batch_size must be at least 1"),
@@ -213,7 +228,7 @@ def test_bad_files_are_named(content: str, expected: str, tmp_path: Path) -> Non
 def test_files_may_have_dotted_keys_and_empty_groups() -> None:
     Path("some.yaml").write_text("model.latent_dim: 3\ndata:\nmodel:\n  hidden_dims: [5]\n")
     loaded = config.load(["some.yaml"])
-    assert (loaded.model.latent_dim, loaded.model.hidden_dims) == (3, [5])
+    assert loaded.model == config.MLPConfig(latent_dim=3, hidden_dims=[5])
 
 
 @pytest.mark.parametrize(
@@ -268,21 +283,40 @@ def test_a_resumed_run_keeps_what_auto_was_resolved_to() -> None:
     assert resumed(before, ["train.precision=fp32"]).train.precision == "fp32"
 
 
-@pytest.mark.parametrize("change", ["train.epochs=9", "train.log_every=7", "runs_dir=other", "train.accumulate=2"])
+@pytest.mark.parametrize(
+    "change", ["train.epochs=9", "train.log_every=7", "runs_dir=other", "train.accumulate=2", "weights=raw"]
+)
 def test_options_that_do_not_change_learning_may_change_on_resume(change: str) -> None:
     resumed([], [change])
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "model.latent_dim=3", "objective.beta=2", "train.batch_size=50", "data.binarize=dynamic"]
-)
+    "change",
+    ["seed=1", "model.latent_dim=3", "objective.beta=2", "train.batch_size=50", "data.binarize=dynamic",
+     "objective.bound=iwae", "objective.samples=2", "optim.optimizer=adamw", "optim.betas=[0.5,0.9]", "optim.eps=1e-4",
+     "optim.weight_decay=0.1", "optim.schedule=linear", "optim.stages=[[0,0.1]]", "ema.decay=0.9"],
+)  # fmt: skip
 def test_options_that_change_learning_may_not_change_on_resume(change: str) -> None:
     with pytest.raises(UserError, match=change.split("=")[0]):
         resumed([], [change])
 
 
-def test_a_longer_run_is_refused_if_its_schedule_depends_on_its_length() -> None:
+@pytest.mark.parametrize("schedule", ["optim.schedule=cosine", "optim.schedule=linear"])
+def test_a_longer_run_is_refused_if_its_schedule_depends_on_its_length(schedule: str) -> None:
     with pytest.raises(UserError, match=r"train.epochs \(was 5, now 9\)"):
-        resumed(["optim.schedule=cosine"], ["optim.schedule=cosine", "train.epochs=9"])
-    fixed = ["optim.schedule=cosine", "optim.decay_steps=100"]
-    resumed(fixed, [*fixed, "train.epochs=9"])
+        resumed([schedule], [schedule, "train.epochs=9"])
+    for fixed in "optim.decay_steps=100", "optim.stages=[[0,0.1]]":
+        resumed([schedule, fixed], [schedule, fixed, "train.epochs=9"])
+
+
+@pytest.mark.parametrize("weight", ["objective.beta=0.5", "objective.beta_warmup_steps=3"])
+def test_an_importance_weighted_bound_has_no_beta(weight: str) -> None:
+    assert "objective.bound=iwae has no KL term to weigh" in refusal("objective.bound=iwae", weight)
+    loaded = config.load(["objective.bound=iwae", "objective.samples=50"])
+    assert (loaded.objective.bound, loaded.objective.samples) == ("iwae", 50)
+
+
+def test_readers_choose_the_weights_and_runs_do_not_differ_by_them() -> None:
+    stored = config.load(["name=a"])
+    assert (stored.weights, config.load_reader(stored, ["weights=raw"]).weights) == ("ema", "raw")
+    assert config.differing([stored, config.load(["weights=raw"])]) == []

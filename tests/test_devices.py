@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from vae_dist.training.gradients import Gradients
 
 from vae_dist import config
 from vae_dist.config import Config
@@ -21,10 +22,9 @@ from vae_dist.distributed.world import World
 from vae_dist.evaluation import metrics
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
-from vae_dist.objectives import Schedule
 from vae_dist.plan import Plan
-from vae_dist.training.gradients import Gradients
 from vae_dist.training.meter import Meter
+from vae_dist.training.schedules import Schedule
 from vae_dist.training.update import Update
 from vae_dist.views import pictures
 from vae_dist.views.latents import TrainedVAE

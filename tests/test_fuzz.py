@@ -148,7 +148,7 @@ SNIPPETS = [
     "${oc.dict.values:model}", "\\${name}", "$${name}", "${${name}}", "${.name}", "${..name}", "${name",
     "${model[latent_dim]}", "../..", "/etc/passwd", "~root", "~nobody-there", "a" * 300, "https://user:token@host/",
     "https://host/data", "file:///etc", "http://[", "http://host:99999", "{time}", "mnist", "[" * 2000, "{a: " * 2000,
-    "x" * 5000,
+    "x" * 5000, "conv",
 ]  # fmt: skip
 snippets = st.sampled_from(SNIPPETS)
 scalars = st.one_of(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from vae_dist.training.gradients import Gradients
 
 from tests.conftest import MakeConfig
 from tests.test_trainer import final
@@ -17,10 +18,9 @@ from vae_dist.distributed import precision as precisions
 from vae_dist.distributed import processes
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
-from vae_dist.objectives import Schedule
 from vae_dist.runs.claim import claim
-from vae_dist.training.gradients import Gradients
 from vae_dist.training.loop import train
+from vae_dist.training.schedules import Schedule
 from vae_dist.training.update import Update
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")

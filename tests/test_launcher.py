@@ -10,6 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_extend_env_parallelism_config,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.forked import unused_port
@@ -68,6 +76,60 @@ def test_bad_launcher_variables_give_one_message_with_the_remedy(
     with pytest.raises(UserError, match=message) as refused, processes.join(make_config()):
         pass
     assert "\n" not in str(refused.value)
+
+
+_DYNAMO = {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "file", "feature"),
+    [
+        (["--use_fsdp"], {}, "FSDP"),
+        (["--use_fsdp", "--fsdp_version=2", "--use_parallelism_config"], {}, "FSDP .*, a parallelism_config"),
+        (["--use_deepspeed"], {}, "DeepSpeed"),
+        (["--use_megatron_lm"], {}, "Megatron-LM"),
+        (["--dynamo_backend=inductor"], {}, "dynamo"),
+        (["--multi_gpu", "--dynamo_backend=eager"], {}, "dynamo"),
+        ([], {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "FSDP"),
+        ([], {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "DeepSpeed"),
+        ([], {"distributed_type": "MEGATRON_LM", "megatron_lm_config": {"megatron_lm_tp_degree": 1}}, "Megatron-LM"),
+        ([], {"distributed_type": "MULTI_GPU", **_DYNAMO}, "dynamo"),
+        ([], {"distributed_type": "NO", **_DYNAMO}, "dynamo"),
+    ],
+)
+def test_settings_of_accelerates_launcher_that_are_not_honoured_are_refused(
+    options: list[str], file: dict[str, object], feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variables are those that the installed Accelerate sets for these options and files."""
+    words = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", *options]
+    if file:
+        common = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "num_machines": 1}
+        Path("launch.yaml").write_text(yaml.safe_dump({**common, "num_processes": 2, **file}))
+        words = ["--config_file=launch.yaml"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""  # as in `launch_command`
+        _, variables = prepare_deepspeed_cmd_env(arguments)
+    elif arguments.use_fsdp or arguments.use_megatron_lm or arguments.multi_gpu:
+        variables = prepare_multi_gpu_env(arguments)
+        if arguments.use_parallelism_config:
+            variables = prepare_extend_env_parallelism_config(arguments, variables)
+    else:
+        _, variables = prepare_simple_launcher_cmd_env(arguments)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"turns on {feature} .* does not support: launch it with one of its own files"):
+        launcher.require_supported()
+
+
+@pytest.mark.slow
+def test_an_unsupported_launch_ends_with_one_message_and_exit_code_2(smoke_arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--use_fsdp"]
+    command += ["--num_processes=1", "--main_process_port=0", TRAIN, *smoke_arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.stderr.count("error: Accelerate's launcher turns on FSDP") == 1
+    assert re.findall(r"exitcode +: (\d+)", ended.stderr) == ["2"] and ended.returncode == 1  # the launcher's own
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(

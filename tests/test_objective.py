@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+from vae_dist.models.distributions import DiagonalGaussian
 
 from vae_dist import config
 from vae_dist.models import build_vae
-from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.objectives import (
     ElboTerms,
     active_units,
     bits_per_dimension,
     elbo_terms,
     log_weights,
-    schedule,
     training_loss,
 )
 from vae_dist.plan import shard
@@ -100,24 +99,3 @@ def test_the_objective_stays_in_float32_under_autocast() -> None:
     for value, expected in zip(inside, outside, strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
-
-
-def test_learning_rate_warms_up_linearly_and_stays() -> None:
-    settings = config.load(["optim.learning_rate=0.1", "optim.warmup_steps=4"])
-    rates = [schedule(settings, step, 10).learning_rate for step in range(6)]
-    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-
-
-def test_cosine_falls_to_zero_at_the_last_step_or_at_decay_steps() -> None:
-    settings = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.warmup_steps=2"])
-    assert schedule(settings, 2, 12).learning_rate == pytest.approx(1.0)
-    assert schedule(settings, 7, 12).learning_rate == pytest.approx(0.5)
-    assert schedule(settings, 11, 12).learning_rate == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
-    assert schedule(settings, 12, 12).learning_rate == pytest.approx(0.0)
-    sooner = config.load(["optim.learning_rate=1", "optim.schedule=cosine", "optim.decay_steps=5"])
-    assert schedule(sooner, 5, 12).learning_rate == schedule(sooner, 11, 12).learning_rate == pytest.approx(0.0)
-
-
-def test_beta_rises_linearly_from_zero() -> None:
-    settings = config.load(["objective.beta=4", "objective.beta_warmup_steps=4"])
-    assert [schedule(settings, step, 10).beta for step in range(6)] == pytest.approx([0, 1, 2, 3, 4, 4])

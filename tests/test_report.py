@@ -274,7 +274,7 @@ def test_settings_that_differ_come_first_and_all_are_there(trained: Path, page: 
     marked = [text for path, text in page.texts if path.endswith("mark")]
     assert len(marked) == len(keys) and "[32]" in marked
     below = [text for path, text in page.texts if path.endswith("details/div/section/dl/div/dt")]
-    assert below == [option.key.rpartition(".")[2] for option in config.options()]
+    assert below == [option.key.rpartition(".")[2] for option in config.options(stored)]
 
 
 def test_the_command_that_it_gives_trains_bitwise_the_same_weights(trained: Path, page: Page, tmp_path: Path) -> None:

@@ -33,12 +33,13 @@ from vae_dist.distributed import environment, failures, fingerprints, precision,
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.objectives import ElboTerms, schedule
+from vae_dist.objectives import ElboTerms
 from vae_dist.plan import Plan
 from vae_dist.runs import console
 from vae_dist.runs.claim import claim
 from vae_dist.training import milestones
 from vae_dist.training.loop import train
+from vae_dist.training.schedules import schedule
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
 

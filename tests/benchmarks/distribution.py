@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from vae_dist.models.distributions import Bernoulli
 
 from vae_dist import config as configs
-from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
@@ -47,11 +47,11 @@ from vae_dist.data.datasets import Images
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models import build_vae
-from vae_dist.models.distributions import Bernoulli
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
 from vae_dist.training.cadence import due
 from vae_dist.training.meter import Meter
+from vae_dist.training.schedules import schedule
 from vae_dist.training.update import Update
 
 RESULT = Path(__file__).resolve().parents[2] / "docs/distribution.md"
@@ -96,7 +96,7 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
 
     def step() -> None:
         number = next(steps)
-        now = objectives.schedule(config, number, LAST_STEP)
+        now = schedule(config, number, LAST_STEP)
         update(*batches(range(number, number + 1)), [now])
         meter.count(1)
         if due(number + 1, config.train.log_every, LAST_STEP):
@@ -124,7 +124,7 @@ def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> S
     def step() -> None:
         images = training.pixels[next(batches)].float().div_(255)
         optimizer.zero_grad()
-        posterior, likelihood = network(images, torch.randn(shard_size, config.model.latent_dim))
+        posterior, likelihood = network(images, torch.randn(shard_size, vae.latent_dim))
         assert isinstance(likelihood, Bernoulli)
         reconstruction = F.binary_cross_entropy_with_logits(likelihood.logits, images, reduction="sum")
         mean, log_variance = posterior

@@ -8,23 +8,21 @@ Files and arguments may be untrusted. They hold keys, lists and text, within bou
 OmegaConf's resolvers, which read the environment or import modules, are refused.
 """
 
+from vae_dist.config.architectures import ARCHITECTURES, ConvConfig, MLPConfig, ModelConfig
 from vae_dist.config.arguments import argument, split_run, split_runs
-from vae_dist.config.checks import check, check_numbers, suspects
+from vae_dist.config.checks import check
 from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.help import help_text
 from vae_dist.config.keys import Option, flatten, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
+from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
+from vae_dist.config.ranges import check_numbers, suspects
 from vae_dist.config.schema import (
-    ARCHITECTURES,
     CheckpointConfig,
     Config,
     DataConfig,
-    EmaConfig,
     EvaluateConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
     Precision,
     RuntimeConfig,
     SampleConfig,
@@ -39,9 +37,11 @@ __all__ = [
     "READER_KEYS",
     "CheckpointConfig",
     "Config",
+    "ConvConfig",
     "DataConfig",
     "EmaConfig",
     "EvaluateConfig",
+    "MLPConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",

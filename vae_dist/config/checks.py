@@ -1,4 +1,4 @@
-"""Checks of values: impossible for every run, on this machine, or in this precision."""
+"""Checks of values: impossible for every run, or on this machine."""
 
 import json
 import math
@@ -12,22 +12,13 @@ from urllib.parse import urlsplit
 import psutil
 
 from vae_dist.config import yaml_text
-from vae_dist.config.keys import Option, by_key, flatten
+from vae_dist.config.architectures import ARCHITECTURES
+from vae_dist.config.keys import Option, flatten, options
+from vae_dist.config.optimization import ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import PATHS, check_path
 from vae_dist.config.schema import Config, TrackingConfig
 from vae_dist.config.text import as_text, leaves, require_text, truncate
 from vae_dist.errors import UserError
-
-# The smallest and the largest normal number of the two types: anything smaller is flushed to 0.
-_FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
-_FLOAT64 = 2.0**-1022, 2.0**1023 * (2 - 2.0**-52)
-
-# The range in which training usually works, and its wording in a message.
-_USUAL = {
-    "objective.sigma": (0.01, math.inf, "0.01 to 1"),
-    "objective.beta": (0.0, 1000.0, "up to 10"),
-    "optim.learning_rate": (0.0, 0.02, "0.0001 to 0.003"),
-}
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._{}-]{0,127}")
 _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -35,9 +26,14 @@ _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def check(config: Config) -> None:
     """Raise UserError for the first value that is impossible for every run, or on this machine."""
+    if ARCHITECTURES.get(config.model.architecture) is not type(config.model):
+        raise UserError(
+            f"model.architecture={as_text(config.model.architecture)} does not fit {type(config.model).__name__}: "
+            "choose a class of vae_dist.config.architectures.ARCHITECTURES with its own name"
+        )
     values = flatten(config)
-    for key, option in by_key().items():
-        for item in leaves(values[key]):
+    for option in options(config):
+        for item in leaves(values[option.key]):
             _check_value(option, item)
     for key in PATHS:
         check_path(key, values[key] or "")
@@ -55,6 +51,9 @@ def check(config: Config) -> None:
             f"tracking.id={config.tracking.id!r} can't be the ID of a W&B run: use letters, digits, '_' and '-', up to "
             "64 of them"
         )
+    config.model.check()
+    _check_objective(config.objective)
+    _check_optim(config.optim)
     _check_size(config)
     _check_memory(config)
 
@@ -71,8 +70,35 @@ def _check_value(option: Option, item: Any) -> None:
             raise UserError(f"{option.key} must be above {option.above}, not {as_text(item)}")
         if option.at_most is not None and item > option.at_most:
             raise UserError(f"{option.key} must be at most {option.at_most}, not {as_text(item)}")
+        if option.below is not None and item >= option.below:
+            raise UserError(f"{option.key} must be below {option.below}, not {as_text(item)}")
     if isinstance(item, int) and abs(item) >= 2**63:
         raise UserError(f"{option.key} must be below 2^63, not {as_text(item)}")
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    if objective.bound == "iwae" and (objective.beta != 1 or objective.beta_warmup_steps):
+        raise UserError(
+            "objective.bound=iwae has no KL term to weigh: use objective.beta=1 and objective.beta_warmup_steps=0, or "
+            "objective.bound=elbo"
+        )
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if len(optim.betas) != 2:
+        raise UserError(f"optim.betas must be two numbers, such as [0.9,0.999], not {as_text(optim.betas)}")
+    if optim.stages is None:
+        return
+    if not optim.stages or any(len(stage) != 2 for stage in optim.stages):
+        raise UserError(
+            f"optim.stages must be pairs [[step, rate], ...], such as [[0,0.001],[1000,0.0001]], not "
+            f"{as_text(optim.stages)}"
+        )
+    steps, rates = zip(*optim.stages, strict=True)
+    if steps[0] != 0 or any(step != int(step) for step in steps) or any(a >= b for a, b in pairwise(steps)):
+        raise UserError(f"the steps of optim.stages must be whole numbers that rise from 0, not {as_text(list(steps))}")
+    if min(rates) <= 0:
+        raise UserError(f"the rates of optim.stages must be above 0, not {as_text(min(rates))}")
 
 
 def _check_mirror(mirror: str) -> None:
@@ -106,11 +132,13 @@ def _count(value: Any) -> int:
 def _check_memory(config: Config) -> None:
     """Raise UserError for sizes whose numbers alone would not fit into this machine's memory."""
     memory = psutil.virtual_memory().total
-    # A layer between two sizes has at least as many weights as their product; the encoder has it, and the decoder.
-    sizes = [math.prod(config.data.image_shape or [1]), *config.model.hidden_dims, config.model.latent_dim]
+    shape = config.data.image_shape or [1, 1, 1]
+    own = [option.key for option in options(config) if option.architecture is not None]
+    latents = config.model.latents(shape)
     bytes_of = {
-        "the model's weights (model.hidden_dims, model.latent_dim)": 8 * sum(a * b for a, b in pairwise(sizes)),
-        "the latents of sample.count images": 4 * config.sample.count * config.model.latent_dim,
+        f"the model's weights ({', '.join(own)})": 4 * config.model.weights_at_least(shape),
+        "the latents of sample.count images": 4 * config.sample.count * latents,
+        "the latents of objective.samples samples of an image": 4 * config.objective.samples * latents,
     }
     for subject, needed in bytes_of.items():
         if needed > memory:
@@ -135,40 +163,3 @@ def check_names_in_wandb(tracking: TrackingConfig) -> None:
             )
     if bad := [tag for tag in tracking.tags if not 1 <= len(tag) <= 64]:
         raise UserError(f"tracking.tags has {truncate(repr(bad[0]))}, which W&B does not take: use 1 to 64 characters")
-
-
-def check_numbers(config: Config) -> None:
-    """Raise UserError for numbers that would overflow or vanish in a training of this precision, `auto` being fp32."""
-    precision = "fp32" if config.train.precision == "auto" else config.train.precision
-    smallest, largest = _FLOAT64 if precision == "fp64" else _FLOAT32
-    bounds = {
-        "optim.learning_rate": _FLOAT32,  # Adam's, in every precision
-        "optim.max_grad_norm": (smallest, math.inf),
-        # They scale gradients, whose norm is the root of a sum of squares: sigma by its own square's reciprocal.
-        "objective.beta": (smallest, largest**0.5),
-        "objective.sigma": (largest**-0.25, smallest**-0.5),
-    }
-    values = flatten(config)
-    if config.objective.reconstruction != "gaussian":
-        del bounds["objective.sigma"]
-    for key, (least, most) in bounds.items():
-        if values[key] and not least <= values[key] <= most:
-            zero = "0, or " if key == "objective.beta" else ""
-            limits = f"at least {least:.2g}" if most == math.inf else f"from {least:.2g} to {most:.2g}"
-            raise UserError(
-                f"{key}={values[key]:g} can't be used in {precision}: the loss or its gradients would "
-                f"overflow or vanish; use {zero}a value {limits}"
-            )
-
-
-def suspects(config: Config) -> list[str]:
-    """Return the settings that probably made numbers infinite, the most likely first: `key=value (usual: ...)`."""
-    values = flatten(config)
-    usual = {key: (low, high) for key, (low, high, _) in _USUAL.items()}
-    if config.objective.reconstruction != "gaussian":
-        del usual["objective.sigma"]
-    distance = {
-        key: max(low / values[key] if values[key] else 0.0, values[key] / high) for key, (low, high) in usual.items()
-    }
-    unusual = sorted((key for key in distance if distance[key] > 1), key=lambda key: -distance[key])
-    return [f"{key}={values[key]:g} (usual: {_USUAL[key][2]})" for key in unusual]

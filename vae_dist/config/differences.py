@@ -10,11 +10,11 @@ from vae_dist.errors import UserError
 
 # A command that reads a finished run may set these. The model and its training data are the run's.
 READER_KEYS = (
-    "device", "output", "runs_dir", "data.root", "data.download", "data.mirror", "train.threads", "tracking.",
-    "runtime.", "evaluate.", "sample.",
+    "device", "output", "weights", "runs_dir", "data.root", "data.download", "data.mirror", "train.threads",
+    "tracking.", "runtime.", "evaluate.", "sample.",
 )  # fmt: skip
 
-# A resumed run may change these: none changes what is learned. Its length matters to a cosine alone (`resume`).
+# A resumed run may change these: none changes what is learned. Its length matters to some schedules (`resume`).
 _RESUMABLE_KEYS = (
     *READER_KEYS, "name", "train.epochs", "train.steps", "train.accumulate", "train.precision",
     "train.compile", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
@@ -39,8 +39,10 @@ def resume(config: Config, stored: Config) -> Config:
     if config.train.precision == "auto":
         merged.train.precision = stored.train.precision
     now, before = flatten(merged), flatten(stored)
-    keys = [key for key in now if now[key] != before[key] and not key.startswith(_RESUMABLE_KEYS)]
-    if stored.optim.schedule == "cosine" and stored.optim.decay_steps is None:
+    shared = [key for key in now if key in before]  # the others are another architecture's, which is named
+    keys = [key for key in shared if now[key] != before[key] and not key.startswith(_RESUMABLE_KEYS)]
+    optim = stored.optim
+    if optim.schedule != "constant" and optim.stages is None and optim.decay_steps is None:
         keys += [key for key in ("train.epochs", "train.steps") if now[key] != before[key]]
     if keys:
         changes = ", ".join(f"{key} (was {as_text(before[key])}, now {as_text(now[key])})" for key in keys)
@@ -56,7 +58,11 @@ def resume(config: Config, stored: Config) -> Config:
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
-    """Return the keys in which the runs differ, of those that affect what was learned."""
+    """Return the keys in which the runs differ, of those that affect what was learned.
+
+    A key of one architecture is among them if runs of this architecture differ in it.
+    """
     tables = [flatten(config) for config in configs]
-    keys = [option.key for option in options() if not option.key.startswith(_SAME_RUN_KEYS)]
-    return [key for key in keys if any(table[key] != tables[0][key] for table in tables)]
+    keys = dict.fromkeys(option.key for option in options() if not option.key.startswith(_SAME_RUN_KEYS))
+    values = {key: [table[key] for table in tables if key in table] for key in keys}
+    return [key for key in keys if any(value != values[key][0] for value in values[key])]

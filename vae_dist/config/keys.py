@@ -2,16 +2,19 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from vae_dist.config.architectures import ARCHITECTURES, ModelConfig
 from vae_dist.config.schema import Config
 from vae_dist.config.text import truncate
 from vae_dist.errors import UserError
+
+ARCHITECTURE = "model.architecture"  # the key that decides which other keys of the model there are
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,49 @@ class Option:
     above: float | None
     at_least: float | None
     at_most: float | None
+    below: float | None
     depth: int  # 0 for a scalar, 1 for a list, 2 for a list of lists
+    architecture: str | None  # whose option it is; None if all have it
 
 
-def options(section: Any = Config, prefix: str = "") -> Iterator[Option]:
-    """Every option, in the order of the schema."""
+def options(config: Config | None = None) -> tuple[Option, ...]:
+    """Return the options of a config in the order of the schema, or by default those of all architectures.
+
+    A key of several architectures then comes once for each.
+    """
+    return _options(tuple(ARCHITECTURES.values()) if config is None else (type(config.model),))
+
+
+@cache
+def _options(models: tuple[type[ModelConfig], ...]) -> tuple[Option, ...]:
+    return tuple(_section(Config, "", models))
+
+
+def _section(
+    section: Any, prefix: str = "", models: Sequence[type[ModelConfig]] = (), without: Collection[str] = ()
+) -> Iterator[Option]:
+    """The options of a dataclass and of those in it. After those of ModelConfig come those of each of `models`."""
     hints = get_type_hints(section)
     for item in dataclasses.fields(section):
-        hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
-            yield from options(hint, f"{prefix}{item.name}.")
+        key, hint = f"{prefix}{item.name}", hints[item.name]
+        if item.name in without:
             continue
-        has_factory = item.default_factory is not dataclasses.MISSING
-        default = item.default_factory() if has_factory else item.default  # type: ignore[operator]
-        depth = str(hint).count("list[")
-        yield Option(f"{prefix}{item.name}", _type_name(hint), default, depth=depth, **item.metadata)
+        if not dataclasses.is_dataclass(hint):
+            yield _option(item, hint, key)
+            continue
+        yield from _section(hint, f"{key}.")
+        for model in models if hint is ModelConfig else ():
+            shared = [field.name for field in dataclasses.fields(ModelConfig)]
+            for option in _section(model, f"{key}.", without=shared):
+                yield dataclasses.replace(option, architecture=model.architecture)
+
+
+def _option(item: "dataclasses.Field[Any]", hint: Any, key: str) -> Option:
+    has_factory = item.default_factory is not dataclasses.MISSING
+    default = item.default_factory() if has_factory else item.default  # type: ignore[operator]
+    name = f"one of {', '.join(ARCHITECTURES)}" if key == ARCHITECTURE else _type_name(hint)
+    depth = str(hint).count("list[")
+    return Option(key, name, default, depth=depth, architecture=None, **item.metadata)
 
 
 def _type_name(hint: Any) -> str:
@@ -56,18 +87,25 @@ def _type_name(hint: Any) -> str:
 
 @cache
 def by_key() -> dict[str, Option]:
+    """Return the options of all architectures by key."""
     return {option.key: option for option in options()}
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as `{"model.latent_dim": 40, ...}`."""
-    return {key: attrgetter(key)(config) for key in by_key()}
+    """Return the config as `{"model.latent_dim": 40, ...}`, with the keys of its architecture alone."""
+    return {option.key: attrgetter(option.key)(config) for option in options(config)}
 
 
-def require_known(key: str, source: str = "") -> None:
-    """Raise UserError for a key that the config lacks; the message suggests others."""
+def require_known(key: str, source: str = "", config: Config | None = None) -> None:
+    """Raise UserError for a key that every config lacks, or that `config` lacks; the message suggests others."""
     known = by_key()
     if key in known:
+        if config is not None and key not in (own := [option.key for option in options(config)]):
+            architecture = config.model.architecture
+            its_own = [name for name in own if known[name].architecture is not None]
+            raise UserError(
+                f"{source}{key} does not apply to {ARCHITECTURE}={architecture}, which has {', '.join(its_own)}"
+            )
         return
     if inside := [other for other in known if other.startswith(f"{key}.")]:
         raise UserError(f"{key} is a group of keys; set one of them: {', '.join(inside)}")

@@ -7,7 +7,7 @@ its key; no interpolation of its own ever reaches it, so none of its resolvers r
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.config import yaml_text
+from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.arguments import YAML, parse_argument, separate, split_key
 from vae_dist.config.checks import check, check_names_in_wandb
 from vae_dist.config.differences import READER_KEYS
-from vae_dist.config.keys import by_key, flatten, require_known
+from vae_dist.config.keys import ARCHITECTURE, by_key, flatten, options, require_known
 from vae_dist.config.paths import PATHS, expand
 from vae_dist.config.schema import Config
 from vae_dist.config.text import as_text, leaves, require_text, truncate
@@ -154,21 +155,44 @@ def _apply(config: Config, settings: Sequence[Setting], *, has_homes: bool = Tru
 
     `~` at the start of a path is a home, unless `has_homes` is false.
     """
-    final = {**flatten(config), **{setting.key: setting.value for setting in settings}}
+    config = _with_architecture(config, settings)
+    for setting in settings:
+        require_known(setting.key, setting.source, config)
+    known = {option.key: option for option in options(config)}
+    final = _final(config, settings)
     result = OmegaConf.structured(config)
     for key, value, source in settings:
-        value = _interpolate(value, final, f"{source}{key}")
+        value = _interpolate(value, final, f"{source}{key}", config)
         try:
-            if value is not None and not _fits(value, by_key()[key].depth):
+            if value is not None and not _fits(value, known[key].depth):
                 raise TypeError
             if has_homes and key in PATHS and isinstance(value, str):
                 value = expand(value, f"{source}{key}")
             OmegaConf.update(result, key, value)
         except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{source}{key} must be {by_key()[key].type}, not {as_text(value)}") from error
+            raise UserError(f"{source}{key} must be {known[key].type}, not {as_text(value)}") from error
     built = OmegaConf.to_object(result)
     assert isinstance(built, Config)
     return built
+
+
+def _with_architecture(config: Config, settings: Sequence[Setting]) -> Config:
+    """`config` with the options of the architecture that the last setting of it names; shared options stay."""
+    given = [setting for setting in settings if setting.key == ARCHITECTURE]
+    if not given:
+        return config
+    key, value, source = given[-1]
+    name = _interpolate(value, _final(config, settings), f"{source}{key}", config)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"{source}{key} must be {by_key()[key].type}, not {as_text(name)}")
+    model = ARCHITECTURES[name]
+    shared = {item.name: getattr(config.model, item.name) for item in fields(model) if hasattr(config.model, item.name)}
+    return replace(config, model=model(**{**shared, "architecture": name}))
+
+
+def _final(config: Config, settings: Sequence[Setting]) -> dict[str, Any]:
+    """The values by key, those of later settings winning."""
+    return {**flatten(config), **{setting.key: setting.value for setting in settings}}
 
 
 def _fits(value: Any, depth: int) -> bool:
@@ -178,15 +202,18 @@ def _fits(value: Any, depth: int) -> bool:
     return depth == 0 and isinstance(value, str) and value != "???"
 
 
-def _interpolate(value: Any, values: Mapping[str, Any], where: str) -> Any:
-    """`value` with each `${key}` in its text replaced by that key's value in `values`, once."""
+def _interpolate(value: Any, values: Mapping[str, Any], where: str, config: Config) -> Any:
+    """`value` with each `${key}` in its text replaced by that key's value in `values`, once.
+
+    Raises UserError for a key that `config` lacks.
+    """
     if isinstance(value, list):
-        return [_interpolate(item, values, where) for item in value]
+        return [_interpolate(item, values, where, config) for item in value]
     if not isinstance(value, str):
         return value
 
     def referenced(match: re.Match[str]) -> str:
-        require_known(match[1], f"{where}: ")
+        require_known(match[1], f"{where}: ", config)
         other = values[match[1]]
         if other is None or isinstance(other, list | dict):
             raise UserError(f"{where}: {match[0]} must stand for a text or number, but {match[1]} is {as_text(other)}")

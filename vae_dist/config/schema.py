@@ -1,24 +1,13 @@
 """Every option of a run: key, type, default, bounds, meaning. There is a dataclass per concern; `Config` holds them."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from vae_dist.config.architectures import MLPConfig, ModelConfig
+from vae_dist.config.fields import option
+from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and its bounds; the bounds of a list hold for each item."""
-    metadata = {"help": help, "above": above, "at_least": at_least, "at_most": at_most}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -47,53 +36,8 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    architecture: str = option("mlp", "name of an entry of ARCHITECTURES in vae_dist/models/__init__.py")
-    latent_dim: int = option(40, "number of latents", at_least=1)
-    hidden_dims: list[int] = option([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
-    prior: str = option("standard_normal", "prior of the latents")
-
-
-ARCHITECTURES = {"mlp": ModelConfig}
-
-
-@dataclass
-class ObjectiveConfig:
-    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
-    sigma: float = option(1.0, "standard deviation of the gaussian likelihood; pixels lie in [0, 1]", above=0)
-    beta: float = option(
-        1.0, "weight of the KL in the training loss; the reported ELBO always has a weight of 1", at_least=0
-    )
-    beta_warmup_steps: int = option(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
-    bound: Literal["elbo", "iwae"] = option("elbo", "x")
-    samples: int = option(1, "x", at_least=1)
-
-
-@dataclass
-class OptimConfig:
-    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
-    warmup_steps: int = option(0, "optimizer steps over which the learning rate rises linearly from 0", at_least=0)
-    schedule: Literal["constant", "cosine"] = option(
-        "constant", "learning rate after the warm-up: constant, or a cosine down to 0"
-    )
-    decay_steps: int | None = option(
-        None, "optimizer step at which the cosine reaches 0; null: the run's last", at_least=1
-    )
-    optimizer: Literal["adam", "adamw", "adamax"] = option("adam", "x")
-    betas: list[float] = option([0.9, 0.999], "x")
-    eps: float = option(1e-8, "x")
-    weight_decay: float = option(0.0, "x")
-    max_grad_norm: float | None = option(None, "clip the gradient to this norm; null: no clipping", above=0)
-
-
-@dataclass
-class EmaConfig:
-    decay: float | None = option(None, "x")
-
-
-@dataclass
 class TrainConfig:
-    recipe: str = option("vae", "what a step does: name of an entry of RECIPES in vae_dist/training/recipes.py")
+    recipe: str = option("vae", "what a step does: vae trains one VAE by one objective")
     epochs: int = option(5, "passes over the training images", at_least=1)
     steps: int | None = option(None, "optimizer steps; overrides train.epochs", at_least=1)
     batch_size: int = option(100, "images per optimizer step, over all processes", at_least=1)
@@ -235,10 +179,14 @@ class Config:
     runs_dir: str = option("runs", "folder of the runs")
     seed: int = option(0, "seed of weights, batches and noise", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    weights: Literal["ema", "raw"] = option("ema", "x")
     output: str | None = option(None, "folder for results of evaluation and sampling; null: the run's directory")
+    weights: Literal["ema", "raw"] = option(
+        "ema",
+        "weights that evaluation, samples and reports use: ema: the moving average if the run has one, otherwise the "
+        "trained weights; raw: the trained weights",
+    )
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=MLPConfig)  # that of the architecture
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -46,6 +46,11 @@ def load_study(arguments: Sequence[str]) -> Study:
         raise UserError(f"a study needs several values of {key} in one argument, such as {DEFAULT_STUDY}")
     if key in ("name", "runs_dir", "output"):
         raise UserError(f"a study can't vary {key}: it names its runs and folders itself")
+    if not several and key not in flatten(base := load(rest)):
+        raise UserError(
+            f"a study of model.architecture={base.model.architecture} needs several values of a key in one argument, "
+            "such as optim.learning_rate=0.001,0.0003"
+        )
     configs = [load([*rest, f"{key}={value}"]) for value in _alternatives(varied)]
     stem = f"{str(configs[0].name).removesuffix('-{time}')}-{key.rpartition('.')[2]}"
     output = Path(configs[0].output or f"{configs[0].runs_dir}/{stem}")

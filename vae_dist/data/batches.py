@@ -29,7 +29,7 @@ class Batches:
     def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
         self._plan = plan
         self._rows = shard(plan.batch_size, world.rank, world.size)
-        self._latent_dim = config.model.latent_dim
+        self._latent_dim = config.model.latents(training.pixels.shape[1:])
         self._dynamic = config.data.binarize == "dynamic"
         self._device = world.device
         self._dtype = precision.param_dtype(config.train.precision)

@@ -1,11 +1,11 @@
 """Models by name: `model.architecture=conv` is the module `conv` of this folder, whose `build` makes the VAE."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 import torch
 
-from vae_dist.config import ARCHITECTURES, Config
+from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.models.likelihoods import LIKELIHOODS, likelihood_kind
 from vae_dist.models.priors import PRIORS
@@ -13,9 +13,8 @@ from vae_dist.models.vae import VAE
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError if the config names an unknown architecture, prior or likelihood."""
-    named: dict[str, tuple[str, Mapping[str, object]]] = {
-        "architecture": (config.model.architecture, ARCHITECTURES),
+    """Raise UserError if the config names an unknown prior or likelihood."""
+    named: dict[str, tuple[str, Collection[str]]] = {
         "prior": (config.model.prior, PRIORS),
         "reconstruction": (config.objective.reconstruction, LIKELIHOODS),
     }

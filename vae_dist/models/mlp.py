@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vae_dist.config import ModelConfig
+from vae_dist.config import MLPConfig
 from vae_dist.models.likelihoods import LikelihoodKind
 from vae_dist.models.priors import PRIORS
 from vae_dist.models.tensors import Shape
@@ -19,7 +19,7 @@ class MLP(VAE):
 
     worth_compiling = True
 
-    def __init__(self, options: ModelConfig, image_shape: Shape, likelihood: LikelihoodKind) -> None:
+    def __init__(self, options: MLPConfig, image_shape: Shape, likelihood: LikelihoodKind) -> None:
         super().__init__(image_shape, likelihood)
         self._latent_dim = options.latent_dim
         self.encoder = MLPEncoder(image_shape, options.hidden_dims, options.latent_dim)

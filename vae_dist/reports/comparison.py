@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vae_dist import config as configs
+from vae_dist.config import ObjectiveConfig
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
@@ -65,10 +66,10 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
 def curves(opened: Sequence[Opened]) -> tuple[list[Curve], tuple[str, str]]:
     """The training curves of runs up to their checkpoints, from their metrics files, and the names of the axes.
 
-    If the batch sizes differ, the first axis counts images instead of steps. If the losses weigh their terms
-    differently, the curves are of the negative ELBO.
+    If the batch sizes differ, the first axis counts images instead of steps. If the losses are of several bounds or
+    weigh their terms differently, the curves are of the negative ELBO.
     """
-    objectives = {(run.config.objective.beta, run.config.objective.beta_warmup_steps) for run in opened}
+    objectives = {_loss(run.config.objective) for run in opened}
     metric, name = ("loss", "training loss") if len(objectives) == 1 else ("negative_elbo", "training negative ELBO")
     batch_sizes = [run.config.train.batch_size for run in opened]
     same_size = len(set(batch_sizes)) == 1
@@ -82,6 +83,12 @@ def curves(opened: Sequence[Opened]) -> tuple[list[Curve], tuple[str, str]]:
             path = run.run.directory / METRICS
             logger.warning("%s has no training metrics up to step %d: its curve is left out", path, run.step)
     return result, ("optimizer steps" if same_size else "training images seen", f"{name}, nats per image")
+
+
+def _loss(objective: ObjectiveConfig) -> tuple[object, ...]:
+    """The settings that decide what a training loss is an estimate of."""
+    samples = objective.samples if objective.bound == "iwae" else None  # an ELBO is the same with any number
+    return objective.bound, samples, objective.beta, objective.beta_warmup_steps
 
 
 def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], device: torch.device) -> None:
@@ -109,7 +116,7 @@ def _to_json(opened: Sequence[Opened], keys: Sequence[str], evaluations: Sequenc
             "run": run.config.name,
             "checkpoint": str(run.checkpoint.folder),
             "step": run.step,
-            "settings": {key: configs.flatten(run.config)[key] for key in keys},
+            "settings": {key: value for key, value in configs.flatten(run.config).items() if key in keys},
             "evaluation": evaluation,
         }
         for label, run, evaluation in zip(labels(opened), opened, evaluations, strict=True)

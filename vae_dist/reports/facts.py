@@ -33,11 +33,10 @@ class Setting(NamedTuple):
 
 def subtitle(config: Config, vae: VAE) -> str:
     """The data set, the network and its size."""
-    sizes = "-".join(map(str, config.model.hidden_dims))
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     return (
-        f"A variational autoencoder of {config.data.name}: {config.model.architecture} {sizes}, "
-        f"{count(config.model.latent_dim, 'latent', 'latents')}, {parameters:,} parameters"
+        f"A variational autoencoder of {config.data.name}: {config.model.summary()}, "
+        f"{count(vae.latent_dim, 'latent', 'latents')}, {parameters:,} parameters"
     )
 
 
@@ -45,7 +44,7 @@ def settings(config: Config) -> dict[str, list[Setting]]:
     """Return all settings by group."""
     values = configs.flatten(config)
     groups: dict[str, list[Setting]] = {}
-    for option in configs.options():
+    for option in configs.options(config):
         value, default = (configs.text_of(value) for value in (values[option.key], option.default))
         setting = Setting(option.key, value, default, option.help, values[option.key] != option.default)
         groups.setdefault(setting.group, []).append(setting)
@@ -75,7 +74,7 @@ def command(config: Config, processes: int) -> str:
     values = configs.flatten(config)
     arguments = [
         configs.argument(option.key, values[option.key])
-        for option in configs.options()
+        for option in configs.options(config)
         if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
     ]
     launch = ["python"] if processes == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(processes)]

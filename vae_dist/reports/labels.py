@@ -25,15 +25,16 @@ def labels(opened: Sequence[Opened]) -> list[str]:
 
 
 def settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:
-    """The values of these config keys as text."""
+    """The values of those of these config keys that the run has, as text."""
     values = configs.flatten(run.config)
-    return {key: configs.as_text(values[key]) for key in keys}
+    return {key: configs.as_text(values[key]) for key in keys if key in values}
 
 
 def short_key(key: str) -> str:
     """The last part of a config key; the whole key if another one ends in the same part."""
     last = key.rpartition(".")[2]
-    return last if [option.key.rpartition(".")[2] for option in configs.options()].count(last) == 1 else key
+    same = {option.key for option in configs.options() if option.key.rpartition(".")[2] == last}
+    return last if same == {key} else key
 
 
 def subject(opened: Sequence[Opened]) -> str:

@@ -74,7 +74,8 @@ def evaluation(subject: Subject) -> Evaluation | None:
         samples = format_value(result.get("importance_samples"))
         headline = headline._replace(name=f"{headline.name}, {samples} importance samples")
     if is_number(active := result.get("active_units")):
-        others.append(Metric("active units", f"{active:g}", "", f"of {subject.config.model.latent_dim}"))
+        latents = subject.config.model.latents(subject.config.data.image_shape or [1, 1, 1])
+        others.append(Metric("active units", f"{active:g}", "", f"of {latents}"))
     warning = result.get("warning")
     return Evaluation(
         headline=headline,

@@ -44,7 +44,7 @@ class Table(NamedTuple):
 def make_table(opened: Sequence[Opened], keys: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """The table of runs that differ in the config keys `keys`."""
     columns = {
-        **{short_key(key): [settings(run, keys)[key] for run in opened] for key in keys},
+        **{short_key(key): [settings(run, keys).get(key, "") for run in opened] for key in keys},
         "step": [str(run.step) for run in opened],
         **_metric_columns(evaluations),
         "run": [str(run.config.name) for run in opened],

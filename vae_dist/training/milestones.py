@@ -180,7 +180,8 @@ def _advice(config: Config, taken: int) -> str:
     if taken == 0:
         suspects = [suspect for suspect in suspects if not suspect.startswith("optim.")]
     options = {
-        "a lower optim.learning_rate": taken > 0,
+        "a lower optim.learning_rate": taken > 0 and optim.stages is None,
+        "lower rates in optim.stages": taken > 0 and optim.stages is not None,
         "optim.max_grad_norm=100": taken > 0 and (optim.max_grad_norm is None or optim.max_grad_norm > 100),
         "optim.warmup_steps=500": taken > 0 and optim.warmup_steps < 500,
         "train.precision=fp32": config.train.precision in ("fp16", "bf16", "tf32"),
@@ -191,5 +192,5 @@ def _advice(config: Config, taken: int) -> str:
         remedies.append("or skip such updates by train.nonfinite=skip")
     cause = f"The likely cause is {' or '.join(suspects)}. " if suspects else ""
     if not remedies:
-        return cause.rstrip(". ") or "Check the images and model.hidden_dims"
+        return cause.rstrip(". ") or "Check the images and the sizes of the model"
     return f"{cause}Try {', '.join(remedies)}"
