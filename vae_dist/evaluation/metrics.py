@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae_dist import objectives
 from vae_dist.config import Config
+from vae_dist.data.source import Source, read
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation.protocol import is_probability
@@ -26,26 +27,26 @@ STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
 
 
 def score(
-    vae: VAE, pixels: Tensor, world: World, config: Config, check_stop: Callable[[], None] = lambda: None
+    vae: VAE, source: Source, world: World, config: Config, check_stop: Callable[[], None] = lambda: None
 ) -> ElboTerms:
-    """Return the ELBO terms of images `(N, C, H, W)` uint8 with one posterior sample each: float64, on the CPU.
+    """Return the ELBO terms of the images of a source with one posterior sample each: float64, on the CPU.
 
     Every process calls this. `check_stop` is called every few chunks, equally often on every process; an exception
     from it ends the scoring.
     """
-    if len(pixels) == 0:
+    if source.info.count == 0:
         return ElboTerms(torch.empty(0), torch.empty(0))
-    chunks = world.chunks(len(pixels), config.evaluate.batch_size)
+    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
     values = []
     with torch.inference_mode():
-        for turn in range(-(-len(pixels) // (config.evaluate.batch_size * world.size))):
+        for turn in range(-(-source.info.count // (config.evaluate.batch_size * world.size))):
             if turn % STOP_CHECK_CHUNKS == 0:
                 check_stop()
             for chunk in chunks[turn : turn + 1]:  # the last turn may have none for this process
-                images = vae.to_input(pixels[chunk.start : chunk.stop])
+                images = vae.to_input(read(source, chunk))
                 terms = _elbo_terms(vae, vae.encode(images), images, chunk)
                 values.append(torch.stack(terms, dim=1).cpu())
-    return ElboTerms(*world.gather_rows(chunks, values, len(pixels)).double().unbind(1))
+    return ElboTerms(*world.gather_rows(chunks, values, source.info.count).double().unbind(1))
 
 
 class Encodings(NamedTuple):
@@ -57,18 +58,18 @@ class Encodings(NamedTuple):
     squared_error: Tensor  # (N,), of the image decoded from the mean, averaged over its pixel values; white is 1
 
 
-def encode(vae: VAE, pixels: Tensor, world: World, config: Config) -> Encodings:
-    """Return the encodings of images `(N, C, H, W)` uint8, N at least 1. Every process calls this."""
-    chunks = world.chunks(len(pixels), config.evaluate.batch_size)
+def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
+    """Return the encodings of the images of a source, N at least 1. Every process calls this."""
+    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
     values = []
     with torch.inference_mode():
         for chunk in chunks:
-            images = vae.to_input(pixels[chunk.start : chunk.stop])
+            images = vae.to_input(read(source, chunk))
             posterior = vae.encode(images)
             terms = torch.stack(_elbo_terms(vae, posterior, images, chunk), dim=1)
             squared_error = (vae.decode(posterior.mean).mean - images).square().flatten(1).mean(1, keepdim=True)
             values.append(torch.cat([terms, posterior.mean, posterior.kl(), squared_error], 1).cpu())
-    rows = world.gather_rows(chunks, values, len(pixels)).double()
+    rows = world.gather_rows(chunks, values, source.info.count).double()
     elbo, mean, kl, error = rows.split([2, vae.latent_dim, vae.latent_dim, 1], dim=1)
     return Encodings(ElboTerms(*elbo.unbind(1)), mean, kl, error.squeeze(1))
 
@@ -82,8 +83,8 @@ def _elbo_terms(vae: VAE, posterior: DiagonalGaussian, images: Tensor, indices: 
     return objectives.elbo_terms(VAEOutput(posterior, vae.decode(posterior.sample(noise))), images)
 
 
-def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Config) -> Tensor:
-    """Estimate -log p(x) of images `(N, C, H, W)` uint8, N at least 1: `(N,)`, nats, float64, on the CPU.
+def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Config) -> Tensor:
+    """Estimate -log p(x) of the images of a source, N at least 1: `(N,)`, nats, float64, on the CPU.
 
     The estimate is -log of the mean importance weight of K >= 1 latents from each image's posterior: on average an
     upper bound, exact for K to infinity (Burda et al. 2016). The noise belongs to the image's index and the sample's
@@ -91,12 +92,12 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
     NaN. Every process calls this.
     """
     count = config.evaluate.importance_samples or 0
-    chunks = world.chunks(len(pixels), config.evaluate.batch_size)
+    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
     values = []
     latents = count * sum(map(len, chunks))
     with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
-            images = vae.to_input(pixels[chunk.start : chunk.stop])
+            images = vae.to_input(read(source, chunk))
             posterior = vae.encode(images)
             total = torch.full((len(chunk),), -math.inf, dtype=torch.float64)
             at_once = max(config.evaluate.chunk // len(chunk), 1)
@@ -110,15 +111,15 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
                 total = torch.logaddexp(total, weights.logsumexp(0))
                 advance(len(samples) * len(chunk))
             values.append(math.log(count) - total)
-    return world.gather_rows(chunks, values, len(pixels))
+    return world.gather_rows(chunks, values, source.info.count)
 
 
-def measure(vae: VAE, pixels: Tensor, world: World, config: Config) -> dict[str, Any]:
+def measure(vae: VAE, source: Source, world: World, config: Config) -> dict[str, Any]:
     """Return all metrics of a set of images, by their names in `evaluation.json`. Every process calls this.
 
     Raises UserError if a metric is not finite.
     """
-    encodings = encode(vae, pixels, world, config)
+    encodings = encode(vae, source, world, config)
     by_image = {
         "negative_elbo": encodings.terms.negative_elbo,
         "reconstruction": encodings.terms.reconstruction,
@@ -127,11 +128,11 @@ def measure(vae: VAE, pixels: Tensor, world: World, config: Config) -> dict[str,
     }
     _require_finite(by_image)  # before the likelihood, which may take hours
     if config.evaluate.importance_samples:
-        by_image["negative_log_likelihood"] = negative_log_likelihood(vae, pixels, world, config)
+        by_image["negative_log_likelihood"] = negative_log_likelihood(vae, source, world, config)
         _require_finite(by_image)
     means = {name: values.mean().item() for name, values in by_image.items()}
     bound = means.get("negative_log_likelihood", means["negative_elbo"])
-    bits = objectives.bits_per_dimension(bound, pixels[0].numel())
+    bits = objectives.bits_per_dimension(bound, math.prod(source.info.image_shape))
     return {
         **{name: means[name] for name in ("negative_elbo", "reconstruction", "kl")},
         "negative_log_likelihood": means.get("negative_log_likelihood"),

@@ -45,18 +45,18 @@ def train(config: Config) -> Path:
         resolved, training_set = stack.enter_context(claim(config, world))
         config, run, resumed_from = resolved
         environment.set_threads(config)
-        world.assert_equal_everywhere(lambda: {"the training images": training_set.identity})
+        world.assert_equal_everywhere(lambda: {"the training images": training_set.info.identity})
         training, validation = datasets.split(training_set, config.data)
-        plan = Plan(config.seed, len(training.labels), config.train.batch_size)
+        plan = Plan(config.seed, training.info.count, config.train.batch_size)
         cadence = Cadence.of(config, plan)
-        vae = build_vae(config, training_set.image_shape).to(world.device, param_dtype(config.train.precision))
+        vae = build_vae(config, training_set.info.image_shape).to(world.device, param_dtype(config.train.precision))
         update = Update(vae, config, world)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= cadence.last_step and not state.validation_pending:
             _log_finished(run, state.step, cadence.last_step)
             return run.directory
         update.assert_equal_weights(state.step)
-        batches = Batches(training, plan, config, world)
+        batches = Batches(training, plan, config, world, (config.model.latent_dim,))
         meter = Meter(update.totals[:5], world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
         world.set_timeout(config.runtime.timeout)
