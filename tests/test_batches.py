@@ -1,15 +1,19 @@
+import math
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import MakeConfig
+from tests.sources import Mapped, of_pixels
 from vae_dist import plan
 from vae_dist.data import batches, datasets
 from vae_dist.data.batches import Batches, BlockDraw, Prefetch
-from vae_dist.data.datasets import Images
 from vae_dist.distributed import processes
+from vae_dist.errors import UserError
 from vae_dist.plan import Plan
 
 
@@ -24,7 +28,7 @@ def test_a_step_is_the_same_wherever_a_run_begins(binarize: str, start: int, mak
     config = make_config(f"data.binarize={binarize}")
     training, _ = datasets.load_training(config.data)
     with processes.join(config) as world:
-        straight, late = (Batches(training, Plan(3, 1000, 50), config, world) for _ in range(2))
+        straight, late = (Batches(training, Plan(3, 1000, 50), config, world, (8,)) for _ in range(2))
         whole = draw(straight, range(60))
         assert all(map(torch.equal, draw(late, range(start, 60)), whole[2 * start :]))
 
@@ -39,10 +43,10 @@ def test_a_draw_of_many_steps_equals_single_draws(
     training, _ = datasets.load_training(config.data)
     monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", steps_at_once * 50 * 784)
     with processes.join(config) as world:
-        expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(60))
-        near = Batches(training, Plan(3, 1000, 50), config, world)
+        expected = draw(Batches(training, Plan(3, 1000, 50), config, world, (8,)), range(60))
+        near = Batches(training, Plan(3, 1000, 50), config, world, (8,))
         monkeypatch.setattr("vae_dist.data.batches.place", lambda pixels, device: (pixels, False))
-        far = Batches(training, Plan(3, 1000, 50), config, world)
+        far = Batches(training, Plan(3, 1000, 50), config, world, (8,))
         for source in near, far:
             for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
                 pixels, noise = source(steps)
@@ -51,14 +55,76 @@ def test_a_draw_of_many_steps_equals_single_draws(
                     assert torch.equal(noise[place], expected[2 * step + 1][0])
 
 
+@pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])
+@pytest.mark.parametrize("steps_at_once", [0, 1, 7])
+def test_images_that_are_not_in_memory_are_read_in_the_thread(
+    binarize: str, steps_at_once: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over the ends of reads and of epochs, bitwise those of the same images in memory."""
+    config = make_config(f"data.binarize={binarize}")
+    training, _ = datasets.load_training(config.data)
+    mapped = Mapped(training, tmp_path)
+    readers, read = set(), mapped.read
+
+    def record(*arguments: Any) -> None:
+        readers.add(threading.current_thread())
+        read(*arguments)
+
+    monkeypatch.setattr(mapped, "read", record)
+    monkeypatch.setattr(batches, "_PIXELS_PER_READ", steps_at_once * 50 * 784)
+    with processes.join(config) as world:
+        expected = draw(Batches(training, Plan(3, 1000, 50), config, world, (8,)), range(60))
+        source = Batches(mapped, Plan(3, 1000, 50), config, world, (8,))
+        for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
+            pixels, noise = source(steps)
+            for place, step in enumerate(steps):
+                assert torch.equal(pixels[place], expected[2 * step][0])
+                assert torch.equal(noise[place], expected[2 * step + 1][0])
+    assert len(readers) == 1 and threading.current_thread() not in readers
+
+
+def test_an_error_of_a_source_ends_the_training_that_needs_the_image(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config()
+    training, _ = datasets.load_training(config.data)
+    mapped = Mapped(training, tmp_path)
+
+    def fail(*arguments: Any) -> None:
+        raise UserError("image 7 is damaged")
+
+    monkeypatch.setattr(mapped, "read", fail)
+    with processes.join(config) as world, pytest.raises(UserError, match="image 7 is damaged"):
+        Batches(mapped, Plan(3, 1000, 50), config, world, (8,))(range(1))
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (1, 5), (2, 3, 5)])
+def test_noise_has_the_shape_that_is_asked_for(shape: tuple[int, ...], make_config: MakeConfig) -> None:
+    """Its numbers are those of as many latents."""
+    config = make_config()
+    training, _ = datasets.load_training(config.data)
+    with processes.join(config) as world:
+        _, noise = Batches(training, Plan(3, 1000, 50), config, world, shape)(range(2, 5))
+        _, flat = Batches(training, Plan(3, 1000, 50), config, world, (math.prod(shape),))(range(2, 5))
+    assert noise.shape == (3, 50, *shape)
+    assert torch.equal(noise.flatten(2), flat)
+
+
+def test_a_plan_of_another_number_of_images_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    training, _ = datasets.load_training(config.data)
+    with processes.join(config) as world, pytest.raises(ValueError, match="plan is of 999 images, the source of 1000"):
+        Batches(training, Plan(3, 999, 50), config, world, (8,))
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 6, 8, 28])
 def test_rows_of_any_length_are_selected_whole(size: int, make_config: MakeConfig) -> None:
     torch.manual_seed(0)
-    images = Images(torch.randint(256, (40, 1, size, size), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    images = of_pixels(torch.randint(256, (40, 1, size, size), dtype=torch.uint8))
     plan = Plan(3, 40, 10)
     config = make_config()
     with processes.join(config) as world:
-        pixels, _ = Batches(images, plan, config, world)(range(2, 4))
+        pixels, _ = Batches(images, plan, config, world, (8,))(range(2, 4))
     assert torch.equal(pixels, torch.stack([images.pixels[plan.batch(step)] for step in (2, 3)]))
 
 
@@ -67,9 +133,9 @@ def test_another_device_draws_the_same_numbers(make_config: MakeConfig, monkeypa
     config = make_config("data.binarize=dynamic")
     training, _ = datasets.load_training(config.data)
     with processes.join(config) as world:
-        expected = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
+        expected = draw(Batches(training, Plan(3, 1000, 50), config, world, (8,)), range(3))
         monkeypatch.setattr(plan, "_has_numpy", lambda device: False)
-        drawn = draw(Batches(training, Plan(3, 1000, 50), config, world), range(3))
+        drawn = draw(Batches(training, Plan(3, 1000, 50), config, world, (8,)), range(3))
     assert all(map(torch.equal, drawn, expected))
 
 

@@ -20,12 +20,13 @@ from PIL import Image
 from wandb.sdk.launch.sweeps import utils as sweeps
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
+from tests.sources import unlabelled, whole
 from tests.test_trainer import final, timeless
 from tests.wandb_server import ENTITY, WandbServer
 from vae_dist import config
 from vae_dist.config import DataConfig, Study
 from vae_dist.data import datasets
-from vae_dist.data.datasets import Images
+from vae_dist.data.source import InMemory, in_memory, read
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports import comparison
@@ -171,7 +172,7 @@ def cells(picture: Image.Image, columns: int) -> np.ndarray[Any, Any]:
 
 def test_rows_of_images_are_originals_and_each_runs_reconstructions(pair: list[Path]) -> None:
     runs = [opened(run) for run in pair]
-    test = datasets.load_test(runs[0].config.data)
+    test = whole(datasets.load_test(runs[0].config.data))
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
     expected = [datasets.to_unit(test.pixels[shown])]
     for run in runs:
@@ -182,6 +183,14 @@ def test_rows_of_images_are_originals_and_each_runs_reconstructions(pair: list[P
     assert np.array_equal(grid[0], test.pixels[shown].squeeze(1).numpy())
     assert np.array_equal(grid, (torch.stack(expected).squeeze(2) * 255).round().byte().numpy())
     assert not np.array_equal(grid[1], grid[2])
+
+
+def test_images_without_labels_are_shown_in_their_order(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = datasets.DATASETS["synthetic_digits"]
+    monkeypatch.setitem(datasets.DATASETS, "synthetic_digits", unlabelled(load))
+    run = opened(pair[0])
+    grid = cells(reconstructions([run], CPU).image, 10)
+    assert np.array_equal(grid[0], read(datasets.load_test(run.config.data), range(10)).squeeze(1).numpy())
 
 
 def test_a_comparison_holds_the_metrics_of_the_evaluations(pair: list[Path]) -> None:
@@ -262,7 +271,7 @@ def test_other_held_out_images_can_be_compared(pair: list[Path]) -> None:
         assert entry["evaluation"]["split"] == "validation" and entry["evaluation"]["images"] == 200
         assert entry["evaluation"]["negative_elbo"] == last["validation/negative_elbo"]
     assert (folder / "table.md").read_text().startswith("validation images of synthetic_digits, nats per image.")
-    _, validation = datasets.load_training(opened(pair[0]).config.data)
+    validation = whole(datasets.load_training(opened(pair[0]).config.data)[1])
     first = int((validation.labels == 0).nonzero()[0])
     shown = cells(reconstructions([opened(pair[0], ["evaluate.split=validation"])], CPU).image, 10)[0, 0]
     assert np.array_equal(shown, validation.pixels[first, 0].numpy())
@@ -298,15 +307,16 @@ def test_runs_tested_on_other_images_have_their_own_originals(make_run: MakeRun,
     binary = make_run("name=binary", "data.binarize=dynamic")
     grid = cells(reconstructions([opened(run) for run in (pair[0], binary)], CPU).image, 10)
     assert len(grid) == 4
-    test = datasets.load_test(opened(binary).config.data)
+    test = whole(datasets.load_test(opened(binary).config.data))
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
     assert np.array_equal(grid[2], test.pixels[shown].squeeze(1).numpy()) and set(np.unique(grid[2])) == {0, 255}
     assert not np.array_equal(grid[0], grid[2])
 
 
-def small_images(config: DataConfig, part: datasets.Part) -> tuple[Images, str]:
-    (pixels, labels), identity = datasets.DATASETS["synthetic_digits"](config, part)
-    return Images(pixels[:, :, ::2, ::2].contiguous(), labels), f"{identity} small"
+def small_images(config: DataConfig, part: datasets.Part) -> InMemory:
+    digits = datasets.DATASETS["synthetic_digits"](config, part)
+    pixels, labels = whole(digits)
+    return in_memory("small_digits", pixels[:, :, ::2, ::2].contiguous(), labels, f"{digits.info.identity} small")
 
 
 def test_runs_of_other_shapes_are_refused(make_run: MakeRun, pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from tests.sources import whole
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets, digits
 from vae_dist.errors import UserError
@@ -23,28 +24,28 @@ def rows(images: torch.Tensor) -> set[bytes]:
 
 
 def test_validation_and_training_images_are_disjoint_and_complete(data_root: Path) -> None:
-    everything, _ = datasets.load_training(settings(data_root, validation_images=0))
-    training, validation = datasets.load_training(settings(data_root))
-    assert (len(training.labels), len(validation.labels)) == (500, 100)
+    everything = whole(datasets.load_training(settings(data_root, validation_images=0))[0])
+    training, validation = map(whole, datasets.load_training(settings(data_root)))
+    assert (len(training.pixels), len(validation.pixels)) == (500, 100)
     assert not rows(training.pixels) & rows(validation.pixels)
     assert rows(training.pixels) | rows(validation.pixels) == rows(everything.pixels)
 
 
 def test_test_images_are_none_of_the_training_images(data_root: Path) -> None:
-    everything, _ = datasets.load_training(settings(data_root, validation_images=0))
-    test = datasets.load_test(settings(data_root))
-    assert len(test.labels) == 100
+    everything = whole(datasets.load_training(settings(data_root, validation_images=0))[0])
+    test = whole(datasets.load_test(settings(data_root)))
+    assert len(test.pixels) == len(test.labels) == 100
     assert not rows(everything.pixels) & rows(test.pixels)
 
 
 def test_a_larger_set_begins_with_the_smaller_one(data_root: Path) -> None:
-    small, _ = datasets.load_training(settings(data_root, validation_images=0))
-    large, _ = datasets.load_training(settings(data_root, validation_images=0, synthetic_images=900))
+    small = whole(datasets.load_training(settings(data_root, validation_images=0))[0])
+    large = whole(datasets.load_training(settings(data_root, validation_images=0, synthetic_images=900))[0])
     assert torch.equal(large.pixels[:600], small.pixels)
 
 
 def test_images_are_bytes_and_become_floats_from_black_to_white(data_root: Path) -> None:
-    training, _ = datasets.load_training(settings(data_root))
+    training = whole(datasets.load_training(settings(data_root))[0])
     assert training.pixels.dtype == torch.uint8 and training.labels.dtype == torch.int64
     unit = datasets.to_unit(training.pixels)
     assert unit.dtype == torch.float32 and unit.min() == 0 and unit.max() == 1
@@ -52,29 +53,29 @@ def test_images_are_bytes_and_become_floats_from_black_to_white(data_root: Path)
 
 def test_threshold_makes_every_split_binary(data_root: Path) -> None:
     config = settings(data_root, binarize="threshold")
-    grey, _ = datasets.load_training(settings(data_root))
-    training, validation = datasets.load_training(config)
-    for images in (training, validation, datasets.load_test(config)):
+    grey = whole(datasets.load_training(settings(data_root))[0])
+    training, validation = map(whole, datasets.load_training(config))
+    for images in (training, validation, whole(datasets.load_test(config))):
         assert set(images.pixels.unique().tolist()) == {0, 255}
     assert torch.equal(training.pixels == 255, grey.pixels >= 128)
 
 
 def test_dynamic_draws_held_out_images_once_and_training_by_the_plan(data_root: Path) -> None:
     config = settings(data_root, binarize="dynamic")
-    training, validation = datasets.load_training(config)
+    training, validation = map(whole, datasets.load_training(config))
     assert len(training.pixels.unique()) > 2
     assert set(validation.pixels.unique().tolist()) == {0, 255}
-    assert torch.equal(datasets.load_training(config)[1].pixels, validation.pixels)
-    test = datasets.load_test(config)
+    assert torch.equal(whole(datasets.load_training(config)[1]).pixels, validation.pixels)
+    test = whole(datasets.load_test(config))
     assert set(test.pixels.unique().tolist()) == {0, 255}
-    assert torch.equal(datasets.load_test(config).pixels, test.pixels)
+    assert torch.equal(whole(datasets.load_test(config)).pixels, test.pixels)
 
 
 def test_digits_are_cached_under_the_root_and_drawn_again_if_damaged(tmp_path: Path) -> None:
-    first = datasets.load_test(settings(tmp_path))
+    first = whole(datasets.load_test(settings(tmp_path)))
     cache = next((tmp_path / "synthetic_digits").glob("600_*.safetensors"))
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert torch.equal(datasets.load_test(settings(tmp_path)).pixels, first.pixels)
+    assert torch.equal(whole(datasets.load_test(settings(tmp_path))).pixels, first.pixels)
     assert cache.stat().st_size > 1000
 
 
@@ -121,20 +122,20 @@ def rehashed(content: bytes) -> bytes:
 def test_a_changed_cache_of_digits_is_rejected(
     damage: Callable[[bytes], bytes], data_root: Path, tmp_path: Path
 ) -> None:
-    true = datasets.load_test(settings(data_root))
+    true = whole(datasets.load_test(settings(data_root)))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     cache = tmp_path / "synthetic_digits" / good.name
     cache.parent.mkdir()
     cache.write_bytes(damage(good.read_bytes()))
-    images = datasets.load_test(settings(tmp_path))
+    images = whole(datasets.load_test(settings(tmp_path)))
     assert torch.equal(images.pixels, true.pixels) and torch.equal(images.labels, true.labels)
     assert cache.read_bytes() == good.read_bytes()
 
 
 def test_cached_digits_are_read_and_not_drawn(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = datasets.load_test(settings(data_root))
+    true = whole(datasets.load_test(settings(data_root)))
     monkeypatch.delattr(datasets, "_draw_digits")
-    assert torch.equal(datasets.load_test(settings(data_root)).pixels, true.pixels)
+    assert torch.equal(whole(datasets.load_test(settings(data_root))).pixels, true.pixels)
 
 
 def test_a_renamed_cache_of_another_drawing_is_rejected(
@@ -143,7 +144,7 @@ def test_a_renamed_cache_of_another_drawing_is_rejected(
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(digits, "drawing_version", lambda: "another")
         datasets.load_test(settings(tmp_path))
-    true = datasets.load_test(settings(data_root))
+    true = whole(datasets.load_test(settings(data_root)))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     other = tmp_path / "synthetic_digits/600_another.safetensors"
     assert torch.equal(load(other.read_bytes())["test_pixels"], true.pixels)
@@ -154,7 +155,7 @@ def test_a_renamed_cache_of_another_drawing_is_rejected(
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "sparse", "dangling"])
 def test_no_file_in_the_caches_place_blocks(kind: str, data_root: Path, tmp_path: Path) -> None:
-    true = datasets.load_test(settings(data_root))
+    true = whole(datasets.load_test(settings(data_root)))
     (good,) = (data_root / "synthetic_digits").glob("600_*.safetensors")
     cache = tmp_path / "synthetic_digits" / good.name
     cache.parent.mkdir()
@@ -167,7 +168,7 @@ def test_no_file_in_the_caches_place_blocks(kind: str, data_root: Path, tmp_path
         os.truncate(cache, 2**36)
     else:
         cache.symlink_to("/dev/zero" if kind == "device" else tmp_path / "nowhere")
-    assert torch.equal(datasets.load_test(settings(tmp_path)).pixels, true.pixels)
+    assert torch.equal(whole(datasets.load_test(settings(tmp_path))).pixels, true.pixels)
     assert not (tmp_path / "nowhere").exists()
     if kind != "folder":
         assert not cache.is_symlink() and cache.read_bytes() == good.read_bytes()
@@ -180,7 +181,7 @@ def test_more_digits_than_fit_into_memory_are_refused(tmp_path: Path) -> None:
 
 def test_digits_need_no_folder_that_can_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert len(datasets.load_test(settings(tmp_path / "file")).labels) == 100
+    assert len(whole(datasets.load_test(settings(tmp_path / "file"))).labels) == 100
 
 
 def test_more_validation_images_than_there_are_is_refused(data_root: Path) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vae_dist.training.gradients import Gradients
 
+from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.data.batches import Batches, place
-from vae_dist.data.datasets import Images
 from vae_dist.distributed.world import World
 from vae_dist.evaluation import metrics
 from vae_dist.models import build_vae
@@ -66,12 +66,12 @@ def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
 def test_images_and_noise_stay_on_the_gpu(binarize: str, card: World) -> None:
-    training = Images(pixels(), torch.zeros(COUNT, dtype=torch.int64))
-    batches = Batches(training, Plan(0, COUNT, 50), config_of(f"data.binarize={binarize}"), card)
+    training = of_pixels(pixels())
+    batches = Batches(training, Plan(0, COUNT, 50), config_of(f"data.binarize={binarize}"), card, (40,))
     batch = batches(range(12, 16))  # over the end of an epoch
     assert [tensor.device for tensor in batch] == [CARD, CARD]
     assert [tuple(tensor.shape) for tensor in batch] == [(4, 50, 1, 28, 28), (4, 50, 40)]
-    assert batches._pixels.device == CARD
+    assert batches._rows_of_words.device == CARD
 
 
 def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +106,14 @@ def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypa
 def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VAE, card: World) -> None:
     settings = config_of("evaluate.importance_samples=3")
     trained = TrainedVAE(vae, settings, card)
-    encodings = metrics.encode(vae, pixels(), card, settings)
+    trained.__dict__["test"] = of_pixels(pixels())  # a cached property
+    encodings = metrics.encode(vae, of_pixels(pixels()), card, settings)
     results = [
-        *metrics.score(vae, pixels(), card, settings),
+        *metrics.score(vae, of_pixels(pixels()), card, settings),
         *encodings.terms,
         *encodings[1:],
-        metrics.negative_log_likelihood(vae, pixels(), card, settings),
-        *trained.encode(pixels()),
+        metrics.negative_log_likelihood(vae, of_pixels(pixels()), card, settings),
+        *trained.encode(range(COUNT)),
         trained.decode(torch.zeros(COUNT, 40)),
     ]
     assert {tensor.device.type for tensor in results} == {"cpu"}
@@ -128,7 +129,7 @@ def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytes
 
     monkeypatch.setattr(pictures, "_to_picture", to_picture)
     monkeypatch.setattr(pictures, "standard_normal", lambda *given: torch.zeros(pictures.PROGRESS_IMAGES, 40))
-    pictures.reconstructions(vae, pixels(), "held-out images")
+    pictures.reconstructions(vae, of_pixels(pixels()), "held-out images")
     pictures.samples(vae, "a model")
     assert shown == ["cpu", "cpu"]
 

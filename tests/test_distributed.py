@@ -46,6 +46,7 @@ SAMPLED = {
     "traversal": ["sample.kind=traversal"],
     "scatter": ["sample.kind=scatter"],
 }
+FROM_A_FILE = ["data.binarize=dynamic", "train.steps=25", "train.accumulate=2"]
 STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
 HALF = ["train.precision=fp64", "train.steps=20", "checkpoint.every=13"]
@@ -88,6 +89,8 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             for where, (what, check) in DRIFTS.items()
         ],
         ("train", "", [*common, *CLIPPED, "name=clipped"]),
+        ("train_from_a_file", "", [*common, *FROM_A_FILE, "name=from_a_file"]),
+        ("train", "", [*common, *FROM_A_FILE, "name=from_memory"]),
         *[
             (f"compiled_where_{program}", str(root / what), [*common, *CLIPPED, f"name={what}", "train.compile=true"])
             for what, program in UNCOMPILED.items()
@@ -177,6 +180,18 @@ def test_any_number_of_processes_sees_the_same_batches_and_schedule(world_size: 
     ours, theirs = load_file(roots[world_size] / "batches"), load_file(roots[1] / "batches")
     for name in ("images", "noise", "learning_rate"):
         assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_where_the_images_lie_has_no_influence(world_size: int, roots: dict[int, Path]) -> None:
+    ours, theirs = (tensors(roots[world_size] / f"runs/{name}") for name in ("from_a_file", "from_memory"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    metrics = (
+        records(roots[world_size] / f"runs/{name}", "validation/negative_elbo")
+        for name in ("from_a_file", "from_memory")
+    )
+    assert next(metrics) == next(metrics) != {}
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

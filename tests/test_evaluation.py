@@ -10,21 +10,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
+from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Gaussian
+from vae_dist.training.adam import Adam
 
 from tests.conftest import MakeConfig, opened
+from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.data import datasets
+from vae_dist.data.source import Source, read, select
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
-from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Gaussian
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.runs import progress
 from vae_dist.runs.run import Run
-from vae_dist.training.adam import Adam
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -45,17 +47,17 @@ def binary_run(make_config: MakeConfig) -> Path:
     return train(make_config("name=binary", "train.steps=40", "data.binarize=dynamic"))
 
 
-def estimate(vae: VAE, pixels: Tensor, *arguments: str) -> Tensor:
+def estimate(vae: VAE, images: Source, *arguments: str) -> Tensor:
     """The negative log-likelihood of each image, by one process."""
     settings = config.load(["device=cpu", "train.threads=1", *arguments])
     with processes.join(settings) as world:
-        return negative_log_likelihood(vae, pixels, world, settings)
+        return negative_log_likelihood(vae, images, world, settings)
 
 
 def estimate_of_run(run_dir: Path, *arguments: str) -> Tensor:
     source = opened(run_dir, arguments)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
-    return estimate(vae, datasets.load_test(source.config.data).pixels, *arguments)
+    return estimate(vae, datasets.load_test(source.config.data), *arguments)
 
 
 PIXELS = torch.randint(0, 256, (300, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -91,14 +93,14 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_with_the_exact_posterior_any_number_of_samples_is_exact(count: int) -> None:
     vae, log_likelihood = linear_gaussian_vae()
-    estimates = estimate(vae, PIXELS, f"evaluate.importance_samples={count}", "evaluate.chunk=700")
+    estimates = estimate(vae, of_pixels(PIXELS), f"evaluate.importance_samples={count}", "evaluate.chunk=700")
     torch.testing.assert_close(estimates, -log_likelihood, rtol=0, atol=1e-9)
 
 
 def test_with_another_posterior_the_estimate_falls_to_the_exact_value() -> None:
     vae, log_likelihood = linear_gaussian_vae(shift=0.3, widen=0.5)
     excess = [
-        (estimate(vae, PIXELS, f"evaluate.importance_samples={count}") + log_likelihood).mean().item()
+        (estimate(vae, of_pixels(PIXELS), f"evaluate.importance_samples={count}") + log_likelihood).mean().item()
         for count in (1, 10, 100, 5000)
     ]
     assert excess == sorted(excess, reverse=True)
@@ -109,7 +111,7 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     """The oracle: one image and one sample at a time, in float64."""
     source = opened(binary_run)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu")).double()
-    pixels = datasets.load_test(source.config.data).pixels[:5]
+    pixels = read(datasets.load_test(source.config.data), range(5))
     expected = []
     for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
         mean, log_variance = vae.encode(image.unsqueeze(0))
@@ -122,7 +124,7 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
             ratio = (Normal(0.0, 1.0).log_prob(latents) - q.log_prob(latents)).sum()
             weights.append((log_prob + ratio).item())
         expected.append(-np.logaddexp.reduce(weights) + np.log(9))
-    single = estimate(vae.float(), pixels, "evaluate.importance_samples=9", "evaluate.chunk=20")
+    single = estimate(vae.float(), of_pixels(pixels), "evaluate.importance_samples=9", "evaluate.chunk=20")
     np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-4)
 
 
@@ -162,7 +164,9 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
             return values
 
     vae.likelihood = partial(Spoiled, sigma=SIGMA)
-    estimates = estimate(vae, PIXELS, "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200")
+    estimates = estimate(
+        vae, of_pixels(PIXELS), "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200"
+    )
     assert estimates[33].isnan() and estimates.isfinite().sum() == 299
 
 
@@ -185,7 +189,7 @@ def test_a_dead_latent_is_not_active_and_has_no_kl() -> None:
     vae, _ = linear_gaussian_vae()
     settings = config.load(["device=cpu", "evaluate.batch_size=70"])
     with processes.join(settings) as world:
-        encodings = encode(vae, PIXELS, world, settings)
+        encodings = encode(vae, of_pixels(PIXELS), world, settings)
     assert active_units(encodings.mean) == 3
     assert encodings.kl[:, 3].abs().max() < 1e-12 and (encodings.kl[:, :3].mean(0) > 0.01).all()
     decoded = vae.decode(encodings.mean).mean.detach().numpy()
@@ -199,9 +203,9 @@ def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
     test = datasets.load_test(source.config.data)
     with processes.join(source.config) as world:
         vae = source.checkpoint.load_vae(source.config, world.device)
-        terms = score(vae, test.pixels, world, source.config)
-        encodings = encode(vae, test.pixels, world, source.config)
-        nll = negative_log_likelihood(vae, test.pixels, world, source.config)
+        terms = score(vae, test, world, source.config)
+        encodings = encode(vae, test, world, source.config)
+        nll = negative_log_likelihood(vae, test, world, source.config)
     by_image = {
         "negative_elbo": terms.negative_elbo.numpy(),
         "reconstruction": terms.reconstruction.numpy(),
@@ -298,7 +302,7 @@ def test_every_image_counts_once_also_in_a_last_smaller_chunk(run_dir: Path, mak
     test = datasets.load_test(source.config.data)
     expected = []
     for index in range(200):
-        image = datasets.to_unit(test.pixels[index : index + 1])
+        image = datasets.to_unit(read(test, [index]))
         noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, range(index, index + 1), vae.latent_dim)
         expected.append(elbo_terms(vae(image, noise), image).negative_elbo)
     assert result["negative_elbo"] == pytest.approx(torch.cat(expected).double().mean().item(), abs=1e-4)
@@ -351,8 +355,8 @@ def test_an_images_terms_do_not_depend_on_the_images_after_its_chunk(run_dir: Pa
     test = datasets.load_test(source.config.data)
     with processes.join(source.config) as world:
         vae = source.checkpoint.load_vae(source.config, world.device)
-        whole = score(vae, test.pixels, world, source.config)
-        first = score(vae, test.pixels[:100], world, source.config)
+        whole = score(vae, test, world, source.config)
+        first = score(vae, select(test, torch.arange(100), "the first 100"), world, source.config)
     assert torch.equal(whole.kl[:100], first.kl)
     assert torch.equal(whole.reconstruction[:100], first.reconstruction)
 
@@ -369,7 +373,7 @@ def test_chunks_and_threads_move_the_elbo_below_a_ten_thousandth(run_dir: Path) 
         test = datasets.load_test(source.config.data)
         with processes.join(source.config) as world:
             vae = source.checkpoint.load_vae(source.config, world.device)
-            result = score(vae, test.pixels, world, source.config)
+            result = score(vae, test, world, source.config)
             bounds.append(result.negative_elbo)
     for other in bounds[1:]:
         torch.testing.assert_close(other, bounds[0], rtol=0, atol=1e-3)

@@ -17,6 +17,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sources import Whole, whole
 from tests.test_fuzz import assert_short_line, mutated, values
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets, download, mnist
@@ -201,8 +202,8 @@ def test_any_archive_of_the_right_digest_is_unpacked_or_refused(
 DIGITS = 12
 
 
-def digits_in(root: Path) -> datasets.Images:
-    return datasets.load_test(DataConfig(name="synthetic_digits", root=str(root), synthetic_images=DIGITS))
+def digits_in(root: Path) -> Whole:
+    return whole(datasets.load_test(DataConfig(name="synthetic_digits", root=str(root), synthetic_images=DIGITS)))
 
 
 def header_of(content: bytes) -> dict[str, Any]:

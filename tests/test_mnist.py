@@ -19,6 +19,7 @@ import torchvision
 
 from tests.conftest import REPOSITORY
 from tests.forked import unused_port
+from tests.sources import whole
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets, download, mnist
 from vae_dist.data.idx import FILE_BYTES
@@ -130,10 +131,10 @@ def refusal(settings: DataConfig) -> str:
 
 
 def test_a_set_is_downloaded_once_and_read_as_torchvision_does(server: Server, tmp_path: Path) -> None:
-    read = datasets.load_training_set(config(tmp_path))
-    assert (read.name, read.size, read.image_shape) == ("kmnist", 30, [1, 28, 28])
+    info = datasets.load_training_set(config(tmp_path)).info
+    assert (info.name, info.count, info.image_shape, info.classes) == ("kmnist", 30, (1, 28, 28), 10)
     assert len(server.requests) == 4
-    test = datasets.load_test(config(tmp_path))
+    test = whole(datasets.load_test(config(tmp_path)))
     theirs = torchvision.datasets.KMNIST(tmp_path / "data", train=False, download=True)  # finds what we downloaded
     assert torch.equal(test.pixels[:, 0], theirs.data)
     assert torch.equal(test.labels, theirs.targets)
@@ -194,12 +195,12 @@ def test_a_mirror_that_is_slow_and_never_silent_is_given_up(
 
 def test_bytes_beyond_the_content_length_are_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "longer"
-    assert datasets.load_training_set(config(tmp_path)).size == 30
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
 
 
 def test_a_content_length_that_is_no_number_is_ignored(server: Server, tmp_path: Path) -> None:
     server.behaviour = "unlikely length"
-    assert datasets.load_training_set(config(tmp_path)).size == 30
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
 
 
 def test_an_archive_without_end_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +230,7 @@ def test_an_unsafe_or_endless_redirect_is_not_followed(
 
 def test_a_redirect_is_followed_and_its_body_not_read(server: Server, tmp_path: Path) -> None:
     server.behaviour = "redirect"
-    assert datasets.load_training_set(config(tmp_path)).size == 30
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
     assert len(server.requests) == 8
 
 
@@ -270,14 +271,14 @@ from vae_dist.data import datasets
 from vae_dist.config import DataConfig
 torchvision.datasets.KMNIST.mirrors = [{server.url!r}]
 torchvision.datasets.KMNIST.resources = {torchvision.datasets.KMNIST.resources!r}
-print(datasets.load_training_set(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).size)
+print(datasets.load_training_set(DataConfig(name="kmnist", root={str(tmp_path / "data")!r})).info.count)
 """
     server.behaviour = "slow"
     other = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     while not server.requests:
         assert other.poll() is None
         time.sleep(0.01)
-    assert datasets.load_training_set(config(tmp_path)).size == 30
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
     assert other.communicate(timeout=120)[0] == "30\n"
     assert len(server.requests) == 4
 
@@ -298,7 +299,7 @@ def test_a_stale_lock_file_does_not_block(server: Server, tmp_path: Path) -> Non
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text("4711\nnode7\n")
-    assert datasets.load_training_set(config(tmp_path)).size == 30
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
 
 
 def test_a_lock_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_an_unreachable_mirror_is_reported_with_remedies(tmp_path: Path) -> None
 def test_auto_falls_back_to_the_embedded_digits_and_a_name_does_not(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{unused_port()}"
     settings = DataConfig(name="auto", root=str(tmp_path), mirror=nowhere, synthetic_images=60, validation_images=5)
-    assert datasets.load_training_set(settings).name == "synthetic_digits"
+    assert datasets.load_training_set(settings).info.name == "synthetic_digits"
     settings.name = "mnist"
     assert "no mirror has what is missing" in refusal(settings)
 
@@ -377,7 +378,7 @@ def test_a_linked_data_root_is_followed(server: Server, tmp_path: Path) -> None:
     datasets.load_training_set(config(tmp_path))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     (tmp_path / "data").symlink_to("elsewhere")
-    assert datasets.load_training_set(config(tmp_path, download=False)).size == 30
+    assert datasets.load_training_set(config(tmp_path, download=False)).info.count == 30
 
 
 @contextmanager
@@ -428,7 +429,7 @@ def test_copies_downloaded_by_hand_are_used_in_place(place: str, form: str, serv
         return
     datasets.load_training_set(settings)
     images, labels = (small_files()[f"t10k-{kind}-ubyte"] for kind in ("images-idx3", "labels-idx1"))
-    test = datasets.load_test(settings)
+    test = whole(datasets.load_test(settings))
     assert test.pixels.numpy().tobytes() == images[16:] and bytes(test.labels.tolist()) == labels[8:]
     assert sorted((tmp_path / "data").rglob("*")) == before and not server.requests
 
@@ -440,7 +441,7 @@ def test_common_spellings_of_a_copy_are_known(spelling: str, tmp_path: Path) -> 
         path = tmp_path / "data/kmnist" / spelling.replace("{}", name.replace("-idx", ".idx"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert datasets.load_training_set(config(tmp_path, download=False)).size == 30
+    assert datasets.load_training_set(config(tmp_path, download=False)).info.count == 30
 
 
 def test_a_damaged_copy_is_named_and_only_its_file_is_downloaded(server: Server, tmp_path: Path) -> None:
@@ -461,14 +462,14 @@ def test_a_damaged_copy_is_named_and_only_its_file_is_downloaded(server: Server,
         assert "train-images" not in message and f"{folder / 'kmnist.npz'} (of another format)" in message
     nowhere = refusal(config(tmp_path, mirror=f"http://127.0.0.1:{unused_port()}"))
     assert "missing" in nowhere and "t10k-labels-idx1-ubyte" in nowhere and str(broken) in nowhere
-    assert datasets.load_training_set(config(tmp_path)).size == 30
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
     assert server.requests == ["/kmnist/t10k-labels-idx1-ubyte.gz"]
 
 
 @pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not next to this checkout")
 def test_auto_finds_the_real_mnist_in_data_root_itself(tmp_path: Path) -> None:
     settings = DataConfig(name="auto", root=str(REAL_MNIST / "MNIST/raw"), download=False, synthetic_images=60)
-    assert datasets.load_training_set(settings).name == "mnist"
+    assert datasets.load_training_set(settings).info.name == "mnist"
 
 
 def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ def test_a_flipped_bit_in_mnist_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (REAL_MNIST / "MNIST").exists(), reason="the real MNIST is not next to this checkout")
 def test_the_real_mnist_is_read_whole() -> None:
     settings = DataConfig(name="mnist", root=str(REAL_MNIST), download=False, validation_images=0)
-    training, _ = datasets.load_training(settings)
+    training = whole(datasets.load_training(settings)[0])
     assert training.pixels.shape == (60_000, 1, 28, 28)
     assert training.pixels.double().mean().item() / 255 == pytest.approx(0.1306604762738429)
-    assert len(datasets.load_test(settings).labels) == 10_000
+    assert datasets.load_test(settings).info.count == 10_000

@@ -29,8 +29,8 @@ def test_shards_are_contiguous_and_differ_by_one_at_most(total: int, parts: int)
 @pytest.mark.parametrize("latent_dim", [1, 2, 13, 40])
 def test_a_shard_s_noise_is_its_slice_of_the_batch_s_noise(world_size: int, latent_dim: int) -> None:
     plan = Plan(seed=3, size=1000, batch_size=100)
-    whole = plan.noise(range(17, 20), range(100), latent_dim)
-    slices = [plan.noise(range(17, 20), shard(100, rank, world_size), latent_dim) for rank in range(world_size)]
+    whole = plan.noise(range(17, 20), range(100), (latent_dim,))
+    slices = [plan.noise(range(17, 20), shard(100, rank, world_size), (latent_dim,)) for rank in range(world_size)]
     assert torch.equal(torch.cat(slices, 1), whole)
 
 
@@ -106,11 +106,11 @@ def test_the_plan_neither_reads_nor_changes_the_global_generators() -> None:
     plan = Plan(seed=0, size=1000, batch_size=100)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = plan.noise(range(4, 5), range(100), 8), plan.batch(4)
+    first = plan.noise(range(4, 5), range(100), (8,)), plan.batch(4)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     permutation.cache_clear()
-    assert torch.equal(plan.noise(range(4, 5), range(100), 8), first[0])
+    assert torch.equal(plan.noise(range(4, 5), range(100), (8,)), first[0])
     assert torch.equal(plan.batch(4), first[1])
 
 

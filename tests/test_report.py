@@ -26,6 +26,7 @@ from PIL import Image
 
 from tests.browser import CHROMIUM, Browser, running
 from tests.conftest import REPOSITORY, newest_checkpoint, opened
+from tests.sources import unlabelled, whole
 from vae_dist import config
 from vae_dist.data import datasets
 from vae_dist.errors import UserError
@@ -203,7 +204,7 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
     """The oracle: the encoder. If an evaluation has the KL of each latent, the bars are its own."""
     run = opened(run_dir)
     vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
-    kl = vae.encode(datasets.to_unit(datasets.load_test(run.config.data).pixels)).kl().double().mean(0).tolist()
+    kl = vae.encode(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels)).kl().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
     assert list(page.readings("KL per latent").items()) == [(f"latent {i}", f"{kl[i]:.4f} nats") for i in falling]
     assert page.all("svg", **{"data-names": f"latent {falling[0]},latent {falling[1]}"})
@@ -230,8 +231,20 @@ def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> N
         expected = vae.decode(code).mean[0, 0].mul(255).numpy()
         cell = pixels[row * 28 : row * 28 + 28, column * 28 : column * 28 + 28]
         assert np.abs(cell - expected).max() < 0.51
-    mean = vae.encode(datasets.to_unit(datasets.load_test(run.config.data).pixels)).mean[:, seen.latents]
+    mean = vae.encode(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels)).mean[:, seen.latents]
     torch.testing.assert_close(seen.means, mean)
+
+
+def test_images_without_labels_are_points_of_one_colour(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labelled = page_of(run_dir)
+    assert len({point["class"] for point in labelled.all("circle", r="2")}) > 1 and "by label" in labelled.text
+    load = datasets.DATASETS["synthetic_digits"]
+    monkeypatch.setitem(datasets.DATASETS, "synthetic_digits", unlabelled(load))
+    page = page_of(run_dir)
+    assert {point["class"] for point in page.all("circle", r="2")} == {"label0"}
+    places = [[(point["cx"], point["cy"]) for point in one.all("circle", r="2")] for one in (page, labelled)]
+    assert places[0] == places[1] != []
+    assert "by label" not in page.text and not page.all("ul", **{"class": "legend"})
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from vae_dist.models.distributions import DiagonalGaussian
 
 from tests.conftest import MakeConfig, opened
+from tests.sources import whole
 from vae_dist import config
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets
-from vae_dist.data.datasets import Images, Part
+from vae_dist.data.datasets import Part
+from vae_dist.data.source import InMemory, in_memory
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
-from vae_dist.models.distributions import DiagonalGaussian
 from vae_dist.runs import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
@@ -54,7 +56,7 @@ def posterior_of(run: Path) -> DiagonalGaussian:
     """The posteriors of the test images, all at once."""
     source = opened(run)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
-    return vae.encode(datasets.to_unit(datasets.load_test(source.config.data).pixels))
+    return vae.encode(datasets.to_unit(whole(datasets.load_test(source.config.data)).pixels))
 
 
 EVERY_KIND = {
@@ -94,10 +96,10 @@ def test_a_kind_writes_a_picture_and_tensors_the_same_bytes_twice(name: str, run
         assert np.array_equal(np.asarray(logged), picture(folders[0])[:height, :width])
 
 
-def draw_colours(config: DataConfig, part: Part) -> tuple[Images, str]:
+def draw_colours(config: DataConfig, part: Part) -> InMemory:
     """Colour images, wider than they are high, without labels."""
     pixels = torch.randint(0, 256, (200, 3, 6, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Images(pixels, torch.zeros(200, dtype=torch.int64)), "colours"
+    return in_memory("colours", pixels, None, "colours")
 
 
 @pytest.fixture
@@ -112,6 +114,7 @@ def test_every_kind_takes_colour_images_that_are_not_square_in_float64(colour_ru
         folder = sample(colour_run, ["train.threads=1", *arguments])
         view = load_file(folder / "samples.safetensors")
         assert name == "scatter" or view["images"].shape[1:] == (3, 6, 14)
+        assert not {"labels", "test_labels"} & view.keys()  # it has none
         assert picture(folder).shape[2] == 3
 
 
@@ -129,7 +132,7 @@ def test_samples_come_from_the_seed_and_more_begin_with_the_same(sampler: str, r
 
 
 def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: DataConfig) -> Images:
+    def refuse(config: DataConfig) -> InMemory:
         raise AssertionError("the test images were loaded")
 
     monkeypatch.setattr(datasets, "load_test", refuse)
@@ -137,11 +140,11 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
     source = opened(run_dir)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     training, _ = datasets.load_training(source.config.data)
-    posterior = vae.encode(datasets.to_unit(training.pixels))
+    posterior = vae.encode(datasets.to_unit(whole(training).pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
     mean = posterior.mean.double().mean(0)
     covariance = posterior.mean.double().T.cov() + posterior.log_variance.exp().double().mean(0).diag()
-    error = 5 / len(training.labels) ** 0.5
+    error = 5 / training.info.count**0.5
     torch.testing.assert_close(view["mixture.means"][0], mean, rtol=0, atol=error)
     torch.testing.assert_close(view["mixture.covariances"][0], covariance, rtol=0, atol=2 * error)
     torch.testing.assert_close(view["latents"].double().mean(0), mean, rtol=0, atol=2 * error)
@@ -244,7 +247,7 @@ def test_the_scatter_shows_the_posterior_means_of_all_test_images(flat_run: Path
     for run in flat_run, run_dir:
         view = tensors(run, "sample.kind=scatter")
         torch.testing.assert_close(view["latents"], posterior_of(run).mean)
-        assert torch.equal(view["labels"], datasets.load_test(opened(run).config.data).labels)
+        assert torch.equal(view["labels"], whole(datasets.load_test(opened(run).config.data)).labels)
     expected = principal_components(view["latents"], 2)
     torch.testing.assert_close(view["points"], expected.coordinates)  # this process may have more threads
     torch.testing.assert_close(view["variance_shares"], expected.variance_ratios)

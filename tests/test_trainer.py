@@ -10,9 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import MakeConfig, newest_checkpoint
+from tests.sources import mapped, whole
 from vae_dist import config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
+from vae_dist.data.source import read
 from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
@@ -85,8 +87,8 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
     vae = build_vae(run_config, (1, 28, 28)).double()
     optimizer = torch.optim.Adam(vae.parameters())
     for step in range(12):
-        images = training.pixels[plan.batch(step)].double() / 255
-        output = vae(images, plan.noise(range(step, step + 1), range(50), 8)[0].double())
+        images = read(training, plan.batch(step)).double() / 255
+        output = vae(images, plan.noise(range(step, step + 1), range(50), (8,))[0].double())
         loss = (output.posterior.kl().sum() - output.likelihood.log_prob(images).sum()) / 50
         optimizer.zero_grad()
         loss.backward()
@@ -102,6 +104,21 @@ def test_the_same_config_gives_bitwise_the_same_run(make_config: MakeConfig) -> 
     first, second = train(make_config("name=a")), train(make_config("name=b"))
     assert final(first) == final(second)
     assert timeless(first) == timeless(second)
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_where_the_images_lie_has_no_influence(
+    binarize: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bitwise: in memory, or in a file that is mapped and read in the prefetching thread."""
+    settings = [f"data.binarize={binarize}", "train.log_every=7", "train.epochs=2"]
+    held = train(make_config("name=held", *settings))
+    load = datasets.DATASETS["synthetic_digits"]
+    monkeypatch.setitem(datasets.DATASETS, "synthetic_digits", mapped(load, tmp_path))
+    read_in_parts = train(make_config("name=mapped", *settings))
+    assert final(read_in_parts) == final(held) and timeless(read_in_parts) == timeless(held)
+    for image in (held / "images").iterdir():
+        assert (read_in_parts / "images" / image.name).read_bytes() == image.read_bytes()
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
@@ -154,13 +171,13 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
     training, _ = datasets.load_training(run_config.data)
     seen = []
     with processes.join(run_config) as world:
-        batches = Batches(training, Plan(0, 1000, 1000), run_config, world)
+        batches = Batches(training, Plan(0, 1000, 1000), run_config, world, (8,))
         for step in (0, 1):
             images = batches(range(step, step + 1))[0][0]
             assert set(images.unique().tolist()) == {0, 255}
             order = Plan(0, 1000, 1000).batch(step).argsort()
             seen.append(images[order])
-    grey = datasets.to_unit(training.pixels)
+    grey = datasets.to_unit(whole(training).pixels)
     assert not torch.equal(seen[0], seen[1])
     assert (seen[0] != seen[1]).float().mean().item() == pytest.approx((2 * grey * (1 - grey)).mean().item(), rel=0.05)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial, partialmethod
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.sources import mapped
 from vae_dist import config
 from vae_dist.compute.compiled import Compiled
 from vae_dist.data import datasets
@@ -49,8 +51,8 @@ def record_batches(output: str, arguments: list[str]) -> None:
     with processes.join(config.load(arguments)) as world, claim(config.load(arguments), world) as (run, training_set):
         run_config = run.config
         training, _ = datasets.split(training_set, run_config.data)
-        plan = Plan(run_config.seed, len(training.labels), run_config.train.batch_size)
-        batches = Batches(training, plan, run_config, world)
+        plan = Plan(run_config.seed, training.info.count, run_config.train.batch_size)
+        batches = Batches(training, plan, run_config, world, (run_config.model.latent_dim,))
         size = plan.batch_size
         rows = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
         seen: dict[str, list[torch.Tensor]] = {"images": [], "noise": [], "learning_rate": []}
@@ -224,6 +226,14 @@ def compiled_where(program: int | None) -> Callable[[str, list[str]], None]:
     return record
 
 
+def train_from_a_file(output: str, arguments: list[str]) -> None:
+    """Train on images that do not lie in memory."""
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        load = datasets.DATASETS["synthetic_digits"]
+        patch.setitem(datasets.DATASETS, "synthetic_digits", mapped(load, Path(folder)))
+        train(config.load(arguments))
+
+
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
     "refusal": record_refusal,
@@ -236,6 +246,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "spoil": on_last_process(spoil_step_8),
     "full_disk": fill_the_disk,
     "warn": warn,
+    "train_from_a_file": train_from_a_file,
     "train": lambda output, arguments: train(config.load(arguments)),
     "evaluate": lambda output, arguments: evaluate(Path(output), arguments),
     "sample": lambda output, arguments: sample(Path(output), arguments),

@@ -8,6 +8,7 @@ easy as 1, 2, 3"). Its key is (seed, stream) and its counter is (position, step)
 drawing those before them. Each row starts at a counter of its own.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -202,7 +203,8 @@ class Plan:
             steps = steps[count:]
 
     def noise(
-        self, steps: range, rows: range, latent_dim: int, device: torch.device = CPU, compiled: bool = False
+        self, steps: range, rows: range, shape: tuple[int, ...], device: torch.device = CPU, compiled: bool = False
     ) -> Tensor:
-        """Standard normal posterior noise `(len(steps), len(rows), latent_dim)` for these rows of global batches."""
-        return standard_normals(Draws(self.seed, Stream.POSTERIOR, steps, rows, latent_dim), device, compiled)
+        """Standard normal posterior noise `(len(steps), len(rows), *shape)` for these rows of global batches."""
+        draws = Draws(self.seed, Stream.POSTERIOR, steps, rows, math.prod(shape))
+        return standard_normals(draws, device, compiled).unflatten(-1, shape)

@@ -292,12 +292,12 @@ def ours_evaluate(config: Config) -> None:
     from vae_dist.models import build_vae
 
     with processes.join(config) as world:
-        pixels = datasets.load_test(config.data).pixels
-        vae = build_vae(config, pixels.shape[1:])
+        test = datasets.load_test(config.data)
+        vae = build_vae(config, test.info.image_shape)
 
         def loop(steps: int) -> float:
             for _ in range(steps):
-                terms = metrics.score(vae, pixels, world, config).metrics("test")
+                terms = metrics.score(vae, test, world, config).metrics("test")
             return terms["test/negative_elbo"]
 
         serve(loop)
@@ -309,9 +309,11 @@ def memory_evaluate(config: Config) -> None:
     import torch.nn.functional as F
 
     from vae_dist.data import datasets
+    from vae_dist.data.source import read
 
     torch.set_flush_denormal(True)
-    pixels, network = datasets.load_test(config.data).pixels.flatten(1), torch_network()
+    test = datasets.load_test(config.data)
+    pixels, network = read(test, range(test.info.count)).flatten(1), torch_network()
 
     def loop(steps: int) -> float:
         with torch.inference_mode():
@@ -330,8 +332,10 @@ def memory_evaluate(config: Config) -> None:
 def torch_pixels(config: Config) -> "Tensor":
     """The training images `(N, 784)`, uint8."""
     from vae_dist.data import datasets
+    from vae_dist.data.source import read
 
-    return datasets.load_training(config.data)[0].pixels.flatten(1)
+    training, _ = datasets.load_training(config.data)
+    return read(training, range(training.info.count)).flatten(1)
 
 
 def torch_network() -> "nn.Module":

@@ -43,7 +43,7 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
-from vae_dist.data.datasets import Images
+from vae_dist.data.source import InMemory
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models import build_vae
@@ -85,11 +85,11 @@ class Alone(World):
         self.rank, self.size, self.device, self.is_main = 0, 1, torch.device("cpu"), True
 
 
-def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> Step:
+def our_loop(training: InMemory, config: Config, world: World, run_dir: Path) -> Step:
     """The steps of `train` without validation, pictures and checkpoints, one per call."""
-    plan = Plan(config.seed, len(training.labels), config.train.batch_size)
-    update = Update(build_vae(config, training.pixels.shape[1:]), config, world)
-    batches = Batches(training, plan, config, world)
+    plan = Plan(config.seed, training.info.count, config.train.batch_size)
+    update = Update(build_vae(config, training.info.image_shape), config, world)
+    batches = Batches(training, plan, config, world, (config.model.latent_dim,))
     meter = Meter(update.totals[:5], world, plan.batch_size, [])
     tracker = tracking.track(config, run_dir, is_main=world.is_main, start=0)
     steps = count()
@@ -105,9 +105,9 @@ def our_loop(training: Images, config: Config, world: World, run_dir: Path) -> S
     return step
 
 
-def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> Step:
+def bare_loop(training: InMemory, config: Config, world: World, *, ddp: bool) -> Step:
     """The same training by hand. Without `ddp`, this package averages the gradients."""
-    vae = build_vae(config, training.pixels.shape[1:])
+    vae = build_vae(config, training.info.image_shape)
     parameters = list(vae.parameters())
     network = DistributedDataParallel(vae) if ddp else vae
     optimizer = torch.optim.Adam(parameters, lr=config.optim.learning_rate, fused=True)
@@ -116,7 +116,7 @@ def bare_loop(training: Images, config: Config, world: World, *, ddp: bool) -> S
     def shards() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)  # the same order on every process
         while True:
-            order = torch.randperm(len(training.labels), generator=generator)[world.rank :: world.size]
+            order = torch.randperm(training.info.count, generator=generator)[world.rank :: world.size]
             yield from order[: len(order) // shard_size * shard_size].split(shard_size)
 
     batches = shards()
@@ -169,7 +169,7 @@ def elapsed(world: World) -> Tensor:
     return world.sum(torch.tensor([others, available], dtype=torch.float64))
 
 
-def measure(training: Images, batch_size: int, steps: int, repeats: int, world: World, folder: Path) -> Rates:
+def measure(training: InMemory, batch_size: int, steps: int, repeats: int, world: World, folder: Path) -> Rates:
     """Images per second of each loop in each of the quietest repeats."""
     whole, half = settings(folder, batch_size), settings(folder, batch_size // world.size)
     one = our_loop(training, whole, Alone(), folder / f"{batch_size}_one")
@@ -239,6 +239,7 @@ def compare(repeats: int, steps_of_1024: int) -> None:
         config = settings(folder, BATCH_SIZES[0])
         with processes.join(config) as world:
             training, _ = datasets.load_training(config.data)
+            assert isinstance(training, InMemory)
             results = {size: measure(training, size, steps[size], repeats, world, folder) for size in BATCH_SIZES}
             if world.is_main:
                 text = table(results, steps, repeats)

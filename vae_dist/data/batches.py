@@ -1,8 +1,9 @@
 """A process's shard of each step's images and noise, as the plan defines them, on the device that computes.
 
-Shapes: k steps, b images of the shard, L latents, C, H, W image.
+Shapes: k steps, b images of the shard, C, H, W image.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config import Config
-from vae_dist.data.datasets import Images
+from vae_dist.data.source import InMemory, Source
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.plan import Draws, Plan, Stream, binarized, bits, shard
@@ -19,6 +20,7 @@ from vae_dist.plan import Draws, Plan, Stream, binarized, bits, shard
 # few hundred kernels, however many numbers it makes.
 _NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
 _PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are copied into one tensor
+_PIXELS_PER_READ = 2**22  # of a source that is not in memory: the first step waits for a whole read
 
 _CPU = torch.device("cpu")
 
@@ -26,42 +28,60 @@ _CPU = torch.device("cpu")
 class Batches:
     """Images and noise of any steps. Consecutive steps are fastest: noise is drawn in blocks, images are prefetched."""
 
-    def __init__(self, training: Images, plan: Plan, config: Config, world: World) -> None:
+    def __init__(self, source: Source, plan: Plan, config: Config, world: World, noise_shape: tuple[int, ...]) -> None:
+        """`noise_shape` is that of an image's noise, such as `(L,)`."""
+        if plan.size != source.info.count:
+            raise ValueError(f"the plan is of {plan.size} images, the source of {source.info.count}")
+        self._source = source
         self._plan = plan
         self._rows = shard(plan.batch_size, world.rank, world.size)
-        self._latent_dim = config.model.latents(training.pixels.shape[1:])
+        self._noise_shape = noise_shape
         self._dynamic = config.data.binarize == "dynamic"
         self._device = world.device
         self._dtype = precision.param_dtype(config.train.precision)
         self._compiled = bool(config.train.compile)
-        self._image_shape = training.pixels.shape[1:]
-        pixels, resident = place(training.pixels, world.device)
-        self._pixels = pixels.flatten(1)
-        self._rows_of_words = _in_words(self._pixels)
-        self._order, self._epoch = torch.empty(0), -1
+        self._image_shape = source.info.image_shape
+        self._pixel_count = math.prod(self._image_shape)
+        self._held_on, self._order, self._epoch = _CPU, torch.empty(0), -1
         # Noise is computed in float64, which mps lacks.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
         at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
-        self._noise = BlockDraw(self._draw_noise, at_once // self._latent_dim)
-        self._bits = BlockDraw(self._draw_bits, at_once // self._pixels.shape[1])
-        self.most_steps = max(_PIXELS_AT_ONCE // (len(self._rows) * self._pixels.shape[1]), 1)
-        self._prefetched = None if resident else BlockDraw(Prefetch(self._select_and_copy), self.most_steps)
+        self._noise = BlockDraw(self._draw_noise, at_once // math.prod(noise_shape))
+        self._bits = BlockDraw(self._draw_bits, at_once // self._pixel_count)
+        pixels = len(self._rows) * self._pixel_count  # of a step
+        self.most_steps = max(_PIXELS_AT_ONCE // pixels, 1)
+        if not isinstance(source, InMemory):
+            self._load: Callable[[range], Tensor] = self._prefetched(self._read, _PIXELS_PER_READ // pixels)
+            return
+        held, resident = place(source.pixels, world.device)
+        self._held_on = held.device
+        self._rows_of_words = _in_words(held.flatten(1))
+        self._load = self._select if resident else self._prefetched(self._select, self.most_steps)
 
     def __call__(self, steps: range) -> tuple[Tensor, Tensor]:
-        """Return pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, L)` of k steps."""
-        rows = self._select(steps) if self._prefetched is None else self._prefetched(steps)
-        pixels = rows.view(len(steps), len(self._rows), *self._image_shape)
+        """Return pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, *noise_shape)` of k steps."""
+        pixels = self._load(steps).view(len(steps), len(self._rows), *self._image_shape)
         if self._dynamic:
             pixels = binarized(pixels, self._bits(steps))
         return pixels, self._noise(steps)
 
     def _select(self, steps: range) -> Tensor:
-        """Return rows of pixels `(k, b, C H W)`, on the device that holds the data set."""
+        """Return rows of pixels `(k, b, C H W)` of a source in memory, on the device that holds it."""
         rows = self._rows_of_words.index_select(0, self._indices(steps))
         return rows.view(torch.uint8).view(len(steps), len(self._rows), -1)
 
-    def _select_and_copy(self, steps: range) -> Tensor:
-        rows = self._select(steps)
+    def _read(self, steps: range) -> Tensor:
+        """Return rows of pixels `(k, b, C H W)` of any other source, on the host."""
+        indices = self._indices(steps)
+        out = torch.empty(len(indices), *self._image_shape, dtype=torch.uint8)
+        self._source.read(indices, None, out)
+        return out.view(len(steps), len(self._rows), -1)
+
+    def _prefetched(self, load: Callable[[range], Tensor], steps_at_once: int) -> "BlockDraw":
+        """Return the calls of `load` in blocks of steps, prefetched in a thread, on the device that computes."""
+        return BlockDraw(Prefetch(lambda steps: self._copy(load(steps))), steps_at_once)
+
+    def _copy(self, rows: Tensor) -> Tensor:
         if self._device.type != "cuda":
             return rows.to(self._device)
         # On its own stream the copy does not wait for the step that is running.
@@ -73,7 +93,7 @@ class Batches:
         return copy
 
     def _indices(self, steps: range) -> Tensor:
-        """Return the indices of the shard's images in these steps `(k b,)`, on the device that holds the data set."""
+        """Return the indices of the shard's images in these steps `(k b,)`, on the device that holds the images."""
         parts = [
             self._epoch_order(epoch)[first * self._plan.batch_size : last * self._plan.batch_size]
             .view(last - first, -1)[:, self._rows.start : self._rows.stop]
@@ -84,15 +104,15 @@ class Batches:
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            self._order, self._epoch = self._plan.order(epoch).to(self._pixels.device), epoch
+            self._order, self._epoch = self._plan.order(epoch).to(self._held_on), epoch
         return self._order
 
     def _draw_noise(self, steps: range) -> Tensor:
-        noise = self._plan.noise(steps, self._rows, self._latent_dim, self._drawn_on, self._compiled)
+        noise = self._plan.noise(steps, self._rows, self._noise_shape, self._drawn_on, self._compiled)
         return noise.contiguous().to(self._device, self._dtype)  # a compiled program expects one layout
 
     def _draw_bits(self, steps: range) -> Tensor:
-        draws = Draws(self._plan.seed, Stream.BINARIZATION, steps, self._rows, self._pixels.shape[1])
+        draws = Draws(self._plan.seed, Stream.BINARIZATION, steps, self._rows, self._pixel_count)
         return bits(draws, self._drawn_on, self._compiled).to(self._device)
 
 

@@ -1,7 +1,4 @@
-"""Data sets by name, as uint8 images in memory. A new data set is a function here and a line in DATASETS.
-
-Shapes: N images of a set, B of a batch, C, H, W image.
-"""
+"""Data sets by name, as sources: training, validation and test. A new set is a function and a line in DATASETS."""
 
 import hashlib
 import logging
@@ -10,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import psutil
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from vae_dist.config import DataConfig, expand
 from vae_dist.data import digits, mnist
+from vae_dist.data.source import Source, in_memory, process, select
 from vae_dist.errors import UserError
 from vae_dist.files import read_bounded, reason, write_atomically
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, permutation
@@ -29,16 +27,6 @@ Part = Literal["train", "test"]
 
 FALLBACK = "synthetic_digits"
 TEST_DIGITS_START = 2**32  # test digits are rows that no training set reaches
-
-
-class Images(NamedTuple):
-    """Images in memory."""
-
-    pixels: Tensor  # (N, C, H, W), uint8
-    labels: Tensor  # (N,), int64
-
-    def select(self, indices: Tensor) -> "Images":
-        return Images(self.pixels[indices], self.labels[indices])
 
 
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,37 +40,21 @@ def check_name(name: str) -> None:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}")
 
 
-class TrainingSet(NamedTuple):
-    """The training images of a data set, validation images included."""
+def load_training_set(config: DataConfig) -> Source:
+    """Download or draw the data set if it is missing under `data.root`, and return all its training images.
 
-    name: str
-    images: Images
-    identity: str  # a hash of the verified files that the images come from
-
-    @property
-    def size(self) -> int:
-        return len(self.images.labels)
-
-    @property
-    def image_shape(self) -> list[int]:
-        """C, H, W."""
-        return list(self.images.pixels.shape[1:])
-
-
-def load_training_set(config: DataConfig) -> TrainingSet:
-    """Download or draw the data set if it is missing under `data.root`, and read its training images.
-
-    `data.name=auto` is MNIST, or the embedded digits if MNIST is not available. Raises UserError if a named set is not
-    available or a file is damaged.
+    Validation images are among them: `split` divides them. `data.name=auto` is MNIST, or the embedded digits if MNIST
+    is not available; the source's name says which. Raises UserError if a named set is not available or a file is
+    damaged.
     """
     if config.name != "auto":
-        return TrainingSet(config.name, *_load(config, "train"))
+        return _load(config, "train")
     try:
-        return TrainingSet("mnist", *_load(replace(config, name="mnist"), "train"))
+        return _load(replace(config, name="mnist"), "train")
     except mnist.UnreachableError as error:
         logger.warning("MNIST is not available: %s", error)
         warn_of_fallback()
-    return TrainingSet(FALLBACK, *_load(replace(config, name=FALLBACK), "train"))
+    return _load(replace(config, name=FALLBACK), "train")
 
 
 def warn_of_fallback() -> None:
@@ -90,31 +62,29 @@ def warn_of_fallback() -> None:
     logger.warning("TRAINING ON THE EMBEDDED DIGITS (%s): metrics are not comparable with MNIST's", FALLBACK)
 
 
-def split(training_set: TrainingSet, config: DataConfig) -> tuple[Images, Images]:
+def split(training_set: Source, config: DataConfig) -> tuple[Source, Source]:
     """Return the images to train on, and the validation images held out of them: the same for every seed."""
-    images, held_out = training_set.images, config.validation_images
-    if held_out >= training_set.size:
-        raise UserError(
-            f"data.validation_images={held_out} leaves nothing of {training_set.size} training images; use fewer"
-        )
-    order = permutation(FIXED_SEED, Stream.SPLIT, 0, training_set.size)
-    validation = images.select(order[:held_out].sort().values)
-    training = images.select(order[held_out:].sort().values)
+    count, held_out = training_set.info.count, config.validation_images
+    if held_out >= count:
+        raise UserError(f"data.validation_images={held_out} leaves nothing of {count} training images; use fewer")
+    order = permutation(FIXED_SEED, Stream.SPLIT, 0, count)
+    validation = select(training_set, order[:held_out].sort().values, f"validation of {held_out}")
+    training = select(training_set, order[held_out:].sort().values, f"training without {held_out}")
     if config.binarize == "threshold":
-        training = _threshold(training)  # "dynamic" is left to the plan, which draws again at every step
+        training = _cut(training)  # "dynamic" is left to the plan, which draws again at every step
     return training, _binarize_once(validation, config, step=0)
 
 
-def load_training(config: DataConfig) -> tuple[Images, Images]:
-    """Read the images to train on, and the validation images. Raises UserError for data.name=auto."""
+def load_training(config: DataConfig) -> tuple[Source, Source]:
+    """Return the images to train on, and the validation images. Raises UserError for data.name=auto."""
     _require_name(config)
     return split(load_training_set(config), config)
 
 
-def load_test(config: DataConfig) -> Images:
-    """Read the test images. Training never uses them. Raises UserError for data.name=auto."""
+def load_test(config: DataConfig) -> Source:
+    """Return the test images. Training never uses them. Raises UserError for data.name=auto."""
     _require_name(config)
-    return _binarize_once(_load(config, "test")[0], config, step=1)
+    return _binarize_once(_load(config, "test"), config, step=1)
 
 
 def _require_name(config: DataConfig) -> None:
@@ -122,38 +92,52 @@ def _require_name(config: DataConfig) -> None:
         raise UserError("data.name=auto is resolved when a training starts; name the data set here")
 
 
-def _load(config: DataConfig, part: Part) -> tuple[Images, str]:
-    """Read one part of the named set, with its identity. Raises UserError if its images do not fit the config."""
+def _load(config: DataConfig, part: Part) -> Source:
+    """Return one part of the named set. Raises UserError if its images do not fit the config."""
     check_name(config.name)
-    images, identity = DATASETS[config.name](config, part)
-    image_shape = list(images.pixels.shape[1:])
+    source = DATASETS[config.name](config, part)
+    if source.info.name != config.name:  # a run would store the other name and train on the other set when resumed
+        raise ValueError(f"DATASETS has the source of {source.info.name} under {config.name}")
+    image_shape = list(source.info.image_shape)
     if config.image_shape not in (None, image_shape):
         raise UserError(f"data.image_shape={config.image_shape} but the images of {config.name} are {image_shape}")
-    return images, identity
+    return source
 
 
-def _binarize_once(images: Images, config: DataConfig, step: int) -> Images:
+def _binarize_once(source: Source, config: DataConfig, step: int) -> Source:
     """Binarise held-out images with a fixed seed, so that every run is evaluated on the same ones."""
-    if config.binarize == "dynamic" and len(images.labels) > 0:
-        rows = range(len(images.labels))
-        return images._replace(pixels=bernoulli_pixels(images.pixels, FIXED_SEED, step, rows))
-    return _threshold(images) if config.binarize == "threshold" else images
+    if config.binarize == "dynamic":
+        words = f"binary: 1 with the grey level's probability, drawn once with seed {FIXED_SEED}"
+        return process(source, partial(_draw, step=step), words, f"step {step}")
+    return _cut(source) if config.binarize == "threshold" else source
 
 
-def _threshold(images: Images) -> Images:
-    return images._replace(pixels=(images.pixels >= 128).to(torch.uint8) * 255)
+def _draw(pixels: Tensor, indices: Tensor, step: int) -> Tensor:
+    """Draw binary images from grey ones `(n, C, H, W)`: an image's random numbers belong to its index."""
+    runs = indices.tensor_split((indices.diff() != 1).nonzero().flatten() + 1) if len(indices) else []
+    drawn, start = torch.empty_like(pixels), 0
+    for run in runs:  # of consecutive indices
+        part = slice(start, start + len(run))
+        first = int(run[0])
+        drawn[part] = bernoulli_pixels(pixels[part], FIXED_SEED, step, range(first, first + len(run)))
+        start += len(run)
+    return drawn
 
 
-def _load_mnist(config: DataConfig, part: Part, name: str) -> tuple[Images, str]:
+def _cut(source: Source) -> Source:
+    return process(source, lambda pixels, _: (pixels >= 128).to(torch.uint8) * 255, "binary: 1 from grey 128 of 255 up")
+
+
+def _load_mnist(config: DataConfig, part: Part, name: str) -> Source:
     pixels, labels, identity = mnist.load(name, _root(config), part, download=config.download, mirror=config.mirror)
-    return Images(pixels, labels), identity
+    return in_memory(name, pixels, labels, identity)
 
 
 def _root(config: DataConfig) -> Path:
     return Path(expand(config.root, "data.root"))
 
 
-def _load_digits(config: DataConfig, part: Part) -> tuple[Images, str]:
+def _load_digits(config: DataConfig, part: Part) -> Source:
     """Read the embedded digits. They are drawn once, and cached under `data.root` if that is writable."""
     count = config.synthetic_images
     folder = _root(config) / FALLBACK
@@ -166,7 +150,8 @@ def _load_digits(config: DataConfig, part: Part) -> tuple[Images, str]:
             write_atomically(cache, save({**tensors, "sha256": digest}))
         except OSError as error:
             logger.info("the digits are not cached: can't write to %s (%s)", folder, reason(error))
-    return Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"]), digest.numpy().tobytes().hex()
+    identity = hashlib.sha256(f"{part} {digest.numpy().tobytes().hex()}".encode()).hexdigest()
+    return in_memory(FALLBACK, tensors[f"{part}_pixels"], tensors[f"{part}_labels"], identity)
 
 
 def _read_digits(cache: Path, count: int) -> tuple[dict[str, Tensor], Tensor] | None:
@@ -222,8 +207,8 @@ def _draw_digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
     return tensors, _digest(tensors)
 
 
-# Name in a config -> the images of one part and their identity. Missing files are downloaded or made.
-DATASETS: dict[str, Callable[[DataConfig, Part], tuple[Images, str]]] = {
+# Name in a config -> the source of one part, of that name. Missing files are downloaded or made.
+DATASETS: dict[str, Callable[[DataConfig, Part], Source]] = {
     "fashion_mnist": partial(_load_mnist, name="fashion_mnist"),
     "kmnist": partial(_load_mnist, name="kmnist"),
     "mnist": partial(_load_mnist, name="mnist"),

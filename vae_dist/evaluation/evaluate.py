@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vae_dist.config import Config
 from vae_dist.data import datasets
+from vae_dist.data.source import Source
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation import protocol
@@ -44,7 +43,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         world.on_main(lambda: check_online(config.tracking))
         world.on_main(lambda: make_folder(output / EVALUATIONS, ELSEWHERE))
         vae = checkpoint.load_vae(config, world.device)
-        pixels = world.main_first(lambda: _pixels(config))
+        source = world.main_first(lambda: _source(config))
         warning = protocol.comparison_warning(config)
         result = {
             "run": config.name,
@@ -52,12 +51,12 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             "split": config.evaluate.split,
             "binarize": config.data.binarize,
             "likelihood": config.objective.reconstruction,
-            "images": len(pixels),
+            "images": source.info.count,
             "step": step,
-            **measure(vae, pixels, world, config),
+            **measure(vae, source, world, config),
             "comparable": warning is None,
             "warning": warning,
-            "protocol": protocol.describe(config, pixels, world),
+            "protocol": protocol.describe(config, source.info, world),
         }
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
         tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
@@ -65,7 +64,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         def keep() -> None:
             with track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
                 tracker.scalars(step, _record(result))
-                tracker.pictures(step, lambda: {config.evaluate.split: pictures.reconstructions(vae, pixels, subject)})
+                tracker.pictures(step, lambda: {config.evaluate.split: pictures.reconstructions(vae, source, subject)})
                 _write(output, result)
 
         try:
@@ -78,14 +77,14 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     return result
 
 
-def _pixels(config: Config) -> Tensor:
-    """Return the images to evaluate on, `(N, C, H, W)` uint8."""
+def _source(config: Config) -> Source:
+    """Return the images to evaluate on."""
     if config.evaluate.split == "test":
-        return datasets.load_test(config.data).pixels
-    pixels = datasets.load_training(config.data)[1].pixels
-    if len(pixels) == 0:
+        return datasets.load_test(config.data)
+    validation = datasets.load_training(config.data)[1]
+    if validation.info.count == 0:
         raise UserError("this run has no validation images (data.validation_images=0); use evaluate.split=test")
-    return pixels
+    return validation
 
 
 def _record(result: Mapping[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae_dist import objectives
 from vae_dist.config import Config
+from vae_dist.data.source import Source, read
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE, Inference
@@ -24,26 +25,26 @@ STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
 
 
 def score(
-    vae: VAE, pixels: Tensor, world: World, config: Config, check_stop: Callable[[], None] = lambda: None
+    vae: VAE, source: Source, world: World, config: Config, check_stop: Callable[[], None] = lambda: None
 ) -> ElboTerms:
-    """Return the ELBO terms of images `(N, C, H, W)` uint8 with one posterior sample each: float64, on the CPU.
+    """Return the ELBO terms of the images of a source with one posterior sample each: float64, on the CPU.
 
     Every process calls this. `check_stop` is called every few chunks, equally often on every process; an exception
     from it ends the scoring.
     """
-    if len(pixels) == 0:
+    if source.info.count == 0:
         return ElboTerms(torch.empty(0), torch.empty(0))
-    chunks = world.chunks(len(pixels), config.evaluate.batch_size)
+    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
     values = []
     with torch.inference_mode():
-        for turn in range(-(-len(pixels) // (config.evaluate.batch_size * world.size))):
+        for turn in range(-(-source.info.count // (config.evaluate.batch_size * world.size))):
             if turn % STOP_CHECK_CHUNKS == 0:
                 check_stop()
             for chunk in chunks[turn : turn + 1]:  # the last turn may have none for this process
-                images = vae.to_input(pixels[chunk.start : chunk.stop])
+                images = vae.to_input(read(source, chunk))
                 terms = objectives.elbo_terms(_one_draw(vae, images, chunk), images)
                 values.append(torch.stack(terms, dim=1).cpu())
-    return ElboTerms(*world.gather_rows(chunks, values, len(pixels)).double().unbind(1))
+    return ElboTerms(*world.gather_rows(chunks, values, source.info.count).double().unbind(1))
 
 
 class Encodings(NamedTuple):
@@ -55,16 +56,16 @@ class Encodings(NamedTuple):
     variance: Tensor  # (L,), of the posterior's mean over the images
 
 
-def encode(vae: VAE, pixels: Tensor, world: World, config: Config) -> Encodings:
-    """Return the encodings of images `(N, C, H, W)` uint8, N at least 1. Every process calls this.
+def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
+    """Return the encodings of the images of a source, N at least 1. Every process calls this.
 
     A chunk's latents are summed up before chunks are gathered: those of all images may not fit into memory.
     """
-    chunks = world.chunks(len(pixels), config.evaluate.batch_size)
+    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
     values, kl_sums, moments = [], [], []
     with torch.inference_mode():
         for chunk in chunks:
-            images = vae.to_input(pixels[chunk.start : chunk.stop])
+            images = vae.to_input(read(source, chunk))
             inference = _one_draw(vae, images, chunk)
             terms = torch.stack(objectives.elbo_terms(inference, images), dim=1)
             means = inference.posterior.mean
@@ -72,11 +73,11 @@ def encode(vae: VAE, pixels: Tensor, world: World, config: Config) -> Encodings:
             values.append(torch.cat([terms, squared_error], 1).cpu())
             kl_sums.append(inference.kl[0].double().sum(0, keepdim=True))
             moments.append(torch.stack(torch.var_mean(means.double(), 0, correction=0)).unsqueeze(0))
-    *elbo, error = world.gather_rows(chunks, values, len(pixels)).double().unbind(1)
+    *elbo, error = world.gather_rows(chunks, values, source.info.count).double().unbind(1)
     numbers = [range(number, number + 1) for number in (chunk.start // config.evaluate.batch_size for chunk in chunks)]
-    count = -(-len(pixels) // config.evaluate.batch_size)
-    kl = world.gather_rows(numbers, kl_sums, count).sum(0) / len(pixels)
-    sizes = [len(chunk) for chunk in every_chunk(len(pixels), config.evaluate.batch_size)]
+    count = -(-source.info.count // config.evaluate.batch_size)
+    kl = world.gather_rows(numbers, kl_sums, count).sum(0) / source.info.count
+    sizes = [len(chunk) for chunk in every_chunk(source.info.count, config.evaluate.batch_size)]
     return Encodings(ElboTerms(*elbo), error, kl, _variance(sizes, world.gather_rows(numbers, moments, count)))
 
 
@@ -104,8 +105,8 @@ def _variance(sizes: Sequence[int], moments: Tensor) -> Tensor:
     return squares / total
 
 
-def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Config) -> Tensor:
-    """Estimate -log p(x) of images `(N, C, H, W)` uint8, N at least 1: `(N,)`, nats, float64, on the CPU.
+def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Config) -> Tensor:
+    """Estimate -log p(x) of the images of a source, N at least 1: `(N,)`, nats, float64, on the CPU.
 
     The estimate is -log of the mean importance weight of K >= 1 latents from each image's posterior: on average an
     upper bound, exact for K to infinity (Burda et al. 2016). The noise belongs to the image's index and the sample's
@@ -113,12 +114,12 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
     NaN. Every process calls this.
     """
     count = config.evaluate.importance_samples or 0
-    chunks = world.chunks(len(pixels), config.evaluate.batch_size)
+    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
     values = []
     latents = count * sum(map(len, chunks))
     with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
-            images = vae.to_input(pixels[chunk.start : chunk.stop])
+            images = vae.to_input(read(source, chunk))
             posterior = vae.infer(images)
             total = torch.full((len(chunk),), -math.inf, dtype=torch.float64)
             at_once = max(config.evaluate.chunk // len(chunk), 1)
@@ -132,15 +133,15 @@ def negative_log_likelihood(vae: VAE, pixels: Tensor, world: World, config: Conf
                 total = torch.logaddexp(total, weights.logsumexp(0))
                 advance(len(samples) * len(chunk))
             values.append(math.log(count) - total)
-    return world.gather_rows(chunks, values, len(pixels))
+    return world.gather_rows(chunks, values, source.info.count)
 
 
-def measure(vae: VAE, pixels: Tensor, world: World, config: Config) -> dict[str, Any]:
+def measure(vae: VAE, source: Source, world: World, config: Config) -> dict[str, Any]:
     """Return all metrics of a set of images, by their names in `evaluation.json`. Every process calls this.
 
     Raises UserError if a metric is not finite.
     """
-    encodings = encode(vae, pixels, world, config)
+    encodings = encode(vae, source, world, config)
     by_image = {
         "negative_elbo": encodings.terms.negative_elbo,
         "reconstruction": encodings.terms.reconstruction,
@@ -149,11 +150,11 @@ def measure(vae: VAE, pixels: Tensor, world: World, config: Config) -> dict[str,
     }
     _require_finite(by_image)  # before the likelihood, which may take hours
     if config.evaluate.importance_samples:
-        by_image["negative_log_likelihood"] = negative_log_likelihood(vae, pixels, world, config)
+        by_image["negative_log_likelihood"] = negative_log_likelihood(vae, source, world, config)
         _require_finite(by_image)
     means = {name: values.mean().item() for name, values in by_image.items()}
     bound = means.get("negative_log_likelihood", means["negative_elbo"])
-    bits = objectives.bits_per_dimension(bound, pixels[0].numel())
+    bits = objectives.bits_per_dimension(bound, math.prod(source.info.image_shape))
     return {
         **{name: means[name] for name in ("negative_elbo", "reconstruction", "kl")},
         "negative_log_likelihood": means.get("negative_log_likelihood"),

@@ -5,30 +5,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import vae_dist
 from vae_dist.config import Config
+from vae_dist.data.source import DataInfo
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
-_PIXEL_VALUES = {
-    "none": "grey, 0 to 1",
-    "threshold": "binary: 1 from grey 128 of 255 up",
-    "dynamic": f"binary: 1 with the grey level's probability, drawn once with seed {FIXED_SEED}",
-}
 
-
-def describe(config: Config, pixels: Tensor, world: World) -> dict[str, Any]:
+def describe(config: Config, info: DataInfo, world: World) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits."""
     return {
         "dataset": config.data.name,
         "split": config.evaluate.split,
-        "images": len(pixels),
-        "image_shape": list(pixels.shape[1:]),
-        "pixels": _PIXEL_VALUES[config.data.binarize],
+        "images": info.count,
+        "image_shape": list(info.image_shape),
+        "pixels": info.processing,
         "likelihood": likelihood_kind(config.objective).description,
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,

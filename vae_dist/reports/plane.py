@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
+from vae_dist.data.source import read
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
@@ -46,7 +47,7 @@ class Plane(NamedTuple):
     latents: list[int]  # those of the axes, counted from 0
     kl: list[float] | None  # (L,), nats; None if it was not given and there are no images to average it over
     means: Tensor  # (N, 2), or (N, 1) for one latent: posterior means of held-out images
-    labels: Tensor  # (N,)
+    labels: Tensor | None  # (N,); None without labels
     without_images: str | None  # why there are none
 
     @property
@@ -73,7 +74,9 @@ class Plane(NamedTuple):
 
     @property
     def colours(self) -> dict[int, int]:
-        """The colour of each label."""
+        """The colour of each label; nothing without labels."""
+        if self.labels is None:
+            return {}
         return {label: index % COLOURS for index, label in enumerate(self.labels.unique().tolist())}
 
     @property
@@ -82,16 +85,17 @@ class Plane(NamedTuple):
         reach = EXTENT / (1 - 1 / self.columns)
         colours = self.colours
         points = []
-        for mean, label in zip(self.means.tolist(), self.labels.tolist(), strict=True):
+        labels = [None] * len(self.means) if self.labels is None else self.labels.tolist()
+        for mean, label in zip(self.means.tolist(), labels, strict=True):
             x, y = mean if self.rows > 1 else (*mean, 0.0)
             if max(abs(x), abs(y)) < reach:
-                points.append(Point(self._place(x), self._place(-y), colours[label]))
+                points.append(Point(self._place(x), self._place(-y), colours.get(label, 0)))
         return points
 
     @property
     def outside(self) -> int:
         """The number of posterior means that lie outside the plane."""
-        return len(self.labels) - len(self.points)
+        return len(self.means) - len(self.points)
 
     def _place(self, value: float) -> float:
         """The position of a value along an axis, in percent. The outermost cells reach half their size beyond 3."""
@@ -101,7 +105,7 @@ class Plane(NamedTuple):
 def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     """The plane of the two latents with the largest KL; `kl` `(L,)` is averaged over the held-out images if None."""
     posterior, labels, without_images = _held_out(vae, config)
-    if kl is None and len(labels) > 0:
+    if kl is None and len(posterior.mean) > 0:
         kl = posterior.kl_from_standard_normal().double().mean(0).tolist()
     falling = sorted(range(vae.latent_dim), key=lambda latent: -kl[latent] if kl else 0.0)
     latents = falling[:2] if vae.latent_dim > 2 else sorted(falling)
@@ -124,13 +128,15 @@ def kl_chart(plane: Plane, source: str) -> Chart | None:
     )
 
 
-def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor, str | None]:
-    """The posteriors and labels of the first test images; if they can't be loaded, none of them and the reason."""
+def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor | None, str | None]:
+    """The posteriors and any labels of the first test images; if they can't be loaded, none of them and the reason."""
     try:
-        pixels, labels = (part[:HELD_OUT] for part in datasets.load_test(config.data))
+        test = datasets.load_test(config.data)
+        indices = torch.arange(min(HELD_OUT, test.info.count))
+        pixels, labels = read(test, indices), test.labels(indices)
     except UserError as error:
         nothing = torch.empty(0, vae.latent_dim)
-        return DiagonalGaussian(nothing, nothing), torch.empty(0, dtype=torch.int64), str(error)
+        return DiagonalGaussian(nothing, nothing), None, str(error)
     with torch.inference_mode():
         return vae.infer(vae.to_input(pixels)), labels, None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.data.datasets import Images
+from vae_dist.data.source import Source, every_label, read
 from vae_dist.reports.labels import held_out_set, labels, subject
 from vae_dist.runs.lookup import Opened
 from vae_dist.runs.picture import Picture
@@ -42,17 +42,23 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
     return Picture(picture, caption)
 
 
-def _held_out(config: Config) -> Images:
+def _held_out(config: Config) -> Source:
     return (
         datasets.load_test(config.data) if config.evaluate.split == "test" else datasets.load_training(config.data)[1]
     )
 
 
-def _one_of_each(images: Images) -> Tensor:
-    """Pixels to show, `(COLUMNS, C, H, W)` uint8: the first image of each class, then the second of each, and so on."""
+def _one_of_each(source: Source) -> Tensor:
+    """Pixels to show, `(COLUMNS, C, H, W)` uint8: the first image of each class, then the second of each, and so on.
+
+    Without labels they are the first images.
+    """
+    labels = every_label(source)
+    if labels is None:
+        return read(source, range(min(COLUMNS, source.info.count)))
     seen: Counter[int] = Counter()
     turns = []
-    for index, label in enumerate(images.labels.tolist()):
+    for index, label in enumerate(labels.tolist()):
         turns.append((seen[label], label, index))
         seen[label] += 1
-    return images.pixels[[index for _, _, index in sorted(turns)[:COLUMNS]]]
+    return read(source, [index for _, _, index in sorted(turns)[:COLUMNS]])

@@ -59,7 +59,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     kl = _evaluated_kl(subject, vae.latent_dim)
     latent_plane = plane.decode_plane(vae, config, kl)
-    images = "the evaluation's images" if kl else f"the first {len(latent_plane.labels):,} test images"
+    images = "the evaluation's images" if kl else f"the first {len(latent_plane.means):,} test images"
     settings = facts.settings(subject.config)
     world_size = subject.checkpoint.state.world_size
     return (

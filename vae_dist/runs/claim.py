@@ -18,7 +18,7 @@ import torch
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.data.datasets import TrainingSet
+from vae_dist.data.source import Source
 from vae_dist.distributed.precision import resolve_precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
@@ -48,19 +48,19 @@ class Resolved(NamedTuple):
 
 
 @contextmanager
-def claim(config: Config, world: World) -> Iterator[tuple[Resolved, TrainingSet]]:
+def claim(config: Config, world: World) -> Iterator[tuple[Resolved, Source]]:
     """Resolve what the config leaves open, and hold the run's directory while the context lasts.
 
-    Yields the resolved run and its training set. The main process resolves; every process reads the images once. Raises
-    UserError, before a new directory is made, for what can't be run here.
+    Yields the resolved run and its training set, validation images included. The main process resolves; every process
+    reads the images once. Raises UserError, before a new directory is made, for what can't be run here.
     """
     with ExitStack() as stack:
-        loaded: list[TrainingSet] = []  # on the main process, which has to know the images' number and shape
+        loaded: list[Source] = []  # on the main process, which has to know the images' number and shape
         resolved = world.on_main(lambda: _resolve(config, world, stack, loaded))
         yield resolved, loaded[0] if loaded else datasets.load_training_set(resolved.config.data)
 
 
-def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[TrainingSet]) -> Resolved:
+def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source]) -> Resolved:
     """Resolve the config. `stack` then holds the run's directory, and `loaded` the training set."""
     datasets.check_name(config.data.name)
     check_names(config)
@@ -93,21 +93,21 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Traini
             compiled = stored.train.compile if compiled is None else compiled
     precision = resolve_precision(config.train.precision, world.device)
     configs.check_numbers(replace(config, train=replace(config.train, precision=precision)))
-    training_set = datasets.load_training_set(config.data)
-    loaded.append(training_set)
-    _check_sizes(config, training_set.size)
+    loaded.append(datasets.load_training_set(config.data))
+    info = loaded[0].info
+    _check_sizes(config, info.count)
     if is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
             raise UserError(f"another training has just written {run.directory}; run the same command again to resume")
     config = replace(
         config,
-        data=replace(config.data, name=training_set.name, image_shape=training_set.image_shape),
+        data=replace(config.data, name=info.name, image_shape=list(info.image_shape)),
         train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
         tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
     )
     if compiled is None:
-        compiled = _worth_compiling(config, training_set.size, world)
+        compiled = _worth_compiling(config, info.count, world)
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
 
 

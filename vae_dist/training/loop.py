@@ -47,11 +47,11 @@ def train(config: Config) -> Path:
         resolved, training_set = stack.enter_context(claim(config, world))
         config, run, resumed_from = resolved
         environment.set_threads(config)
-        world.assert_equal_everywhere(lambda: {"the training images": training_set.identity})
+        world.assert_equal_everywhere(lambda: {"the training images": training_set.info.identity})
         training, validation = datasets.split(training_set, config.data)
-        plan = Plan(config.seed, len(training.labels), config.train.batch_size)
+        plan = Plan(config.seed, training.info.count, config.train.batch_size)
         cadence = Cadence.of(config, plan)
-        vae = build_vae(config, training_set.image_shape).to(world.device, param_dtype(config.train.precision))
+        vae = build_vae(config, training_set.info.image_shape).to(world.device, param_dtype(config.train.precision))
         scaler = LossScaler(config.train.precision, world.device)
         recipe = RECIPES[config.train.recipe](vae, config, world, scaler, cadence.last_step)
         update = Update(recipe, config, world, scaler)
@@ -60,7 +60,7 @@ def train(config: Config) -> Path:
             _log_finished(run, state.step, cadence.last_step)
             return run.directory
         update.assert_equal_weights(state.step)
-        batches = Batches(training, plan, config, world)
+        batches = Batches(training, plan, config, world, recipe.noise_shape)
         meter = Meter(update, world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
         world.set_timeout(config.runtime.timeout)
@@ -71,8 +71,7 @@ def train(config: Config) -> Path:
             with milestones.saved_when_stopped():
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
                     values = [recipe.values(step) for step in steps]
-                    pixels, noise = batches(steps)
-                    update(pixels, noise.unflatten(2, recipe.noise_shape), values)
+                    update(*batches(steps), values)
                     meter.count(len(steps))
                     done = steps.stop
                     if due(done, cadence.log_every, cadence.last_step):

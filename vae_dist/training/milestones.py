@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vae_dist import config as configs
 from vae_dist.config import Config
-from vae_dist.data.datasets import Images
+from vae_dist.data.source import Source
 from vae_dist.distributed import environment
 from vae_dist.distributed.stopping import Watch
 from vae_dist.distributed.world import World
@@ -49,7 +49,7 @@ class Milestones:
         update: Update,
         meter: Meter,
         outputs: Outputs,
-        images: tuple[Images, Images],
+        images: tuple[Source, Source],
         state: TrainingState,
         last_step: int,
     ) -> None:
@@ -97,9 +97,7 @@ class Milestones:
         self._require_healthy(step)
         self._validation_pending = True  # until it is done
         with self._meter.paused():
-            terms = score(
-                self._recipe.model, self._validation.pixels, self._world, self._config, self._watch.check_stop
-            )
+            terms = score(self._recipe.model, self._validation, self._world, self._config, self._watch.check_stop)
             metrics = terms.metrics("validation")
             value = metrics.get("validation/negative_elbo", math.nan)
             improved = math.isfinite(value) and (self._best is None or value < self._best.negative_elbo)
@@ -161,12 +159,12 @@ class Milestones:
 
     def _pictures(self, step: int) -> dict[str, Picture]:
         """Draw the grids of a validation. Without validation images they show training images, as the caption says."""
-        held_out = len(self._validation.labels) > 0
+        held_out = self._validation.info.count > 0
         name = self._config.data.name
         subject = f"{name}, {'validation' if held_out else 'TRAINING'} images, step {step}"
         shown = self._validation if held_out else self._training
         return {
-            "reconstructions": pictures.reconstructions(self._recipe.model, shown.pixels, subject),
+            "reconstructions": pictures.reconstructions(self._recipe.model, shown, subject),
             "samples": pictures.samples(self._recipe.model, f"model of {name}, step {step}"),
         }
 

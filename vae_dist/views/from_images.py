@@ -3,6 +3,7 @@
 import torch
 from PIL import Image
 
+from vae_dist.data.source import every_label
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.plan import Stream, standard_normal
@@ -19,7 +20,7 @@ def interpolation(trained: TrainedVAE) -> View:
         indices = indices[: len(indices) // 2 * 2]
     if not indices or len(indices) % 2:
         raise UserError(f"interpolation needs pairs of test images, not {len(indices)} images; see sample.images")
-    first, last = trained.encode(trained.test.pixels[indices]).mean.unflatten(0, (-1, 2, 1)).unbind(1)
+    first, last = trained.encode(indices).mean.unflatten(0, (-1, 2, 1)).unbind(1)
     position = torch.linspace(0, 1, steps, dtype=first.dtype).unsqueeze(1)
     latents = torch.lerp(first, last, position).flatten(0, 1)  # unlike a + t (b - a), it ends at b exactly
     decoded = trained.decode(latents)
@@ -27,7 +28,7 @@ def interpolation(trained: TrainedVAE) -> View:
 
     def draw() -> Image.Image:
         pairs = zip(originals["test_images"].split(2), decoded.split(steps), strict=True)
-        names = [selection.image_text(trained, index) for index in indices]
+        names = selection.image_texts(originals)
         return pictures.labelled_grid(
             torch.cat([torch.cat([ends[:1], between, ends[1:]]) for ends, between in pairs]),
             steps + 2,
@@ -37,8 +38,8 @@ def interpolation(trained: TrainedVAE) -> View:
         )
 
     return View(
-        "interpolation: each row has two test images at its ends (label, #index) and between them decoded codes on the "
-        "straight line from one's code to the other's",
+        f"interpolation: each row has two test images at its ends ({selection.image_words(originals)}) and between "
+        "them decoded codes on the straight line from one's code to the other's",
         {"images": decoded, "latents": latents, **originals},
         draw,
     )
@@ -48,7 +49,7 @@ def reconstruction(trained: TrainedVAE) -> View:
     """Decode the posterior's mean and some draws from it, for each of some test images."""
     options = trained.config.sample
     indices, steps = selection.images(trained), options.steps or 8
-    mean, log_variance = (part.unsqueeze(1) for part in trained.encode(trained.test.pixels[indices]))
+    mean, log_variance = (part.unsqueeze(1) for part in trained.encode(indices))
     noise = [
         standard_normal(options.seed, Stream.RECONSTRUCTION, index, range(steps), trained.vae.latent_dim)
         for index in indices
@@ -63,13 +64,14 @@ def reconstruction(trained: TrainedVAE) -> View:
         return pictures.labelled_grid(
             torch.cat([originals["test_images"].unsqueeze(1), rows], dim=1).flatten(0, 1),
             steps + 2,
-            left=[selection.image_text(trained, index) for index in indices],
+            left=selection.image_texts(originals),
             top=["image", "mean", "draws"],
             gaps=[1, 2],
         )
 
     return View(
-        f"test images (label, #index), each with its posterior's mean and {steps} draws from it, decoded",
+        f"test images ({selection.image_words(originals)}), each with its posterior's mean and {steps} draws from it, "
+        "decoded",
         {"images": decoded, "latents": latents, **originals},
         draw,
     )
@@ -78,12 +80,12 @@ def reconstruction(trained: TrainedVAE) -> View:
 def scatter(trained: TrainedVAE) -> View:
     """Plot the posterior means of the test images by label; more than two latents along their principal components."""
     require_plane("scatter", trained.vae.latent_dim)
-    means, labels = trained.posterior.mean, trained.test.labels
+    means, labels = trained.posterior.mean, every_label(trained.test)
     if len(means) < 2:
         raise UserError("scatter needs at least 2 test images")
-    tensors = {"latents": means, "labels": labels}
+    tensors = {"latents": means} if labels is None else {"latents": means, "labels": labels}
     points, names = means, ["z0", "z1"]
-    description = f"posterior means of the {len(means)} test images, by label"
+    description = f"posterior means of the {len(means)} test images{'' if labels is None else ', by label'}"
     if trained.vae.latent_dim > 2:
         components = principal_components(means, 2)
         points = components.coordinates

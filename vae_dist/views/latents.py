@@ -4,7 +4,7 @@ Images and latents are cut into fixed chunks, dealt to the processes, and gather
 Shapes: N images, L latents, K components, C, H, W image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.data.datasets import Images
+from vae_dist.data.source import Source, read
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import DiagonalGaussian
@@ -36,14 +36,14 @@ class TrainedVAE:
     world: World
 
     @cached_property
-    def test(self) -> Images:
+    def test(self) -> Source:
         """The test images. Raises UserError if they can't be loaded."""
         return self.world.main_first(lambda: datasets.load_test(self.config.data))
 
     @cached_property
     def posterior(self) -> DiagonalGaussian:
         """The posteriors of all test images: mean and log-variance `(N, L)`."""
-        return self.encode(self.test.pixels)
+        return self.encode(range(self.test.info.count))
 
     @cached_property
     def kl(self) -> Tensor:
@@ -55,13 +55,14 @@ class TrainedVAE:
         """The latents by falling KL: `(L,)` int64."""
         return self.kl.argsort(descending=True, stable=True)
 
-    def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        """Return the posteriors of images `(N, C, H, W)` uint8."""
+    def encode(self, indices: Sequence[int]) -> DiagonalGaussian:
+        """Return the posteriors of these test images: mean and log-variance `(N, L)`."""
 
         def parameters(chunk: range) -> Tensor:
-            return torch.cat(self.vae.infer(self.vae.to_input(pixels[chunk.start : chunk.stop])), dim=1)
+            pixels = read(self.test, indices[chunk.start : chunk.stop])
+            return torch.cat(self.vae.infer(self.vae.to_input(pixels)), dim=1)
 
-        return DiagonalGaussian(*self.in_chunks("encoding", len(pixels), parameters).chunk(2, dim=1))
+        return DiagonalGaussian(*self.in_chunks("encoding", len(indices), parameters).chunk(2, dim=1))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1]."""
@@ -81,14 +82,14 @@ class TrainedVAE:
         training, _ = self.world.main_first(lambda: datasets.load_training(self.config.data))
 
         def draws(chunk: range) -> Tensor:
-            pixels = training.pixels[chunk.start : chunk.stop]
+            pixels = read(training, chunk)
             if self.config.data.binarize == "dynamic":
                 pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, chunk)
             noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, chunk, self.vae.latent_dim)
             posterior = self.vae.infer(self.vae.to_input(pixels))
             return posterior.sample(noise.to(posterior.mean.device, posterior.mean.dtype))
 
-        return self.in_chunks("encoding the training images", len(training.labels), draws)
+        return self.in_chunks("encoding the training images", training.info.count, draws)
 
     def fit_mixture(self, components: int) -> Mixture:
         """Fit a mixture of `components` Gaussians to the training images' posteriors."""

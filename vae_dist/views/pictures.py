@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vae_dist.data.source import Source, read
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
@@ -89,9 +90,9 @@ def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def reconstructions(vae: VAE, pixels: Tensor, subject: str) -> Picture:
-    """Draw rows of images `(N, C, H, W)` uint8, each over a row of their reconstructions."""
-    originals = vae.to_input(pixels[: PROGRESS_IMAGES // 2])
+def reconstructions(vae: VAE, source: Source, subject: str) -> Picture:
+    """Draw rows of the first images of a source, each over a row of their reconstructions."""
+    originals = vae.to_input(read(source, range(min(PROGRESS_IMAGES // 2, source.info.count))))
     with torch.inference_mode():
         decoded = vae.decode(vae.infer(originals).mean).mean
     pairs = zip(originals.split(PROGRESS_COLUMNS), decoded.split(PROGRESS_COLUMNS), strict=True)

@@ -38,12 +38,14 @@ class Curve(NamedTuple):
     points: Tensor  # (N, 2)
 
 
-def scatter(points: Tensor, labels: Tensor, x_name: str, y_name: str) -> Image.Image:
-    """Plot points `(N, 2)` coloured by their labels `(N,)`; both axes have the same scale.
+def scatter(points: Tensor, labels: Tensor | None, x_name: str, y_name: str) -> Image.Image:
+    """Plot points `(N, 2)` coloured by their labels `(N,)`, if any; both axes have the same scale.
 
     Each label is also written at the median of its points. A single label has no legend. Points that are not finite
     are left out.
     """
+    if labels is None:
+        labels = torch.zeros(len(points), dtype=torch.int64)
     finite = points.isfinite().all(1)
     points, labels = points[finite].double().cpu().clamp(-_LARGEST, _LARGEST), labels[finite].cpu()
     classes = labels.unique().tolist()

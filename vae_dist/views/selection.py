@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_dist.data import datasets
+from vae_dist.data.datasets import to_unit
+from vae_dist.data.source import read
 from vae_dist.errors import UserError
 from vae_dist.views.latents import TrainedVAE
 
@@ -37,8 +38,10 @@ def start(trained: TrainedVAE) -> Start:
     if len(indices) > 1:
         raise UserError(f"{options.kind} starts from one test image, but sample.images has {len(indices)}")
     tensors = image_tensors(trained, indices)
-    code = trained.encode(trained.test.pixels[indices]).mean[0]
-    name = f"the code of test image #{indices[0]} (label {tensors['test_labels'].item()})"
+    code = trained.encode(indices).mean[0]
+    name = f"the code of test image #{indices[0]}"
+    if "test_labels" in tensors:
+        name += f" (label {tensors['test_labels'].item()})"
     return Start(name, code, [tensors["test_images"]], tensors)
 
 
@@ -57,7 +60,7 @@ def codes(trained: TrainedVAE) -> Tensor:
 
 def images(trained: TrainedVAE) -> list[int]:
     """Return the indices of the test images in `sample.images`, by default of the first ones."""
-    count = len(trained.test.labels)
+    count = trained.test.info.count
     indices = trained.config.sample.images
     if indices is None:
         return list(DEFAULT_IMAGES)[:count]
@@ -69,16 +72,27 @@ def images(trained: TrainedVAE) -> list[int]:
 
 
 def image_tensors(trained: TrainedVAE, indices: list[int]) -> dict[str, Tensor]:
-    """Return test images `(N, C, H, W)` in [0, 1] with their labels and indices, by their names in a view's file."""
+    """Return test images `(N, C, H, W)` in [0, 1], any labels, and indices, by their names in a view's file."""
+    chosen = torch.tensor(indices)
+    labels = trained.test.labels(chosen)
     return {
-        "test_images": datasets.to_unit(trained.test.pixels[indices]),
-        "test_labels": trained.test.labels[indices],
-        "test_indices": torch.tensor(indices),
+        "test_images": to_unit(read(trained.test, chosen)),
+        **({} if labels is None else {"test_labels": labels}),
+        "test_indices": chosen,
     }
 
 
-def image_text(trained: TrainedVAE, index: int) -> str:
-    return f"{trained.test.labels[index]}  #{index}"
+def image_texts(originals: dict[str, Tensor]) -> list[str]:
+    """Return the label, if any, and the index of each image, as `image_tensors` returns them."""
+    texts = [f"#{index}" for index in originals["test_indices"].tolist()]
+    if "test_labels" not in originals:
+        return texts
+    return [f"{label}  {text}" for label, text in zip(originals["test_labels"].tolist(), texts, strict=True)]
+
+
+def image_words(originals: dict[str, Tensor]) -> str:
+    """Return what `image_texts` has, in words."""
+    return "label, #index" if "test_labels" in originals else "#index"
 
 
 def code_text(code: Tensor) -> str:

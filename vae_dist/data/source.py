@@ -1,0 +1,150 @@
+"""Sources: the images of one split, read by index. In memory, a selection of another source, or processed.
+
+Shapes: N images of a source, n of a request, C, H, W image.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """The properties of a source, known without reading a pixel."""
+
+    name: str  # of the data set
+    count: int  # N
+    image_shape: tuple[int, int, int]  # C, H, W
+    classes: int | None  # labels are 0 to classes - 1; None without labels
+    processing: str  # of the pixels, in words: "grey, 0 to 1"
+    identity: str  # a hash: sources of equal identity have equal pixels and labels
+
+
+class Source(Protocol):
+    """The images of one split. A request is a tensor of indices `(n,)`, int64, in any order; they may repeat."""
+
+    @property
+    def info(self) -> DataInfo: ...
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        """Return the images' labels `(n,)` int64 on the CPU, None without labels."""
+        ...
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        """Fill `out`, uint8 `(n, C, H, W)` on the CPU. A training calls this in its prefetching thread.
+
+        `draws` are the plan's random numbers for augmentation, one row for each image; None without augmentation. The
+        result depends on nothing but `indices` and `draws`.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """Images in memory. Raises ValueError for pixels or labels that contradict the info."""
+
+    info: DataInfo
+    pixels: Tensor  # (N, C, H, W), uint8, on the CPU
+    all_labels: Tensor | None  # (N,), int64
+
+    def __post_init__(self) -> None:
+        _check("pixels", self.pixels, torch.uint8, (self.info.count, *self.info.image_shape))
+        if (self.all_labels is None) != (self.info.classes is None):
+            raise ValueError(f"{self.info.name} has labels or a number of classes, but not both")
+        if self.all_labels is not None:
+            _check("labels", self.all_labels, torch.int64, (self.info.count,))
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        return None if self.all_labels is None else self.all_labels.index_select(0, indices)
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        _check("out", out, torch.uint8, (len(indices), *self.info.image_shape))
+        torch.index_select(self.pixels, 0, indices, out=out)
+
+
+def in_memory(name: str, pixels: Tensor, labels: Tensor | None, identity: str) -> InMemory:
+    """Return a source of images `(N, C, H, W)` uint8 with labels `(N,)` int64 or without. Raises ValueError."""
+    if pixels.ndim != 4:
+        raise ValueError(f"the pixels of {name} must be (N, C, H, W), not {tuple(pixels.shape)}")
+    count, channels, height, width = pixels.shape
+    classes = None if labels is None else int(labels.max()) + 1 if len(labels) else 0
+    colours = "grey" if channels == 1 else "colour"
+    info = DataInfo(name, count, (channels, height, width), classes, f"{colours}, 0 to 1", identity)
+    return InMemory(info, pixels, labels)
+
+
+def read(source: Source, indices: range | Sequence[int] | Tensor) -> Tensor:
+    """Read images without augmentation: `(n, C, H, W)` uint8 on the CPU."""
+    if isinstance(indices, range):
+        indices = torch.arange(indices.start, indices.stop, indices.step)
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    out = torch.empty(len(indices), *source.info.image_shape, dtype=torch.uint8)
+    source.read(indices, None, out)
+    return out
+
+
+def every_label(source: Source) -> Tensor | None:
+    """Return the labels of all images `(N,)`, int64; None without labels."""
+    return source.labels(torch.arange(source.info.count))
+
+
+def select(source: Source, indices: Tensor, rule: str) -> Source:
+    """Return the source of these images `(n,)` of another one. `rule` says how they were chosen, for the identity."""
+    return _resident_like(source, _Selected(source, indices, rule))
+
+
+def process(source: Source, change: Callable[[Tensor, Tensor], Tensor], processing: str, rule: str = "") -> Source:
+    """Return a source whose pixels are `change(pixels, indices)`, of the same shape; an image's depend on no other.
+
+    `processing` says in words what the pixels are then; `rule` adds to the identity what the words leave out.
+    """
+    return _resident_like(source, _Processed(source, change, processing, rule))
+
+
+class _Selected:
+    def __init__(self, source: Source, indices: Tensor, rule: str) -> None:
+        self.info = replace(source.info, count=len(indices), identity=_derived(source, rule))
+        self._source = source
+        self._indices = indices
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        return self._source.labels(self._indices[indices])
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        self._source.read(self._indices[indices], draws, out)
+
+
+class _Processed:
+    def __init__(self, source: Source, change: Callable[[Tensor, Tensor], Tensor], processing: str, rule: str) -> None:
+        self.info = replace(source.info, processing=processing, identity=_derived(source, f"{processing}; {rule}"))
+        self._source = source
+        self._change = change
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        return self._source.labels(indices)
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        self._source.read(indices, draws, out)
+        changed = self._change(out, indices)
+        _check("processed pixels", changed, torch.uint8, tuple(out.shape))
+        out.copy_(changed)
+
+
+def _resident_like(source: Source, derived: Source) -> Source:
+    """Read the derived source into memory if its source is in memory."""
+    if not isinstance(source, InMemory):
+        return derived
+    return InMemory(derived.info, read(derived, range(derived.info.count)), every_label(derived))
+
+
+def _derived(source: Source, rule: str) -> str:
+    return hashlib.sha256(f"{source.info.identity}; {rule}".encode()).hexdigest()
+
+
+def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+        raise ValueError(f"{what} must be {dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
