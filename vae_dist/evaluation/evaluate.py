@@ -56,8 +56,9 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             **measure(vae, source, world, config),
             "comparable": warning is None,
             "warning": warning,
-            "protocol": protocol.describe(config, source.info, world),
+            "protocol": protocol.describe(config, source.info, checkpoint.weights(config), world),
         }
+        name = _name(result, raw=checkpoint.has_average and config.weights == "raw")
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
         tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
 
@@ -65,7 +66,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             with track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
                 tracker.scalars(step, _record(result))
                 tracker.pictures(step, lambda: {config.evaluate.split: pictures.reconstructions(vae, source, subject)})
-                _write(output, result)
+                _write(output, name, result)
 
         try:
             world.on_main(keep)
@@ -92,10 +93,15 @@ def _record(result: Mapping[str, Any]) -> dict[str, float]:
     return {f"{result['split']}/{name}": result[name] for name in _LOGGED if result[name] is not None}
 
 
-def _write(output: Path, result: Mapping[str, Any]) -> None:
-    """Write the metrics under a name of their own, and as the run's latest."""
+def _name(result: Mapping[str, Any], *, raw: bool) -> str:
+    """Return the name under which an evaluation is kept; `raw` if the run has a moving average, but was not used."""
     samples = f"_k{result['importance_samples']}" if result["importance_samples"] else ""
-    kept = output / EVALUATIONS / f"step_{result['step']:08d}_{result['split']}{samples}.json"
+    return f"step_{result['step']:08d}_{result['split']}{samples}{'_raw' if raw else ''}.json"
+
+
+def _write(output: Path, name: str, result: Mapping[str, Any]) -> None:
+    """Write the metrics under a name of their own, and as the run's latest."""
+    kept = output / EVALUATIONS / name
     content = (json.dumps(result, indent=2) + "\n").encode()
     with writing(output, ELSEWHERE):
         write_together({kept: content, output / EVALUATION: content})
@@ -119,6 +125,7 @@ def _show(result: Mapping[str, Any]) -> None:
         "mean over the images ± its standard error\n"
         f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood\n"
         f"ELBO of 1 posterior sample; noise seed {conditions['noise_seed']}; {conditions['precision']} on "
-        f"{conditions['device']}, threads: {conditions['threads']}",
+        f"{conditions['device']}, threads: {conditions['threads']}"
+        + ("; moving average of the weights" if conditions["weights"] == "ema" else ""),
         result["warning"],
     )

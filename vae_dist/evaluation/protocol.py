@@ -15,8 +15,11 @@ from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
 
-def describe(config: Config, info: DataInfo, world: World) -> dict[str, Any]:
-    """Return the conditions that two comparable evaluations share, and those that move only the last digits."""
+def describe(config: Config, info: DataInfo, weights: str, world: World) -> dict[str, Any]:
+    """Return the conditions that two comparable evaluations share, and those that move only the last digits.
+
+    `weights` are `ema`, the moving average, or `raw`.
+    """
     return {
         "dataset": config.data.name,
         "split": config.evaluate.split,
@@ -24,6 +27,7 @@ def describe(config: Config, info: DataInfo, world: World) -> dict[str, Any]:
         "image_shape": list(info.image_shape),
         "pixels": info.processing,
         "likelihood": likelihood_kind(config.objective).description,
+        "weights": weights,
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,

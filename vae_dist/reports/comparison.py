@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -155,10 +155,18 @@ def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
         for path, values in sorted(kept, key=lambda evaluation: _modified(evaluation.path), reverse=True):
             metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
             facts = [values.get(name) for name in ("step", "split", "dataset")]
+            if _weights(values) != run.checkpoint.weights(run.config):
+                continue
             if facts == [run.step, split, run.config.data.name] and all(map(is_number, metrics)):
                 return values
             logger.warning("skipping an evaluation: %s is not of %s", path, run.checkpoint.folder)
     return None
+
+
+def _weights(evaluation: Mapping[str, Any]) -> Any:
+    """Return whether an evaluation is of `ema` or `raw` weights. Those of earlier versions do not say: raw."""
+    protocol = evaluation.get("protocol")
+    return protocol.get("weights", "raw") if isinstance(protocol, dict) else "raw"
 
 
 def _modified(path: Path) -> float:

@@ -12,13 +12,11 @@ A checkpoint may be untrusted: see manifest.py. Tensors are loaded only if they 
 """
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors.torch import load, save
@@ -32,33 +30,12 @@ from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.runs import manifest
 from vae_dist.runs.manifest import FILES, MANIFEST, BadCheckpointError
+from vae_dist.runs.state import TrainingState, parse_state
 
 MODEL, OPTIMIZER, STATE, CONFIG = FILES
 VISIBLE_SECONDS = 60.0  # for a network file system to show a rename by another machine
 EMA = "ema.safetensors"
 INFERENCE_FILES = (MODEL, EMA, STATE, CONFIG)  # evaluation and sampling read these
-
-
-@dataclass
-class Best:
-    """The best validation so far."""
-
-    step: int
-    negative_elbo: float  # nats per image
-
-
-@dataclass
-class TrainingState:
-    """State of a training apart from its weights and the optimizer's moments."""
-
-    step: int = 0  # optimizer steps done
-    world_size: int = 1
-    window: list[dict[str, float]] = field(default_factory=list)  # each process's sums since the last metrics record
-    loss_scale: dict[str, Any] | None = None  # fp16's
-    best: Best | None = None
-    skipped_updates: int = 0  # because the loss or the gradient was not finite
-    validation_pending: bool = False  # the run was stopped inside the validation of this step
-    features: dict[str, Any] = field(default_factory=dict)  # state of later features, by name
 
 
 class Optimizer(Protocol):
@@ -113,7 +90,7 @@ class Checkpoint:
     @cached_property
     def state(self) -> TrainingState:
         """The training's state. Raises BadCheckpointError for values that no run writes."""
-        return _parse_state(self._content(STATE), self.folder / STATE)
+        return parse_state(self._content(STATE), self.folder / STATE)
 
     @cached_property
     def config(self) -> Config:
@@ -145,14 +122,19 @@ class Checkpoint:
                 expected = build_vae(config, shape).to(dtype).state_dict()
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:
             raise BadCheckpointError(f"{self.folder / CONFIG} describes a model that can't be built") from error
-        weights = self._tensors(EMA if self.uses_average(config) else MODEL, expected)
+        weights = self._tensors(EMA if self.weights(config) == "ema" else MODEL, expected)
         vae = build_vae(config, shape).to(dtype)
         vae.load_state_dict(weights)
         return vae.to(device).eval().requires_grad_(False)
 
-    def uses_average(self, config: Config) -> bool:
-        """Return whether `load_vae` loads the moving average of the weights."""
-        return config.weights == "ema" and EMA in self.manifest.files
+    @property
+    def has_average(self) -> bool:
+        """Whether the run keeps a moving average of the weights."""
+        return EMA in self.manifest.files
+
+    def weights(self, config: Config) -> str:
+        """Return the weights that `load_vae` loads: `ema`, the moving average, or `raw`."""
+        return config.weights if self.has_average else "raw"
 
     def load_training(self, trained: Trained) -> TrainingState:
         """Load networks and optimizers in place, and return the state. Nothing is changed unless everything fits."""
@@ -224,26 +206,3 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all numbers are finite, in one pass: NaN is the largest of all."""
     return all(bool(tensor.abs().amax().isfinite()) for tensor in tensors)
-
-
-def _parse_state(content: bytes, path: Path) -> TrainingState:
-    values = manifest.parse(content, path)
-    try:
-        best = values.get("best")
-        state = TrainingState(**{**values, "best": None if best is None else Best(**best)})
-    except TypeError as error:
-        raise BadCheckpointError(f"{path} is not a training's state ({error})") from error
-    counts = [state.step, state.world_size, state.skipped_updates, *([state.best.step] if state.best else [])]
-    if not isinstance(state.window, list) or not all(isinstance(sums, dict) for sums in state.window):
-        raise BadCheckpointError(f"{path} is not a training's state")
-    numbers = [number for sums in state.window for number in sums.values()]
-    numbers += [state.best.negative_elbo] if state.best else []
-    if (
-        not all(type(count) is int and 0 <= count < 2**63 for count in counts)
-        or not all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers)
-        or type(state.validation_pending) is not bool
-        or not isinstance(state.features, dict)
-        or not isinstance(state.loss_scale, dict | None)
-    ):
-        raise BadCheckpointError(f"{path} is not a training's state")
-    return state

@@ -23,10 +23,11 @@ from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, reason, require_no_links, writing
 from vae_dist.runs import saving
-from vae_dist.runs.checkpoint import Checkpoint, Trained, TrainingState
+from vae_dist.runs.checkpoint import Checkpoint, Trained
 from vae_dist.runs.manifest import SMALL_FILE_BYTES, BadCheckpointError
 from vae_dist.runs.metrics import METRICS, is_number, read_records
 from vae_dist.runs.starts import STARTS, Start, parse_starts
+from vae_dist.runs.state import TrainingState
 
 logger = logging.getLogger(__name__)
 

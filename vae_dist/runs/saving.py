@@ -21,18 +21,9 @@ from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
 from vae_dist.files import NOT_RENAMED, advice, reason, sync, write_atomically
 from vae_dist.runs import manifest
-from vae_dist.runs.checkpoint import (
-    CONFIG,
-    STATE,
-    Best,
-    Checkpoint,
-    Trained,
-    TrainingState,
-    all_finite,
-    hash_of,
-    on_cpu,
-)
+from vae_dist.runs.checkpoint import CONFIG, STATE, Checkpoint, Trained, all_finite, hash_of, on_cpu
 from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
+from vae_dist.runs.state import Best, TrainingState
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from vae_dist.files import writing
 from vae_dist.models import build_vae
 from vae_dist.plan import Plan
 from vae_dist.runs import console, tracking
-from vae_dist.runs.checkpoint import TrainingState
 from vae_dist.runs.claim import Resolved, claim
 from vae_dist.runs.progress import TrainingProgress
 from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, Run
 from vae_dist.runs.starts import Start, write_start
+from vae_dist.runs.state import TrainingState
 from vae_dist.training.cadence import Cadence, due, launches
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter

@@ -16,10 +16,10 @@ from vae_dist.distributed.stopping import Watch
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
-from vae_dist.runs.checkpoint import Best, TrainingState
 from vae_dist.runs.claim import Resolved
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.progress import TrainingProgress
+from vae_dist.runs.state import Best, TrainingState
 from vae_dist.runs.tracking import Tracker
 from vae_dist.training.meter import Meter
 from vae_dist.training.update import NotFiniteError, Update

@@ -13,7 +13,8 @@ from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
-from vae_dist.runs.checkpoint import Checkpoint, TrainingState
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.state import TrainingState
 from vae_dist.training.equal_weights import assert_equal_weights
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.recipes import Recipe, totals_of
