@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from vae_dist.config import ObjectiveConfig
+from vae_dist.errors import UserError
 from vae_dist.models.vae import Inference
 
 ACTIVE_VARIANCE = 0.01  # of Burda et al. (2016), section 5.2
@@ -73,6 +75,12 @@ def iwae(inference: Inference, images: Tensor, beta: Tensor) -> Values:
 
 # Name in a config (`objective.bound`) -> the values of each image.
 OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae}
+
+
+def check_bound(config: ObjectiveConfig) -> None:
+    """Raise UserError if the config names an unknown bound."""
+    if config.bound not in OBJECTIVES:
+        raise UserError(f"unknown objective.bound {config.bound!r}; choose from {', '.join(sorted(OBJECTIVES))}")
 
 
 def with_bound(means: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from vae_dist.config.fields import option
 class ObjectiveConfig:
     reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
     sigma: float = option(1.0, "standard deviation of the gaussian likelihood; pixels lie in [0, 1]", above=0)
-    bound: Literal["elbo", "iwae"] = option(
+    bound: str = option(
         "elbo",
         "bound on log p(x) that the training maximizes: elbo, or iwae, the importance-weighted bound of Burda et al. "
         "(2016), which needs objective.beta=1",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from vae_dist import config as configs
+from vae_dist import objectives
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.source import Source
@@ -64,6 +65,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     """Resolve the config. `stack` then holds the run's directory, and `loaded` the training set."""
     datasets.check_name(config.data.name)
     check_names(config)
+    objectives.check_bound(config.objective)
     check_wandb(config.tracking)
     micro_batches = world.size * config.train.accumulate
     if config.train.batch_size < micro_batches:

@@ -1,0 +1,78 @@
+"""The examples of docs/extending.md: each does what the page says, and all of them train together."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import REPOSITORY, MakeConfig
+from vae_dist.data.datasets import DATASETS
+from vae_dist.data.source import in_memory
+from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.models.likelihoods import LIKELIHOODS, LikelihoodKind
+from vae_dist.models.priors import PRIORS, Prior
+from vae_dist.models.tensors import at_least_float32, require_shape
+from vae_dist.objectives import OBJECTIVES, elbo_terms
+from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
+REGISTRIES: list[dict[str, Any]] = [DATASETS, LIKELIHOODS, OBJECTIVES, PRIORS]
+SETTINGS = [
+    "data.name=stripes", "data.validation_images=100", "objective.reconstruction=laplace", "objective.sigma=0.2",
+    "objective.bound=free_bits", "objective.samples=3", "model.prior=two_gaussians", "train.steps=30",
+]  # fmt: skip
+
+
+@pytest.fixture
+def examples() -> Iterator[dict[str, Any]]:
+    """The page's names, which its blocks register."""
+    before = [dict(registry) for registry in REGISTRIES]
+    namespace: dict[str, Any] = {
+        "DATASETS": DATASETS, "LIKELIHOODS": LIKELIHOODS, "OBJECTIVES": OBJECTIVES, "PRIORS": PRIORS,
+        "LikelihoodKind": LikelihoodKind, "NamedTuple": NamedTuple, "Prior": Prior, "Tensor": Tensor, "math": math,
+        "at_least_float32": at_least_float32, "elbo_terms": elbo_terms, "in_memory": in_memory, "nn": nn,
+        "require_shape": require_shape, "torch": torch,
+    }  # fmt: skip
+    for block in BLOCKS:
+        exec(block, namespace)
+    yield namespace
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_the_page_has_an_example_of_each(examples: dict[str, Any]) -> None:
+    assert len(BLOCKS) == 4
+    assert {"stripes", "laplace", "free_bits", "two_gaussians"} <= {
+        name for registry in REGISTRIES for name in registry
+    }
+
+
+def test_the_prior_is_a_density_and_draws_from_it(examples: dict[str, Any]) -> None:
+    prior = examples["TwoGaussians"](2)
+    grid = torch.cartesian_prod(torch.linspace(-8, 8, 321), torch.linspace(-8, 8, 321)).unsqueeze(0)
+    assert prior.log_prob(grid).double().exp().sum().item() * 0.05**2 == pytest.approx(1.0, abs=1e-4)
+    torch.manual_seed(0)
+    drawn = prior(torch.randn(50_000, 3))
+    torch.testing.assert_close(drawn.T.cov(), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), rtol=0, atol=0.05)
+
+
+def test_all_of_them_train_evaluate_and_are_sampled(examples: dict[str, Any], make_config: MakeConfig) -> None:
+    run_dir = train(make_config("name=own", *SETTINGS))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[-1] < losses[0] - 10
+    result = evaluate(run_dir, ["evaluate.importance_samples=8"])
+    assert result["protocol"]["likelihood"] == "laplace, scale 0.2" and result["warning"].startswith("a density")
+    assert len(result["kl_per_group"]) == 1 and result["kl_per_group"][0] == pytest.approx(result["kl"], rel=1e-6)
+    assert result["bits_per_dimension"] is None and math.isfinite(result["negative_log_likelihood"])
+    for kind in ("prior", "reconstruction", "interpolation", "neighbours"):
+        assert (sample(run_dir, [f"sample.kind={kind}"]) / "grid.png").stat().st_size > 100
+    assert Path(run_dir / "images").is_dir()
