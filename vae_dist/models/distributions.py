@@ -101,6 +101,12 @@ class Bernoulli(NamedTuple):
         """Mean pixels `(B, C, H, W)` in [0, 1]."""
         return torch.sigmoid(at_least_float32(self.logits))
 
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draw binary pixels `(B, C, H, W)` with standard normal noise of that shape: 1 where Phi(noise) < mean."""
+        mean = self.mean
+        _require_shape(noise, mean)
+        return (noise.to(mean.dtype) < torch.special.ndtri(mean)).to(mean.dtype)
+
 
 class Gaussian(NamedTuple):
     """The likelihood p(x|z) of grey pixels with a fixed standard deviation: squared error, normalised."""
@@ -118,6 +124,17 @@ class Gaussian(NamedTuple):
     def mean(self) -> Tensor:
         """Mean pixels `(B, C, H, W)` in [0, 1]."""
         return at_least_float32(self.location).clamp(0, 1)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draw pixels `(B, C, H, W)` with standard normal noise of that shape. They may lie outside [0, 1]."""
+        location = at_least_float32(self.location)
+        _require_shape(noise, location)
+        return location + self.sigma * noise.to(location.dtype)
+
+
+def _require_shape(noise: Tensor, pixels: Tensor) -> None:
+    if noise.shape != pixels.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, pixels have {tuple(pixels.shape)}")
 
 
 Likelihood = Bernoulli | Gaussian
