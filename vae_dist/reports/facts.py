@@ -2,6 +2,7 @@
 
 import shlex
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vae_dist import config as configs
@@ -33,12 +34,17 @@ class Setting(NamedTuple):
 
 def subtitle(config: Config, vae: VAE) -> str:
     """The data set, the network and its size."""
-    sizes = "-".join(map(str, config.model.hidden_dims))
     parameters = sum(parameter.numel() for parameter in vae.parameters())
-    return (
-        f"A variational autoencoder of {config.data.name}: {config.model.architecture} {sizes}, "
-        f"{count(config.model.latent_dim, 'latent', 'latents')}, {parameters:,} parameters"
-    )
+    sizes, shapes = config.model.hidden_dims, [(vae.latent_dim,)]
+    network = network_text(config.model.architecture, sizes, shapes)
+    return f"A variational autoencoder of {config.data.name}: {network}, {parameters:,} parameters"
+
+
+def network_text(architecture: str, sizes: Sequence[int], latent_shapes: Sequence[tuple[int, ...]]) -> str:
+    """A network in words: its architecture, the sizes of its layers, and the shapes of its latents, one per level."""
+    layers = " ".join(filter(None, [architecture, "-".join(map(str, sizes))]))
+    shapes = " and ".join(" x ".join(f"{size:,}" for size in shape) for shape in latent_shapes)
+    return f"{layers}, {shapes} {'latent' if shapes == '1' else 'latents'}"
 
 
 def settings(config: Config) -> dict[str, list[Setting]]:
