@@ -101,3 +101,26 @@ def test_nothing_is_summed_in_low_precision(dtype: torch.dtype) -> None:
     for name, value in values.items():
         assert value.dtype == torch.float32, name
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-5)
+
+
+def test_bernoulli_draws_have_the_mean_and_the_variance_of_torchs() -> None:
+    logits = torch.tensor([-1e4, -3.0, -0.5, 0.0, 2.0, 1e4]).view(1, 1, 2, 3)
+    noise = torch.randn(40_000, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    draws = Bernoulli(logits.expand(40_000, -1, -1, -1)).sample(noise)
+    expected = TorchBernoulli(logits=logits)
+    assert draws.unique().tolist() == [0, 1]
+    torch.testing.assert_close(draws.mean(0, keepdim=True), expected.mean, rtol=0, atol=0.01)
+    torch.testing.assert_close(draws.var(0, keepdim=True), expected.variance, rtol=0, atol=0.01)
+
+
+def test_gaussian_draws_are_the_location_and_noise_of_size_sigma() -> None:
+    location = torch.rand(3, 1, 4, 4, dtype=torch.float64)
+    noise = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    draws = Gaussian(location, 0.3).sample(noise)
+    torch.testing.assert_close(Normal(location, 0.3).cdf(draws), Normal(0.0, 1.0).cdf(noise))
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(torch.zeros(2, 1, 3, 3)), Gaussian(torch.zeros(2, 1, 3, 3), 1.0)])
+def test_noise_of_another_shape_is_refused(likelihood: Bernoulli | Gaussian) -> None:
+    with pytest.raises(ValueError, match=r"noise has shape \(3, 3\), pixels have \(2, 1, 3, 3\)"):
+        likelihood.sample(torch.zeros(3, 3))

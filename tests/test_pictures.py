@@ -1,12 +1,15 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from vae_dist.runs.picture import NARROWEST, Picture, with_caption
-from vae_dist.views.pictures import PADDING, SMALL, WIDEST, grid, labelled_grid
+from vae_dist.models.distributions import DiagonalGaussian, Gaussian
+from vae_dist.runs.picture import NARROWEST, Picture, to_png, with_caption
+from vae_dist.views.pictures import PADDING, SMALL, WIDEST, grid, labelled_grid, reconstructions, samples
 
 
 def test_a_grid_holds_the_images_row_by_row() -> None:
@@ -127,3 +130,47 @@ def test_a_caption_of_a_narrow_picture_or_with_a_long_word_is_not_cut() -> None:
     assert narrow.width == NARROWEST and narrow.getpixel((59, 59)) == 0 and narrow.getpixel((60, 59)) == 255
     long = np.asarray(with_caption(Picture(Image.new("RGB", (60, 60)), "w" * 120)))
     assert long.shape[1] > 1000 and (long[60:, -4:] == 255).all() and (long[60:] < 128).any()
+
+
+def test_large_images_are_averaged_until_a_row_is_at_most_2048_pixels_wide() -> None:
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    drawn = np.asarray(labelled_grid(image.expand(20, -1, -1, -1), 20))
+    expected = image[0, :, :3, :3].mean((1, 2)) * 255  # 20 x 256 / 2048 is 2.5
+    left = PADDING + PADDING // 2
+    assert np.abs(drawn[PADDING, left] - expected.numpy()).max() < 0.51
+    assert drawn.shape[1] == 20 * (86 + PADDING) + 2 * PADDING
+    assert grid(image.expand(1024, -1, -1, -1), 32).size == (32 * (64 + PADDING),) * 2
+    assert grid(image.expand(8, -1, -1, -1), 8).width == 8 * (256 + PADDING)
+    assert grid(torch.zeros(1, 1, 28, 28).expand(100, -1, -1, -1), 100).width == 100 * (28 + PADDING)
+
+
+@pytest.mark.parametrize(("side", "columns", "rows"), [(28, 8, 8), (128, 8, 8), (256, 4, 4), (1024, 1, 2)])
+def test_a_picture_of_the_training_shows_fewer_images_if_they_are_large(side: int, columns: int, rows: int) -> None:
+    class Mirror:
+        """Decodes any latents to black images, and sees nothing in images."""
+
+        latent_dim, device, dtype = 2, torch.device("cpu"), torch.float32
+
+        def to_input(self, pixels: Tensor) -> Tensor:
+            return pixels / 255
+
+        def encode(self, images: Tensor) -> DiagonalGaussian:
+            return DiagonalGaussian(torch.zeros(len(images), 2), torch.zeros(len(images), 2))
+
+        def decode(self, latents: Tensor) -> Gaussian:
+            return Gaussian(torch.zeros(len(latents), 1, side, side), 1.0)
+
+    vae: Any = Mirror()
+    white = torch.full((64, 1, side, side), 255, dtype=torch.uint8)
+    picture = reconstructions(vae, white, "images").image
+    scale = 2 if side == 28 else 1
+    assert picture.size == (columns * (side + PADDING) * scale, rows * (side + PADDING) * scale)
+    middles = [(row + 0.5) * (side + PADDING) * scale for row in range(rows)]
+    assert [picture.getpixel((picture.width - 5, int(middle))) for middle in middles] == [255, 0] * (rows // 2)
+    assert samples(vae, "a model").image.width == picture.width
+
+
+def test_a_large_png_is_not_optimised_and_holds_the_same_pixels() -> None:
+    small, large = Image.linear_gradient("L"), Image.linear_gradient("L").resize((2000, 1100))
+    assert len(to_png(small, optimize=True)) <= len(to_png(small))
+    assert to_png(large, optimize=True) == to_png(large)

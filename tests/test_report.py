@@ -25,7 +25,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from tests.browser import CHROMIUM, Browser, running
-from tests.conftest import REPOSITORY, newest_checkpoint, opened
+from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint, opened
 from tests.sources import unlabelled, whole
 from vae_dist import config
 from vae_dist.data import datasets
@@ -40,6 +40,7 @@ from vae_dist.reports.subject import subject_of
 from vae_dist.reports.text import format_number
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.run import Run
 from vae_dist.training.loop import train
 
 MINUS = "\u2212"
@@ -613,6 +614,46 @@ def test_any_values_make_a_chart(values: list[float]) -> None:
     page = drawn(charts.line_chart("A", "nats", [Curve("training", list(enumerate(values)))]))
     for circle in page.all("circle"):
         assert 0 <= float(circle["cy"].rstrip("%")) <= 100
+
+
+def test_reports_read_an_evaluation_of_16384_latents(make_config: MakeConfig) -> None:
+    settings = "model.latent_dim=16384", "model.hidden_dims=[4]", "train.steps=1", "train.batch_size=8", "name=wide"
+    run = train(make_config(*settings))
+    kl = [0.125 + 1e-12 * index for index in range(16384)]
+    result = {"step": 1, "negative_elbo": 2100.0, "active_units": 7, "kl_per_latent": kl}
+    (run / "evaluation.json").write_text(json.dumps(result, indent=2))
+    evaluation = Run(run).evaluation
+    assert evaluation is not None and evaluation.values["kl_per_latent"] == kl
+    text = report(run).read_text()
+    assert "mlp 4, 16,384 latents," in text and "of 16,384" in text
+    assert "2,048 in total. The 16,344 others hold 2,043 together, at most 0.125 each" in text
+    assert len(re.findall('<rect class="(?:training|validation)"', text)) == plane.MOST_BARS
+    assert len(text) < 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "shapes", "text"),
+    [
+        ("mlp", [400], [(40,)], "mlp 400, 40 latents"),
+        ("mlp", [400, 200], [(1,)], "mlp 400-200, 1 latent"),
+        ("mlp", [], [(2,)], "mlp, 2 latents"),
+        ("conv", [32, 64, 128], ((4, 7, 7),), "conv 32-64-128, 4 x 7 x 7 latents"),
+        ("ladder", [8], ((4, 7, 7), (16,)), "ladder 8, 4 x 7 x 7 and 16 latents"),
+    ],
+)
+def test_a_network_says_what_it_is(
+    architecture: str, sizes: list[int], shapes: list[tuple[int, ...]], text: str
+) -> None:
+    assert facts.network_text(architecture, sizes, shapes) == text
+
+
+def test_names_below_bars_have_space() -> None:
+    def names(latents: range) -> list[str]:
+        chart = charts.bar_chart("KL", "nats", "latents", [(str(latent), "", 1.0) for latent in latents], [])
+        return [bar.text for bar in chart.bars]
+
+    assert names(range(48)) == [str(latent) for latent in range(48)] and not any(names(range(49)))
+    assert names(range(1000, 1040)) == [str(latent) if latent % 2 == 0 else "" for latent in range(1000, 1040)]
 
 
 # ---- The package

@@ -23,8 +23,9 @@ from vae_dist.errors import UserError
 from vae_dist.runs import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
+from vae_dist.views.components import principal_components
 from vae_dist.views.kinds import KINDS
-from vae_dist.views.latents import TrainedVAE, principal_components
+from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.sampling import sample
 
 
@@ -348,3 +349,32 @@ def test_only_the_main_process_shows_the_progress_of_long_work(
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     assert work(is_main=True) == "decoding: 25%, 0:00 left\ndecoding: 75%, 0:00 left\n"
     assert work(is_main=False) == ""
+
+
+@pytest.mark.parametrize("kind", [[], ["sample.codes=[[0,0,0,0,0,0,0,0],[1,1,1,1,1,1,1,1]]"]])
+def test_pixels_are_drawn_from_the_likelihood_of_the_same_latents(kind: list[str], run_dir: Path) -> None:
+    means = tensors(run_dir, *kind)
+    draws, again, other = (tensors(run_dir, *kind, "sample.pixels=draw", seed) for seed in SEEDS)
+    assert torch.equal(draws["images"], again["images"]) and draws["images"].unique().tolist() == [0, 1]
+    assert torch.equal(draws["latents"], means["latents"]) and not torch.equal(draws["images"], other["images"])
+    # The number of white pixels is a sum of independent ones: its error has a known size.
+    excess = (draws["images"] - means["images"]).flatten(1).sum(1)
+    deviation = (means["images"] * (1 - means["images"])).flatten(1).sum(1).sqrt()
+    assert (excess.abs() < 5 * deviation).all()
+
+
+SEEDS = "sample.seed=0", "sample.seed=0", "sample.seed=1"
+
+
+def test_drawn_reconstructions_belong_to_their_test_image(run_dir: Path) -> None:
+    drawn = ["sample.kind=reconstruction", "sample.pixels=draw", "sample.steps=3"]
+    two, one = tensors(run_dir, *drawn, "sample.images=[4,1]"), tensors(run_dir, *drawn, "sample.images=[1]")
+    assert two["images"].unique().tolist() == [0, 1]
+    assert (two["images"].view(2, 4, 784)[1] == one["images"].view(4, 784)).float().mean() > 0.999  # but for rounding
+
+
+def test_draws_have_a_folder_of_their_own_and_lie_within_black_and_white(colour_run: Path) -> None:
+    arguments = ["train.threads=1", "sample.count=3"]
+    means, draws = sample(colour_run, arguments), sample(colour_run, [*arguments, "sample.pixels=draw"])
+    assert means.name == "step_00000003_prior_seed_0" and draws.name == "step_00000003_prior_draw_seed_0"
+    assert load_file(draws / "samples.safetensors")["images"].unique().tolist() == [0, 1]

@@ -47,6 +47,8 @@ class Stream(IntEnum):
     MIXTURE_POINTS = 22
     MIXTURE_START = 23
     MIXTURE = 24
+    PIXELS = 25
+    SVD = 26
 
 
 class Draws(NamedTuple):

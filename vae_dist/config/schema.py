@@ -168,6 +168,9 @@ class SampleConfig:
         "largest distance from the code (neighbours); null: half the typical length of a latent code, sqrt(L) / 2",
         above=0,
     )
+    pixels: Literal["mean", "draw"] = option(
+        "mean", "pixels (prior, codes, reconstruction): the means of p(x|z), or draws from it by sample.seed"
+    )
     files: bool = option(False, "write each image to a file of its own, in addition to the grid")
 
 

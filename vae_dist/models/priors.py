@@ -1,6 +1,7 @@
 """Priors p(z) by name. A new prior is a class here and a line in PRIORS. K draws, B batch, L latents, G groups."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ class Prior(nn.Module):
     A subclass defines `log_prob` and, unless it is drawn by the identity, `forward` and `numbers`. One that has a
     closed-form KL overrides `kl`.
     """
+
+    factorises: ClassVar[bool] = False  # whether `kl` has a group for each latent
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -41,6 +44,8 @@ class Prior(nn.Module):
 
 class StandardNormal(Prior):
     """N(0, I). Its KL has a closed form, a group for each latent."""
+
+    factorises = True
 
     def log_prob(self, latents: Tensor) -> Tensor:
         return torch.distributions.Normal(0.0, 1.0).log_prob(latents).sum(-1)

@@ -13,6 +13,7 @@ from vae_dist.reports.text import format_number
 CANVAS = 1000  # units of a path's own coordinates, along both sides of the chart
 _DOTS = 60  # a curve of more points is drawn without them
 _SLOTS = 12  # fewer bars are drawn no wider
+_CHARACTERS = 144  # of all names below the bars
 
 
 class Curve(NamedTuple):
@@ -121,14 +122,19 @@ def line_chart(title: str, unit: str, curves: Sequence[Curve]) -> Chart:
 def bar_chart(
     title: str, unit: str, axis: str, bars: Sequence[tuple[str, str, float]], accented: Sequence[str]
 ) -> Chart:
-    """Bars in the given order, each a name, a reading and a value; those named in `accented` have the accent colour."""
+    """Bars in the given order, each a name, a reading and a value; those named in `accented` have the accent colour.
+
+    If the names need more space than there is below the bars, every n-th is written, and of many bars none.
+    """
     high = max(*(value for *_, value in bars), 0.0) * 1.05 or 1.0
     slot = 100 / max(len(bars), _SLOTS)
+    longest = max((len(name) for name, *_ in bars), default=0)
+    every = max(-(-len(bars) * (longest + 1) // _CHARACTERS), 1)
     drawn, readings = [], []
     for index, (name, sentence, value) in enumerate(bars):
         length = max(value, 0.0) / high * 100
         middle = (index + 0.5) * slot
-        text = name if len(bars) <= 4 * _SLOTS else ""
+        text = name if len(bars) <= 4 * _SLOTS and index % every == 0 else ""
         drawn.append(Bar(text, name in accented, middle - 0.35 * slot, 100 - length, 0.7 * slot, length))
         readings.append(Mark(middle, sentence))
     return Chart(

@@ -34,10 +34,10 @@ class Setting(NamedTuple):
 def subtitle(config: Config, vae: VAE) -> str:
     """The data set, the network and its size."""
     parameters = sum(parameter.numel() for parameter in vae.parameters())
-    return (
-        f"A variational autoencoder of {config.data.name}: {config.model.summary()}, "
-        f"{count(vae.latent_dim, 'latent', 'latents')}, {parameters:,} parameters"
-    )
+    shapes = " and ".join(" x ".join(f"{size:,}" for size in shape) for shape in vae.latent_shapes(vae.image_shape))
+    latents = f"{shapes} {'latent' if shapes == '1' else 'latents'}"
+    network = f"{config.model.summary()}, {latents}, {parameters:,} parameters"
+    return f"A variational autoencoder of {config.data.name}: {network}"
 
 
 def settings(config: Config) -> dict[str, list[Setting]]:

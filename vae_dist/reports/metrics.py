@@ -60,8 +60,8 @@ class Curves(NamedTuple):
     every: int
 
 
-def evaluation(subject: Subject) -> Evaluation | None:
-    """The run's evaluation; None if it has none."""
+def evaluation(subject: Subject, latent_dim: int) -> Evaluation | None:
+    """The evaluation of a run whose model has `latent_dim` latents; None if it has none."""
     result = subject.evaluation
     present = [entry for entry in _METRICS if is_number(result.get(entry[0]))]
     if not present:
@@ -74,8 +74,7 @@ def evaluation(subject: Subject) -> Evaluation | None:
         samples = format_value(result.get("importance_samples"))
         headline = headline._replace(name=f"{headline.name}, {samples} importance samples")
     if is_number(active := result.get("active_units")):
-        latents = subject.config.model.latents(subject.config.data.image_shape or [1, 1, 1])
-        others.append(Metric("active units", f"{active:g}", "", f"of {latents}"))
+        others.append(Metric("active units", f"{active:g}", "", f"of {latent_dim:,}"))
     warning = result.get("warning")
     return Evaluation(
         headline=headline,

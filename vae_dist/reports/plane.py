@@ -19,6 +19,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
 from vae_dist.reports.pictures import data_uri
 from vae_dist.reports.text import format_number
+from vae_dist.views.latents import kl_name, mean_kl, origin
 
 HELD_OUT = 1000  # the first images of the test set
 EXTENT = 3.0  # codes go from -3 to 3, which holds 99.7% of the prior along an axis
@@ -27,6 +28,8 @@ SPRITE_SIDE = 1536  # pixels of all decoded images side by side
 CELL_SIDE = 96  # pixels of one decoded image
 SPRITE_CHARACTERS = 1_500_000  # of the sprite's data URI
 COLOURS = 10  # of labels, in templates/style.css
+ALL_BARS = 512  # latents; of more, only those with the largest KL have a bar
+MOST_BARS = 40
 
 
 class Point(NamedTuple):
@@ -38,7 +41,7 @@ class Point(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """Decoded codes on an even grid over two latents, all others being 0, their mean under the prior."""
+    """Decoded codes on an even grid over two latents, all others being those of the origin, where views start."""
 
     sprite: Image.Image  # the decoded images side by side; the second latent rises upwards
     cell: tuple[int, int]  # width and height of one of them
@@ -49,6 +52,8 @@ class Plane(NamedTuple):
     means: Tensor  # (N, 2), or (N, 1) for one latent: posterior means of held-out images
     labels: Tensor | None  # (N,); None without labels
     without_images: str | None  # why there are none
+    is_zero: bool  # whether the other latents are 0
+    kl_name: str  # "KL", or another measure if the prior does not factorise
 
     @property
     def extent(self) -> float:
@@ -60,12 +65,17 @@ class Plane(NamedTuple):
         return data_uri(self.sprite, SPRITE_CHARACTERS)
 
     @property
+    def is_reduced(self) -> bool:
+        """Whether the decoded images were larger than the cells may be."""
+        return max(self.cell) == CELL_SIDE
+
+    @property
     def names(self) -> list[str]:
         return [f"latent {latent}" for latent in self.latents]
 
     @property
     def others(self) -> int:
-        """The number of latents that are 0 everywhere on the plane; 0 if no KL is known."""
+        """The number of latents that stay the same everywhere on the plane; 0 if no KL is known."""
         return len(self.kl) - len(self.latents) if self.kl else 0
 
     @property
@@ -106,23 +116,49 @@ def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     """The plane of the two latents with the largest KL; `kl` `(L,)` is averaged over the held-out images if None."""
     posterior, labels, without_images = _held_out(vae, config)
     if kl is None and len(posterior.mean) > 0:
-        kl = posterior.kl_from_standard_normal().double().mean(0).tolist()
+        kl = mean_kl(posterior).tolist()
     falling = sorted(range(vae.latent_dim), key=lambda latent: -kl[latent] if kl else 0.0)
     latents = falling[:2] if vae.latent_dim > 2 else sorted(falling)
     sprite, cell, columns, rows = _decode(vae, latents, config.data.image_shape or [])
-    return Plane(sprite, cell, columns, rows, latents, kl, posterior.mean[:, latents].cpu(), labels, without_images)
+    return Plane(
+        sprite,
+        cell,
+        columns,
+        rows,
+        latents,
+        kl,
+        posterior.mean[:, latents].cpu(),
+        labels,
+        without_images,
+        not origin(vae).any(),
+        kl_name(vae),
+    )
 
 
 def kl_chart(plane: Plane, source: str) -> Chart | None:
-    """The KL of each latent as bars, largest first, the plane's axes in the accent colour; None if no KL is known."""
+    """The KL of each latent as bars, largest first, the plane's axes in the accent colour; None if no KL is known.
+
+    Above ALL_BARS latents, the MOST_BARS with the largest KL have bars, and a sentence is about all others.
+    """
     kl = plane.kl
     if kl is None:
         return None
     falling = sorted(range(len(kl)), key=lambda latent: -kl[latent])
-    return bar_chart(
-        "KL per latent",
+    unit, axis = (
         f"nats, averaged over {source}; {format_number(sum(kl))} in total",
         "latents, counted from 0, by their KL",
+    )
+    if len(kl) > ALL_BARS:
+        falling, others = falling[:MOST_BARS], [kl[latent] for latent in falling[MOST_BARS:]]
+        unit += (
+            f". The {len(others):,} others hold {format_number(sum(others))} together, "
+            f"at most {format_number(max(others))} each"
+        )
+        axis = f"the {MOST_BARS} latents with the largest KL, counted from 0"
+    return bar_chart(
+        f"{plane.kl_name} per latent",
+        unit,
+        axis,
         [(str(latent), f"latent {latent}: {kl[latent]:.4f} nats", kl[latent]) for latent in falling],
         [str(latent) for latent in plane.latents],
     )
@@ -149,7 +185,7 @@ def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image
     values = torch.linspace(-EXTENT, EXTENT, columns)
     strips = []
     for value in values.flip(0) if len(latents) > 1 else [0.0]:
-        codes = torch.zeros(columns, vae.latent_dim)
+        codes = origin(vae).repeat(columns, 1)
         codes[:, latents[1:]] = value
         codes[:, latents[0]] = values
         with torch.inference_mode():

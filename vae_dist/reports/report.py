@@ -77,7 +77,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             last_step=subject.last_step,
             is_being_trained=subject.is_training,
             subtitle=facts.subtitle(subject.config, vae),
-            evaluation=metrics.evaluation(subject),
+            evaluation=metrics.evaluation(subject, vae.latent_dim),
             last_validation=metrics.last_validation(subject.run),
             curves=metrics.curves(subject.run),
             metrics_file=METRICS,

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 CAPTION_SIZE = 13
 LABEL_SPACE = 6  # pixels between a label and its image
 NARROWEST = 360  # pixels, for a caption
+LARGE = 2**21  # pixels; optimising a larger PNG takes many seconds
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -44,12 +45,15 @@ def with_caption(picture: Picture) -> Image.Image:
 
 
 def to_png(image: Image.Image, *, caption: str = "", optimize: bool = False) -> bytes:
-    """Return the content of a PNG file. A caption is kept as the file's text `Description`, not in its pixels."""
+    """Return the content of a PNG file. A caption is kept as the file's text `Description`, not in its pixels.
+
+    `optimize` makes smaller files of pictures that are not LARGE.
+    """
     text = PngInfo()
     if caption:
         text.add_itxt("Description", caption)
     file = BytesIO()
-    image.save(file, "PNG", optimize=optimize, pnginfo=text)
+    image.save(file, "PNG", optimize=optimize and image.width * image.height <= LARGE, pnginfo=text)
     return file.getvalue()
 
 

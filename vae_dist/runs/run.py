@@ -24,7 +24,7 @@ from vae_dist.errors import UserError
 from vae_dist.files import make_folder, reason, require_no_links, writing
 from vae_dist.runs import saving
 from vae_dist.runs.checkpoint import Checkpoint, Trained
-from vae_dist.runs.manifest import SMALL_FILE_BYTES, BadCheckpointError
+from vae_dist.runs.manifest import BadCheckpointError
 from vae_dist.runs.metrics import METRICS, is_number, read_records
 from vae_dist.runs.starts import STARTS, Start, parse_starts
 from vae_dist.runs.state import TrainingState
@@ -37,6 +37,7 @@ ANOTHER_RUNS_DIR = "choose another runs_dir"
 LOCK_SECONDS = 10.0  # for a training that was asked to stop to release the directory
 TEXT_BYTES = 2**26  # of a log or the starts
 METRICS_BYTES = 2**30
+EVALUATION_BYTES = 2**24  # the KL of each latent takes 30 bytes
 PICTURE_BYTES = PICTURE_PIXELS = 2**24
 LINE_LENGTH = 1000  # characters of a line of the log
 
@@ -200,7 +201,7 @@ class Run:
             return b""
 
     def _evaluation(self, name: str) -> Evaluation | None:
-        content = self._content(name, SMALL_FILE_BYTES)
+        content = self._content(name, EVALUATION_BYTES)
         try:
             values = json.loads(content or b"{}")
         except (ValueError, RecursionError):

@@ -4,6 +4,7 @@ Shapes: N images, L latents, R rows of a picture, S images in a row, C, H, W ima
 """
 
 import math
+from functools import partial
 
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, selection
-from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.latents import TrainedVAE, kl_name, prior_draws
 from vae_dist.views.view import View, require_plane
 
 MAX_GRID_IMAGES = 1024  # more can't be told apart
@@ -29,7 +30,7 @@ def prior(trained: TrainedVAE) -> View:
     options = trained.config.sample
     tensors: dict[str, Tensor] = {}
     if options.sampler == "prior":
-        latents = standard_normal(options.seed, Stream.PRIOR, 0, range(options.count), trained.vae.latent_dim)
+        latents = prior_draws(trained.vae, options.seed, options.count)
         description = "samples from the prior"
     else:
         mixture = trained.fit_mixture(options.mixture_components)
@@ -37,7 +38,7 @@ def prior(trained: TrainedVAE) -> View:
         tensors = {f"mixture.{name}": value for name, value in mixture._asdict().items()}
         count = options.mixture_components
         description = f"samples from a mixture of {count} Gaussians fitted to the training images' posteriors"
-    decoded = trained.decode(latents)
+    decoded = _decoded(trained, latents)
     shown = decoded[:MAX_GRID_IMAGES]
     return View(
         description + _part_shown(shown, decoded),
@@ -49,7 +50,7 @@ def prior(trained: TrainedVAE) -> View:
 def codes(trained: TrainedVAE) -> View:
     """Decode the codes of `sample.codes`."""
     latents = selection.codes(trained)
-    decoded = trained.decode(latents)
+    decoded = _decoded(trained, latents)
     shown = decoded[:MAX_GRID_IMAGES]
     is_short = trained.vae.latent_dim <= SHORT_CODE
     labels = [selection.code_text(code) if is_short else str(at) for at, code in enumerate(latents[:MAX_GRID_IMAGES])]
@@ -113,7 +114,7 @@ def traversal(trained: TrainedVAE) -> View:
 
     return View(
         f"traversal from {start.name}: in each row one latent takes the values above while the others stay; "
-        f"{len(order)} of {latent_dim} latents, by their KL over the test images",
+        f"{len(order)} of {latent_dim} latents, by their {kl_name(trained.vae)} over the test images",
         {"images": decoded, "latents": latents, "order": order, "kl": trained.kl[order], **start.tensors},
         draw,
     )
@@ -122,14 +123,14 @@ def traversal(trained: TrainedVAE) -> View:
 def manifold(trained: TrainedVAE) -> View:
     """Decode the plane of two latents at evenly spaced quantiles of the prior (Kingma and Welling 2013, figure 4).
 
-    Of more than two latents these are the two with the largest KL over the test images, and the others are 0.
+    Of more than two latents these are the two with the largest KL over the test images. The others are the origin's.
     """
     latent_dim = trained.vae.latent_dim
     require_plane("manifold", latent_dim)
     across, up = [0, 1] if latent_dim == 2 else trained.by_kl[:2].tolist()
     side = trained.config.sample.steps or 20
     values = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side)
-    latents = torch.zeros(side, side, latent_dim)
+    latents = trained.origin.repeat(side, side, 1)
     latents[:, :, across] = values.float()
     latents[:, :, up] = values.flip(0).float().unsqueeze(1)
     latents = latents.flatten(0, 1)
@@ -139,12 +140,27 @@ def manifold(trained: TrainedVAE) -> View:
         texts = [f"{value:.2f}" for value in values.tolist()]
         return pictures.labelled_grid(decoded, side, left=texts[::-1], top=texts)
 
-    others = "" if latent_dim == 2 else " (the two with the largest KL over the test images, the others at 0)"
+    others = ""
+    if latent_dim > 2:
+        largest = f"the two with the largest {kl_name(trained.vae)} over the test images"
+        others = f" ({largest}, the others {_others(trained.origin)})"
     return View(
         f"latent space at evenly spaced quantiles of the prior: z{across} to the right, z{up} upwards{others}",
         {"images": decoded, "latents": latents, "axes": torch.tensor([across, up])},
         draw,
     )
+
+
+def _decoded(trained: TrainedVAE, latents: Tensor) -> Tensor:
+    """The images `(N, C, H, W)` of codes `(N, L)`, as `sample.pixels` says."""
+    options = trained.config.sample
+    if options.pixels == "mean":
+        return trained.decode(latents)
+    return trained.draw_pixels(latents, partial(standard_normal, options.seed, Stream.PIXELS, 0))
+
+
+def _others(origin: Tensor) -> str:
+    return "as at the origin" if origin.any() else "at 0"
 
 
 def _part_shown(shown: Tensor, decoded: Tensor) -> str:

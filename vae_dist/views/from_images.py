@@ -2,13 +2,15 @@
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vae_dist.data.source import every_label
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
-from vae_dist.views.latents import TrainedVAE, principal_components
+from vae_dist.views.components import principal_components
+from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.view import View, require_plane
 
 
@@ -56,7 +58,14 @@ def reconstruction(trained: TrainedVAE) -> View:
     ]
     draws = DiagonalGaussian(mean, log_variance).sample(torch.stack(noise).to(mean.dtype))
     latents = torch.cat([mean, draws], dim=1).flatten(0, 1)
-    decoded = trained.decode(latents)
+
+    def noise_of(chunk: range, columns: int) -> Tensor:
+        # By test image: its draws do not depend on the other images.
+        rows = [(indices[row // (steps + 1)], row % (steps + 1)) for row in chunk]
+        seed, stream = options.seed, Stream.PIXELS
+        return torch.cat([standard_normal(seed, stream, image, range(at, at + 1), columns) for image, at in rows])
+
+    decoded = trained.decode(latents) if options.pixels == "mean" else trained.draw_pixels(latents, noise_of)
     originals = selection.image_tensors(trained, indices)
 
     def draw() -> Image.Image:

@@ -7,7 +7,6 @@ Shapes: N images, L latents, K components, C, H, W image.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +16,36 @@ from vae_dist.data import datasets
 from vae_dist.data.source import Source, read
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
+from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
 from vae_dist.runs.progress import progress
-from vae_dist.views import mixture
+from vae_dist.views import mixture, subspace
+from vae_dist.views.components import EXACT_LATENTS
 from vae_dist.views.mixture import Mixture
+from vae_dist.views.subspace import SubspaceMixture
 
 DYNAMIC_STEP = 2  # of the fixed binarisation: 0 is the validation images', 1 the test images'
+MIXTURE_NUMBERS = 2**28  # of the points that a mixture of more than EXACT_LATENTS latents is fitted to: 1 GiB
+
+
+def origin(vae: VAE) -> Tensor:
+    """The code from which views start: `(L,)`, float32, on the CPU."""
+    with torch.inference_mode():
+        return vae.prior(torch.zeros(1, vae.prior_numbers, device=vae.device, dtype=vae.dtype))[0].float().cpu()
+
+
+def prior_draws(vae: VAE, seed: int, count: int) -> Tensor:
+    """Draw codes from the prior, the same in every run: `(count, L)`, float32, on the CPU."""
+    noise = standard_normal(seed, Stream.PRIOR, 0, range(count), vae.prior_numbers)
+    with torch.inference_mode():
+        return vae.prior(noise.to(vae.device, vae.dtype)).float().cpu()
+
+
+def kl_name(vae: VAE) -> str:
+    """Name what `mean_kl` measures: of a prior that does not factorise, latents have no KL of their own."""
+    return "KL" if vae.p_z.factorises else "KL from N(0, I)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,12 @@ class TrainedVAE:
     @cached_property
     def kl(self) -> Tensor:
         """Each latent's KL from the prior, averaged over the test images: `(L,)` float64, nats."""
-        return self.posterior.kl_from_standard_normal().double().mean(0)
+        return mean_kl(self.posterior)
+
+    @property
+    def origin(self) -> Tensor:
+        """The code from which views start, if no other is given: `(L,)`."""
+        return origin(self.vae)
 
     @property
     def by_kl(self) -> Tensor:
@@ -66,39 +92,61 @@ class TrainedVAE:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1]."""
+        return self.in_chunks("decoding", len(latents), lambda chunk: self._likelihood(latents, chunk).mean.float())
 
-        def means(chunk: range) -> Tensor:
-            part = latents[chunk.start : chunk.stop].to(self.vae.device, self.vae.dtype)
-            return self.vae.decode(part).mean.float()
+    def draw_pixels(self, latents: Tensor, noise_of: Callable[[range, int], Tensor]) -> Tensor:
+        """Draw pixels from p(x|z) of latents `(N, L)`, cut to [0, 1]: `(N, C, H, W)` float32.
 
-        return self.in_chunks("decoding", len(latents), means)
+        `noise_of` returns the standard normal noise of some rows, a number per pixel value: `(len(rows), C H W)`.
+        """
+
+        def draws(chunk: range) -> Tensor:
+            likelihood = self._likelihood(latents, chunk)
+            shape = likelihood.mean.shape
+            noise = noise_of(chunk, shape[1:].numel()).view(shape).to(self.vae.device)
+            return likelihood.sample(noise).float().clamp(0, 1)
+
+        return self.in_chunks("decoding", len(latents), draws)
+
+    def _likelihood(self, latents: Tensor, chunk: range) -> Likelihood:
+        return self.vae.decode(latents[chunk.start : chunk.stop].to(self.vae.device, self.vae.dtype))
 
     def training_draws(self) -> Tensor:
         """Draw once from the posterior of each training image, the same in every run: `(N, L)`.
 
+        Above EXACT_LATENTS latents, every n-th image is taken, so that there are at most MIXTURE_NUMBERS numbers.
         Together they are a sample of the aggregate posterior, which the decoder has learned to decode. The posterior
         means are not: those of a latent that carries little information all lie near 0.
         """
         training, _ = self.world.main_first(lambda: datasets.load_training(self.config.data))
+        every = 1
+        if self.vae.latent_dim > EXACT_LATENTS:
+            every = -(-training.info.count // max(MIXTURE_NUMBERS // self.vae.latent_dim, 1))
+        chosen = range(0, training.info.count, max(every, 1))
 
         def draws(chunk: range) -> Tensor:
-            pixels = read(training, chunk)
+            pixels = read(training, chosen[chunk.start : chunk.stop])
             if self.config.data.binarize == "dynamic":
                 pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, chunk)
             noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, chunk, self.vae.latent_dim)
             posterior = self.vae.infer(self.vae.to_input(pixels))
             return posterior.sample(noise.to(posterior.mean.device, posterior.mean.dtype))
 
-        return self.in_chunks("encoding the training images", training.info.count, draws)
+        return self.in_chunks("encoding the training images", len(chosen), draws)
 
-    def fit_mixture(self, components: int) -> Mixture:
-        """Fit a mixture of `components` Gaussians to the training images' posteriors."""
+    def fit_mixture(self, components: int) -> Mixture | SubspaceMixture:
+        """Fit a mixture of `components` Gaussians to the training images' posteriors.
+
+        Above EXACT_LATENTS latents, only their leading principal components have full covariances.
+        """
         points = self.training_draws()
         if components > len(points):
             raise UserError(f"sample.mixture_components={components} is more than the {len(points)} training images")
 
-        def fit() -> Mixture:
+        def fit() -> Mixture | SubspaceMixture:
             with progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as advance:
+                if self.vae.latent_dim > EXACT_LATENTS:
+                    return subspace.fit(points, components, advance)
                 return mixture.fit(points, components, advance).mixture
 
         return self.world.on_main(fit)
@@ -117,22 +165,8 @@ class TrainedVAE:
         return self.world.gather_rows(chunks, values, count)
 
 
-class Components(NamedTuple):
-    """The first K principal components of N points."""
-
-    coordinates: Tensor  # (N, K), of each point
-    directions: Tensor  # (K, L), orthonormal
-    variance_ratios: Tensor  # (K,), the part of the points' variance that each explains, falling
-
-
-def principal_components(points: Tensor, count: int) -> Components:
-    """Return the first `count` principal components of points `(N, L)`, in float64 by an exact SVD.
-
-    Each direction's largest entry is positive, so that a picture is never mirrored.
-    """
-    centred = points.double() - points.double().mean(0)
-    _, spreads, directions = torch.linalg.svd(centred, full_matrices=False)
-    directions = directions[:count]
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    directions = directions * largest.sign()
-    return Components(centred @ directions.T, directions, spreads[:count].square() / spreads.square().sum())
+def mean_kl(posterior: DiagonalGaussian) -> Tensor:
+    """Each latent's KL from N(0, I), averaged over the N images: `(L,)` float64, nats."""
+    # Some latents at a time: a float64 copy of all of them may not fit into memory.
+    parts = zip(*(part.split(EXACT_LATENTS, dim=1) for part in posterior), strict=True)
+    return torch.cat([DiagonalGaussian(*part).kl_from_standard_normal().double().mean(0) for part in parts])

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,13 +18,16 @@ COLUMN_GAP = 10
 FEW = 8  # columns; with no more than these, images may be twice as large
 SMALL = 56  # pixels; smaller images are enlarged by a whole factor
 WIDEST = 1000  # pixels of a row of enlarged images
+WIDEST_REDUCED = 2048  # pixels of the images of a row; larger ones are reduced by a whole factor
+SMALLEST = 28  # pixels that the longer side of a reduced image has at least
 
 PROGRESS_COLUMNS = 8
-PROGRESS_IMAGES = 64
+PROGRESS_WIDTH = 1040  # pixels of a row of progress images; of larger images there are fewer
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Draw images `(N, C, H, W)` in [0, 1], C 1 or 3, in rows of `columns` images."""
+    """Draw images `(N, C, H, W)` in [0, 1], C 1 or 3, in rows of `columns` images. Large ones are reduced."""
+    images = _reduced(images, columns)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), 0.5)
@@ -46,8 +50,9 @@ def labelled_grid(
     """Draw images `(N, C, H, W)` in [0, 1], C 1 or 3, in rows of `columns` images on white, with labels.
 
     `left` and `right` label the rows, `top` the columns, `below` the images. Each column in `gaps` has a gap before it.
-    If columns are too narrow or rows too low for their labels, every n-th label is drawn.
+    If columns are too narrow or rows too low for their labels, every n-th label is drawn. Large images are reduced.
     """
+    images = _reduced(images, columns)
     count, channels, height, width = images.shape
     font = ImageFont.load_default(size=LABEL_SIZE)
     scale = _scale(height, width, columns, SMALL if columns > FEW else 2 * SMALL)
@@ -80,6 +85,13 @@ def _scale(height: int, width: int, columns: int, small: int = SMALL) -> int:
     return max(1, min(-(-small // max(height, width)), WIDEST // (columns * (width + PADDING))))
 
 
+def _reduced(images: Tensor, columns: int) -> Tensor:
+    """Average squares of pixels, so that a row of images `(N, C, H, W)` is not too wide to look at."""
+    height, width = images.shape[2:]
+    factor = min(-(-columns * width // WIDEST_REDUCED), max(height, width) // SMALLEST)
+    return F.avg_pool2d(images.float(), factor, ceil_mode=True) if factor > 1 else images
+
+
 def _to_picture(pixels: Tensor) -> Image.Image:
     """Convert pixels `(H, W, C)` in [0, 1], C 1 or 3."""
     array = pixels.mul(255).round().to(torch.uint8).numpy()
@@ -92,18 +104,29 @@ def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
 
 def reconstructions(vae: VAE, source: Source, subject: str) -> Picture:
     """Draw rows of the first images of a source, each over a row of their reconstructions."""
-    originals = vae.to_input(read(source, range(min(PROGRESS_IMAGES // 2, source.info.count))))
+    columns = _progress_columns(source.info.image_shape[2])
+    count = min(max(columns * columns // 2, columns), source.info.count)
+    originals = vae.to_input(read(source, range(count)))
     with torch.inference_mode():
         decoded = vae.decode(vae.infer(originals).mean).mean
-    pairs = zip(originals.split(PROGRESS_COLUMNS), decoded.split(PROGRESS_COLUMNS), strict=True)
+    pairs = zip(originals.split(columns), decoded.split(columns), strict=True)
     rows = [torch.cat(pair) for pair in pairs]
     caption = f"{subject}; each row over its reconstruction from the posterior's mean"
-    return Picture(grid(torch.cat(rows), min(PROGRESS_COLUMNS, len(originals))), caption)
+    return Picture(grid(torch.cat(rows), min(columns, len(originals))), caption)
 
 
 def samples(vae: VAE, subject: str) -> Picture:
     """Draw decoded samples from the prior, the same latents at every step and in every run."""
-    latents = standard_normal(FIXED_SEED, Stream.PRIOR, 0, range(PROGRESS_IMAGES), vae.latent_dim)
+    columns = _progress_columns(vae.image_shape[2])
+    noise = standard_normal(FIXED_SEED, Stream.PRIOR, 0, range(columns * columns), vae.prior_numbers)
     with torch.inference_mode():
-        decoded = vae.decode(latents.to(vae.device, vae.dtype)).mean
-    return Picture(grid(decoded, PROGRESS_COLUMNS), f"{subject}; samples from the prior (means of p(x|z))")
+        decoded = vae.decode(vae.prior(noise.to(vae.device, vae.dtype))).mean
+    return Picture(grid(decoded, columns), f"{subject}; samples from the prior (means of p(x|z))")
+
+
+def _progress_columns(width: int) -> int:
+    """The columns of a picture that is drawn during training: 8, or for wide images 4, 2 or 1."""
+    columns = PROGRESS_COLUMNS
+    while columns > 1 and columns * (width + PADDING) > PROGRESS_WIDTH:
+        columns //= 2
+    return columns

@@ -49,9 +49,12 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         if checkpoint.has_average:
             caption += f"; {'moving average of the' if config.weights == 'ema' else 'raw'} weights"
             target = target.with_name(f"{target.name}{'_raw' if config.weights == 'raw' else ''}")
+        draws = "pixels" in keys and config.sample.pixels == "draw"
         if "images" in view.tensors:
-            caption += "; means of p(x|z)"
-        if "seed" in keys:
+            caption += "; pixels drawn from p(x|z)" if draws else "; means of p(x|z)"
+        if draws:
+            target = target.with_name(f"{target.name}_draw")
+        if draws or ("seed" in keys and kind != "codes"):
             target = target.with_name(f"{target.name}_seed_{config.sample.seed}")
             caption += f"; seed {config.sample.seed}"
         tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)

@@ -10,6 +10,7 @@ from vae_dist.data.source import read
 from vae_dist.errors import UserError
 from vae_dist.views.latents import TrainedVAE
 
+LONGEST_TEXT = 64  # numbers of a code that a caption states
 DEFAULT_IMAGES = range(10)  # the test images that are shown when none are selected
 
 
@@ -23,7 +24,7 @@ class Start(NamedTuple):
 
 
 def start(trained: TrainedVAE) -> Start:
-    """Return the one code of `sample.codes`, that of the one test image of `sample.images`, or 0 by default."""
+    """Return the one code of `sample.codes`, that of the one test image of `sample.images`, or else the origin."""
     options = trained.config.sample
     if options.codes is not None and options.images is not None:
         raise UserError("give sample.codes or sample.images, not both")
@@ -33,7 +34,7 @@ def start(trained: TrainedVAE) -> Start:
             raise UserError(f"{options.kind} starts from one code, but sample.codes has {len(given)}")
         return Start(f"the code {code_text(given[0])}", given[0], [], {})
     if options.images is None:
-        return Start("the origin", torch.zeros(trained.vae.latent_dim), [], {})
+        return Start("the origin", trained.origin, [], {})
     indices = images(trained)
     if len(indices) > 1:
         raise UserError(f"{options.kind} starts from one test image, but sample.images has {len(indices)}")
@@ -96,4 +97,6 @@ def image_words(originals: dict[str, Tensor]) -> str:
 
 
 def code_text(code: Tensor) -> str:
-    return "(" + ", ".join(f"{number:g}" for number in code.tolist()) + ")"
+    """The numbers of a code `(L,)`; of a long one the first of them."""
+    numbers = [f"{number:g}" for number in code[:LONGEST_TEXT].tolist()]
+    return "(" + ", ".join([*numbers, "..."] if len(code) > LONGEST_TEXT else numbers) + ")"
