@@ -11,12 +11,22 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
+from torch import nn
 
 from tests.forked import ForkServer
 from vae_dist import config
+from vae_dist.compute.cuda_graph import Capture
 from vae_dist.config import Config
+from vae_dist.distributed import precision as precisions
+from vae_dist.distributed.world import World
+from vae_dist.models import build_vae
+from vae_dist.models.vae import VAE
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.run import Run
+from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.optimizers import OPTIMIZERS
+from vae_dist.training.update import Update
+from vae_dist.training.vae_recipe import VAERecipe
 
 # Before wandb is imported anywhere: no account, no server, nothing reported.
 os.environ.update(
@@ -77,6 +87,34 @@ def make_config(smoke_arguments: list[str], tmp_path: Path) -> MakeConfig:
         return config.load([*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", *arguments])
 
     return make
+
+
+class Parts:
+    """A VAE and its optimizer, as a checkpoint holds them."""
+
+    def __init__(self, vae: VAE, config: Config) -> None:
+        self.vae = vae
+        self.optimizer = OPTIMIZERS[config.optim.optimizer](vae.named_parameters(), config.optim)
+        self.networks: dict[str, nn.Module] = {"model": vae}
+        self.optimizers = {"optimizer": self.optimizer}
+        self.frozen: dict[str, nn.Module] = {}
+
+
+def update_of(
+    config: Config,
+    world: World,
+    image_shape: Sequence[int],
+    *,
+    flat: bool | None = None,
+    capture: Capture | None = None,
+    last_step: int = 100,
+    vae: VAE | None = None,
+) -> Update:
+    """The optimizer steps of a model, by default a new one, as `train` makes them."""
+    if vae is None:
+        vae = build_vae(config, image_shape).to(world.device, precisions.param_dtype(config.train.precision))
+    scaler = LossScaler(config.train.precision, world.device)
+    return Update(VAERecipe(vae, config, world, scaler, last_step, flat), config, world, scaler, capture)
 
 
 def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:

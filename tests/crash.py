@@ -18,13 +18,13 @@ if __name__ == "__main__":  # run by its path
 
 import torch
 
-from tests.conftest import newest_checkpoint
+from tests.conftest import Parts, newest_checkpoint
 from vae_dist import config
 from vae_dist.models import build_vae
 from vae_dist.runs import saving
-from vae_dist.runs.checkpoint import Best, Checkpoint, TrainingState
+from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.run import Run
-from vae_dist.training.adam import Adam
+from vae_dist.runs.state import Best, TrainingState
 
 TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.chmod", "os.listdir"}
 
@@ -35,13 +35,13 @@ def main(folder: Path) -> None:
     run_config = config.load(["model.hidden_dims=[8]", "model.latent_dim=2", "name=a", "checkpoint.keep=2"])
     run_config.data.image_shape = [1, 6, 6]
     vae = build_vae(run_config, [1, 6, 6])
-    optimizer = Adam(vae.parameters())
-    total = vae(torch.rand(4, 1, 6, 6), torch.randn(4, 2)).likelihood.mean.sum()
-    optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
+    parts = Parts(vae, run_config)
+    total = vae(torch.rand(4, 1, 6, 6), torch.randn(1, 4, 2)).likelihood.mean.sum()
+    parts.optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
 
     def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
         state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)
-        Run(run_dir).save(run_config, vae, optimizer, state)
+        Run(run_dir).save(run_config, parts, state)
 
     for again in (False, True):  # a new step, and one that replaces a checkpoint of the same step
         for point in count(1):
@@ -56,8 +56,8 @@ def main(folder: Path) -> None:
             saving.recover(run_dir)
             newest = newest_checkpoint(run_dir)
             assert newest is not None
-            other = build_vae(run_config, [1, 6, 6])
-            state = Checkpoint(newest).load_training(other, Adam(other.parameters()))
+            other = Parts(build_vae(run_config, [1, 6, 6]), run_config)
+            state = Checkpoint(newest).load_training(other)
             save(run_dir, 4)  # the run continues
             after = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
             print(json.dumps({"again": again, "touched": touched, "left": left, "step": state.step, "after": after}))

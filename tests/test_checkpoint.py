@@ -13,57 +13,59 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint, opened
+from tests.conftest import REPOSITORY, MakeConfig, Parts, newest_checkpoint, opened, update_of
 from tests.forked import ForkServer
 from vae_dist.config import Config
+from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
 from vae_dist.models import build_vae
-from vae_dist.models.vae import VAE
 from vae_dist.runs import checkpoint, saving
-from vae_dist.runs.checkpoint import Best, Checkpoint, TrainingState
+from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find, open_checkpoint
 from vae_dist.runs.manifest import BadCheckpointError
 from vae_dist.runs.run import Run
-from vae_dist.training.adam import Adam
+from vae_dist.runs.state import Best, TrainingState
+from vae_dist.training.meter import Meter
+from vae_dist.training.optimizers import Adam
 
 CRASH = str(REPOSITORY / "tests/crash.py")
 SHAPE = [1, 6, 6]
+WINDOW = ["loss", "reconstruction", "kl", "grad_norm", "updates"]
 FILES = ["config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
-def trained(config: Config, steps: int = 1) -> tuple[VAE, Adam]:
+def trained(config: Config, steps: int = 1) -> Parts:
     """A small model after a few real optimizer steps."""
     config.data.image_shape = SHAPE
     vae = build_vae(config, SHAPE)
-    optimizer = Adam(vae.parameters())
+    parts = Parts(vae, config)
     for _ in range(steps):
-        total = vae(torch.rand(4, *SHAPE), torch.randn(4, vae.latent_dim)).likelihood.mean.sum()
-        optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
-    return vae, optimizer
+        total = vae(torch.rand(4, *SHAPE), torch.randn(1, 4, vae.latent_dim)).likelihood.mean.sum()
+        parts.optimizer.step(torch.autograd.grad(total, list(vae.parameters())), torch.tensor(1e-3))
+    return parts
 
 
 def written(config: Config, tmp_path: Path, *steps: int) -> Path:
-    vae, optimizer = trained(config)
+    parts = trained(config)
     for step in steps:
-        last = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(step))
+        last = Run(tmp_path / "run").save(config, parts, TrainingState(step))
     return last
 
 
 def test_a_saved_checkpoint_loads_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    vae, optimizer = trained(config, steps=3)
+    parts = trained(config, steps=3)
     state = TrainingState(12, window=[{"loss": 0.1 + 0.2, "updates": 3.0}], features={"ema": {"decay": 0.9}})
-    folder = Run(tmp_path / "run").save(config, vae, optimizer, state)
+    folder = Run(tmp_path / "run").save(config, parts, state)
     assert sorted(path.name for path in folder.iterdir()) == FILES
 
-    other, other_optimizer = trained(config)
-    assert Checkpoint(folder).load_training(other, other_optimizer) == state
-    for name, tensor in vae.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name])
-    for ours, theirs in zip(optimizer.state, other_optimizer.state, strict=True):
-        for moment in Adam.MOMENTS:
-            assert torch.equal(ours[moment], theirs[moment])
+    other = trained(config)
+    assert Checkpoint(folder).load_training(other) == state
+    for ours, theirs in (parts.vae, other.vae), (parts.optimizer, other.optimizer):
+        saved, loaded = ours.state_dict(), theirs.state_dict()
+        assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
 def test_parameter_names_are_plain(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -76,14 +78,14 @@ def test_parameter_names_are_plain(make_config: MakeConfig, tmp_path: Path) -> N
 
 def test_weights_and_config_are_enough_to_load_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    vae, optimizer = trained(config)
-    folder = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(1))
+    parts = trained(config)
+    folder = Run(tmp_path / "run").save(config, parts, TrainingState(1))
     moved = folder.rename(tmp_path / "elsewhere")
     run = opened(moved)
     loaded = Checkpoint(moved).load_vae(run.config, torch.device("cpu"))
     assert run.output == moved
-    latents = torch.randn(3, vae.latent_dim)
-    assert torch.equal(loaded.decode(latents).mean, vae.decode(latents).mean)
+    latents = torch.randn(3, parts.vae.latent_dim)
+    assert torch.equal(loaded.decode(latents).mean, parts.vae.decode(latents).mean)
 
 
 @pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
@@ -107,10 +109,10 @@ def test_the_newest_are_kept(make_config: MakeConfig, tmp_path: Path) -> None:
 
 def test_the_best_by_validation_is_kept_next_to_the_newest(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    vae, optimizer = trained(config)
+    parts = trained(config)
     for step in range(1, 6):
         state = TrainingState(step, best=Best(min(step, 2), 100.0))
-        Run(tmp_path / "run").save(config, vae, optimizer, state)
+        Run(tmp_path / "run").save(config, parts, state)
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert left == ["step_00000002", "step_00000004", "step_00000005"]
     assert find(tmp_path / "run/best", tmp_path).folder.name == "step_00000002"
@@ -186,18 +188,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make_config: MakeConfig, tm
 
 def test_numbers_that_are_not_finite_are_never_published(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    vae, optimizer = trained(config)
-    optimizer.state[0]["exp_avg"].view(-1)[0] = torch.nan
+    parts = trained(config)
+    parts.optimizer.state_dict()["encoder.layers.0.weight.exp_avg"].view(-1)[0] = torch.nan
     with pytest.raises(RunError, match="after step 7 are not finite; they are not saved"):
-        Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(7))
+        Run(tmp_path / "run").save(config, parts, TrainingState(7))
     assert newest_checkpoint(tmp_path / "run") is None
 
 
 def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    vae, optimizer = trained(config)
+    parts = trained(config)
     for pending in (True, False):
-        folder = Run(tmp_path / "run").save(config, vae, optimizer, TrainingState(1, validation_pending=pending))
+        folder = Run(tmp_path / "run").save(config, parts, TrainingState(1, validation_pending=pending))
     assert not Checkpoint(folder).state.validation_pending
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
 
@@ -306,18 +308,18 @@ def test_unfinished_and_foreign_folders_are_no_checkpoints(make_config: MakeConf
 
 def test_nothing_is_changed_when_a_checkpoint_does_not_fit(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
-    other, optimizer = trained(make_config("model.latent_dim=3"))
-    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    other = trained(make_config("model.latent_dim=3"))
+    before = {name: tensor.clone() for name, tensor in other.vae.state_dict().items()}
     with pytest.raises(BadCheckpointError, match="does not fit the config's model"):
-        Checkpoint(folder).load_training(other, optimizer)
-    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+        Checkpoint(folder).load_training(other)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.vae.state_dict().items())
 
 
 def test_the_newest_run_is_found_when_none_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
-    vae, optimizer = trained(config)
+    parts = trained(config)
     for age, name in enumerate(("b", "a")):
-        folder = Run(tmp_path / "runs" / name).save(config, vae, optimizer, TrainingState(1))
+        folder = Run(tmp_path / "runs" / name).save(config, parts, TrainingState(1))
         os.utime(folder / "manifest.json", (1000 + age, 1000 + age))
     assert find(None, tmp_path / "runs").folder.parents[1].name == "a"
 
@@ -368,6 +370,106 @@ def reseal(folder: Path) -> None:
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "x.txt", "/x.safetensors", "A.safetensors", ".safetensors", "x/"])
+def test_files_of_other_names_are_never_read(name: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["model.safetensors"]
+    (folder.parent / "x.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadCheckpointError, match="is not a checkpoint's manifest"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(("count", "accepted"), [(28, True), (29, False), (40, False)])
+def test_a_manifest_lists_a_bounded_number_of_files(
+    count: int, accepted: bool, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    content = (folder / "model.safetensors").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for number in range(count):
+        (folder / f"network_{number}.safetensors").write_bytes(content)
+        manifest["files"][f"network_{number}.safetensors"] = manifest["files"]["model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if accepted:
+        assert Checkpoint(folder).verify().step == 1
+    else:
+        with pytest.raises(BadCheckpointError, match="is not a checkpoint's manifest"):
+            Checkpoint(folder)
+
+
+def two_networks(config: Config, *, frozen_seed: int) -> Parts:
+    """A model with a second network that is trained and a third one that is frozen."""
+    parts = trained(config)
+    torch.manual_seed(frozen_seed)
+    second, third = nn.Linear(3, 2), nn.Linear(4, 5)
+    parts.networks["critic"] = second
+    parts.optimizers["critic_optimizer"] = Adam(second.named_parameters(), config.optim)
+    parts.frozen["features"] = third
+    return parts
+
+
+def test_more_networks_are_saved_and_of_a_frozen_one_its_hash(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    saved = two_networks(config, frozen_seed=0)
+    saved.optimizers["critic_optimizer"].step([torch.ones(2, 3), torch.ones(2)], torch.tensor(0.1))
+    folder = Run(tmp_path / "run").save(config, saved, TrainingState(3))
+    extra = {"critic.safetensors", "critic_optimizer.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, *extra}
+    assert list(Checkpoint(folder).manifest.frozen) == ["features"]
+
+    loaded = two_networks(config, frozen_seed=0)
+    Checkpoint(folder).load_training(loaded)
+    for name, network in saved.networks.items():
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(loaded.networks[name].state_dict()[key], tensor)
+    assert loaded.optimizers["critic_optimizer"].state_dict()["bias.step"] == 1
+
+    other = two_networks(config, frozen_seed=1)
+    before = [tensor.clone() for network in other.networks.values() for tensor in network.parameters()]
+    with pytest.raises(BadCheckpointError, match="other weights of the frozen network 'features'"):
+        Checkpoint(folder).load_training(other)
+    after = [tensor for network in other.networks.values() for tensor in network.parameters()]
+    assert all(map(torch.equal, before, after))
+    with pytest.raises(BadCheckpointError, match="frozen network 'features'"):  # of a run that had none
+        Checkpoint(written(config, tmp_path / "other", 1)).load_training(two_networks(config, frozen_seed=0))
+
+
+@pytest.mark.parametrize("name", ["critic", "critic_optimizer"])
+def test_a_checkpoint_without_a_network_of_the_recipe_is_refused(
+    name: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config()
+    saved = two_networks(config, frozen_seed=0)
+    (saved.networks if name == "critic" else saved.optimizers).pop(name)
+    folder = Run(tmp_path / "run").save(config, saved, TrainingState(3))
+    with pytest.raises(BadCheckpointError, match=f"has no {name}.safetensors"):
+        Checkpoint(folder).load_training(two_networks(config, frozen_seed=0))
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ([dict(zip(WINDOW, [6.0, 4.0, 2.0, 3.0, 2.0], strict=True))], [6.0, 4.0, 2.0, 3.0, 2.0]),
+        ([{"reconstruction": 4.0, "kl": 2.0, "updates": 2.0}], [0.0, 4.0, 2.0, 0.0, 2.0]),
+        ([{"loss": 6.0, "adversarial": 7.0, "updates": 1.0}, {"loss": 1.5}], [7.5, 0.0, 0.0, 0.0, 1.0]),
+        ([], [0.0] * 5),
+    ],
+)
+def test_a_window_with_fewer_or_other_names_is_read(
+    window: list[dict[str, float]], expected: list[float], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Of a checkpoint of an earlier version, another recipe, or more processes."""
+    config = make_config("train.precision=fp32")
+    folder = Run(tmp_path / "run").save(config, trained(config), TrainingState(1, window=window))
+    with processes.join(config) as world:
+        update = update_of(config, world, SHAPE)
+        state = update.restore(Checkpoint(folder))
+        (sums,) = Meter(update, world, 50, state.window).window()
+    assert list(sums) == WINDOW and list(sums.values()) == expected
 
 
 def test_nothing_is_allocated_for_a_model_that_only_a_config_claims(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -459,10 +561,10 @@ def test_a_pickle_in_a_checkpoint_is_never_run(name: str, make_config: MakeConfi
     torch.save(Malicious(), folder / name)
     reseal(folder)
     config = make_config()
-    vae, optimizer = trained(config)
+    parts = trained(config)
     with pytest.raises(UserError):
         run = opened(folder)
-        Checkpoint(run.checkpoint.folder).load_training(vae, optimizer)
+        Checkpoint(run.checkpoint.folder).load_training(parts)
     assert not Path("touched").exists()
 
 

@@ -15,7 +15,9 @@ from vae_dist.compute.cuda_graph import CapturedSteps, Steps
 from vae_dist.training import loop
 from vae_dist.training.cadence import Cadence, launches
 from vae_dist.training.loop import train
+from vae_dist.training.recipes import RECIPES
 from vae_dist.training.update import MOST_STEPS, Update
+from vae_dist.training.vae_recipe import VAERecipe
 
 
 def replaying(steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
@@ -97,9 +99,9 @@ def test_a_run_of_steps_launched_at_once_is_bitwise_the_run(
         "optim.warmup_steps=5", "objective.beta_warmup_steps=9", "optim.max_grad_norm=20", "train.accumulate=2",
         "train.log_every=7", "train.validate_every=11", "checkpoint.every=9",
     ]  # fmt: skip
-    monkeypatch.setattr(loop, "Update", partial(Update, flat=flat))
+    monkeypatch.setitem(RECIPES, "vae", partial(VAERecipe, flat=flat))
     plain = train(make_config(*arguments, "name=plain"))
-    monkeypatch.setattr(loop, "Update", partial(Update, flat=flat, capture=replaying))
+    monkeypatch.setattr(loop, "Update", partial(Update, capture=replaying))
     captured = train(make_config(*arguments, "name=captured"))
     assert final(captured) == final(plain)
     assert timeless(captured) == timeless(plain)

@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vae_dist.training.gradients import Gradients
 
+from tests.conftest import update_of
 from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.data.batches import Batches, place
+from vae_dist.distributed import world as worlds
 from vae_dist.distributed.world import World
 from vae_dist.evaluation import metrics
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
+from vae_dist.training.differentiate import Differentiate
 from vae_dist.training.meter import Meter
-from vae_dist.training.schedules import Schedule
-from vae_dist.training.update import Update
 from vae_dist.views import pictures
 from vae_dist.views.latents import TrainedVAE
 
@@ -80,27 +80,32 @@ def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytes
     assert (placed.device.type, resident) == ("cpu", False)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # where the average copies the network
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the backward pass: gradients are zeros. A host sync would fail, for a fake tensor has no values."""
     reduced = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, operation: reduced.append(values.device))
+
+    def reduce(values: Tensor, reduction: str) -> Tensor:
+        reduced.append(values.device)
+        return values
 
     def functional(
-        self: Gradients, images: Tensor, noise: Tensor, beta: Tensor, scale: Tensor, *weights: Tensor
+        self: Differentiate, scale: Tensor, images: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor
     ) -> list[Tensor]:
-        assert {tensor.device for tensor in (images, noise, beta, scale, *weights)} == {CARD}
-        self._vae(images, noise)
-        return [images.sum(), torch.zeros(2, dtype=torch.float64, device=CARD), *map(torch.zeros_like, weights)]
+        assert {tensor.device for tensor in (scale, images, noise, beta, *weights)} == {CARD}
+        self._network(images, noise)
+        return [images.sum(), torch.zeros(3, dtype=torch.float64, device=CARD), *map(torch.zeros_like, weights)]
 
-    monkeypatch.setattr(Gradients, "functional", functional)
-    update = Update(vae, config_of("train.accumulate=2"), world_of(processes))
-    update(torch.zeros(3, 100, 1, 28, 28, dtype=torch.uint8, device=CARD), torch.zeros(3, 100, 40, device=CARD),
-           [Schedule(1e-3, 0.1 * step) for step in range(3)])  # fmt: skip
-    state = [*update.optimizer.tensors, update.totals, *update.vae.parameters()]
+    monkeypatch.setattr(worlds, "reduce", reduce)
+    monkeypatch.setattr(Differentiate, "functional", functional)
+    update = update_of(config_of("train.accumulate=2", "ema.decay=0.9"), world_of(processes), (1, 28, 28), vae=vae)
+    update(torch.zeros(3, 100, 1, 28, 28, dtype=torch.uint8, device=CARD), torch.zeros(3, 100, 1, 40, device=CARD),
+           [update.recipe.values(step) for step in range(3)])  # fmt: skip
+    state = [*update.recipe.tensors, update.totals, *update.recipe.model.parameters()]
     assert {tensor.device for tensor in state} == {CARD}
     assert reduced == [CARD] * 3 * (processes > 1)
-    Meter(update.totals[:5], card, 100, [{"loss": 1.0}])
+    Meter(update, card, 100, [{"loss": 1.0}])
 
 
 def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VAE, card: World) -> None:
@@ -111,12 +116,12 @@ def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VA
     results = [
         *metrics.score(vae, of_pixels(pixels()), card, settings),
         *encodings.terms,
-        *encodings[1:],
+        encodings.squared_error,
         metrics.negative_log_likelihood(vae, of_pixels(pixels()), card, settings),
         *trained.encode(range(COUNT)),
         trained.decode(torch.zeros(COUNT, 40)),
     ]
-    assert {tensor.device.type for tensor in results} == {"cpu"}
+    assert {tensor.device.type for tensor in [*results, encodings.kl, encodings.variance]} == {"cpu"}
     assert {len(tensor) for tensor in results} == {COUNT}
 
 
@@ -137,13 +142,15 @@ def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytes
 def test_collectives_get_tensors_on_the_gpu(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL accepts nothing else, wherever the values were."""
     exchanged = []
-    distributed = torch.distributed
-    monkeypatch.setattr(distributed, "all_reduce", lambda values, operation: exchanged.append(values.device))
-    monkeypatch.setattr(
-        distributed, "all_gather", lambda parts, values: exchanged.extend(part.device for part in [*parts, values])
-    )
+
+    def exchange_of_two(values: Tensor, reduction: str | None = None) -> Tensor:
+        exchanged.append(values.device)
+        return values if reduction else torch.cat([values, values])
+
+    monkeypatch.setattr(worlds, "reduce", exchange_of_two)
+    monkeypatch.setattr(worlds, "gather", exchange_of_two)
     world = world_of(2)
     for device in "cpu", "cuda":
-        for exchange in world.sum, world.all_reduce_max, world.gather:
+        for exchange in world.sum, world.max, world.gather:
             assert exchange(torch.zeros(5, device=device)).device.type == "cpu"
-    assert len(exchanged) == 10 and set(exchanged) == {CARD}
+    assert len(exchanged) == 6 and set(exchanged) == {CARD}

@@ -6,18 +6,20 @@ import torch.nn.functional as F
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Bernoulli, DiagonalGaussian, Gaussian
+from vae_dist.config import ObjectiveConfig
+from vae_dist.models.likelihoods import LIKELIHOODS, Bernoulli, Gaussian, likelihood_kind
+from vae_dist.models.posteriors import LOG_VARIANCE_BOUND, DiagonalGaussian
 
 
 def test_kl_matches_torch_distributions() -> None:
     mean, log_variance = torch.randn(2, 64, 7, dtype=torch.float64)
     expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0))
-    torch.testing.assert_close(DiagonalGaussian(mean, log_variance).kl(), expected)
+    torch.testing.assert_close(DiagonalGaussian(mean, log_variance).kl_from_standard_normal(), expected)
 
 
 def test_kl_is_zero_for_the_prior_and_positive_elsewhere() -> None:
-    assert DiagonalGaussian(torch.zeros(1, 3), torch.zeros(1, 3)).kl().eq(0).all()
-    assert (DiagonalGaussian(torch.randn(100, 3), torch.randn(100, 3)).kl() >= 0).all()
+    assert DiagonalGaussian(torch.zeros(1, 3), torch.zeros(1, 3)).kl_from_standard_normal().eq(0).all()
+    assert (DiagonalGaussian(torch.randn(100, 3), torch.randn(100, 3)).kl_from_standard_normal() >= 0).all()
 
 
 def test_bernoulli_matches_torch_distributions() -> None:
@@ -60,6 +62,32 @@ def test_gaussian_counts_its_normaliser(sigma: float) -> None:
     torch.testing.assert_close(Gaussian(location, sigma).log_prob(images), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "description", "probabilities"),
+    [("bernoulli", "bernoulli", {"threshold", "dynamic"}), ("gaussian", "gaussian, sigma 0.5", set())],
+)
+def test_a_likelihood_says_what_it_is(name: str, description: str, probabilities: set[str]) -> None:
+    kind = likelihood_kind(ObjectiveConfig(reconstruction=name, sigma=0.5))
+    assert (kind.name, kind.description, kind.output_shape((3, 4, 5))) == (name, description, (3, 4, 5))
+    for binarize in ("none", "threshold", "dynamic"):
+        assert kind.is_probability(binarize) is (binarize in probabilities)
+        caution = kind.caution(binarize, "kmnist")
+        assert (caution is None) is (binarize in probabilities)  # probabilities of images can be compared
+        assert caution is None or ("grey kmnist" if name == "bernoulli" else "same sigma") in caution
+    assert set(LIKELIHOODS) == {"bernoulli", "gaussian"}
+
+
+def test_drawn_pixels_have_the_likelihoods_moments() -> None:
+    parameters = torch.linspace(-3, 3, 6).view(1, 1, 2, 3)
+    noise = torch.randn(50_000, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    drawn = Bernoulli(parameters.expand_as(noise)).sample(noise)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(drawn.mean(0, keepdim=True), parameters.sigmoid(), rtol=0, atol=0.01)
+    drawn = Gaussian(parameters.expand_as(noise), 0.3).sample(noise)
+    torch.testing.assert_close(drawn.mean(0, keepdim=True), parameters, rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn.std(0), torch.full((1, 2, 3), 0.3), rtol=0.02, atol=0)
+
+
 def test_samples_have_the_posteriors_moments() -> None:
     mean, log_variance = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, math.log(4.0)]])
     latents = DiagonalGaussian(mean, log_variance).sample(torch.randn(200_000, 2))
@@ -73,7 +101,7 @@ def test_no_network_output_makes_the_posterior_overflow(dtype: torch.dtype) -> N
     posterior = DiagonalGaussian.from_network(output)
     assert posterior.log_variance.abs().max() <= LOG_VARIANCE_BOUND
     assert posterior.log_variance.exp().to(dtype).isfinite().all()
-    (posterior.kl().sum() + posterior.sample(torch.ones(2, 1)).sum()).backward()
+    (posterior.kl_from_standard_normal().sum() + posterior.sample(torch.ones(2, 1)).sum()).backward()
     assert output.grad is not None and output.grad.isfinite().all()
 
 
@@ -91,12 +119,12 @@ def test_nothing_is_summed_in_low_precision(dtype: torch.dtype) -> None:
         values = {
             "bernoulli": Bernoulli(logits).log_prob(images),
             "gaussian": Gaussian(logits, 1.0).log_prob(images),
-            "kl": DiagonalGaussian(mean, log_variance).kl(),
+            "kl": DiagonalGaussian(mean, log_variance).kl_from_standard_normal(),
         }
     expected = {
         "bernoulli": Bernoulli(logits.float()).log_prob(images),
         "gaussian": Gaussian(logits.float(), 1.0).log_prob(images),
-        "kl": DiagonalGaussian(mean.float(), log_variance.float()).kl(),
+        "kl": DiagonalGaussian(mean.float(), log_variance.float()).kl_from_standard_normal(),
     }
     for name, value in values.items():
         assert value.dtype == torch.float32, name

@@ -1,7 +1,6 @@
 import json
 import math
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal
-from vae_dist.models.distributions import LOG_VARIANCE_BOUND, Gaussian
-from vae_dist.training.adam import Adam
 
-from tests.conftest import MakeConfig, opened
+from tests.conftest import MakeConfig, Parts, opened
 from tests.sources import of_pixels
 from vae_dist import config
+from vae_dist.config import ObjectiveConfig
 from vae_dist.data import datasets
 from vae_dist.data.source import Source, read, select
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
+from vae_dist.models.likelihoods import Gaussian, GaussianPixels
+from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
+from vae_dist.models.priors import StandardNormal
+from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
@@ -64,6 +66,19 @@ PIXELS = torch.randint(0, 256, (300, 1, 3, 4), dtype=torch.uint8, generator=torc
 SIGMA = 0.3
 
 
+class Linear(VAE):
+    """A VAE of two linear layers, with four latents."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__((1, 3, 4), GaussianPixels(ObjectiveConfig(sigma=SIGMA)))
+        self.encoder = nn.Sequential(nn.Flatten(), encoder)
+        self.decoder = nn.Sequential(decoder, nn.Unflatten(1, (1, 3, 4)))
+        self.p_z = StandardNormal(4)
+
+    def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
+        return ((4,),)
+
+
 def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Tensor]:
     """A VAE whose p(x) is known, and log p(x) of `PIXELS`.
 
@@ -82,10 +97,7 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
         raw = LOG_VARIANCE_BOUND * torch.atanh((variance.log() + widen) / LOG_VARIANCE_BOUND)
         encoder.weight.copy_(torch.cat([to_mean, torch.zeros(4, 12)]))
         encoder.bias.copy_(torch.cat([shift - to_mean @ bias, raw]))
-    vae = VAE(
-        nn.Sequential(nn.Flatten(), encoder), nn.Sequential(decoder, nn.Unflatten(1, (1, 3, 4))),
-        partial(Gaussian, sigma=SIGMA), 4,
-    ).eval()  # fmt: skip
+    vae = Linear(encoder, decoder).eval()
     marginal = MultivariateNormal(bias, weight @ weight.T + SIGMA**2 * torch.eye(12).double())
     return vae, marginal.log_prob(datasets.to_unit(PIXELS, torch.float64).flatten(1))
 
@@ -114,7 +126,7 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     pixels = read(datasets.load_test(source.config.data), range(5))
     expected = []
     for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
-        mean, log_variance = vae.encode(image.unsqueeze(0))
+        mean, log_variance = vae.infer(image.unsqueeze(0))
         q, weights = Normal(mean, (0.5 * log_variance).exp()), []
         for number in range(9):
             row = range(index, index + 1)
@@ -163,7 +175,11 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
             values[33] = bad  # of 1200: four samples of each of the 300 images
             return values
 
-    vae.likelihood = partial(Spoiled, sigma=SIGMA)
+    class SpoiledPixels(GaussianPixels):
+        def forward(self, output: Tensor) -> Gaussian:
+            return Spoiled(output, self.sigma)
+
+    vae.likelihood = SpoiledPixels(ObjectiveConfig(sigma=SIGMA))
     estimates = estimate(
         vae, of_pixels(PIXELS), "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200"
     )
@@ -173,12 +189,12 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
 def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
     source = opened(run_dir)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
-    optimizer = Adam(vae.requires_grad_().parameters())
-    optimizer.step([torch.ones_like(parameter) for parameter in vae.parameters()], torch.tensor(1e-3))
+    parts = Parts(vae, source.config)
+    parts.optimizer.step([torch.ones_like(parameter) for parameter in vae.parameters()], torch.tensor(1e-3))
     list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
     state = source.checkpoint.state
     state.step = 11
-    Run(run_dir).save(source.config, vae, optimizer, state)
+    Run(run_dir).save(source.config, parts, state)
     with pytest.raises(UserError, match=r"negative_elbo is not finite for 200 of 200 images .* evaluate an earlier"):
         evaluate(run_dir)
     assert not (run_dir / "evaluation.json").exists()
@@ -190,9 +206,11 @@ def test_a_dead_latent_is_not_active_and_has_no_kl() -> None:
     settings = config.load(["device=cpu", "evaluate.batch_size=70"])
     with processes.join(settings) as world:
         encodings = encode(vae, of_pixels(PIXELS), world, settings)
-    assert active_units(encodings.mean) == 3
-    assert encodings.kl[:, 3].abs().max() < 1e-12 and (encodings.kl[:, :3].mean(0) > 0.01).all()
-    decoded = vae.decode(encodings.mean).mean.detach().numpy()
+    means = vae.infer(datasets.to_unit(PIXELS, torch.float64)).mean.detach()
+    np.testing.assert_allclose(encodings.variance, np.var(means.numpy(), axis=0), rtol=1e-12, atol=1e-15)
+    assert active_units(encodings.variance) == 3
+    assert encodings.kl[3].abs() < 1e-12 and (encodings.kl[:3] > 0.01).all()
+    decoded = vae.decode(means).mean.detach().numpy()
     expected = ((decoded - PIXELS.numpy() / 255.0) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(encodings.squared_error.numpy(), expected)
 
@@ -304,7 +322,7 @@ def test_every_image_counts_once_also_in_a_last_smaller_chunk(run_dir: Path, mak
     for index in range(200):
         image = datasets.to_unit(read(test, [index]))
         noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, range(index, index + 1), vae.latent_dim)
-        expected.append(elbo_terms(vae(image, noise), image).negative_elbo)
+        expected.append(elbo_terms(vae(image, noise.unsqueeze(0)), image).negative_elbo)
     assert result["negative_elbo"] == pytest.approx(torch.cat(expected).double().mean().item(), abs=1e-4)
     assert result["negative_elbo"] == pytest.approx(result["reconstruction"] + result["kl"])
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import MakeConfig, opened
+from tests.conftest import MakeConfig, Parts, opened
 from tests.test_checkpoint import SHAPE, trained
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
-from vae_dist.runs.checkpoint import Best, Checkpoint, TrainingState
+from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.manifest import FILES, MANIFEST
 from vae_dist.runs.run import Run
-from vae_dist.training.adam import Adam
+from vae_dist.runs.state import Best, TrainingState
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8),
@@ -44,9 +44,8 @@ def config(make_config: MakeConfig) -> Config:
 
 @pytest.fixture
 def whole(config: Config, tmp_path: Path) -> Path:
-    vae, optimizer = trained(config)
     state = TrainingState(7, window=[{"loss": 1.5}], best=Best(7, 100.0))
-    return Run(tmp_path / "whole").save(config, vae, optimizer, state)
+    return Run(tmp_path / "whole").save(config, trained(config), state)
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -77,12 +76,11 @@ def read(folder: Path, config: Config) -> None:
     """Find a checkpoint, open it for inference, and resume from it."""
     config.data.image_shape = SHAPE
     vae = build_vae(config, SHAPE)
-    optimizer = Adam(vae.parameters())
     before = [parameter.clone() for parameter in vae.parameters()]
     try:
         run = opened(folder)
         run.checkpoint.load_vae(run.config, torch.device("cpu"))
-        Checkpoint(folder).load_training(vae, optimizer)
+        Checkpoint(folder).load_training(Parts(vae, config))
     except UserError as refusal:
         assert "\n" not in str(refusal)
         assert all(torch.equal(old, new) for old, new in zip(before, vae.parameters(), strict=True))

@@ -1,86 +1,102 @@
-import logging
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from vae_dist.training.gradients import Gradients
 
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, update_of
 from tests.test_trainer import final
 from vae_dist import config
-from vae_dist.compute import compiled
 from vae_dist.compute.compiled import Compiled
 from vae_dist.config import Precision
 from vae_dist.distributed import precision as precisions
 from vae_dist.distributed import processes
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
+from vae_dist.objectives import elbo
+from vae_dist.plan import shard
 from vae_dist.runs.claim import claim
+from vae_dist.training.differentiate import Differentiate, Losses
 from vae_dist.training.loop import train
-from vae_dist.training.schedules import Schedule
-from vae_dist.training.update import Update
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
+SCALE = 8.0
 
 
-def made(*arguments: str, precision: Precision = "fp64", scaled: bool = False) -> tuple[VAE, Gradients]:
+def losses_of(network: Callable[..., object], images: Tensor, noise: Tensor, beta: Tensor) -> Losses:
+    inference = network(images, noise)
+    return Losses(elbo(inference, images, beta), outputs=(inference.likelihood.mean,))  # type: ignore[attr-defined, arg-type]
+
+
+def made(
+    *arguments: str, precision: Precision = "fp64", scaled: bool = False, batch_size: float = 16.0
+) -> tuple[VAE, Differentiate]:
     settings = config.load(["model.latent_dim=3", "model.hidden_dims=[20]", *arguments])
     vae = build_vae(settings, (1, 6, 6)).to(precisions.param_dtype(precision))
-    autocast = precisions.autocast(precision, torch.device("cpu"))
-    return vae, Gradients(vae, 16.0, autocast, torch.float64, scaled=scaled)
+    accelerator = precisions.accelerator(precision)
+    if scaled:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    differentiate = Differentiate(
+        vae, losses_of, batch_size=batch_size, autocast=precisions.autocast(precision, torch.device("cpu")),
+        accelerator=accelerator, sum_dtype=torch.float64,
+    )  # fmt: skip
+    return vae, differentiate
 
 
-def inputs(vae: VAE, precision: Precision = "fp64") -> list[Tensor]:
-    """Images, noise, beta, the scale of the loss, and the weights."""
+def inputs(vae: VAE, *, scale: float = 1.0, draws: int = 2) -> list[Tensor]:
+    """The scale of the loss, images, noise, beta, and the weights."""
     torch.manual_seed(1)
-    dtype = precisions.param_dtype(precision)
-    images, noise = torch.rand(16, 1, 6, 6, dtype=dtype), torch.randn(16, 3, dtype=dtype)
-    return [images, noise, torch.tensor(0.7, dtype=torch.float64), torch.tensor(8.0), *vae.parameters()]
+    images, noise = torch.rand(16, 1, 6, 6, dtype=vae.dtype), torch.randn(draws, 16, 3, dtype=vae.dtype)
+    return [torch.tensor(scale), images, noise, torch.tensor(0.7, dtype=torch.float64), *vae.parameters()]
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-@pytest.mark.parametrize("scale", [1, 8])
-def test_the_gradients_are_those_of_the_loss(likelihood: str, scale: int) -> None:
-    vae, gradients = made(f"objective.reconstruction={likelihood}", scaled=scale > 1)
-    given = inputs(vae)
-    loss, terms, *results = gradients.eager(*given)
-    posterior, likelihood_of = vae(*given[:2])
-    reconstruction, kl = -likelihood_of.log_prob(given[0]).sum(), posterior.kl().sum()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_gradients_are_those_of_the_loss(likelihood: str, scaled: bool) -> None:
+    vae, differentiate = made(f"objective.reconstruction={likelihood}", scaled=scaled)
+    scale = SCALE if scaled else 1.0
+    given = inputs(vae, scale=scale)
+    loss, sums, output, *results = differentiate.eager(*given)
+    _, images, noise, *_ = given
+    inference = vae(images, noise)
+    reconstruction, kl = -inference.log_likelihood(images).mean(0).sum(), inference.kl.sum() / 2
     expected = (reconstruction + 0.7 * kl) / 16
     torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(terms, torch.stack([reconstruction, kl]).detach())
+    torch.testing.assert_close(sums, torch.stack([reconstruction + 0.7 * kl, reconstruction, kl]).detach())
+    torch.testing.assert_close(output, inference.likelihood.mean.detach())
     torch.testing.assert_close(results, list(torch.autograd.grad(scale * expected, list(vae.parameters()))))
+    assert not any(tensor.requires_grad for tensor in (loss, sums, output, *results))
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_gradients_of_uneven_shards_average_to_the_batchs() -> None:
+    vae, differentiate = made()
+    scale, images, noise, beta, *weights = inputs(vae)
+    whole = differentiate.eager(scale, images, noise, beta, *weights)
+    for world_size in (2, 3, 5):
+        _, of_shard = made(batch_size=16 / world_size)
+        of_shard._network = vae
+        results: list[Sequence[Tensor]] = []
+        for rank in range(world_size):
+            rows = slice(shard(16, rank, world_size).start, shard(16, rank, world_size).stop)
+            loss, _, _, *gradients = of_shard.eager(scale, images[rows], noise[:, rows], beta, *weights)
+            results.append([loss, *gradients])
+        means = [torch.stack(values).mean(0) for values in zip(*results, strict=True)]
+        torch.testing.assert_close(means, [whole[0], *whole[3:]])
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("as_program", [False, pytest.param(True, marks=[pytest.mark.slow, needs_a_compiler])])
-def test_compiled_gradients_equal_eager_ones(precision: Precision, as_program: bool) -> None:
-    vae, gradients = made(precision=precision, scaled=True)
-    other = Compiled(gradients.functional, gradients.eager) if as_program else gradients.functional
-    ours, theirs = (list(compute(*inputs(vae, precision))) for compute in (gradients.eager, other))
+def test_functional_gradients_equal_eager_ones(precision: Precision, as_program: bool) -> None:
+    vae, differentiate = made(precision=precision, scaled=True)
+    other = Compiled(differentiate.functional, differentiate.eager) if as_program else differentiate.functional
+    ours, theirs = (list(compute(*inputs(vae, scale=SCALE))) for compute in (differentiate.eager, other))
     assert not (isinstance(other, Compiled) and other.failure)
     tolerance = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 3e-2}[precision]
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def test_a_step_that_can_not_be_compiled_runs_uncompiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*arguments: object) -> object:
-        raise RuntimeError("no working C++ compiler\nand much more")
-
-    monkeypatch.setattr(torch._inductor, "compile", broken)
-    vae, gradients = made()
-    program = Compiled(gradients.functional, gradients.eager)
-    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
-        results = [program(*inputs(vae)) for _ in range(2)]
-    assert [record.message for record in caplog.records if record.name == compiled.__name__] == [
-        "the step can't be compiled (RuntimeError: no working C++ compiler) and runs uncompiled"
-    ]
-    assert torch.equal(results[1][0], gradients.eager(*inputs(vae))[0])
 
 
 @pytest.mark.slow
@@ -91,22 +107,26 @@ def test_a_compiled_step_equals_the_eager_step(
     bound: str, flat: bool, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Over micro-batches of unlike sizes, and over an update that is not finite and skipped."""
-    arguments = ["train.precision=fp64", "train.accumulate=3", f"optim.max_grad_norm={bound}", "train.nonfinite=skip"]
+    arguments = [
+        "train.precision=fp64", "train.accumulate=3", f"optim.max_grad_norm={bound}", "train.nonfinite=skip",
+        "train.batch_size=32", "model.latent_dim=4", "objective.samples=2", "objective.beta_warmup_steps=10",
+        "optim.warmup_steps=3", "ema.decay=0.9",
+    ]  # fmt: skip
     torch.manual_seed(2)
     pixels = torch.randint(256, (6, 32, 1, 8, 8), dtype=torch.uint8)
-    noise = torch.randn(6, 32, 4, dtype=torch.float64)
-    noise[2, 7, 3] = math.nan
+    noise = torch.randn(6, 32, 2, 4, dtype=torch.float64)
+    noise[2, 7, 1, 3] = math.nan
     results = []
     for choice in ("false", "true"):
-        settings = make_config(*arguments, f"train.compile={choice}", "train.batch_size=32", "model.latent_dim=4")
+        settings = make_config(*arguments, f"train.compile={choice}")
         with processes.join(settings) as world:
-            vae = build_vae(settings, (1, 8, 8)).double()
-            update = Update(vae, settings, world, flat=flat and choice == "true")
+            update = update_of(settings, world, (1, 8, 8), flat=flat and choice == "true")
             totals = []
             for step in range(6):
-                update(pixels[step : step + 1], noise[step : step + 1], [Schedule(1e-3, 0.1 * step)])
+                update(pixels[step : step + 1], noise[step : step + 1], [update.recipe.values(step)])
                 totals.append(update.totals.clone())
-            results.append([*totals, *(weight.detach() for weight in vae.parameters())])
+            networks = update.recipe.networks.values()
+            results.append([*totals, *(weight.detach() for network in networks for weight in network.parameters())])
             assert update.require_healthy(6) == 1
     assert "can't be compiled" not in caplog.text
     for ours, theirs in zip(*results, strict=True):

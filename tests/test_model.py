@@ -1,13 +1,24 @@
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
-from vae_dist.models.distributions import Bernoulli, Gaussian
+from torch import Tensor, nn
+from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Normal, kl_divergence
 
 from vae_dist import config
-from vae_dist.config import Config
+from vae_dist.config import ARCHITECTURES, Config, ObjectiveConfig
 from vae_dist.errors import UserError
-from vae_dist.models import ARCHITECTURES, build_vae
-from vae_dist.models.mlp import TRANSPOSED_ROWS, Layers
+from vae_dist.models import build_vae
+from vae_dist.models.likelihoods import Bernoulli, BernoulliPixels, Gaussian
+from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
+from vae_dist.models.priors import Prior, StandardNormal
+from vae_dist.models.tensors import Shape, ShapeError
+from vae_dist.models.transposed import TRANSPOSED_ROWS, Layers
+from vae_dist.models.vae import VAE
+from vae_dist.objectives import OBJECTIVES
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (2, 5, 7)]
 
@@ -20,11 +31,14 @@ def make(*arguments: str) -> Config:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_architecture_keeps_the_contract_of_shapes(architecture: str, shape: tuple[int, ...]) -> None:
     vae = build_vae(make(f"model.architecture={architecture}"), shape)
-    images, noise = torch.rand(4, *shape), torch.randn(4, 3)
+    images, noise = torch.rand(4, *shape), torch.randn(2, 4, vae.latent_dim)
     output = vae(images, noise)
-    assert output.posterior.mean.shape == output.posterior.log_variance.shape == (4, 3)
-    assert output.likelihood.mean.shape == images.shape
-    (output.posterior.kl().sum() - output.likelihood.log_prob(images).sum()).backward()
+    assert output.posterior.mean.shape == output.posterior.log_variance.shape == (4, vae.latent_dim)
+    assert output.likelihood.mean.shape == (8, *shape)
+    assert output.latents.shape == noise.shape and output.log_ratio.shape == (2, 4)
+    assert output.kl.shape == (2, 4, vae.latent_dim) and output.log_likelihood(images).shape == (2, 4)
+    assert vae.prior(torch.zeros(5, vae.prior_numbers)).shape == (5, vae.latent_dim)
+    (output.kl.sum() - output.log_likelihood(images).sum()).backward()
     for name, parameter in vae.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         assert name.startswith(("encoder.", "decoder."))
@@ -33,9 +47,9 @@ def test_every_architecture_keeps_the_contract_of_shapes(architecture: str, shap
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_image_does_not_see_the_others_of_its_batch(architecture: str) -> None:
     vae = build_vae(make(f"model.architecture={architecture}"), (1, 28, 28)).double()
-    images, noise = torch.rand(6, 1, 28, 28).double(), torch.randn(6, 3).double()
+    images, noise = torch.rand(6, 1, 28, 28).double(), torch.randn(1, 6, vae.latent_dim).double()
     together = vae(images, noise).likelihood.mean
-    torch.testing.assert_close(together[2:3], vae(images[2:3], noise[2:3]).likelihood.mean)
+    torch.testing.assert_close(together[2:3], vae(images[2:3], noise[:, 2:3]).likelihood.mean)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vae.modules())
 
 
@@ -87,3 +101,147 @@ def test_the_likelihood_is_the_configs() -> None:
 def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(UserError, match="unknown reconstruction 'bernouli'; choose from bernoulli, gaussian"):
         build_vae(make("objective.reconstruction=bernouli"), (1, 4, 4))
+    with pytest.raises(UserError, match="unknown prior 'normal'; choose from standard_normal"):
+        build_vae(make("model.prior=normal"), (1, 4, 4))
+
+
+class Convolutional(VAE):
+    """Latents `(4, H / 4, W / 4)` by one convolution each way."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 28, 28), BernoulliPixels(ObjectiveConfig()))
+        self.encoder: nn.Module = nn.Conv2d(1, 2 * 4, 4, stride=4)
+        self.decoder: nn.Module = nn.ConvTranspose2d(4, 1, 4, stride=4)
+        self.p_z: Prior = StandardNormal(self.latent_dim)
+
+    def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
+        if image_shape[1] % 4 or image_shape[2] % 4:
+            raise ValueError(f"4 must divide {image_shape[1]} and {image_shape[2]}")
+        return ((4, image_shape[1] // 4, image_shape[2] // 4),)
+
+
+@pytest.fixture
+def convolutional() -> VAE:
+    torch.manual_seed(0)
+    return Convolutional().double()
+
+
+def test_shaped_latents_have_the_loss_of_each_image_alone(convolutional: VAE) -> None:
+    """Seven images with latents of seven rows and columns: a sum over the wrong dimension would broadcast."""
+    images, noise = torch.rand(7, 1, 28, 28).double(), torch.randn(1, 7, 196).double()
+    losses = []
+    for image, of_image in zip(images, noise[0], strict=True):
+        mean, raw = convolutional.encoder(image.unsqueeze(0))[0].split(4)
+        q = Normal(mean, (0.5 * LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND)).exp())
+        logits = convolutional.decoder((q.mean + q.stddev * of_image.view(4, 7, 7)).unsqueeze(0))[0]
+        log_likelihood = TorchBernoulli(None, logits, False).log_prob(image).sum()
+        losses.append(kl_divergence(q, Normal(0.0, 1.0)).sum() - log_likelihood)
+    computed = OBJECTIVES["elbo"](convolutional(images, noise), images, torch.tensor(1.0))["loss"]
+    torch.testing.assert_close(computed, torch.stack(losses))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 12, 20)])
+def test_draws_at_once_equal_single_draws(shape: Shape, convolutional: VAE) -> None:
+    images = torch.rand(3, *shape).double()
+    posterior = convolutional.infer(images)
+    noise = torch.randn(5, *posterior.mean.shape).double()
+    at_once = convolutional.sample(posterior, noise, shape)
+    for number in range(5):
+        alone = convolutional.sample(posterior, noise[number : number + 1], shape)
+        for ours, theirs in (
+            (at_once.latents, alone.latents), (at_once.kl, alone.kl), (at_once.log_ratio, alone.log_ratio),
+            (at_once.log_likelihood(images), alone.log_likelihood(images)),
+        ):  # fmt: skip
+            torch.testing.assert_close(ours[number], theirs[0])
+        means = at_once.likelihood.mean.unflatten(0, (5, 3))[number]
+        torch.testing.assert_close(means, alone.likelihood.mean)
+
+
+def test_images_of_another_size_are_encoded_and_decoded(convolutional: VAE) -> None:
+    images = torch.rand(2, 1, 12, 20).double()
+    posterior = convolutional.infer(images)
+    assert posterior.mean.shape == (2, 4 * 3 * 5) and convolutional.latent_dim == 4 * 7 * 7
+    torch.testing.assert_close(posterior.mean, convolutional.encoder(images)[:, :4].reshape(2, 60))
+    expected = convolutional.decoder(posterior.mean.view(2, 4, 3, 5)).sigmoid()
+    torch.testing.assert_close(convolutional.decode(posterior.mean, (1, 12, 20)).mean, expected)
+    inference = convolutional(images, torch.zeros(1, 2, 60).double())
+    torch.testing.assert_close(inference.likelihood.mean, expected)
+
+
+def other_module(name: str, module: nn.Module) -> Callable[[VAE], None]:
+    def change(vae: VAE) -> None:
+        setattr(vae, name, module.double())
+
+    return change
+
+
+class OfOneNumber(StandardNormal):
+    """A prior whose log-density has one dimension too many."""
+
+    def log_ratio(self, *given: Any) -> Tensor:
+        return super().log_ratio(*given).unsqueeze(2)
+
+
+WRONG: dict[str, tuple[Callable[[VAE], None] | None, Callable[[VAE], object], str]] = {
+    "noise without draws": (None, lambda vae: vae(zeros(7), zeros(7, 196)), "noise * (K, 7, 196) * (7, 196)"),
+    "noise of other latents": (None, lambda vae: vae(zeros(7), zeros(2, 7, 7)), "noise * (K, 7, 196) * (2, 7, 7)"),
+    "noise of other images": (None, lambda vae: vae(zeros(7), zeros(2, 1, 196)), "noise * (K, 7, 196) * (2, 1, 196)"),
+    "noise of a prior": (None, lambda vae: vae.prior(zeros(7, 1)), "noise * (7, 196) * (7, 1)"),
+    "shaped latents": (None, lambda vae: vae.decode(zeros(7, 4, 7, 7)), "latents * (7, 196) * (7, 4, 7, 7)"),
+    "latents of another size": (None, lambda vae: vae.decode(zeros(7, 60)), "latents * (7, 196) * (7, 60)"),
+    "an encoder's channels": (
+        other_module("encoder", nn.Conv2d(1, 4, 4, stride=4)),
+        lambda vae: vae.infer(zeros(7)),
+        "encoder * (7, 392) * (7, 196)",
+    ),
+    "a decoder's size": (
+        other_module("decoder", nn.ConvTranspose2d(4, 1, 2, stride=2)),
+        lambda vae: vae.decode(zeros(7, 196)),
+        "decoder * (7, 1, 28, 28) * (7, 1, 14, 14)",
+    ),
+    "a prior's density": (
+        other_module("p_z", OfOneNumber(196)),
+        lambda vae: vae(zeros(7), zeros(2, 7, 196)),
+        "prior * (2, 7) * (2, 7, 1)",
+    ),
+    "other images": (
+        None,
+        lambda vae: vae(zeros(7), zeros(1, 7, 196)).log_likelihood(zeros(1)),
+        "images * (7, 1, 28, 28) * (1, 1, 28, 28)",
+    ),
+    "flat images": (
+        None,
+        lambda vae: vae.decode(zeros(7, 196)).log_prob(zeros(7, 784)),
+        "images * (7, 1, 28, 28) * (7, 784)",
+    ),
+    "noise of pixels": (
+        None,
+        lambda vae: vae.decode(zeros(7, 196)).sample(zeros(1)),
+        "noise * (7, 1, 28, 28) * (1, 1, 28, 28)",
+    ),
+}
+
+
+def zeros(*shape: int) -> Tensor:
+    """Zeros of a shape, or so many images."""
+    return torch.zeros(*shape, *((1, 28, 28) if len(shape) == 1 else ())).double()
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_shape_is_named_and_never_broadcasts(what: str, convolutional: VAE) -> None:
+    """The message holds both shapes, the expected one first."""
+    change, use, message = WRONG[what]
+    if change is not None:
+        change(convolutional)
+    with pytest.raises(ShapeError, match=".*".join(map(re.escape, message.split(" * ")))):
+        use(convolutional)
+
+
+def test_images_that_a_network_can_not_take_are_named(convolutional: VAE) -> None:
+    with pytest.raises(ValueError, match="4 must divide 27 and 28"):
+        convolutional.infer(torch.zeros(1, 1, 27, 28).double())
+    mlp = build_vae(make(), (1, 8, 8))
+    with pytest.raises(ValueError, match=r"takes images of \[1, 8, 8\] alone, not \[1, 4, 16\]"):
+        mlp.infer(torch.zeros(2, 1, 4, 16))
+    with pytest.raises(ValueError, match=r"takes images of \[1, 8, 8\] alone, not \[1, 4, 16\]"):
+        mlp.decode(torch.zeros(2, 3), (1, 4, 16))

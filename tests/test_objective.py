@@ -1,32 +1,55 @@
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
-from vae_dist.models.distributions import DiagonalGaussian
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
 
 from vae_dist import config
 from vae_dist.models import build_vae
+from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.vae import VAE
 from vae_dist.objectives import (
+    OBJECTIVES,
     ElboTerms,
     active_units,
     bits_per_dimension,
     elbo_terms,
     log_weights,
-    training_loss,
+    with_bound,
 )
-from vae_dist.plan import shard
+
+
+def small_vae(*arguments: str, image_shape: tuple[int, ...] = (1, 6, 6)) -> VAE:
+    return build_vae(config.load(["model.latent_dim=5", "model.hidden_dims=[16]", *arguments]), image_shape).double()
+
+
+def of_each_draw(vae: VAE, images: Tensor, noise: Tensor) -> Mapping[str, Tensor]:
+    """The oracle: log p(x|z), log p(z) and log q(z|x) of each draw `(K, B)` by torch.distributions."""
+    parameters = vae.infer(images)
+    q = Normal(parameters.mean, (0.5 * parameters.log_variance).exp())
+    rows: dict[str, list[Tensor]] = {"p(x|z)": [], "p(z)": [], "q(z|x)": []}
+    for of_draw in noise:
+        latents = q.mean + q.stddev * of_draw
+        output = vae.decoder(latents)
+        is_gaussian = vae.likelihood.name == "gaussian"
+        pixels: Distribution = Normal(output, 1.0) if is_gaussian else Bernoulli(None, output, False)
+        rows["p(x|z)"].append(pixels.log_prob(images).sum((1, 2, 3)))
+        rows["p(z)"].append(Normal(0.0, 1.0).log_prob(latents).sum(1))
+        rows["q(z|x)"].append(q.log_prob(latents).sum(1))
+    return {name: torch.stack(values) for name, values in rows.items()}
 
 
 def test_terms_match_torch_distributions_image_by_image() -> None:
-    vae = build_vae(config.load(["model.latent_dim=5", "model.hidden_dims=[16]"]), (1, 6, 6)).double()
-    images, noise = torch.randint(0, 2, (9, 1, 6, 6)).double(), torch.randn(9, 5).double()
+    vae = small_vae()
+    images, noise = torch.randint(0, 2, (9, 1, 6, 6)).double(), torch.randn(1, 9, 5).double()
     terms = elbo_terms(vae(images, noise), images)
 
-    posterior = vae.encode(images)
+    posterior = vae.infer(images)
     scale = (0.5 * posterior.log_variance).exp()
-    pixels = Bernoulli(probs=vae.decode(posterior.mean + scale * noise).mean)
+    pixels = Bernoulli(probs=vae.decode(posterior.mean + scale * noise[0]).mean)
     torch.testing.assert_close(terms.reconstruction, -Independent(pixels, 3).log_prob(images))
     torch.testing.assert_close(terms.kl, kl_divergence(Normal(posterior.mean, scale), Normal(0.0, 1.0)).sum(1))
     torch.testing.assert_close(terms.negative_elbo, terms.reconstruction + terms.kl)
@@ -35,19 +58,14 @@ def test_terms_match_torch_distributions_image_by_image() -> None:
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_log_weights_match_torch_distributions(likelihood: str) -> None:
     """Sample by sample and image by image, grey pixels too."""
-    settings = config.load(["model.latent_dim=5", "model.hidden_dims=[16]", f"objective.reconstruction={likelihood}"])
-    vae = build_vae(settings, (2, 9, 13)).double()  # 234 pixels: neither a multiple nor a divisor of anything
+    # 234 pixels: neither a multiple nor a divisor of anything
+    vae = small_vae(f"objective.reconstruction={likelihood}", image_shape=(2, 9, 13))
     images, noise = torch.rand(4, 2, 9, 13).double().round(decimals=1), torch.randn(3, 4, 5).double()
-    posterior = vae.encode(images)
-    computed = log_weights(vae, posterior, images, noise)
-    q = Normal(posterior.mean, (0.5 * posterior.log_variance).exp())
-    for sample in range(3):
-        latents = q.mean + q.stddev * noise[sample]
-        mean = vae.decoder(latents)
-        bernoulli, gaussian = Bernoulli(logits=mean, validate_args=False), Normal(mean, 1.0)
-        pixels = bernoulli.log_prob(images) if likelihood == "bernoulli" else gaussian.log_prob(images)
-        joint = pixels.sum((1, 2, 3)) + Normal(0.0, 1.0).log_prob(latents).sum(1)
-        torch.testing.assert_close(computed[sample], joint - q.log_prob(latents).sum(1))
+    inference = vae.sample(vae.infer(images), noise)
+    each = of_each_draw(vae, images, noise)
+    torch.testing.assert_close(inference.log_likelihood(images), each["p(x|z)"])
+    torch.testing.assert_close(inference.log_ratio, each["p(z)"] - each["q(z|x)"])
+    torch.testing.assert_close(log_weights(inference, images), each["p(x|z)"] + each["p(z)"] - each["q(z|x)"])
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
@@ -57,16 +75,53 @@ def test_float32_log_weights_equal_float64_to_a_ten_thousandth(scale: float) -> 
     next(vae.decoder.parameters()).data.mul_(scale)
     images, noise = torch.randint(0, 2, (50, 1, 28, 28)).float(), torch.randn(1, 50, 40)
     prior = DiagonalGaussian(torch.zeros(50, 40), torch.zeros(50, 40))
-    computed = log_weights(vae, prior, images, noise)[0]
+    computed = log_weights(vae.sample(prior, noise), images)[0]
     logits = vae.decoder(noise[0]).double()
     expected = Bernoulli(logits=logits).log_prob(images.double()).sum((1, 2, 3))
     torch.testing.assert_close(computed.double(), expected, rtol=2e-7, atol=1e-4)
 
 
+@pytest.mark.parametrize("draws", [1, 5])
+def test_the_elbo_is_the_mean_over_the_draws(draws: int) -> None:
+    """`iwae` reports the same terms."""
+    vae = small_vae()
+    images, noise = torch.rand(4, 1, 6, 6).double(), torch.randn(draws, 4, 5).double()
+    inference, each = vae(images, noise), of_each_draw(vae, images, noise)
+    q = Normal(inference.posterior.mean, (0.5 * inference.posterior.log_variance).exp())
+    kl = kl_divergence(q, Normal(0.0, 1.0)).sum(1)
+    expected = {"loss": -each["p(x|z)"].mean(0) + 0.7 * kl, "reconstruction": -each["p(x|z)"].mean(0), "kl": kl}
+    values = OBJECTIVES["elbo"](inference, images, torch.tensor(0.7))
+    assert list(values) == list(expected)
+    torch.testing.assert_close(values, expected)
+    importance_weighted = OBJECTIVES["iwae"](inference, images, torch.tensor(1.0))
+    assert importance_weighted.keys() == values.keys()
+    for name in ("reconstruction", "kl"):
+        assert torch.equal(importance_weighted[name], values[name])
+
+
+def test_the_importance_weighted_bound_is_the_log_of_the_mean_weight() -> None:
+    """Pixels of 36 nats: the weights are in float64's range, and their mean can be taken as it is defined."""
+    vae = small_vae()
+    images, noise = torch.rand(4, 1, 6, 6).double(), torch.randn(7, 4, 5).double()
+    each = of_each_draw(vae, images, noise)
+    weights = (each["p(x|z)"] + each["p(z)"] - each["q(z|x)"]).exp()
+    values = OBJECTIVES["iwae"](vae(images, noise), images, torch.tensor(1.0))
+    torch.testing.assert_close(values["loss"], -weights.mean(0).log())
+
+
+def test_with_one_draw_the_importance_weighted_bound_is_the_elbos_estimate() -> None:
+    vae = small_vae()
+    images, noise = torch.rand(4, 1, 6, 6).double(), torch.randn(1, 4, 5).double()
+    each = of_each_draw(vae, images, noise)
+    values = OBJECTIVES["iwae"](vae(images, noise), images, torch.tensor(1.0))
+    torch.testing.assert_close(values["loss"], -(each["p(x|z)"] + each["p(z)"] - each["q(z|x)"])[0])
+
+
 def test_a_latent_is_active_above_a_variance_of_a_hundredth() -> None:
     deviations = torch.tensor([1.0, 0.101, 0.099, 0.0])  # their squares: 1, 0.0102, 0.0098, 0
     means = 7 + deviations * torch.tensor([1.0, -1.0]).repeat(500).unsqueeze(1)
-    assert active_units(means) == int((np.var(means.double().numpy(), axis=0) > 0.01).sum()) == 2
+    variance = np.var(means.double().numpy(), axis=0)
+    assert active_units(torch.from_numpy(variance)) == int((variance > 0.01).sum()) == 2
 
 
 def test_bits_per_dimension_of_a_coin_for_each_pixel_is_one() -> None:
@@ -74,28 +129,29 @@ def test_bits_per_dimension_of_a_coin_for_each_pixel_is_one() -> None:
 
 
 def test_beta_weighs_the_loss_and_never_the_reported_bound() -> None:
+    vae = small_vae()
+    images, noise = torch.rand(4, 1, 6, 6).double(), torch.randn(1, 4, 5).double()
+    inference = vae(images, noise)
+    half, whole = (OBJECTIVES["elbo"](inference, images, torch.tensor(beta)) for beta in (0.5, 1.0))
+    torch.testing.assert_close(half["loss"], half["reconstruction"] + 0.5 * half["kl"])
+    torch.testing.assert_close(whole["loss"], elbo_terms(inference, images).negative_elbo)
+    for name in ("reconstruction", "kl"):
+        assert torch.equal(half[name], whole[name])
     terms = ElboTerms(reconstruction=torch.tensor([80.0, 90.0]), kl=torch.tensor([20.0, 30.0]))
-    assert training_loss(terms, beta=0.5, batch_size=2).item() == pytest.approx(97.5)
     assert terms.negative_elbo.tolist() == [100.0, 120.0]
+    reported = with_bound({"loss": 95.0, "reconstruction": 85.0, "kl": 25.0, "grad_norm": 3.0})
+    assert reported == {"loss": 95.0, "negative_elbo": 110.0, "reconstruction": 85.0, "kl": 25.0, "grad_norm": 3.0}
+    assert with_bound({"loss": 1.0, "adversarial": 2.0}) == {"loss": 1.0, "adversarial": 2.0}  # of another recipe
 
 
-def test_losses_of_uneven_shards_average_to_the_batch_mean() -> None:
-    terms = ElboTerms(torch.rand(100).double(), torch.rand(100).double())
-    whole = training_loss(terms, beta=1.0, batch_size=100)
-    for world_size in (2, 3, 8):
-        rows = [shard(100, rank, world_size) for rank in range(world_size)]
-        shards = [ElboTerms(*(term[list(part)] for term in terms)) for part in rows]
-        losses = [training_loss(part, 1.0, 100 / world_size) for part in shards]
-        torch.testing.assert_close(torch.stack(losses).mean(), whole)
-
-
-def test_the_objective_stays_in_float32_under_autocast() -> None:
+@pytest.mark.parametrize("bound", OBJECTIVES)
+def test_the_objective_stays_in_float32_under_autocast(bound: str) -> None:
     vae = build_vae(config.load([]), (1, 28, 28))
-    images, noise = torch.rand(8, 1, 28, 28), torch.randn(8, 40)
+    images, noise = torch.rand(8, 1, 28, 28), torch.randn(2, 8, 40)
     with torch.autocast("cpu", torch.bfloat16):
         output = vae(images, noise)
-        inside = elbo_terms(output, images)
-    outside = elbo_terms(output, images)
-    for value, expected in zip(inside, outside, strict=True):
+        inside = OBJECTIVES[bound](output, images, torch.tensor(0.5))
+    outside = OBJECTIVES[bound](output, images, torch.tensor(0.5))
+    for name, value in inside.items():
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(value, outside[name], rtol=1e-6, atol=1e-5)

@@ -138,7 +138,7 @@ def newest(run_dir: Path) -> Path:
 def reseal(folder: Path, **versions: str) -> None:
     """Give a checkpoint's changed files a manifest of their new hashes, as an attacker would."""
     contents = {name: (folder / name).read_bytes() for name in manifest.FILES}
-    sealed = manifest.seal(contents, json.loads(contents["state.json"])["step"])
+    sealed = manifest.seal(contents, json.loads(contents["state.json"])["step"], frozen={})
     sealed["versions"] |= versions
     (folder / "manifest.json").write_bytes(manifest.to_json(sealed))
 
@@ -205,7 +205,8 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
     """The oracle: the encoder. If an evaluation has the KL of each latent, the bars are its own."""
     run = opened(run_dir)
     vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
-    kl = vae.encode(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels)).kl().double().mean(0).tolist()
+    posterior = vae.infer(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels))
+    kl = posterior.kl_from_standard_normal().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
     assert list(page.readings("KL per latent").items()) == [(f"latent {i}", f"{kl[i]:.4f} nats") for i in falling]
     assert page.all("svg", **{"data-names": f"latent {falling[0]},latent {falling[1]}"})
@@ -232,7 +233,7 @@ def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> N
         expected = vae.decode(code).mean[0, 0].mul(255).numpy()
         cell = pixels[row * 28 : row * 28 + 28, column * 28 : column * 28 + 28]
         assert np.abs(cell - expected).max() < 0.51
-    mean = vae.encode(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels)).mean[:, seen.latents]
+    mean = vae.infer(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels)).mean[:, seen.latents]
     torch.testing.assert_close(seen.means, mean)
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from vae_dist.models.distributions import DiagonalGaussian
 
 from tests.conftest import MakeConfig, opened
 from tests.sources import whole
@@ -20,6 +19,7 @@ from vae_dist.data.datasets import Part
 from vae_dist.data.source import InMemory, in_memory
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.runs import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
@@ -57,7 +57,7 @@ def posterior_of(run: Path) -> DiagonalGaussian:
     """The posteriors of the test images, all at once."""
     source = opened(run)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
-    return vae.encode(datasets.to_unit(whole(datasets.load_test(source.config.data)).pixels))
+    return vae.infer(datasets.to_unit(whole(datasets.load_test(source.config.data)).pixels))
 
 
 EVERY_KIND = {
@@ -141,7 +141,7 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
     source = opened(run_dir)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     training, _ = datasets.load_training(source.config.data)
-    posterior = vae.encode(datasets.to_unit(whole(training).pixels))
+    posterior = vae.infer(datasets.to_unit(whole(training).pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
     mean = posterior.mean.double().mean(0)
     covariance = posterior.mean.double().T.cov() + posterior.log_variance.exp().double().mean(0).diag()

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted({path.parent.name for path in MODULES} - {PACKAGE.name})
 COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 LIBRARIES = {
-    "accelerate": ["distributed"],
+    "accelerate": ["distributed", "training/differentiate.py"],
     "wandb": ["runs"],
     "omegaconf": ["config"],
     "torchvision": ["data/mnist.py"],

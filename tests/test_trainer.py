@@ -23,9 +23,8 @@ from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
 from vae_dist.runs.run import Run
-from vae_dist.training import cadence, loop
+from vae_dist.training import cadence, loop, schedules
 from vae_dist.training.loop import train
-from vae_dist.training.schedules import schedule
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
 
@@ -88,13 +87,14 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
     optimizer = torch.optim.Adam(vae.parameters())
     for step in range(12):
         images = read(training, plan.batch(step)).double() / 255
-        output = vae(images, plan.noise(range(step, step + 1), range(50), (8,))[0].double())
-        loss = (output.posterior.kl().sum() - output.likelihood.log_prob(images).sum()) / 50
+        output = vae(images, plan.noise(range(step, step + 1), range(50), (8,)).double())
+        loss = (output.kl.sum() - output.likelihood.log_prob(images).sum()) / 50
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
         for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(schedule(run_config, step, 12).learning_rate).item()  # kept in float32
+            learning_rate = schedules.learning_rate(run_config.optim, step, 12)
+            group["lr"] = torch.tensor(learning_rate).item()  # kept in float32
         optimizer.step()
     for name, parameter in vae.named_parameters():
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-10, atol=1e-12)

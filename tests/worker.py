@@ -16,7 +16,6 @@ from functools import partial, partialmethod
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 if __name__ == "__main__":  # run by its path
@@ -24,24 +23,26 @@ if __name__ == "__main__":  # run by its path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from tests.sources import mapped
 from vae_dist import config
-from vae_dist.compute.compiled import Compiled
+from vae_dist.compute.compiled import Compiled, Function
+from vae_dist.config import Precision
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.distributed import environment, failures, fingerprints, precision, processes, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.models import build_vae
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import Plan
 from vae_dist.runs import console
 from vae_dist.runs.claim import claim
-from vae_dist.training import milestones
+from vae_dist.training import milestones, schedules
 from vae_dist.training.loop import train
-from vae_dist.training.schedules import schedule
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
 
@@ -52,7 +53,8 @@ def record_batches(output: str, arguments: list[str]) -> None:
         run_config = run.config
         training, _ = datasets.split(training_set, run_config.data)
         plan = Plan(run_config.seed, training.info.count, run_config.train.batch_size)
-        batches = Batches(training, plan, run_config, world, (run_config.model.latent_dim,))
+        vae = build_vae(run_config, training.info.image_shape)
+        batches = Batches(training, plan, run_config, world, (vae.latent_dim,))
         size = plan.batch_size
         rows = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
         seen: dict[str, list[torch.Tensor]] = {"images": [], "noise": [], "learning_rate": []}
@@ -60,7 +62,7 @@ def record_batches(output: str, arguments: list[str]) -> None:
             images, noise = batches(range(step, step + 1))
             seen["images"].append(world.gather_rows([rows], [images[0]], size))
             seen["noise"].append(world.gather_rows([rows], [noise[0]], size))
-            seen["learning_rate"].append(torch.tensor(schedule(run_config, step, 25).learning_rate))
+            seen["learning_rate"].append(torch.tensor(schedules.learning_rate(run_config.optim, step, 25)))
         if world.is_main:
             save_file({name: torch.stack(values) for name, values in seen.items()}, output)
 
@@ -179,7 +181,7 @@ def with_another_pixel(
 def nudge(update: Update, take: Callable[..., None], what: str, *inputs: Any) -> None:
     """Change one bias, or one second moment, on this process alone, then take a step."""
     with torch.no_grad():
-        update.optimizer.tensors[1 if what == "weights" else -2].view(-1)[0] += 1e-6
+        update.recipe.optimizers["optimizer"].tensors[1 if what == "weights" else -2].view(-1)[0] += 1e-6
     take(update, *inputs)
 
 
@@ -192,14 +194,24 @@ def on_unlike_processors(output: str, arguments: list[str]) -> None:
         record_refusal(output, arguments)
 
 
+def scaled_accelerator(scaler: torch.amp.GradScaler) -> Callable[[Precision], Accelerator]:
+    """A maker of Accelerators, as `precision.accelerator`, with fp16's scaler on a CPU."""
+    make = precision.accelerator
+
+    def scaled(chosen: Precision) -> Accelerator:
+        accelerator = make(chosen)
+        accelerator.scaler = scaler
+        return accelerator
+
+    return scaled
+
+
 def with_a_loss_scaler(output: str, arguments: list[str]) -> None:
     """Train with fp16's scaler, whose first scale is too large; compiled programs are the functions themselves."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "accelerator", lambda precision: SimpleNamespace(scaler=scaler))
-        patch.setattr(
-            Compiled, "_compile", lambda made, shapes, inputs: made._programs.update({shapes: made._function})
-        )
+        patch.setattr(precision, "accelerator", scaled_accelerator(scaler))
+        patch.setattr(Compiled, "_compile", lambda made, inputs: made._function)
         train(config.load(arguments))
 
 
@@ -213,11 +225,11 @@ def compiled_where(program: int | None) -> Callable[[str, list[str]], None]:
     def record(output: str, arguments: list[str]) -> None:
         rank, compilations = int(os.environ["RANK"]), count()
 
-        def compile_one(made: Compiled, shapes: Any, inputs: Any) -> None:
+        def compile_one(made: Compiled, inputs: Any) -> Function:
             if next(compilations) == program and rank == int(os.environ["WORLD_SIZE"]) - 1:
-                made.failure = "OSError: no compiler"
+                raise OSError("no compiler")
             factor = 1 + (rank if program is None else 1) * 2.0**-20
-            made._programs[shapes] = lambda *inputs: [value * factor for value in made._function(*inputs)]
+            return lambda *inputs: [value * factor for value in made._function(*inputs)]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Compiled, "_compile", compile_one)

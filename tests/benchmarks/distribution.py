@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from vae_dist.models.distributions import Bernoulli
 
 from vae_dist import config as configs
 from vae_dist.config import Config
@@ -47,12 +46,14 @@ from vae_dist.data.source import InMemory
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models import build_vae
+from vae_dist.models.likelihoods import Bernoulli
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
 from vae_dist.training.cadence import due
+from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter
-from vae_dist.training.schedules import schedule
 from vae_dist.training.update import Update
+from vae_dist.training.vae_recipe import VAERecipe
 
 RESULT = Path(__file__).resolve().parents[2] / "docs/distribution.md"
 BATCH_SIZES = (128, 1024, 8192)
@@ -88,16 +89,17 @@ class Alone(World):
 def our_loop(training: InMemory, config: Config, world: World, run_dir: Path) -> Step:
     """The steps of `train` without validation, pictures and checkpoints, one per call."""
     plan = Plan(config.seed, training.info.count, config.train.batch_size)
-    update = Update(build_vae(config, training.info.image_shape), config, world)
-    batches = Batches(training, plan, config, world, (config.model.latent_dim,))
-    meter = Meter(update.totals[:5], world, plan.batch_size, [])
+    scaler = LossScaler(config.train.precision, world.device)
+    recipe = VAERecipe(build_vae(config, training.info.image_shape), config, world, scaler, LAST_STEP)
+    update = Update(recipe, config, world, scaler)
+    batches = Batches(training, plan, config, world, recipe.noise_shape)
+    meter = Meter(update, world, plan.batch_size)
     tracker = tracking.track(config, run_dir, is_main=world.is_main, start=0)
     steps = count()
 
     def step() -> None:
         number = next(steps)
-        now = schedule(config, number, LAST_STEP)
-        update(*batches(range(number, number + 1)), [now])
+        update(*batches(range(number, number + 1)), [recipe.values(number)])
         meter.count(1)
         if due(number + 1, config.train.log_every, LAST_STEP):
             tracker.scalars(number + 1, meter.read())
@@ -124,10 +126,10 @@ def bare_loop(training: InMemory, config: Config, world: World, *, ddp: bool) ->
     def step() -> None:
         images = training.pixels[next(batches)].float().div_(255)
         optimizer.zero_grad()
-        posterior, likelihood = network(images, torch.randn(shard_size, vae.latent_dim))
-        assert isinstance(likelihood, Bernoulli)
-        reconstruction = F.binary_cross_entropy_with_logits(likelihood.logits, images, reduction="sum")
-        mean, log_variance = posterior
+        inference = network(images, torch.randn(1, shard_size, vae.latent_dim))
+        assert isinstance(inference.likelihood, Bernoulli)
+        reconstruction = F.binary_cross_entropy_with_logits(inference.likelihood.logits, images, reduction="sum")
+        mean, log_variance = inference.posterior
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
         loss = (reconstruction + kl) / shard_size
         loss.backward()

@@ -90,11 +90,13 @@ class VAE(nn.Module):
     def sample(self, posterior: DiagonalGaussian, noise: Tensor, image_shape: Shape | None = None) -> Inference:
         """Draw with standard normal noise `(K, B, L)` from the posterior of images of a shape, and decode."""
         if noise.ndim != 3 or noise.shape[1:] != posterior.mean.shape:
-            expected = ("K", *posterior.mean.shape)
-            raise ShapeError(f"noise must have the shape {expected}, not {tuple(noise.shape)}")
+            expected = ", ".join(map(str, posterior.mean.shape))
+            raise ShapeError(f"noise must have the shape (K, {expected}), not {tuple(noise.shape)}")
         latents = posterior.sample(noise)
         log_ratio = self.p_z.log_ratio(posterior, latents, noise)
+        require_shape(log_ratio, noise.shape[:2], "the prior's log ratio")
         kl = self.p_z.kl(posterior, latents, log_ratio)
+        require_shape(kl, (*noise.shape[:2], kl.shape[-1]), "the prior's KL by group of latents")
         return Inference(self.decode(latents.flatten(0, 1), image_shape), kl, log_ratio, latents, posterior)
 
     def prior(self, noise: Tensor) -> Tensor:
@@ -102,6 +104,7 @@ class VAE(nn.Module):
 
         Noise of zeros gives the code from which views start.
         """
+        require_shape(noise, (len(noise), self.prior_numbers), "noise")
         codes: Tensor = self.p_z(noise)
         return codes
 
