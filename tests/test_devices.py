@@ -133,7 +133,7 @@ def test_pictures_are_made_on_the_host(vae: VAE, card: World, monkeypatch: pytes
         return Image.new("L", (of.shape[1], of.shape[0]))
 
     monkeypatch.setattr(pictures, "_to_picture", to_picture)
-    monkeypatch.setattr(pictures, "standard_normal", lambda *given: torch.zeros(pictures.PROGRESS_IMAGES, 40))
+    monkeypatch.setattr(pictures, "standard_normal", lambda *given: torch.zeros(64, 40))
     pictures.reconstructions(vae, of_pixels(pixels()), "held-out images")
     pictures.samples(vae, "a model")
     assert shown == ["cpu", "cpu"]

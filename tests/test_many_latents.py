@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.conftest import opened
 from vae_dist import config
 from vae_dist.errors import UserError
-from vae_dist.models.distributions import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.training.loop import train
 from vae_dist.views import components, latents, subspace
 from vae_dist.views.components import principal_components
@@ -108,7 +108,7 @@ def test_a_draw_does_not_depend_on_the_others(fitted: SubspaceMixture) -> None:
 
 def test_the_mean_kl_of_many_latents_is_that_of_all_at_once() -> None:
     posterior = DiagonalGaussian(*torch.randn(2, 30, 1100, generator=torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(latents.mean_kl(posterior), posterior.kl().double().mean(0))
+    torch.testing.assert_close(latents.mean_kl(posterior), posterior.kl_from_standard_normal().double().mean(0))
 
 
 # ---- Runs
@@ -127,7 +127,7 @@ def wide_run(
 
 
 def test_every_kind_takes_many_latents(wide_run: Path) -> None:
-    latent_dim = opened(wide_run).config.model.latent_dim
+    latent_dim = opened(wide_run).config.model.latents([1, 28, 28])
     for kind in KINDS:
         more = [code_of(latent_dim)] if kind == "codes" else []
         more += [f"sample.{key}=2" for key in ("rows", "steps", "count") if key in KINDS[kind][1]]
@@ -144,7 +144,7 @@ def test_every_kind_takes_many_latents(wide_run: Path) -> None:
 
 
 def test_views_start_from_a_long_code_and_refuse_one_of_another_length(wide_run: Path) -> None:
-    latent_dim = opened(wide_run).config.model.latent_dim
+    latent_dim = opened(wide_run).config.model.latents([1, 28, 28])
     folder = sample(wide_run, ["sample.kind=traversal", "sample.rows=1", "sample.steps=2", code_of(latent_dim)])
     stored = load_file(folder / "samples.safetensors")
     assert ((stored["latents"] != 0.5).sum(1) == 1).all()

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vae_dist.models.distributions import DiagonalGaussian, Gaussian
+from vae_dist.data.source import in_memory
+from vae_dist.models.likelihoods import Gaussian
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.runs.picture import NARROWEST, Picture, to_png, with_caption
 from vae_dist.views.pictures import PADDING, SMALL, WIDEST, grid, labelled_grid, reconstructions, samples
 
@@ -149,12 +151,17 @@ def test_a_picture_of_the_training_shows_fewer_images_if_they_are_large(side: in
     class Mirror:
         """Decodes any latents to black images, and sees nothing in images."""
 
-        latent_dim, device, dtype = 2, torch.device("cpu"), torch.float32
+        latent_dim = prior_numbers = 2
+        image_shape = 1, side, side
+        device, dtype = torch.device("cpu"), torch.float32
 
         def to_input(self, pixels: Tensor) -> Tensor:
             return pixels / 255
 
-        def encode(self, images: Tensor) -> DiagonalGaussian:
+        def prior(self, noise: Tensor) -> Tensor:
+            return noise
+
+        def infer(self, images: Tensor) -> DiagonalGaussian:
             return DiagonalGaussian(torch.zeros(len(images), 2), torch.zeros(len(images), 2))
 
         def decode(self, latents: Tensor) -> Gaussian:
@@ -162,7 +169,7 @@ def test_a_picture_of_the_training_shows_fewer_images_if_they_are_large(side: in
 
     vae: Any = Mirror()
     white = torch.full((64, 1, side, side), 255, dtype=torch.uint8)
-    picture = reconstructions(vae, white, "images").image
+    picture = reconstructions(vae, in_memory("white", white, None, "white"), "images").image
     scale = 2 if side == 28 else 1
     assert picture.size == (columns * (side + PADDING) * scale, rows * (side + PADDING) * scale)
     middles = [(row + 0.5) * (side + PADDING) * scale for row in range(rows)]

@@ -2,6 +2,7 @@
 
 import shlex
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vae_dist import config as configs
@@ -34,10 +35,14 @@ class Setting(NamedTuple):
 def subtitle(config: Config, vae: VAE) -> str:
     """The data set, the network and its size."""
     parameters = sum(parameter.numel() for parameter in vae.parameters())
-    shapes = " and ".join(" x ".join(f"{size:,}" for size in shape) for shape in vae.latent_shapes(vae.image_shape))
-    latents = f"{shapes} {'latent' if shapes == '1' else 'latents'}"
-    network = f"{config.model.summary()}, {latents}, {parameters:,} parameters"
-    return f"A variational autoencoder of {config.data.name}: {network}"
+    network = network_text(config.model.summary(), vae.latent_shapes(vae.image_shape))
+    return f"A variational autoencoder of {config.data.name}: {network}, {parameters:,} parameters"
+
+
+def network_text(summary: str, latent_shapes: Sequence[tuple[int, ...]]) -> str:
+    """Describe a network in words: its architecture and sizes, and the shapes of its latents, one per level."""
+    shapes = " and ".join(" x ".join(f"{size:,}" for size in shape) for shape in latent_shapes)
+    return f"{summary}, {shapes} {'latent' if shapes == '1' else 'latents'}"
 
 
 def settings(config: Config) -> dict[str, list[Setting]]:

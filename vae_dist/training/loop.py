@@ -23,11 +23,10 @@ from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, Run
 from vae_dist.runs.starts import Start, write_start
 from vae_dist.runs.state import TrainingState
 from vae_dist.training.cadence import Cadence, due, launches
-from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter
 from vae_dist.training.milestones import Milestones, Outputs
-from vae_dist.training.recipes import RECIPES, check_recipe
-from vae_dist.training.update import Update
+from vae_dist.training.recipes import check_recipe
+from vae_dist.training.update import make_update
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +51,13 @@ def train(config: Config) -> Path:
         plan = Plan(config.seed, training.info.count, config.train.batch_size)
         cadence = Cadence.of(config, plan)
         vae = build_vae(config, training_set.info.image_shape).to(world.device, param_dtype(config.train.precision))
-        scaler = LossScaler(config.train.precision, world.device)
-        recipe = RECIPES[config.train.recipe](vae, config, world, scaler, cadence.last_step)
-        update = Update(recipe, config, world, scaler)
+        update = make_update(vae, config, world, cadence.last_step)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= cadence.last_step and not state.validation_pending:
             _log_finished(run, state.step, cadence.last_step)
             return run.directory
         update.assert_equal_weights(state.step)
-        batches = Batches(training, plan, config, world, recipe.noise_shape)
+        batches = Batches(training, plan, config, world, update.recipe.noise_shape)
         meter = Meter(update, world, plan.batch_size, state.window)
         most_steps = min(update.most_steps, batches.most_steps)
         world.set_timeout(config.runtime.timeout)
@@ -70,7 +67,7 @@ def train(config: Config) -> Path:
             )
             with milestones.saved_when_stopped():
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
-                    values = [recipe.values(step) for step in steps]
+                    values = [update.recipe.values(step) for step in steps]
                     update(*batches(steps), values)
                     meter.count(len(steps))
                     done = steps.stop

@@ -13,11 +13,12 @@ from vae_dist.config import Config
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
+from vae_dist.models.vae import VAE
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.state import TrainingState
 from vae_dist.training.equal_weights import assert_equal_weights
 from vae_dist.training.loss_scaler import LossScaler
-from vae_dist.training.recipes import Recipe, totals_of
+from vae_dist.training.recipes import RECIPES, Recipe, totals_of
 
 MOST_STEPS = 32  # captured in one graph: more would hardly save launches, and make capturing slower
 
@@ -112,3 +113,10 @@ class Update:
         self._scaler.load_state_dict(state.loss_scale or {})
         self._first_step, self._skipped_before = state.step, state.skipped_updates
         return state
+
+
+def make_update(vae: VAE, config: Config, world: World, last_step: int) -> Update:
+    """Make the config's recipe of a VAE, and its update."""
+    scaler = LossScaler(config.train.precision, world.device)
+    recipe = RECIPES[config.train.recipe](vae, config, world, scaler, last_step)
+    return Update(recipe, config, world, scaler)
