@@ -35,7 +35,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT = REPOSITORY / "docs/speed.md"
-CONTESTANTS = str(REPOSITORY / "tests/benchmarks/contestants.py")
+CONTESTANTS = "tests/benchmarks/contestants.py"
 LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 STEPS = {128: 100, 1024: 20, 8192: 4}  # of a turn, by batch size
 QUIET = [
@@ -63,7 +63,10 @@ optimizer.step(); print("the first step is done", flush=True)
 class Group:
     """A contestant: one or more processes that wait for their turn."""
 
-    def __init__(self, name: str, settings: Sequence[str], processes: int = 1, wait: bool = True) -> None:
+    def __init__(
+        self, name: str, settings: Sequence[str], processes: int = 1, wait: bool = True, root: Path = REPOSITORY
+    ) -> None:
+        """`root` is the checkout whose code runs."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
@@ -76,7 +79,7 @@ class Group:
                 "MASTER_ADDR": "localhost",
                 "MASTER_PORT": port,
             }
-            command = [sys.executable, CONTESTANTS, name, *settings]
+            command = [sys.executable, str(root / CONTESTANTS), name, *settings]
             self._members.append(subprocess.Popen(
                 command, env={**os.environ, **(group if processes > 1 else {})}, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
