@@ -167,7 +167,6 @@ def test_every_kind_of_sample_is_drawn(kind: str, run_dir: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.xfail(strict=True, reason="samples are standard normal numbers, which `VAE.prior` does not see")
 def test_samples_come_from_it(run_dir: Path) -> None:
     folder = sample(run_dir, ["sample.count=2000"])
     latents = load_file(folder / "samples.safetensors")["latents"].double()
