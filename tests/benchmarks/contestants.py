@@ -56,12 +56,11 @@ def ours(config: Config) -> None:
     """`train` itself, made to wait for its turn before an update."""
     import torch
 
-    from vae_dist.training import loop
-    from vae_dist.training.update import Update
+    from vae_dist.training import loop, update
 
     requested = turns()
 
-    class Paced(Update):
+    class Paced(update.Update):
         left = steps = 0
         started = 0.0
         sums: Any = 0
@@ -82,7 +81,7 @@ def ours(config: Config) -> None:
             self.sums = self.sums + (self.totals[0] - before)
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # each has summed over its shard
-    loop.Update = Paced  # type: ignore[attr-defined]
+    update.Update = Paced  # type: ignore[misc]
     loop.train(config)
 
 
