@@ -12,7 +12,7 @@ from tests.conftest import MakeConfig
 from tests.test_trainer import final, timeless
 from vae_dist.compute import cuda_graph
 from vae_dist.compute.cuda_graph import CapturedSteps, Steps
-from vae_dist.training import loop
+from vae_dist.training import update
 from vae_dist.training.cadence import Cadence, launches
 from vae_dist.training.loop import train
 from vae_dist.training.recipes import RECIPES
@@ -101,7 +101,7 @@ def test_a_run_of_steps_launched_at_once_is_bitwise_the_run(
     ]  # fmt: skip
     monkeypatch.setitem(RECIPES, "vae", partial(VAERecipe, flat=flat))
     plain = train(make_config(*arguments, "name=plain"))
-    monkeypatch.setattr(loop, "Update", partial(Update, capture=replaying))
+    monkeypatch.setattr(update, "Update", partial(Update, capture=replaying))
     captured = train(make_config(*arguments, "name=captured"))
     assert final(captured) == final(plain)
     assert timeless(captured) == timeless(plain)

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
 from vae_dist.runs.run import Run
-from vae_dist.training import cadence, loop, schedules
+from vae_dist.training import cadence, loop, schedules, update
 from vae_dist.training.loop import train
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
@@ -76,9 +77,13 @@ def test_records_hold_the_metrics_by_their_names(make_config: MakeConfig) -> Non
     assert training[-1]["train/loss"] < 0.7 * training[0]["train/loss"]
 
 
-def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(("bound", "draws"), [("elbo", 1), ("elbo", 3), ("iwae", 3)])
+def test_training_is_a_plain_loop_over_the_plan(bound: str, draws: int, make_config: MakeConfig) -> None:
     """The oracle: twelve steps of textbook PyTorch on the plan's batches and noise."""
-    run_config = make_config("train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20")
+    run_config = make_config(
+        "train.steps=12", "train.precision=fp64", "optim.warmup_steps=5", "optim.max_grad_norm=20",
+        f"objective.bound={bound}", f"objective.samples={draws}",
+    )  # fmt: skip
     ours = load_file(find(train(run_config), Path()).folder / "model.safetensors")
 
     training, _ = datasets.load_training(run_config.data)
@@ -87,8 +92,13 @@ def test_training_is_a_plain_loop_over_the_plan(make_config: MakeConfig) -> None
     optimizer = torch.optim.Adam(vae.parameters())
     for step in range(12):
         images = read(training, plan.batch(step)).double() / 255
-        output = vae(images, plan.noise(range(step, step + 1), range(50), (8,)).double())
-        loss = (output.kl.sum() - output.likelihood.log_prob(images).sum()) / 50
+        noise = plan.noise(range(step, step + 1), range(50), (draws, 8))[0].transpose(0, 1).double()
+        output = vae(images, noise)
+        log_likelihood = output.likelihood.log_prob(images.repeat(draws, 1, 1, 1)).view(draws, 50)
+        if bound == "elbo":
+            loss = (output.kl.sum() - log_likelihood.sum()) / draws / 50
+        else:
+            loss = -(torch.logsumexp(log_likelihood + output.log_ratio, 0) - math.log(draws)).sum() / 50
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
@@ -189,7 +199,7 @@ def test_the_speed_excludes_the_first_step(make_config: MakeConfig, monkeypatch:
             time.sleep(1)
             super().__call__(*arguments)
 
-    monkeypatch.setattr(loop, "Update", CompiledFirst)
+    monkeypatch.setattr(update, "Update", CompiledFirst)
     first, *_ = rows(train(make_config("train.steps=10", "train.log_every=10", "train.batch_size=100")))
     assert first["train/images_per_second"] > 10 * 100 / 1
 

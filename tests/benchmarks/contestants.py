@@ -57,11 +57,10 @@ def ours(config: Config) -> None:
     import torch
 
     from vae_dist.training import loop, update
-    from vae_dist.training.update import Update
 
     requested = turns()
 
-    class Paced(Update):
+    class Paced(update.Update):
         left = steps = 0
         started = 0.0
         sums: Any = 0
