@@ -51,6 +51,10 @@ STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
 HALF = ["train.precision=fp64", "train.steps=20", "checkpoint.every=13"]
 MOVED = ["train.precision=fp64", "train.steps=40", "train.accumulate=3"]
+TWO_NETWORKS = [  # batches of 100: uneven shards on three processes
+    "train.recipe=two_networks", "ema.decay=0.9", "train.batch_size=100", "train.accumulate=2",
+    "data.binarize=dynamic", "checkpoint.every=7", "train.log_every=7",
+]  # fmt: skip
 WHOLE = ["train.log_every=7", "checkpoint.every=13"]
 
 
@@ -112,6 +116,9 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         ("spoil", "", [*common, "name=skipped", "train.nonfinite=skip", "train.steps=20", "train.log_every=5"]),
         ("full_disk", str(root / "full_disk"), [*common, "name=full"]),
         ("warn", "", common),
+        ("train", "", [*common, *TWO_NETWORKS, "name=two_whole", "train.steps=26"]),
+        *[("train", "", [*common, *TWO_NETWORKS, "name=two_cut", f"train.steps={steps}"]) for steps in (12, 19, 26)],
+        ("spoil", "", [*common, *TWO_NETWORKS, "name=two_skipped", "train.nonfinite=skip", "train.steps=20"]),
         ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
     ]
 
@@ -477,3 +484,21 @@ def test_a_warning_is_shown_once_by_one_process_or_by_all(world_size: int, roots
     assert last == f"process {world_size - 1} of {world_size} on {platform.node()}: said by the last"
     (other,) = re.findall(r".*said by the others", log)
     assert re.fullmatch(rf"process [1-9] of {world_size} on {platform.node()}: said by the others", other)
+
+
+@pytest.mark.parametrize("world_size", [1, *WORLD_SIZES])
+def test_two_networks_and_their_average_resume_bitwise(world_size: int, roots: dict[int, Path]) -> None:
+    whole, cut = (roots[world_size] / f"runs/two_{name}/checkpoints/step_00000026" for name in ("whole", "cut"))
+    names = {path.name for path in whole.glob("*.safetensors")}
+    assert names == {f"{name}.safetensors" for name in ("model", "ema", "critic", "optimizer", "critic_optimizer")}
+    for name in names:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_if_one_process_s_noise_is_not_finite_no_network_is_updated(world_size: int, roots: dict[int, Path]) -> None:
+    run_dir = roots[world_size] / "runs/two_skipped"
+    assert records(run_dir, "train/skipped_updates") == {7: 0, 14: 1, 20: 1}
+    for name in ("optimizer", "critic_optimizer"):
+        moments = load_file(run_dir / f"checkpoints/step_00000020/{name}.safetensors")
+        assert {value.item() for key, value in moments.items() if key.endswith(".step")} == {19.0}

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from tests.sources import mapped
+from tests.two_networks import TwoNetworks
 from vae_dist import config
 from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Precision
@@ -43,6 +44,7 @@ from vae_dist.runs import console
 from vae_dist.runs.claim import claim
 from vae_dist.training import milestones, schedules
 from vae_dist.training.loop import train
+from vae_dist.training.recipes import RECIPES
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
 
@@ -245,6 +247,8 @@ def train_from_a_file(output: str, arguments: list[str]) -> None:
         patch.setitem(datasets.DATASETS, "synthetic_digits", mapped(load, Path(folder)))
         train(config.load(arguments))
 
+
+assert RECIPES["two_networks"] is TwoNetworks  # its import has registered it
 
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
