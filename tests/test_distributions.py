@@ -150,5 +150,5 @@ def test_gaussian_draws_are_the_location_and_noise_of_size_sigma() -> None:
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(torch.zeros(2, 1, 3, 3)), Gaussian(torch.zeros(2, 1, 3, 3), 1.0)])
 def test_noise_of_another_shape_is_refused(likelihood: Bernoulli | Gaussian) -> None:
-    with pytest.raises(ValueError, match=r"noise has shape \(3, 3\), pixels have \(2, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"noise must have the shape \(2, 1, 3, 3\), not \(3, 3\)"):
         likelihood.sample(torch.zeros(3, 3))

@@ -110,7 +110,8 @@ class Bernoulli(NamedTuple):
     def sample(self, noise: Tensor) -> Tensor:
         """Draw pixels of 0 and 1: 1 where the noise is below the quantile of the mean."""
         require_shape(noise, self.logits.shape, "noise")
-        return (noise < torch.special.ndtri(self.mean)).to(noise.dtype)
+        mean = self.mean
+        return (noise.to(mean.dtype) < torch.special.ndtri(mean)).to(mean.dtype)
 
 
 class BernoulliPixels(LikelihoodKind):
@@ -156,7 +157,8 @@ class Gaussian(NamedTuple):
     def sample(self, noise: Tensor) -> Tensor:
         """Draw pixels, which can lie outside [0, 1]."""
         require_shape(noise, self.location.shape, "noise")
-        return at_least_float32(self.location) + self.sigma * noise
+        location = at_least_float32(self.location)
+        return location + self.sigma * noise.to(location.dtype)
 
 
 class GaussianPixels(LikelihoodKind):
