@@ -25,6 +25,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.files import writing
 from vae_dist.models import build_vae, check_names
+from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
@@ -98,6 +99,8 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     loaded.append(datasets.load_training_set(config.data))
     info = loaded[0].info
     _check_sizes(config, info.count)
+    with torch.device("meta"):
+        vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
     if is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
@@ -109,7 +112,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
     )
     if compiled is None:
-        compiled = _worth_compiling(config, info.count, world)
+        compiled = _worth_compiling(config, vae, info.count, world)
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
 
 
@@ -124,7 +127,7 @@ def _stored_id(stored: Config, run_dir: Path) -> str | None:
     return identity
 
 
-def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
+def _worth_compiling(config: Config, vae: VAE, image_count: int, world: World) -> bool:
     """Return whether compiling the step pays for itself in this run, and a compiler is installed.
 
     The answer depends on the config and the machine alone, not on a clock: it is part of the bitwise promise. On a CPU
@@ -136,8 +139,6 @@ def _worth_compiling(config: Config, image_count: int, world: World) -> bool:
         return find_spec("triton") is not None and _has_compiler("CC", "cc", "gcc", "clang")
     if world.device.type != "cpu":
         return False
-    with torch.device("meta"):
-        vae = build_vae(config, config.data.image_shape or [])
     if not vae.worth_compiling:
         return False
     weights = sum(weight.numel() for weight in vae.parameters())
