@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from vae_dist.plan import (
     Draws,
     Plan,
     Stream,
+    _normal_words,
+    _words_as_int32,
     bernoulli_pixels,
     bits,
     permutation,
@@ -128,3 +132,16 @@ def test_a_shard_s_binary_pixels_are_its_slice_of_the_batch_s() -> None:
     whole = bernoulli_pixels(pixels, 1, 2, range(100))
     slices = [bernoulli_pixels(pixels[list(rows)], 1, 2, rows) for rows in (range(33), range(33, 100))]
     assert torch.equal(torch.cat(slices), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
+@pytest.mark.parametrize("convert", [_words_as_int32, _normal_words])
+def test_the_program_of_a_gpus_draws_compiles_and_draws_the_same(
+    convert: philox.Convert, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compiled for a CPU: logarithm and cosine may round differently there."""
+    given = (3, int(Stream.POSTERIOR)), range(5, 9), range(7, 9), torch.device("cpu"), convert
+    compiled, eager = (philox.philox4x64(*given, compiled=choice) for choice in (True, False))
+    assert not caplog.records
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)

@@ -139,8 +139,8 @@ def _box_muller(pairs: Tensor) -> Tensor:
     radius = pairs[..., 0::2].double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = pairs[..., 1::2].double().mul_(2.0 * np.pi * 2.0**-32)
     normal = torch.empty(pairs.shape, dtype=torch.float32, device=pairs.device)
-    torch.mul(radius, angle.cos(), out=normal[..., 0::2])
-    torch.mul(radius, angle.sin(), out=normal[..., 1::2])
+    normal[..., 0::2] = radius * angle.cos()
+    normal[..., 1::2] = radius * angle.sin()
     return normal
 
 
