@@ -283,6 +283,72 @@ def jax(config: Config) -> None:
     serve(loop)
 
 
+def conv_memory(config: Config) -> None:
+    """A hand-written loop of the convolutional network: images in memory, autocast, the fused optimizer."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_flush_denormal(True)
+    images = conv_pixels(config).float().div_(255)
+    vae = conv_network(config)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=config.optim.learning_rate, fused=True)
+    low, size = config.train.precision == "bf16", config.train.batch_size
+
+    def loop(steps: int) -> float:
+        total = torch.zeros(())
+        for _ in range(steps):
+            batch = images[torch.randint(len(images), (size,))]
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                mean, log_variance = vae.encoder(batch).chunk(2, dim=1)
+                logits = vae.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+            logits, mean, log_variance = logits.float(), mean.float(), log_variance.float()
+            reconstruction = F.binary_cross_entropy_with_logits(logits, batch, reduction="sum")
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+            loss = (reconstruction + kl) / size
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        return total.item() / steps
+
+    serve(loop)
+
+
+def conv_floor(config: Config) -> None:
+    """The convolutions of a step alone, forward and backward, on inputs of their shapes."""
+    import torch
+    from torch import nn
+
+    torch.set_flush_denormal(True)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    vae = conv_network(config)
+    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], bool]] = []
+
+    def record(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+        weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+        # The image gets no gradient.
+        calls.append((torch.rand(inputs[0].shape).to(dtype), weight, bias, layer.stride, bool(calls)))
+
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(record)
+    batch = conv_pixels(config)[: config.train.batch_size].float().div_(255)
+    with torch.no_grad():
+        vae(batch, torch.randn(1, len(batch), vae.latent_dim))
+
+    def loop(steps: int) -> float:
+        for _ in range(steps):
+            for x, weight, bias, stride, below in calls:
+                output = torch.convolution(x, weight, bias, stride, (1, 1), (1, 1), False, (0, 0), 1)
+                torch.ops.aten.convolution_backward(
+                    output, x, weight, [len(bias)], stride, (1, 1), (1, 1), False, (0, 0), 1, (below, True, True)
+                )
+        return float("nan")
+
+    serve(loop)
+
+
 def ours_evaluate(config: Config) -> None:
     """`metrics.score`, as validation and `make eval` call it; a step is one pass over the test images."""
     from vae_dist.data import datasets
@@ -357,6 +423,37 @@ def torch_pixels(config: Config) -> "Tensor":
     return read(training, range(training.info.count)).flatten(1)
 
 
+def conv_pixels(config: Config) -> "Tensor":
+    """The training images `(N, 3, 32, 32)`, uint8."""
+    from vae_dist.data import datasets
+    from vae_dist.data.source import InMemory
+
+    source = datasets.load_training_set(config.data)
+    assert isinstance(source, InMemory)
+    return source.pixels
+
+
+def conv_network(config: Config) -> Any:
+    """The network of `model.architecture=conv`."""
+    from vae_dist.models import build_vae
+
+    return build_vae(config, (3, 32, 32))
+
+
+def add_noise_images() -> None:
+    """Add the data set `noise`: 4,096 colour images of 32 x 32 pixels."""
+    import torch
+
+    from vae_dist.data import datasets
+    from vae_dist.data.source import in_memory
+
+    def draw(config: Any, part: str) -> Any:
+        pixels = torch.randint(0, 256, (4096, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return in_memory("noise", pixels, None, part)
+
+    datasets.DATASETS["noise"] = draw
+
+
 def torch_network() -> "nn.Module":
     """The tutorial's network: images to logits, means and log-variances."""
     import torch
@@ -383,10 +480,15 @@ CONTESTANTS: dict[str, Callable[[Config], None]] = {
     "tutorial": tutorial,
     "floor": floor,
     "jax": jax,
+    "conv_memory": conv_memory,
+    "conv_floor": conv_floor,
     "ours_evaluate": ours_evaluate,
     "ours_likelihood": ours_likelihood,
     "memory_evaluate": memory_evaluate,
 }
 
 if __name__ == "__main__":
-    CONTESTANTS[sys.argv[1]](configs.load(sys.argv[2:]))
+    given = configs.load(sys.argv[2:])
+    if given.data.name == "noise":
+        add_noise_images()
+    CONTESTANTS[sys.argv[1]](given)

@@ -1,6 +1,6 @@
 """Measure the trainer's speed against other loops and against the machine's limits.
 
-    python tests/benchmarks/speed.py [DATA_ROOT] [--repeats 7] [--only training evaluation start scale cadence]
+    python tests/benchmarks/speed.py [DATA_ROOT] [--repeats 7] [--only training convolutional evaluation ...]
 
 The loops of `contestants.py` run in processes of their own and take turns, so that each ratio compares turns of the
 same moment. The medians of the repeats' ratios, with their quartiles, are printed and written to docs/speed.md.
@@ -8,6 +8,8 @@ same moment. The medians of the repeats' ratios, with their quartiles, are print
 - training: this package's trainer as a user runs it (metrics and progress on, pictures and checkpoints off), not
   compiled and compiled; PyTorch's example-style loop; a good in-memory PyTorch loop; JAX with the whole turn in one
   program, if jax is installed; and the matrix products of a step alone
+- convolutional: `model.architecture=conv` on 32 x 32 x 3, 32 images a step; a good in-memory PyTorch loop of the same
+  network; and its convolutions alone, forward and backward
 - evaluation: passes over the test images
 - start: from the command to the first step, against six lines that import the same and take one Adam step
 - scale: training sets of 10^4, 10^5 and 10^6 embedded digits
@@ -37,6 +39,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT = REPOSITORY / "docs/speed.md"
 CONTESTANTS = "tests/benchmarks/contestants.py"
 LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+CONV_STEPS = 5  # of a turn
 STEPS = {128: 100, 1024: 20, 8192: 4}  # of a turn, by batch size
 QUIET = [
     "train.steps=1000000000", "train.validate_every=1000000000", "checkpoint.every=1000000000",
@@ -229,6 +232,34 @@ def training(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
     ]  # fmt: skip
 
 
+def convolutional(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
+    shared = [*QUIET, "data.name=noise", "data.validation_images=0", "train.batch_size=32", "model.architecture=conv"]
+    shared += [f"runs_dir={folder / 'convolutional'}", "train.compile=false"]
+    loops = {"ours": "ours", "memory": "conv_memory", "floor": "conv_floor"}
+    contestants = {
+        f"{name} {precision}": (loop, [*shared, f"train.precision={precision}", f"name={precision}"])
+        for precision in ("fp32", "bf16")
+        for name, loop in loops.items()
+    }
+    turns = take_turns(contestants, CONV_STEPS, repeats)
+    rates = {name: f"{32 * CONV_STEPS / median(turns, name):.0f}" for name in turns}
+    print("convolutional", rates, flush=True)
+    titles = {"ours": LOOPS["ours"], "memory": LOOPS["memory"], "floor": "convolutions alone"}
+    rows = [
+        [title, *(rates[f"{name} {precision}"] for precision in ("fp32", "bf16"))] for name, title in titles.items()
+    ]
+    for title, other in ("the in-memory loop in fp32", "memory fp32"), ("the in-memory loop", "memory"):
+        others = [other if " " in other else f"{other} {precision}" for precision in ("fp32", "bf16")]
+        compared = zip(("ours fp32", "ours bf16"), others, strict=True)
+        rows.append([f"times as fast as {title}", *(ratio(turns, ours, theirs) for ours, theirs in compared)])
+    times = [ratio(turns, f"floor {precision}", f"ours {precision}") for precision in ("fp32", "bf16")]
+    return [
+        "## Convolutions", "",
+        "Images per second of `model.architecture=conv` with its default options, on images of 32 x 32 x 3, 32 a step.",
+        "", *markdown(["", "fp32", "bf16"], [*rows, ["a step / its convolutions alone", *times]]),
+    ]  # fmt: skip
+
+
 def evaluation(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
     shared = [*base, "evaluate.batch_size=500"]
     turns = take_turns({"ours": ("ours_evaluate", shared), "memory": ("memory_evaluate", shared)}, 2, repeats)
@@ -339,7 +370,14 @@ def machine() -> str:
     return f"{(models or [platform.processor()])[0]}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
-PARTS = {"training": training, "evaluation": evaluation, "start": start, "scale": scale, "cadence": cadence}
+PARTS = {
+    "training": training,
+    "convolutional": convolutional,
+    "evaluation": evaluation,
+    "start": start,
+    "scale": scale,
+    "cadence": cadence,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
