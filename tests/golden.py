@@ -1,11 +1,13 @@
 """Train, evaluate and sample with an old commit and with the working tree on this machine, and compare bits.
 
-    python tests/golden.py OLD [--only NAME ...] [--quick] [--keep FOLDER]
+    python tests/golden.py OLD [--only NAME ...] [--quick] [--keep FOLDER] [--tolerance X]
 
 OLD      a commit, which is checked out into a temporary worktree, or the folder of another checkout
 --only   run these cases alone; --help lists them
 --quick  run on one process alone, and compile nothing
 --keep   write the runs of both sides to this folder, and leave them there
+--tolerance  call numbers equal that differ by X relatively (of tensors, to the largest number), and files that differ
+         by keys alone that the new side adds: for changes that are to move only the last digits
 
 Each case compares weights and moments after 40 steps, the metrics records without timings, the evaluation without
 versions and timings, and the latents of the samples. Prints a line for each comparison. Exits with 0
@@ -14,6 +16,7 @@ when all are equal, with 1 when anything differs, and with 2 when OLD is neither
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,7 +123,7 @@ def produce(root: Path, folder: Path, name: str) -> Path:
     return folder / "runs" / name
 
 
-def differences(old: Path, new: Path) -> dict[str, str]:
+def differences(old: Path, new: Path, tolerance: float = 0.0) -> dict[str, str]:
     """Return the compared files of two run directories, each with its first difference, or empty text.
 
     A file that only one of them has is a difference.
@@ -128,22 +131,24 @@ def differences(old: Path, new: Path) -> dict[str, str]:
     compared: dict[str, str] = {}
     for pattern in COMPARED:
         names = sorted({str(path.relative_to(side)) for side in (old, new) for path in side.glob(pattern)})
-        compared |= {name: _difference(old / name, new / name) for name in names} or {pattern: "neither side has any"}
+        compared |= {name: _difference(old / name, new / name, tolerance) for name in names} or {
+            pattern: "neither side has any"
+        }
     return compared
 
 
-def _difference(old: Path, new: Path) -> str:
+def _difference(old: Path, new: Path, tolerance: float) -> str:
     missing = [side for side, path in (("old", old), ("new", new)) if not path.exists()]
     if missing:
         return f"only the {'new' if missing == ['old'] else 'old'} side has this file"
     if old.suffix == ".safetensors":
-        return difference_of_tensors(load_file(old), load_file(new))
+        return difference_of_tensors(load_file(old), load_file(new), tolerance)
     if old.suffix == ".jsonl":
-        return difference_of_rows(_rows(old), _rows(new))
-    return _difference_of_values(json.loads(old.read_text()), json.loads(new.read_text()), "")
+        return difference_of_rows(_rows(old), _rows(new), tolerance)
+    return _difference_of_values(json.loads(old.read_text()), json.loads(new.read_text()), "", tolerance)
 
 
-def difference_of_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> str:
+def difference_of_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], tolerance: float = 0.0) -> str:
     """The first tensor in the order of names whose type, shape or bits differ, and by how much."""
     if one_sided := sorted(old.keys() ^ new.keys()):
         return f"only the {'old' if one_sided[0] in old else 'new'} side has {one_sided[0]}"
@@ -154,7 +159,9 @@ def difference_of_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Ten
         shape = (before.numel(), before.element_size())
         bits = [tensor.reshape(-1).view(torch.uint8).reshape(shape) for tensor in (before, after)]
         differ = (bits[0] != bits[1]).any(dim=1)
-        if differ.any():
+        largest = before.double().abs().max() if before.numel() else 0.0
+        is_within = tolerance > 0 and bool(((after.double() - before.double()).abs() <= tolerance * largest).all())
+        if differ.any() and not is_within:
             at = int(differ.nonzero()[0])
             values = [tensor.reshape(-1)[at].item() for tensor in (before, after)]
             return (
@@ -163,10 +170,10 @@ def difference_of_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Ten
     return ""
 
 
-def difference_of_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> str:
+def difference_of_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], tolerance: float = 0.0) -> str:
     """Return the first record that differs, and its first metric that does."""
     for number, (before, after) in enumerate(zip(old, new, strict=False), start=1):
-        if difference := _difference_of_values(before, after, ""):
+        if difference := _difference_of_values(before, after, "", tolerance):
             return f"record {number} (step {before.get('step')}): {difference}"
     return "" if len(old) == len(new) else f"the old side has {len(old)} records, the new side {len(new)}"
 
@@ -175,28 +182,34 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _difference_of_values(old: Any, new: Any, key: str) -> str:
+def _difference_of_values(old: Any, new: Any, key: str, tolerance: float) -> str:
     if any(word in key for word in CLOCKS_AND_VERSIONS):
         return ""
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = [(f"{key}.{name}".lstrip("."), old.get(name, ABSENT), new.get(name, ABSENT)) for name in {**old, **new}]
+        names = old if tolerance else {**old, **new}
+        parts = [(f"{key}.{name}".lstrip("."), old.get(name, ABSENT), new.get(name, ABSENT)) for name in names]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         parts = [(f"{key}[{at}]", *values) for at, values in enumerate(zip(old, new, strict=True))]
+    elif tolerance and isinstance(old, float) and isinstance(new, float) and math.isclose(old, new, rel_tol=tolerance):
+        return ""
     else:  # as text: NaN equals itself, and 1 is not 1.0
         return "" if json.dumps(old) == json.dumps(new) else f"{key} was {json.dumps(old)} and is {json.dumps(new)}"
-    return next(filter(None, (_difference_of_values(before, after, name) for name, before, after in parts)), "")
+    return next(
+        filter(None, (_difference_of_values(before, after, name, tolerance) for name, before, after in parts)), ""
+    )
 
 
-def compare(roots: dict[str, Path], folder: Path, name: str) -> bool:
+def compare(roots: dict[str, Path], folder: Path, name: str, tolerance: float) -> bool:
     """Run a case on both sides, print the differences, and return whether there are none."""
     try:
         old, new = (produce(roots[side], folder / side, name) for side in ("old", "new"))
     except FailedError as error:
         print(f"{name}: {error}", flush=True)
         return False
-    compared = differences(old, new)
+    compared = differences(old, new, tolerance)
+    equal = f"equal to {tolerance:g}" if tolerance else "equal"
     for file, difference in compared.items():
-        print(f"{name}: {file}: {f'DIFFERS: {difference}' if difference else 'equal'}", flush=True)
+        print(f"{name}: {file}: {f'DIFFERS: {difference}' if difference else equal}", flush=True)
     return not any(compared.values())
 
 
@@ -206,6 +219,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.0)
     options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists():
         parser.error(f"{options.keep} exists; --keep needs a new folder, as existing runs would be resumed")
@@ -215,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
     with ExitStack() as stack:
         folder = (options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         roots = {"old": stack.enter_context(checkout(options.old)), "new": REPOSITORY}
-        equal = [compare(roots, folder, name) for name in names]
+        equal = [compare(roots, folder, name, options.tolerance) for name in names]
     print(f"{sum(equal)} of {len(equal)} cases are equal", flush=True)
     return 0 if all(equal) else 1
 

@@ -120,3 +120,12 @@ def test_a_changed_step_is_detected_and_a_copy_of_the_code_is_equal(is_changed: 
     weights = next(line for line in done.stdout.splitlines() if WEIGHTS in line)
     assert (done.returncode, "DIFFERS" in weights) == (int(is_changed), is_changed), done.stdout + done.stderr
     assert ("two: metrics.jsonl: DIFFERS: record 1 (step 7): train/" in done.stdout) == is_changed
+
+
+def test_a_tolerance_lets_last_digits_and_new_keys_pass() -> None:
+    rows = [{"step": 1, "train/loss": 545.1234567}], [{"step": 1, "train/loss": 545.1234568, "train/more": 1.0}]
+    assert golden.difference_of_rows(*rows) and not golden.difference_of_rows(*rows, 1e-8)
+    assert golden.difference_of_rows(*rows, 1e-11) and golden.difference_of_rows(rows[1], rows[0], 1e-8)
+    tensors = {"a": torch.tensor([0.0, 100.0])}, {"a": torch.tensor([1e-6, 100.0])}
+    assert golden.difference_of_tensors(*tensors) and not golden.difference_of_tensors(*tensors, 1e-7)
+    assert golden.difference_of_tensors(*tensors, 1e-9)

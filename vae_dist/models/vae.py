@@ -78,7 +78,8 @@ class VAE(nn.Module):
 
     def to_input(self, pixels: Tensor) -> Tensor:
         """Convert uint8 pixels on any device to images in [0, 1], on this model's device and in its dtype."""
-        return to_unit(pixels.to(self.device), self.dtype)
+        weight = next(self.parameters())
+        return to_unit(pixels.to(weight.device), weight.dtype)
 
     def infer(self, images: Tensor) -> DiagonalGaussian:
         """Return the posterior of images `(B, C, H, W)` in [0, 1], of any size that `latent_shapes` accepts."""

@@ -87,7 +87,7 @@ class Differentiate:
                 return network(*given)
 
         values, outputs = self._losses(forward, *inputs)
-        sums = torch.stack([value.detach().sum(dtype=self._sum_dtype) for value in values.values()])
+        sums = torch.stack([value.detach() for value in values.values()]).sum(1, dtype=self._sum_dtype)
         return values["loss"].sum() / self._batch_size, sums, [output.detach() for output in outputs]
 
     def _inputs_and_weights(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -123,15 +123,16 @@ class VAERecipe:
 
     def _accumulated_gradients(self, pixels: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
-        totals: Sequence[Tensor] = []
+        accumulated: Sequence[Tensor] = []
         for number in range(self._config.train.accumulate):
             rows = shard(len(pixels), number, self._config.train.accumulate)
             images = self._vae.to_input(pixels[rows.start : rows.stop])
             draws = noise[rows.start : rows.stop].transpose(0, 1)  # (K, b, L)
             results = self._gradients(self._scaler.scale(), images, draws, beta, *weights)
-            # Accumulate in place: a second set of gradients may not fit.
-            totals = [total.add_(value) for total, value in zip(totals, results, strict=True)] if totals else results
-        return totals
+            if accumulated:  # in place: a second set of gradients may not fit
+                results = [total.add_(value) for total, value in zip(accumulated, results, strict=True)]
+            accumulated = results
+        return accumulated
 
     def _losses(self, vae: VAE, images: Tensor, noise: Tensor, beta: Tensor) -> Losses:
         """The objective of images `(b, C, H, W)` in [0, 1], with noise `(K, b, L)`."""
@@ -140,11 +141,12 @@ class VAERecipe:
     def _clip_and_guard(self, loss: Tensor, sums: Tensor, totals: Tensor, *gradients: Tensor) -> list[Tensor]:
         """Return [skip, *gradients], the gradients clipped, and add the step to `totals`."""
         norm, clipped = clip(gradients, self._config.optim.max_grad_norm)
+        applied = norm.isfinite()
         if self._scaler.active:  # an infinite norm is of a scale too large: the scaler tries a smaller one
-            norm = torch.where(norm.isfinite(), norm, 0.0)
+            norm = torch.where(applied, norm, 0.0)
         healthy = self._guard.healthy([loss, norm], totals)
         self._guard.count(totals, healthy, sums, [norm])
-        return [healthy.logical_not().float(), *clipped]
+        return [(healthy & applied).logical_not().float(), *clipped]
 
     # ---- Compilation
 
