@@ -118,7 +118,7 @@ def code_of(latent_dim: int) -> str:
     return f"sample.codes=[{[0.5] * latent_dim}]".replace(" ", "")
 
 
-@pytest.fixture(scope="module", params=[196, 4096])
+@pytest.fixture(scope="module", params=[196, pytest.param(4096, marks=pytest.mark.slow)])
 def wide_run(
     request: pytest.FixtureRequest, smoke_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
