@@ -11,12 +11,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
-from torch import nn
+from torch import Tensor, nn
 
 from tests.forked import ForkServer
 from vae_dist import config
 from vae_dist.compute.cuda_graph import Capture
 from vae_dist.config import Config
+from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision as precisions
 from vae_dist.distributed.world import World
 from vae_dist.models import build_vae
@@ -115,6 +116,11 @@ def update_of(
         vae = build_vae(config, image_shape).to(world.device, precisions.param_dtype(config.train.precision))
     scaler = LossScaler(config.train.precision, world.device)
     return Update(VAERecipe(vae, config, world, scaler, last_step, flat), config, world, scaler, capture)
+
+
+def batch_of(pixels: Tensor, noise: Tensor) -> Batch:
+    """Batches of k steps `(k, b, ...)` without labels."""
+    return Batch(pixels, noise, torch.empty(len(pixels), 0, dtype=torch.int64))
 
 
 def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:

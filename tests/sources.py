@@ -44,6 +44,9 @@ class Mapped:
     def labels(self, indices: Tensor) -> Tensor | None:
         return None if self._labels is None else self._labels[indices]
 
+    def names(self, indices: Tensor) -> None:
+        return None
+
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
         assert draws is None
         out.copy_(torch.from_numpy(np.load(self._path, mmap_mode="r")[indices.numpy()]))

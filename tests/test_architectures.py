@@ -86,7 +86,7 @@ def test_a_saved_config_keeps_its_architecture(model: ModelConfig) -> None:
 
 def test_a_config_that_was_saved_before_there_were_priors_is_read() -> None:
     Path("config.yaml").write_text("model: {architecture: mlp, latent_dim: 2, hidden_dims: [2]}")
-    assert config.read(Path("config.yaml")).model == MLPConfig("mlp", "standard_normal", 2, [2])
+    assert config.read(Path("config.yaml")).model == MLPConfig(prior="standard_normal", latent_dim=2, hidden_dims=[2])
 
 
 def test_help_says_which_architecture_a_key_is_for() -> None:
@@ -123,7 +123,7 @@ def test_a_study_varies_architectures_or_the_options_of_one() -> None:
 def test_a_report_has_the_keys_of_its_run_and_the_command_that_repeats_it() -> None:
     loaded = config.load([CONV, "model.channels=[8,16]", "name=a"])
     shown = {setting.name: setting for setting in facts.settings(loaded)["model"]}
-    assert list(shown) == ["architecture", "prior", "channels", "blocks", "latent_channels"]
+    assert list(shown) == ["architecture", "prior", "conditional", "channels", "blocks", "latent_channels"]
     assert [name for name in shown if shown[name].is_changed] == ["architecture", "channels"]
     words = shlex.split(facts.command(loaded, 1))
     assert words[:2] == ["python", "vae_dist/train.py"]

@@ -12,9 +12,10 @@ from tests.sources import Mapped, of_pixels
 from vae_dist import plan
 from vae_dist.data import batches, datasets
 from vae_dist.data.batches import Batches, BlockDraw, Prefetch
+from vae_dist.data.source import every_label
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
-from vae_dist.plan import Plan
+from vae_dist.plan import Draws, Plan, Stream, bits
 
 
 def draw(batches: Batches, steps: range) -> list[Tensor]:
@@ -30,7 +31,7 @@ def test_a_step_is_the_same_wherever_a_run_begins(binarize: str, start: int, mak
     with processes.join(config) as world:
         straight, late = (Batches(training, Plan(3, 1000, 50), config, world, (8,)) for _ in range(2))
         whole = draw(straight, range(60))
-        assert all(map(torch.equal, draw(late, range(start, 60)), whole[2 * start :]))
+        assert all(map(torch.equal, draw(late, range(start, 60)), whole[3 * start :]))
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
@@ -49,10 +50,10 @@ def test_a_draw_of_many_steps_equals_single_draws(
         far = Batches(training, Plan(3, 1000, 50), config, world, (8,))
         for source in near, far:
             for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
-                pixels, noise = source(steps)
+                pixels, noise, _ = source(steps)
                 for place, step in enumerate(steps):
-                    assert torch.equal(pixels[place], expected[2 * step][0])
-                    assert torch.equal(noise[place], expected[2 * step + 1][0])
+                    assert torch.equal(pixels[place], expected[3 * step][0])
+                    assert torch.equal(noise[place], expected[3 * step + 1][0])
 
 
 @pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])
@@ -76,10 +77,10 @@ def test_images_that_are_not_in_memory_are_read_in_the_thread(
         expected = draw(Batches(training, Plan(3, 1000, 50), config, world, (8,)), range(60))
         source = Batches(mapped, Plan(3, 1000, 50), config, world, (8,))
         for steps in range(3), range(3, 35), range(35, 60), range(18, 22):
-            pixels, noise = source(steps)
+            pixels, noise, _ = source(steps)
             for place, step in enumerate(steps):
-                assert torch.equal(pixels[place], expected[2 * step][0])
-                assert torch.equal(noise[place], expected[2 * step + 1][0])
+                assert torch.equal(pixels[place], expected[3 * step][0])
+                assert torch.equal(noise[place], expected[3 * step + 1][0])
     assert len(readers) == 1 and threading.current_thread() not in readers
 
 
@@ -104,8 +105,8 @@ def test_noise_has_the_shape_that_is_asked_for(shape: tuple[int, ...], make_conf
     config = make_config()
     training, _ = datasets.load_training(config.data)
     with processes.join(config) as world:
-        _, noise = Batches(training, Plan(3, 1000, 50), config, world, shape)(range(2, 5))
-        _, flat = Batches(training, Plan(3, 1000, 50), config, world, (math.prod(shape),))(range(2, 5))
+        noise = Batches(training, Plan(3, 1000, 50), config, world, shape)(range(2, 5)).noise
+        flat = Batches(training, Plan(3, 1000, 50), config, world, (math.prod(shape),))(range(2, 5)).noise
     assert noise.shape == (3, 50, *shape)
     assert torch.equal(noise.flatten(2), flat)
 
@@ -124,7 +125,7 @@ def test_rows_of_any_length_are_selected_whole(size: int, make_config: MakeConfi
     plan = Plan(3, 40, 10)
     config = make_config()
     with processes.join(config) as world:
-        pixels, _ = Batches(images, plan, config, world, (8,))(range(2, 4))
+        pixels = Batches(images, plan, config, world, (8,))(range(2, 4)).pixels
     assert torch.equal(pixels, torch.stack([images.pixels[plan.batch(step)] for step in (2, 3)]))
 
 
@@ -164,3 +165,32 @@ def test_a_block_is_drawn_once_for_many_steps() -> None:
     assert [blocks(steps).tolist() for steps in ranges] == [list(steps) for steps in ranges]
     assert drawn == [range(5, 9), range(9, 13), range(2, 6), range(6, 10)]
     assert BlockDraw(numbers, 0)(range(3, 5)).tolist() == [3, 4]
+
+
+def test_flips_are_the_plans(make_config: MakeConfig) -> None:
+    """An image of a step is flipped or not by (seed, step, row) alone, half of them, and its noise stays."""
+    config = make_config("data.flip=true")
+    training, _ = datasets.load_training(config.data)
+    with processes.join(config) as world:
+        flips = Batches(training, Plan(3, 1000, 100), config, world, (8,))
+        plain = Batches(training, Plan(3, 1000, 100), make_config(), world, (8,))
+        flipped, straight = flips(range(5, 25)), plain(range(5, 25))
+    mirrored = straight.pixels.flip(-1)
+    expected = bits(Draws(3, Stream.FLIP, range(5, 25), range(100), 1))[:, :, 0] < 0
+    for step in range(20):
+        for row in range(100):
+            images = mirrored if expected[step, row] else straight.pixels
+            assert torch.equal(flipped.pixels[step, row], images[step, row])
+    assert 0.45 < expected.float().mean() < 0.55
+    assert torch.equal(flipped.noise, straight.noise)
+
+
+def test_labels_are_those_of_the_images_of_a_step(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("model.conditional=true")
+    training, _ = datasets.load_training(config.data)
+    labels = every_label(training)
+    assert labels is not None
+    with processes.join(config) as world:
+        for source in training, Mapped(training, tmp_path):
+            drawn = Batches(source, Plan(3, 1000, 100), config, world, (8,))(range(8, 13)).labels
+            assert torch.equal(drawn, torch.stack([labels[Plan(3, 1000, 100).batch(step)] for step in range(8, 13)]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import MakeConfig, update_of
+from tests.conftest import MakeConfig, batch_of, update_of
 from vae_dist.compute import compiled
 from vae_dist.compute.compiled import Compiled
 from vae_dist.distributed import processes
@@ -112,6 +112,6 @@ def test_steps_that_can_not_be_compiled_are_the_steps(flat: bool, no_compiler: N
         )
         with processes.join(settings) as world:
             update = update_of(settings, world, (1, 8, 8), flat=flat)
-            update(pixels, noise, [update.recipe.values(step) for step in range(4)])
+            update(batch_of(pixels, noise), [update.recipe.values(step) for step in range(4)])
             results.append([update.totals.clone(), *(tensor.detach().clone() for tensor in update.recipe.tensors)])
     assert all(map(torch.equal, *results))

@@ -22,7 +22,7 @@ def refusal(*arguments: str) -> str:
 
 def test_no_arguments_give_the_tutorials_config() -> None:
     loaded = config.load([])
-    assert loaded.model == config.MLPConfig("mlp", "standard_normal", 40, [400])
+    assert loaded.model == config.MLPConfig(latent_dim=40, hidden_dims=[400])
     assert (loaded.train.epochs, loaded.train.batch_size, loaded.optim.learning_rate) == (5, 100, 1e-3)
     assert config.load([str(REPOSITORY / "configs/tutorial.yaml")]) == loaded
 
@@ -320,3 +320,27 @@ def test_readers_choose_the_weights_and_runs_do_not_differ_by_them() -> None:
     stored = config.load(["name=a"])
     assert (stored.weights, config.load_reader(stored, ["weights=raw"]).weights) == ("ema", "raw")
     assert config.differing([stored, config.load(["weights=raw"])]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data.name=folder"], "data.name=folder needs data.path"),
+        (["data.name=array"], "data.name=array needs data.path"),
+        (["data.path=pictures"], "data.path is for data.name=folder or array, not for data.name=auto"),
+        (["data.name=folder", "data.path=a", "data.channels=2"], "must be 1 .grey. or 3 .colour., not 2"),
+        (["data.name=folder", "data.path=a", "data.binarize=dynamic"], "is for grey images: use data.channels=1"),
+        (["data.background=#12"], "data.background=#12 is no colour"),
+    ],
+)
+def test_own_images_need_a_path_and_options_that_fit(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        config.load(arguments)
+
+
+def test_a_resumed_run_keeps_what_its_start_has_resolved() -> None:
+    stored = config.load(["data.validation_images=37", "data.test_images=12", "data.size=32"])
+    resumed = config.resume(config.load([]), stored)
+    assert (resumed.data.validation_images, resumed.data.test_images, resumed.data.size) == (37, 12, 32)
+    with pytest.raises(UserError, match=r"another data\.size"):
+        config.resume(config.load(["data.size=64"]), stored)

@@ -22,9 +22,9 @@ from tests.conftest import REPOSITORY
 from tests.forked import ForkServer
 from tests.test_mnist import idx
 from vae_dist.errors import RunError
-from vae_dist.runs import console, streams, tables
 from vae_dist.runs.lookup import find
-from vae_dist.runs.tables import Metric
+from vae_dist.terminal import console, streams, tables
+from vae_dist.terminal.tables import Metric
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 ENDLESS = ["train.steps=1000000", "train.validate_every=1000000", "checkpoint.every=1000000", "train.log_every=1"]
@@ -123,7 +123,8 @@ def test_a_closed_terminal_changes_neither_training_nor_exit_code(stopped: bool,
 
 def test_a_hangup_outside_of_a_training_ends_with_the_promised_code() -> None:
     waiting = (
-        "import time\nfrom vae_dist.runs import console\nconsole.run(lambda: (print(1, flush=True), time.sleep(60)))"
+        "import time\nfrom vae_dist.terminal import console\n"
+        "console.run(lambda: (print(1, flush=True), time.sleep(60)))"
     )
     process = subprocess.Popen([sys.executable, "-c", waiting], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
@@ -141,9 +142,9 @@ def test_exit_codes_are_the_promised_ones_wherever_the_output_goes(arguments: st
 
 
 SHOW = """
-from vae_dist.runs import console
-from vae_dist.runs import tables
-from vae_dist.runs.tables import Metric
+from vae_dist.terminal import console
+from vae_dist.terminal import tables
+from vae_dist.terminal.tables import Metric
 from vae_dist.errors import UserError
 def command():
     console.logger.warning("a warning \\u65e5 [red]")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.conftest import MakeConfig, newest_checkpoint, opened, update_of
+from tests.conftest import MakeConfig, batch_of, newest_checkpoint, opened, update_of
 from tests.test_trainer import final, rows, timeless
 from vae_dist.data import datasets
 from vae_dist.distributed import processes
@@ -35,7 +35,7 @@ def test_it_is_the_average_of_the_weights_after_each_step(flat: bool, make_confi
         expected: dict[str, Tensor] = {name: weight.double() for name, weight in networks["model"].state_dict().items()}
         for step in range(12):
             before = {name: weight.clone() for name, weight in networks["ema"].state_dict().items()}
-            update(pixels[step : step + 1], noise[step : step + 1], [update.recipe.values(step)])
+            update(batch_of(pixels[step : step + 1], noise[step : step + 1]), [update.recipe.values(step)])
             weights, average = networks["model"].state_dict(), networks["ema"].state_dict()
             if step == 5:
                 assert all(torch.equal(before[name], average[name]) for name in before)

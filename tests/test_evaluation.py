@@ -27,8 +27,8 @@ from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
-from vae_dist.runs import progress
 from vae_dist.runs.run import Run
+from vae_dist.terminal import progress
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 

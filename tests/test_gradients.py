@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import MakeConfig, update_of
+from tests.conftest import MakeConfig, batch_of, update_of
 from tests.test_trainer import final
 from vae_dist import config
 from vae_dist.compute.compiled import Compiled
@@ -123,7 +123,7 @@ def test_a_compiled_step_equals_the_eager_step(
             update = update_of(settings, world, (1, 8, 8), flat=flat and choice == "true")
             totals = []
             for step in range(6):
-                update(pixels[step : step + 1], noise[step : step + 1], [update.recipe.values(step)])
+                update(batch_of(pixels[step : step + 1], noise[step : step + 1]), [update.recipe.values(step)])
                 totals.append(update.totals.clone())
             networks = update.recipe.networks.values()
             results.append([*totals, *(weight.detach() for network in networks for weight in network.parameters())])
@@ -146,7 +146,7 @@ def test_a_resumed_compiled_run_is_bitwise_the_uninterrupted_one(make_config: Ma
 def test_short_runs_are_not_compiled_and_long_ones_are(make_config: MakeConfig, tmp_path: Path) -> None:
     def is_compiled(*arguments: str) -> bool | None:
         settings = make_config("train.compile=null", *arguments)
-        with processes.join(settings) as world, claim(settings, world) as (resolved, _):
+        with processes.join(settings) as world, claim(settings, world) as (resolved, _, _):
             return resolved.config.train.compile
 
     assert is_compiled("train.epochs=2") is False

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, batch_of
 from tests.two_networks import TwoNetworks
 from vae_dist import objectives
 from vae_dist.config import Config
@@ -36,7 +36,7 @@ def step(update: Update, dtype: torch.dtype = torch.float32, spoil: float = 1.0)
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
     noise = torch.randn(50, *update.recipe.noise_shape, dtype=dtype) * spoil
-    update(pixels.unsqueeze(0), noise.unsqueeze(0), [update.recipe.values(0)])
+    update(batch_of(pixels.unsqueeze(0), noise.unsqueeze(0)), [update.recipe.values(0)])
     return pixels, noise
 
 

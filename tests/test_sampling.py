@@ -20,7 +20,7 @@ from vae_dist.data.source import InMemory, in_memory
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import DiagonalGaussian
-from vae_dist.runs import console, progress
+from vae_dist.terminal import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
 from vae_dist.views.components import principal_components

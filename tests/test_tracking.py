@@ -36,11 +36,12 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.runs import console, tracking, wandb_client, wandb_identity, wandb_run
+from vae_dist.runs import tracking, wandb_client, wandb_identity, wandb_run
 from vae_dist.runs.lookup import find
 from vae_dist.runs.metrics_log import MetricsLog
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.tracking import Tracker
+from vae_dist.terminal import console
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 

@@ -14,7 +14,7 @@ from tests.conftest import MakeConfig, newest_checkpoint
 from tests.sources import mapped, whole
 from vae_dist import config
 from vae_dist.data import datasets
-from vae_dist.data.batches import Batches
+from vae_dist.data.batches import Batch, Batches
 from vae_dist.data.source import read
 from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
@@ -317,9 +317,9 @@ def test_an_update_that_is_not_finite_is_never_applied(
     """The weights of a run whose step 8 is spoiled and skipped are those of one that has no step 8."""
     draw = Batches.__call__
 
-    def spoiled(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
-        images, noise = draw(batches, steps)
-        return images, noise * torch.nan if 7 in steps else noise
+    def spoiled(batches: Batches, steps: range) -> Batch:
+        batch = draw(batches, steps)
+        return batch._replace(noise=batch.noise * torch.nan) if 7 in steps else batch
 
     monkeypatch.setattr(Batches, "__call__", spoiled)
     run_config = make_config("name=a", "train.steps=8", "train.nonfinite=skip", "optim.max_grad_norm=10")
@@ -362,7 +362,7 @@ def test_a_directory_deleted_during_the_run_is_named(make_config: MakeConfig, mo
         (["device=tpu"], "unknown device 'tpu'"),
         (["train.batch_size=2000"], "is more than the 1000 training images"),
         (["train.batch_size=2", "train.accumulate=3"], "it must be at least 3"),
-        (["data.validation_images=1200"], "more than the 0 training images"),
+        (["data.validation_images=1200"], "data.validation_images=1200 leaves nothing of 1200"),
         (["data.image_shape=[3,32,32]"], "but the images of synthetic_digits are"),
         (["tracking.wandb=online"], "no account is set up"),
     ],

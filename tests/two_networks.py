@@ -21,6 +21,7 @@ from vae_dist import cli, objectives
 from vae_dist import train as command
 from vae_dist.compute.compiled import Compiled
 from vae_dist.config import Config
+from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models.vae import VAE
@@ -87,9 +88,9 @@ class TwoNetworks:
             "ema_decay": schedules.ema_decay(self._config.ema, step),
         }
 
-    def step(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+    def step(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
         learning_rate, critic_learning_rate, ema_decay = values.unbind()
-        loss, sums, *gradients = self._accumulated(pixels, noise)
+        loss, sums, *gradients = self._accumulated(batch)
         means, mean_loss = average_gradients(gradients, loss, self._world)
         split = len(self._optimizer.parameters)
         norm, ours = clip(means[:split], self._config.optim.max_grad_norm)
@@ -101,8 +102,9 @@ class TwoNetworks:
         self._critic_optimizer.step(critics, critic_learning_rate.float(), skip)
         self._ema.update(ema_decay, skip)
 
-    def _accumulated(self, pixels: Tensor, noise: Tensor) -> Sequence[Tensor]:
+    def _accumulated(self, batch: Batch) -> Sequence[Tensor]:
         """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
+        pixels, noise, _ = batch
         totals: Sequence[Tensor] = []
         for number in range(self._config.train.accumulate):
             rows = shard(len(pixels), number, self._config.train.accumulate)

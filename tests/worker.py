@@ -32,7 +32,7 @@ from vae_dist import config
 from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Precision
 from vae_dist.data import datasets
-from vae_dist.data.batches import Batches
+from vae_dist.data.batches import Batch, Batches
 from vae_dist.distributed import environment, failures, fingerprints, precision, processes, stopping
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
@@ -40,8 +40,8 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import Plan
-from vae_dist.runs import console
 from vae_dist.runs.claim import claim
+from vae_dist.terminal import console
 from vae_dist.training import milestones, schedules
 from vae_dist.training.loop import train
 from vae_dist.training.recipes import RECIPES
@@ -51,9 +51,8 @@ from vae_dist.views.sampling import sample
 
 def record_batches(output: str, arguments: list[str]) -> None:
     """Write the global batches of the first 25 steps: images, noise, learning rate."""
-    with processes.join(config.load(arguments)) as world, claim(config.load(arguments), world) as (run, training_set):
+    with processes.join(config.load(arguments)) as world, claim(config.load(arguments), world) as (run, training, _):
         run_config = run.config
-        training, _ = datasets.split(training_set, run_config.data)
         plan = Plan(run_config.seed, training.info.count, run_config.train.batch_size)
         vae = build_vae(run_config, training.info.image_shape)
         batches = Batches(training, plan, run_config, world, (vae.latent_dim,))
@@ -61,7 +60,7 @@ def record_batches(output: str, arguments: list[str]) -> None:
         rows = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
         seen: dict[str, list[torch.Tensor]] = {"images": [], "noise": [], "learning_rate": []}
         for step in range(25):
-            images, noise = batches(range(step, step + 1))
+            images, noise, _ = batches(range(step, step + 1))
             seen["images"].append(world.gather_rows([rows], [images[0]], size))
             seen["noise"].append(world.gather_rows([rows], [noise[0]], size))
             seen["learning_rate"].append(torch.tensor(schedules.learning_rate(run_config.optim, step, 25)))
@@ -116,7 +115,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch) -> None:
     """Send a signal in the middle of step 33."""
     draw = Batches.__call__
 
-    def with_signal(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_signal(batches: Batches, steps: range) -> Batch:
         if 32 in steps:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
@@ -140,9 +139,9 @@ def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
     """Make the noise NaN at a step after which nothing is logged."""
     draw = Batches.__call__
 
-    def spoiled(batches: Batches, steps: range) -> tuple[torch.Tensor, torch.Tensor]:
-        images, noise = draw(batches, steps)
-        return images, noise * torch.nan if 7 in steps else noise
+    def spoiled(batches: Batches, steps: range) -> Batch:
+        batch = draw(batches, steps)
+        return batch._replace(noise=batch.noise * torch.nan) if 7 in steps else batch
 
     patch.setattr(Batches, "__call__", spoiled)
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from vae_dist import config
 from vae_dist.config import Config
-from vae_dist.runs import console, streams
+from vae_dist.terminal import console, streams
 
 
 def run(command: Callable[[list[str]], None], usage: str | None, keys: tuple[str, ...] = ("",)) -> NoReturn:

@@ -49,6 +49,7 @@ class Stream(IntEnum):
     MIXTURE = 24
     PIXELS = 25
     SVD = 26
+    FLIP = 27
 
 
 class Draws(NamedTuple):
@@ -162,6 +163,12 @@ def binarized(pixels: Tensor, drawn: Tensor) -> Tensor:
     # 24 bits are exact in float32: every device agrees, black stays black and white stays white.
     uniform = ((drawn >> 8) & (2**24 - 1)).view(pixels.shape) * 2.0**-24
     return (uniform * 255 < pixels).to(torch.uint8) * 255
+
+
+def flipped(pixels: Tensor, drawn: Tensor) -> Tensor:
+    """Flip images `(..., b, C, H, W)` horizontally where the top bit of a random 32-bit number `(..., b, 1)` is set."""
+    flips = (drawn < 0).view(*pixels.shape[:-3], 1, 1, 1)  # int32
+    return torch.where(flips, pixels.flip(-1), pixels)
 
 
 @lru_cache(maxsize=2)

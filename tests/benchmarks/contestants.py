@@ -54,7 +54,6 @@ def serve(loop: Loop) -> None:
 
 def ours(config: Config) -> None:
     """`train` itself, made to wait for its turn before an update."""
-    import torch
 
     from vae_dist.training import loop, update
 
@@ -65,7 +64,7 @@ def ours(config: Config) -> None:
         started = 0.0
         sums: Any = 0
 
-        def __call__(self, pixels: torch.Tensor, noise: torch.Tensor, values: Any) -> None:
+        def __call__(self, *step: Any) -> None:  # of an older version too: the values are last
             if self.left <= 0:
                 if self.steps:
                     loss = self.sums.item()  # and on a GPU all is done by then
@@ -75,9 +74,9 @@ def ours(config: Config) -> None:
                 if self.left == 0:
                     os._exit(0)
                 self.started, self.sums = time.perf_counter(), 0
-            self.left -= len(values)
+            self.left -= len(step[-1])
             before = self.totals[0].clone()
-            super().__call__(pixels, noise, values)
+            super().__call__(*step)
             self.sums = self.sums + (self.totals[0] - before)
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # each has summed over its shard

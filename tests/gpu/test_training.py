@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.gpu.conftest import Train
 from vae_dist.data import batches
@@ -77,12 +76,13 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that is not a number in step 18."""
     draw = batches.Batches.__call__
 
-    def spoil(self: batches.Batches, steps: range) -> tuple[Tensor, Tensor]:
-        pixels, noise = draw(self, steps)
-        if 17 in steps:
-            noise = noise.clone()
-            noise[17 - steps.start, 3] = torch.nan
-        return pixels, noise
+    def spoil(self: batches.Batches, steps: range) -> batches.Batch:
+        batch = draw(self, steps)
+        if 17 not in steps:
+            return batch
+        noise = batch.noise.clone()
+        noise[17 - steps.start, 3] = torch.nan
+        return batch._replace(noise=noise)
 
     monkeypatch.setattr(batches.Batches, "__call__", spoil)
 

@@ -11,6 +11,7 @@ OmegaConf's resolvers, which read the environment or import modules, are refused
 from vae_dist.config.architectures import ARCHITECTURES, ConvConfig, MLPConfig, ModelConfig
 from vae_dist.config.arguments import argument, split_run, split_runs
 from vae_dist.config.checks import check
+from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.help import help_text
 from vae_dist.config.keys import Option, flatten, options
@@ -21,7 +22,6 @@ from vae_dist.config.ranges import check_numbers, suspects
 from vae_dist.config.schema import (
     CheckpointConfig,
     Config,
-    DataConfig,
     EvaluateConfig,
     Precision,
     RuntimeConfig,
@@ -34,6 +34,7 @@ from vae_dist.config.text import as_text, text_of
 
 __all__ = [
     "ARCHITECTURES",
+    "OWN_IMAGES",
     "READER_KEYS",
     "CheckpointConfig",
     "Config",

@@ -18,6 +18,7 @@ class ModelConfig:
 
     architecture: str = option("mlp", "networks of encoder and decoder; each architecture has options of its own")
     prior: str = option("standard_normal", "distribution of the latents: standard_normal")
+    conditional: bool = option(False, "give the labels to encoder and decoder, so that samples can be drawn by class")
 
     def check(self) -> None:
         """Raise UserError for options that no VAE can have."""

@@ -10,9 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+from PIL import ImageColor
 
 from vae_dist.config import yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
+from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.keys import Option, flatten, options
 from vae_dist.config.optimization import ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import PATHS, check_path
@@ -39,6 +41,7 @@ def check(config: Config) -> None:
         check_path(key, values[key] or "")
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
         raise UserError(f"data.image_shape must be channels, height and width, not {as_text(config.data.image_shape)}")
+    _check_own_images(config.data)
     if config.data.mirror is not None:
         _check_mirror(config.data.mirror)
     if config.name is not None and not _RUN_NAME.fullmatch(config.name):
@@ -99,6 +102,23 @@ def _check_optim(optim: OptimConfig) -> None:
         raise UserError(f"the steps of optim.stages must be whole numbers that rise from 0, not {as_text(list(steps))}")
     if min(rates) <= 0:
         raise UserError(f"the rates of optim.stages must be above 0, not {as_text(min(rates))}")
+
+
+def _check_own_images(data: DataConfig) -> None:
+    if data.name in OWN_IMAGES and data.path is None:
+        raise UserError(f"data.name={data.name} needs data.path, the path of your images")
+    if data.path is not None and data.name not in OWN_IMAGES:
+        raise UserError(f"data.path is for data.name={' or '.join(OWN_IMAGES)}, not for data.name={data.name}")
+    if data.channels == 2:
+        raise UserError("data.channels must be 1 (grey) or 3 (colour), not 2")
+    if data.binarize != "none" and data.channels != 1 and data.name in OWN_IMAGES:
+        raise UserError(f"data.binarize={data.binarize} is for grey images: use data.channels=1, or data.binarize=none")
+    try:
+        ImageColor.getrgb(data.background)
+    except ValueError as error:
+        raise UserError(
+            f"data.background={truncate(data.background)} is no colour: use a name such as white, or #rrggbb"
+        ) from error
 
 
 def _check_mirror(mirror: str) -> None:

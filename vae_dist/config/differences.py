@@ -10,19 +10,25 @@ from vae_dist.errors import UserError
 
 # A command that reads a finished run may set these. The model and its training data are the run's.
 READER_KEYS = (
-    "device", "output", "weights", "runs_dir", "data.root", "data.download", "data.mirror", "train.threads",
+    "device", "output", "weights", "runs_dir", "data.root", "data.download", "data.mirror", "data.path",
+    "data.pack", "data.workers", "train.threads",
     "tracking.", "runtime.", "evaluate.", "sample.",
 )  # fmt: skip
 
 # A resumed run may change these: none changes what is learned. Its length matters to some schedules (`resume`).
 _RESUMABLE_KEYS = (
-    *READER_KEYS, "name", "train.epochs", "train.steps", "train.accumulate", "train.precision",
+    *READER_KEYS, "name", "data.check", "train.epochs", "train.steps", "train.accumulate", "train.precision",
     "train.compile", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+)  # fmt: skip
+
+# Keys of `data` that the start of a run resolves if they are null.
+_RESOLVED_KEYS = (
+    "image_shape", "validation_images", "test_images", "size", "channels", "identity", "classes",
 )  # fmt: skip
 
 # A comparison does not tell runs apart by these.
 _SAME_RUN_KEYS = (
-    *READER_KEYS, "name", "data.image_shape", "train.accumulate", "train.compile", "train.log_every",
+    *READER_KEYS, "name", "data.image_shape", "data.check", "train.accumulate", "train.compile", "train.log_every",
     "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
@@ -35,7 +41,9 @@ def resume(config: Config, stored: Config) -> Config:
     merged = replace(config, data=replace(config.data), train=replace(config.train))
     if config.data.name == "auto":
         merged.data.name = stored.data.name
-    merged.data.image_shape = config.data.image_shape or stored.data.image_shape
+    for key in _RESOLVED_KEYS:
+        if getattr(config.data, key) is None:
+            setattr(merged.data, key, getattr(stored.data, key))
     if config.train.precision == "auto":
         merged.train.precision = stored.train.precision
     now, before = flatten(merged), flatten(stored)

@@ -6,7 +6,9 @@ from pathlib import Path
 from vae_dist.config.text import truncate
 from vae_dist.errors import UserError
 
-PATHS = ("runs_dir", "output", "data.root", "checkpoint.resume")  # keys that hold a path
+PATHS = (  # keys that hold a path
+    "runs_dir", "output", "data.root", "data.path", "data.pack_dir", "checkpoint.resume", "evaluate.folder",
+)  # fmt: skip
 _MAX_NAME = 255  # bytes between two slashes, on any file system
 
 

@@ -4,35 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vae_dist.config.architectures import MLPConfig, ModelConfig
+from vae_dist.config.data import DataConfig
 from vae_dist.config.fields import option
 from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
-
-
-@dataclass
-class DataConfig:
-    name: str = option(
-        "auto",
-        "mnist, fashion_mnist, kmnist or synthetic_digits; auto: MNIST if it is under data.root or can be downloaded, "
-        "otherwise synthetic_digits",
-    )
-    root: str = option("data", "folder of the data sets, in torchvision's layout")
-    download: bool = option(True, "download a data set that is missing under data.root")
-    mirror: str | None = option(None, "URL to download from instead of the data set's own mirrors")
-    validation_images: int = option(5000, "training images held out for validation; 0: train on all", at_least=0)
-    binarize: Literal["none", "threshold", "dynamic"] = option(
-        "none",
-        "none: grey pixels; threshold: 1 from 128 up; dynamic: Bernoulli draws, new at each step for training images, "
-        "fixed for all others",
-    )
-    image_shape: list[int] | None = option(None, "channels, height and width; null: the data set's", at_least=1)
-    synthetic_images: int = option(
-        60_000,
-        "training images of synthetic_digits; it has a sixth as many test images",
-        at_least=6,
-        at_most=2**32,
-    )
 
 
 @dataclass
@@ -124,6 +100,10 @@ class RuntimeConfig:
 class EvaluateConfig:
     batch_size: int = option(500, "images per batch; the batches are the same on any number of processes", at_least=1)
     split: Literal["test", "validation"] = option("test", "images to evaluate on: test or validation")
+    folder: str | None = option(
+        None,
+        "your own images to evaluate on instead of the run's: a folder, a packed one or an array; all its images",
+    )
     importance_samples: int | None = option(
         128, "latents per image for the estimate of the negative log-likelihood; 0 or null: no estimate", at_least=0
     )

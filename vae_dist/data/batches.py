@@ -6,15 +6,17 @@ Shapes: k steps, b images of the shard, C, H, W image.
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae_dist.config import Config
-from vae_dist.data.source import InMemory, Source
+from vae_dist.data.source import InMemory, Source, every_label
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
-from vae_dist.plan import Draws, Plan, Stream, binarized, bits, shard
+from vae_dist.plan import Draws, Plan, Stream, binarized, bits, flipped, shard
 
 # Draw noise for many steps at a time: per call, the overhead would cost as much as the numbers. On a GPU one draw is a
 # few hundred kernels, however many numbers it makes.
@@ -23,6 +25,14 @@ _PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are cop
 _PIXELS_PER_READ = 2**22  # of a source that is not in memory: the first step waits for a whole read
 
 _CPU = torch.device("cpu")
+
+
+class Batch(NamedTuple):
+    """A process's shard of a step's batch; of k steps, each tensor has the steps as a first dimension."""
+
+    pixels: Tensor  # (b, C, H, W), uint8
+    noise: Tensor  # (b, *noise_shape), standard normal
+    labels: Tensor  # (b,), int64, for a conditional model; otherwise (0,)
 
 
 class Batches:
@@ -42,12 +52,15 @@ class Batches:
         self._compiled = bool(config.train.compile)
         self._image_shape = source.info.image_shape
         self._pixel_count = math.prod(self._image_shape)
+        self._labels = every_label(source) if config.model.conditional else None
         self._held_on, self._order, self._epoch = _CPU, torch.empty(0), -1
         # Noise is computed in float64, which mps lacks.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
         at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
         self._noise = BlockDraw(self._draw_noise, at_once // math.prod(noise_shape))
-        self._bits = BlockDraw(self._draw_bits, at_once // self._pixel_count)
+        binarization = partial(self._draw_bits, Stream.BINARIZATION, self._pixel_count)
+        self._binarization = BlockDraw(binarization, at_once // self._pixel_count)
+        self._flips = BlockDraw(partial(self._draw_bits, Stream.FLIP, 1), at_once) if config.data.flip else None
         pixels = len(self._rows) * self._pixel_count  # of a step
         self.most_steps = max(_PIXELS_AT_ONCE // pixels, 1)
         if not isinstance(source, InMemory):
@@ -55,15 +68,23 @@ class Batches:
             return
         held, resident = place(source.pixels, world.device)
         self._held_on = held.device
+        self._labels = None if self._labels is None else self._labels.to(held.device)
         self._rows_of_words = _in_words(held.flatten(1))
         self._load = self._select if resident else self._prefetched(self._select, self.most_steps)
 
-    def __call__(self, steps: range) -> tuple[Tensor, Tensor]:
-        """Return pixels `(k, b, C, H, W)`, uint8, and standard normal noise `(k, b, *noise_shape)` of k steps."""
+    def __call__(self, steps: range) -> Batch:
+        """Return the batches of k steps: pixels `(k, b, C, H, W)` and noise `(k, b, *noise_shape)`."""
         pixels = self._load(steps).view(len(steps), len(self._rows), *self._image_shape)
+        if self._flips is not None:
+            pixels = flipped(pixels, self._flips(steps))
         if self._dynamic:
-            pixels = binarized(pixels, self._bits(steps))
-        return pixels, self._noise(steps)
+            pixels = binarized(pixels, self._binarization(steps))
+        return Batch(pixels, self._noise(steps), self._labels_of(steps))
+
+    def _labels_of(self, steps: range) -> Tensor:
+        if self._labels is None:
+            return torch.empty(len(steps), 0, dtype=torch.int64, device=self._device)
+        return self._labels[self._indices(steps)].view(len(steps), -1).to(self._device)
 
     def _select(self, steps: range) -> Tensor:
         """Return rows of pixels `(k, b, C H W)` of a source in memory, on the device that holds it."""
@@ -111,8 +132,8 @@ class Batches:
         noise = self._plan.noise(steps, self._rows, self._noise_shape, self._drawn_on, self._compiled)
         return noise.contiguous().to(self._device, self._dtype)  # a compiled program expects one layout
 
-    def _draw_bits(self, steps: range) -> Tensor:
-        draws = Draws(self._plan.seed, Stream.BINARIZATION, steps, self._rows, self._pixel_count)
+    def _draw_bits(self, stream: Stream, columns: int, steps: range) -> Tensor:
+        draws = Draws(self._plan.seed, stream, steps, self._rows, columns)
         return bits(draws, self._drawn_on, self._compiled).to(self._device)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vae_dist.config import DataConfig, expand
 from vae_dist.data import digits, mnist
-from vae_dist.data.source import Source, in_memory, process, select
+from vae_dist.data.source import Source, in_memory, process
+from vae_dist.data.splits import default_held_out, hold_out
 from vae_dist.errors import UserError
 from vae_dist.files import read_bounded, reason, write_atomically
-from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, permutation
+from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +64,34 @@ def warn_of_fallback() -> None:
 
 
 def split(training_set: Source, config: DataConfig) -> tuple[Source, Source]:
-    """Return the images to train on, and the validation images held out of them: the same for every seed."""
-    count, held_out = training_set.info.count, config.validation_images
-    if held_out >= count:
-        raise UserError(f"data.validation_images={held_out} leaves nothing of {count} training images; use fewer")
-    order = permutation(FIXED_SEED, Stream.SPLIT, 0, count)
-    validation = select(training_set, order[:held_out].sort().values, f"validation of {held_out}")
-    training = select(training_set, order[held_out:].sort().values, f"training without {held_out}")
+    """Return the images to train on, and the validation images: the same for every seed.
+
+    The validation images are held out of the training set if the data set has no validation part of its own.
+    """
+    training, validation = training_set, _validation_part(config)
+    if validation is None:
+        count = config.validation_images
+        count = default_held_out(training.info.count) if count is None else count
+        training, validation = hold_out(training, count, config, "validation")
     if config.binarize == "threshold":
         training = _cut(training)  # "dynamic" is left to the plan, which draws again at every step
     return training, _binarize_once(validation, config, step=0)
+
+
+def has_validation_part(config: DataConfig) -> bool:
+    """Return whether the data set has a validation part of its own."""
+    return config.name in VALIDATION_PARTS and VALIDATION_PARTS[config.name](config) is not None
+
+
+def _validation_part(config: DataConfig) -> Source | None:
+    """Return the data set's own validation part; None if it has none."""
+    load = VALIDATION_PARTS.get(config.name)
+    part = None if load is None else load(config)
+    if part is not None and config.validation_images is not None:
+        raise UserError(
+            f"{config.path} has {part.info.count} validation images of its own: leave out data.validation_images"
+        )
+    return part
 
 
 def load_training(config: DataConfig) -> tuple[Source, Source]:
@@ -206,6 +225,9 @@ def _draw_digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
     }
     return tensors, _digest(tensors)
 
+
+# Name in a config -> the set's own validation part, or None. Of other sets it is held out of the training part.
+VALIDATION_PARTS: dict[str, Callable[[DataConfig], Source | None]] = {}
 
 # Name in a config -> the source of one part, of that name. Missing files are downloaded or made.
 DATASETS: dict[str, Callable[[DataConfig, Part], Source]] = {

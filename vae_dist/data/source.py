@@ -22,6 +22,7 @@ class DataInfo:
     classes: int | None  # labels are 0 to classes - 1; None without labels
     processing: str  # of the pixels, in words: "grey, 0 to 1"
     identity: str  # a hash: sources of equal identity have equal pixels and labels
+    class_names: tuple[str, ...] | None = None  # by label; None if the labels are their own names, or without labels
 
 
 class Source(Protocol):
@@ -32,6 +33,10 @@ class Source(Protocol):
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """Return the images' labels `(n,)` int64 on the CPU, None without labels."""
+        ...
+
+    def names(self, indices: Tensor) -> Sequence[str] | None:
+        """Return the images' names, such as those of their files; None if they have no names."""
         ...
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
@@ -50,6 +55,7 @@ class InMemory:
     info: DataInfo
     pixels: Tensor  # (N, C, H, W), uint8, on the CPU
     all_labels: Tensor | None  # (N,), int64
+    all_names: Sequence[str] | None = None  # N
 
     def __post_init__(self) -> None:
         _check("pixels", self.pixels, torch.uint8, (self.info.count, *self.info.image_shape))
@@ -57,9 +63,14 @@ class InMemory:
             raise ValueError(f"{self.info.name} has labels or a number of classes, but not both")
         if self.all_labels is not None:
             _check("labels", self.all_labels, torch.int64, (self.info.count,))
+        if self.all_names is not None and len(self.all_names) != self.info.count:
+            raise ValueError(f"{self.info.name} has {self.info.count} images, but {len(self.all_names)} names")
 
     def labels(self, indices: Tensor) -> Tensor | None:
         return None if self.all_labels is None else self.all_labels.index_select(0, indices)
+
+    def names(self, indices: Tensor) -> Sequence[str] | None:
+        return None if self.all_names is None else [self.all_names[index] for index in indices.tolist()]
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
         _check("out", out, torch.uint8, (len(indices), *self.info.image_shape))
@@ -92,6 +103,11 @@ def every_label(source: Source) -> Tensor | None:
     return source.labels(torch.arange(source.info.count))
 
 
+def every_name(source: Source) -> Sequence[str] | None:
+    """Return the names of all images; None if they have no names."""
+    return source.names(torch.arange(source.info.count))
+
+
 def select(source: Source, indices: Tensor, rule: str) -> Source:
     """Return the source of these images `(n,)` of another one. `rule` says how they were chosen, for the identity."""
     return _resident_like(source, _Selected(source, indices, rule))
@@ -114,6 +130,9 @@ class _Selected:
     def labels(self, indices: Tensor) -> Tensor | None:
         return self._source.labels(self._indices[indices])
 
+    def names(self, indices: Tensor) -> Sequence[str] | None:
+        return self._source.names(self._indices[indices])
+
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
         self._source.read(self._indices[indices], draws, out)
 
@@ -127,6 +146,9 @@ class _Processed:
     def labels(self, indices: Tensor) -> Tensor | None:
         return self._source.labels(indices)
 
+    def names(self, indices: Tensor) -> Sequence[str] | None:
+        return self._source.names(indices)
+
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
         self._source.read(indices, draws, out)
         changed = self._change(out, indices)
@@ -138,7 +160,7 @@ def _resident_like(source: Source, derived: Source) -> Source:
     """Read the derived source into memory if its source is in memory."""
     if not isinstance(source, InMemory):
         return derived
-    return InMemory(derived.info, read(derived, range(derived.info.count)), every_label(derived))
+    return InMemory(derived.info, read(derived, range(derived.info.count)), every_label(derived), every_name(derived))
 
 
 def _derived(source: Source, rule: str) -> str:

@@ -14,12 +14,13 @@ from vae_dist.errors import UserError
 from vae_dist.evaluation import protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.runs import console, tables, wandb_identity
+from vae_dist.runs import wandb_identity
 from vae_dist.runs.lookup import open_checkpoint
 from vae_dist.runs.run import EVALUATION, EVALUATIONS
-from vae_dist.runs.tables import Metric
 from vae_dist.runs.tracking import track
 from vae_dist.runs.wandb_client import check_online
+from vae_dist.terminal import console, tables
+from vae_dist.terminal.tables import Metric
 from vae_dist.views import pictures
 
 logger = logging.getLogger(__name__)

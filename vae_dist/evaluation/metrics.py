@@ -19,7 +19,7 @@ from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
-from vae_dist.runs.progress import progress
+from vae_dist.terminal.progress import progress
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
 

@@ -18,12 +18,13 @@ from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.table import incomparable, make_table
-from vae_dist.runs import console, manifest, tables
+from vae_dist.runs import manifest
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.manifest import MANIFEST
 from vae_dist.runs.metrics import METRICS, is_number
 from vae_dist.runs.picture import to_png, with_caption
 from vae_dist.runs.run import Run
+from vae_dist.terminal import console, tables
 from vae_dist.views import plots
 from vae_dist.views.plots import Curve
 

@@ -23,9 +23,9 @@ from vae_dist.reports import facts, metrics, plane
 from vae_dist.reports.pictures import validation_pictures
 from vae_dist.reports.subject import Subject, subject_of
 from vae_dist.reports.text import count, format_number, format_percent, printable
-from vae_dist.runs import console
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.metrics import METRICS, is_number
+from vae_dist.terminal import console
 
 logger = logging.getLogger(__name__)
 

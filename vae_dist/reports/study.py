@@ -10,7 +10,7 @@ from vae_dist.distributed import processes
 from vae_dist.errors import StoppedError
 from vae_dist.models import check_names
 from vae_dist.reports.comparison import compare
-from vae_dist.runs import console
+from vae_dist.terminal import console
 from vae_dist.training.loop import train
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""A run's directory: checkpoints, metrics, pictures, W&B records, and the terminal's output."""
+"""A run's directory: checkpoints, metrics, pictures and W&B records."""

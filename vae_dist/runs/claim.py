@@ -17,9 +17,10 @@ import torch
 
 from vae_dist import config as configs
 from vae_dist import objectives
-from vae_dist.config import Config
+from vae_dist.config import OWN_IMAGES, Config, DataConfig
 from vae_dist.data import datasets
-from vae_dist.data.source import Source
+from vae_dist.data.source import DataInfo, Source
+from vae_dist.data.splits import default_held_out
 from vae_dist.distributed.precision import resolve_precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
@@ -50,20 +51,21 @@ class Resolved(NamedTuple):
 
 
 @contextmanager
-def claim(config: Config, world: World) -> Iterator[tuple[Resolved, Source]]:
+def claim(config: Config, world: World) -> Iterator[tuple[Resolved, Source, Source]]:
     """Resolve what the config leaves open, and hold the run's directory while the context lasts.
 
-    Yields the resolved run and its training set, validation images included. The main process resolves; every process
+    Yields the resolved run, its training images and its validation images. The main process resolves; every process
     reads the images once. Raises UserError, before a new directory is made, for what can't be run here.
     """
     with ExitStack() as stack:
         loaded: list[Source] = []  # on the main process, which has to know the images' number and shape
         resolved = world.on_main(lambda: _resolve(config, world, stack, loaded))
-        yield resolved, loaded[0] if loaded else datasets.load_training_set(resolved.config.data)
+        training, validation = loaded or datasets.load_training(resolved.config.data)
+        yield resolved, training, validation
 
 
 def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source]) -> Resolved:
-    """Resolve the config. `stack` then holds the run's directory, and `loaded` the training set."""
+    """Resolve the config. `stack` then holds the run's directory, `loaded` the training and validation images."""
     datasets.check_name(config.data.name)
     check_names(config)
     objectives.check_bound(config.objective)
@@ -96,9 +98,12 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
             compiled = stored.train.compile if compiled is None else compiled
     precision = resolve_precision(config.train.precision, world.device)
     configs.check_numbers(replace(config, train=replace(config.train, precision=precision)))
-    loaded.append(datasets.load_training_set(config.data))
-    info = loaded[0].info
-    _check_sizes(config, info.count)
+    training_set = datasets.load_training_set(config.data)
+    info = training_set.info
+    config = replace(config, data=_resolved_data(config, info))
+    training, validation = datasets.split(training_set, config.data)
+    loaded += training, validation
+    _check_sizes(config, training.info.count, validation.info.count)
     with torch.device("meta"):
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
     if is_new:
@@ -107,12 +112,11 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
             raise UserError(f"another training has just written {run.directory}; run the same command again to resume")
     config = replace(
         config,
-        data=replace(config.data, name=info.name, image_shape=list(info.image_shape)),
         train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
         tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
     )
     if compiled is None:
-        compiled = _worth_compiling(config, vae, info.count, world)
+        compiled = _worth_compiling(config, vae, training.info.count, world)
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
 
 
@@ -142,7 +146,7 @@ def _worth_compiling(config: Config, vae: VAE, image_count: int, world: World) -
     if not vae.worth_compiling:
         return False
     weights = sum(weight.numel() for weight in vae.parameters())
-    plan = Plan(config.seed, image_count - config.data.validation_images, config.train.batch_size)
+    plan = Plan(config.seed, image_count, config.train.batch_size)
     steps = config.train.steps or config.train.epochs * plan.steps_per_epoch
     operations = 6 * weights * config.train.batch_size / world.size  # of a step, forward and backward
     seconds = steps * (_STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1)))
@@ -154,13 +158,26 @@ def _has_compiler(variable: str, *names: str) -> bool:
     return any(shutil.which(name) for name in ([os.environ[variable]] if variable in os.environ else names))
 
 
-def _check_sizes(config: Config, image_count: int) -> None:
-    left = image_count - config.data.validation_images
-    if config.train.batch_size > left:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} is more than the {max(left, 0)} training images that "
-            f"data.validation_images={config.data.validation_images} leaves of {image_count}"
-        )
+def _resolved_data(config: Config, info: DataInfo) -> DataConfig:
+    """Return the config's data, with what it leaves open. Raises UserError if own images have changed in a run."""
+    data = replace(config.data, name=info.name, image_shape=list(info.image_shape))
+    if data.name in OWN_IMAGES:
+        if data.identity not in (None, info.identity):
+            raise UserError(
+                f"the images in data.path={data.path} are not those that run {config.name} was started with: put them "
+                "back, or choose another name for a new run"
+            )
+        data.identity = info.identity
+    if data.validation_images is None and not datasets.has_validation_part(data):
+        data.validation_images = default_held_out(info.count)
+    return data
+
+
+def _check_sizes(config: Config, training: int, validation: int) -> None:
+    if config.train.batch_size > training:
+        held_out = config.data.validation_images
+        left = "" if held_out is None else f" that data.validation_images={held_out} leaves of {training + validation}"
+        raise UserError(f"train.batch_size={config.train.batch_size} is more than the {training} training images{left}")
 
 
 def _name(config: Config) -> str:

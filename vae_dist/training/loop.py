@@ -7,7 +7,6 @@ from pathlib import Path
 
 from vae_dist import config as configs
 from vae_dist.config import Config
-from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.distributed import environment, fingerprints, processes
 from vae_dist.distributed.precision import param_dtype
@@ -16,12 +15,13 @@ from vae_dist.distributed.world import World
 from vae_dist.files import writing
 from vae_dist.models import build_vae
 from vae_dist.plan import Plan
-from vae_dist.runs import console, tracking
+from vae_dist.runs import tracking
 from vae_dist.runs.claim import Resolved, claim
-from vae_dist.runs.progress import TrainingProgress
 from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, Run
 from vae_dist.runs.starts import Start, write_start
 from vae_dist.runs.state import TrainingState
+from vae_dist.terminal import console
+from vae_dist.terminal.progress import TrainingProgress
 from vae_dist.training.cadence import Cadence, due, launches
 from vae_dist.training.meter import Meter
 from vae_dist.training.milestones import Milestones, Outputs
@@ -43,14 +43,14 @@ def train(config: Config) -> Path:
         world.assert_equal_everywhere(lambda: given)
         world.compare_processors()
         check_recipe(config)
-        resolved, training_set = stack.enter_context(claim(config, world))
+        resolved, training, validation = stack.enter_context(claim(config, world))
         config, run, resumed_from = resolved
         environment.set_threads(config)
-        world.assert_equal_everywhere(lambda: {"the training images": training_set.info.identity})
-        training, validation = datasets.split(training_set, config.data)
+        images = {"the training images": training.info.identity, "the validation images": validation.info.identity}
+        world.assert_equal_everywhere(lambda: images)
         plan = Plan(config.seed, training.info.count, config.train.batch_size)
         cadence = Cadence.of(config, plan)
-        vae = build_vae(config, training_set.info.image_shape).to(world.device, param_dtype(config.train.precision))
+        vae = build_vae(config, training.info.image_shape).to(world.device, param_dtype(config.train.precision))
         update = make_update(vae, config, world, cadence.last_step)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= cadence.last_step and not state.validation_pending:
@@ -68,7 +68,7 @@ def train(config: Config) -> Path:
             with milestones.saved_when_stopped():
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
                     values = [update.recipe.values(step) for step in steps]
-                    update(*batches(steps), values)
+                    update(batches(steps), values)
                     meter.count(len(steps))
                     done = steps.stop
                     if due(done, cadence.log_every, cadence.last_step):

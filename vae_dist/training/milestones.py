@@ -18,9 +18,9 @@ from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
 from vae_dist.runs.claim import Resolved
 from vae_dist.runs.picture import Picture
-from vae_dist.runs.progress import TrainingProgress
 from vae_dist.runs.state import Best, TrainingState
 from vae_dist.runs.tracking import Tracker
+from vae_dist.terminal.progress import TrainingProgress
 from vae_dist.training.meter import Meter
 from vae_dist.training.update import NotFiniteError, Update
 from vae_dist.views import pictures

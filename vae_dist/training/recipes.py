@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from vae_dist.config import Config
+from vae_dist.data.batches import Batch
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
@@ -43,10 +44,10 @@ class Recipe(Protocol):
     def values(self, step: int) -> dict[str, float]:
         """The values that move with the step, such as the learning rate, of step `step`, from 0."""
 
-    def step(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+    def step(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
         """Change networks, optimizers and totals in place, from tensors alone and without a host sync.
 
-        pixels are `(b, C, H, W)`, uint8, noise is `(b, *noise_shape)`, values are those of the step in their order.
+        The values are those of the step, in their order.
         """
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture
 from vae_dist.config import Config
+from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError
@@ -58,24 +59,21 @@ class Update:
         self._captured_steps = None if capture is None else self._captured(capture)
         self.most_steps = 1 if capture is None else MOST_STEPS
 
-    def __call__(self, pixels: Tensor, noise: Tensor, values: Sequence[dict[str, float]]) -> None:
-        """Take the k steps of `values`, at most `most_steps`.
-
-        pixels are `(k, b, C, H, W)`, uint8, and noise is `(k, b, *noise_shape)`, standard normal.
-        """
+    def __call__(self, batches: Batch, values: Sequence[dict[str, float]]) -> None:
+        """Take the k steps of `values`, at most `most_steps`, on their batches."""
         if list(values) != self._values:  # a constant schedule is copied to the device once
             self._values = list(values)
             numbers = [list(of_step.values()) for of_step in values]
             self._values_on_device = torch.tensor(numbers, dtype=self.totals.dtype).to(self.totals.device)
         if self._captured_steps is not None:
-            self._captured_steps(pixels, noise, self._values_on_device)
+            self._captured_steps(self._values_on_device, *batches)
         else:
-            self._take(pixels, noise, self._values_on_device)
+            self._take(self._values_on_device, *batches)
 
-    def _take(self, pixels: Tensor, noise: Tensor, values: Tensor) -> None:
+    def _take(self, values: Tensor, *batches: Tensor) -> None:
         """Take the steps one by one."""
-        for pixels_of_step, noise_of_step, values_of_step in zip(pixels, noise, values, strict=True):
-            self.recipe.step(pixels_of_step, noise_of_step, values_of_step, self.totals)
+        for values_of_step, *batch in zip(values, *batches, strict=True):
+            self.recipe.step(Batch(*batch), values_of_step, self.totals)
 
     def _captured(self, capture: Capture) -> CapturedSteps:
         """The same steps, which are captured once for each k, and replayed from then on."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Config
+from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models.vae import VAE
@@ -88,9 +89,9 @@ class VAERecipe:
 
     # ---- A step, in order
 
-    def step(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+    def step(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
         """Take gradients, average them over the processes, guard, update the weights, then their moving average."""
-        skip = self._update(pixels, noise, values, totals)
+        skip = self._update(batch.pixels, batch.noise, values, totals)
         if self._ema is not None:
             self._ema.update(values[2], skip)
 

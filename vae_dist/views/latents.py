@@ -20,7 +20,7 @@ from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
-from vae_dist.runs.progress import progress
+from vae_dist.terminal.progress import progress
 from vae_dist.views import mixture, subspace
 from vae_dist.views.components import EXACT_LATENTS
 from vae_dist.views.mixture import Mixture

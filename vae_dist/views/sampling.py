@@ -11,11 +11,12 @@ from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.runs import console, wandb_identity
+from vae_dist.runs import wandb_identity
 from vae_dist.runs.lookup import open_checkpoint
 from vae_dist.runs.picture import Picture, to_png, with_caption
 from vae_dist.runs.tracking import track
 from vae_dist.runs.wandb_client import check_online
+from vae_dist.terminal import console
 from vae_dist.views import pictures
 from vae_dist.views.kinds import KINDS
 from vae_dist.views.latents import TrainedVAE

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from vae_dist.runs.streams import plain, results
+from vae_dist.terminal.streams import plain, results
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:

@@ -8,8 +8,8 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vae_dist.runs.streams import messages, plain
-from vae_dist.runs.tables import table
+from vae_dist.terminal.streams import messages, plain
+from vae_dist.terminal.tables import table
 
 logger = logging.getLogger("vae_dist")
 progress_logger = logging.getLogger("vae_dist.progress")

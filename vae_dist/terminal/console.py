@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 from rich.text import Text
 
 from vae_dist.errors import RunError, StoppedError, UserError
-from vae_dist.runs.streams import guard_standard_streams, messages, plain
+from vae_dist.terminal.streams import guard_standard_streams, messages, plain
 
 logger = logging.getLogger("vae_dist")
 

@@ -1,0 +1,1 @@
+"""Output on the terminal: standard streams, exit codes, progress bars and tables."""
