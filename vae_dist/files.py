@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from vae_dist.errors import UserError
 
@@ -167,20 +168,32 @@ def _warn_of_no_sync(device: int, path: Path, problem: str) -> None:
         )  # fmt: skip
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Return a regular file's content, `limit` bytes at most.
+def read_bounded(path: Path, limit: int, *, follow: bool = True) -> bytes:
+    """Return a regular file's content, `limit` bytes at most. Raises OSError as `open_bounded` does."""
+    with open_bounded(path, limit, follow=follow) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
-    Raises OSError for a longer file, and at once for a pipe or a device, which might never end or never begin.
+
+def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes for reading.
+
+    Raises OSError for a longer file, and at once for a pipe or a device, which might never end or never begin; without
+    `follow` for a symbolic link too.
     """
     # Without O_NONBLOCK, opening a pipe waits for its other end.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "Is not a regular file"
             raise OSError(errno.EINVAL, kind, str(path))
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"Has more than {limit} bytes", str(path))
-        return file.read(status.st_size)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def require_no_links(folder: Path) -> None:
