@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vae_dist.config import DataConfig, expand
-from vae_dist.data import digits, mnist
+from vae_dist.data import arrays, digits, mnist
 from vae_dist.data.source import Source, in_memory, process
 from vae_dist.data.splits import default_held_out, hold_out
 from vae_dist.errors import UserError
@@ -227,10 +227,11 @@ def _draw_digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 # Name in a config -> the set's own validation part, or None. Of other sets it is held out of the training part.
-VALIDATION_PARTS: dict[str, Callable[[DataConfig], Source | None]] = {}
+VALIDATION_PARTS: dict[str, Callable[[DataConfig], Source | None]] = {"array": arrays.load_validation}
 
 # Name in a config -> the source of one part, of that name. Missing files are downloaded or made.
 DATASETS: dict[str, Callable[[DataConfig, Part], Source]] = {
+    "array": arrays.load,
     "fashion_mnist": partial(_load_mnist, name="fashion_mnist"),
     "kmnist": partial(_load_mnist, name="kmnist"),
     "mnist": partial(_load_mnist, name="mnist"),
