@@ -1,6 +1,8 @@
 """The user's own arrays: each layout and format gives the pixels that numpy and Pillow give; bad files are refused."""
 
+import csv
 import json
+import math
 import os
 import struct
 import tracemalloc
@@ -19,14 +21,24 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
+from tests.conftest import REPOSITORY, MakeConfig
+from tests.conftest import opened as opened_run
 from tests.forked import ForkServer
-from tests.sources import whole
+from tests.sources import of_pixels, whole
 from tests.test_fuzz import assert_short_line, mutated
 from vae_dist.config import DataConfig
-from vae_dist.data import array_files, arrays, datasets
-from vae_dist.data.source import every_name, read
+from vae_dist.data import array_files, arrays, datasets, other_images
+from vae_dist.data.source import DataInfo, InMemory, Source, every_name, read
 from vae_dist.errors import UserError
+from vae_dist.evaluation import per_image
+from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.objectives import elbo_terms
+from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
+from vae_dist.reports.comparison import compare
+from vae_dist.reports.subject import subject_of
+from vae_dist.training.loop import train
 
+EVALUATE = str(REPOSITORY / "vae_dist/evaluate.py")
 Array = npt.NDArray[Any]
 RANDOM = np.random.default_rng(0)
 GREY: Array = RANDOM.integers(0, 256, (30, 6, 5), np.uint8)
@@ -54,6 +66,10 @@ def asked(path: Path, **changes: Any) -> DataConfig:
     return DataConfig(name="array", path=str(path), **changes)
 
 
+def opened(path: Path, **changes: Any) -> Source:
+    return arrays.all_images(DataConfig(name="array", **changes), str(path))
+
+
 def grey_by_pillow(images: Array) -> Array:
     return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
 
@@ -69,7 +85,7 @@ def test_every_layout_in_every_format_gives_numpys_pixels(suffix: str, tmp_path:
         (np.ascontiguousarray(COLOUR.transpose(0, 3, 1, 2)), COLOUR.transpose(0, 3, 1, 2)),
     ]
     for images, expected in cases:
-        source = arrays.all_images(asked(write(path, images, LABELS)))
+        source = opened(write(path, images, LABELS))
         assert source.info.count == 30 and source.info.image_shape == expected.shape[1:]
         assert np.array_equal(whole(source).pixels.numpy(), expected)
         assert np.array_equal(read(source, ODD).numpy(), expected[ODD])
@@ -82,21 +98,21 @@ def test_colour_becomes_grey_as_in_pillow_and_grey_becomes_colour(tmp_path: Path
     every = np.stack(np.meshgrid(*[np.arange(0, 256, 5, dtype=np.uint8)] * 3), -1).reshape(-1, 52, 52, 3)
     for images in (COLOUR, every):
         for layout in (images, np.ascontiguousarray(images.transpose(0, 3, 1, 2))):
-            source = arrays.all_images(asked(write(tmp_path / "own.npy", layout), channels=1))
+            source = opened(write(tmp_path / "own.npy", layout), channels=1)
             assert np.array_equal(whole(source).pixels[:, 0].numpy(), grey_by_pillow(images))
             assert source.info.processing == "grey, 0 to 1"
-    source = arrays.all_images(asked(write(tmp_path / "own.npy", GREY), channels=3))
+    source = opened(write(tmp_path / "own.npy", GREY), channels=3)
     assert np.array_equal(whole(source).pixels.numpy(), np.stack([GREY] * 3, 1))
 
 
 def test_reads_of_many_rows_are_cut_into_small_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = arrays.all_images(asked(write(tmp_path / "own.npy", COLOUR)))
+    source = opened(write(tmp_path / "own.npy", COLOUR))
     monkeypatch.setattr("vae_dist.data.array_images.BYTES_AT_ONCE", 200)
     assert np.array_equal(read(source, ODD).numpy(), COLOUR.transpose(0, 3, 1, 2)[ODD])
 
 
 def test_requests_outside_and_of_other_shapes_are_refused(tmp_path: Path) -> None:
-    source = arrays.all_images(asked(write(tmp_path / "own.npy", GREY)))
+    source = opened(write(tmp_path / "own.npy", GREY))
     for indices in ([30], [-1]):
         with pytest.raises(IndexError):
             read(source, indices)
@@ -109,13 +125,13 @@ def test_the_images_are_found_by_name_or_as_the_only_ones(tmp_path: Path) -> Non
     path = tmp_path / "own.npz"
     for name in ("images", "x", "arr_0", "whatever"):
         np.savez(path, **{name: GREY, "y": LABELS, "weights": np.zeros((3, 3, 3)), "more": np.zeros(30, np.uint8)})  # type: ignore[arg-type]
-        source = arrays.all_images(asked(path))
+        source = opened(path)
         assert source.info.image_shape == (1, 6, 5) and whole(source).labels.tolist() == LABELS.tolist()
     np.savez(path, first=GREY, second=GREY)
     with pytest.raises(
         UserError, match=r"has 2 arrays \('first' \(30, 6, 5\), 'second' .*name the one with the images"
     ):
-        arrays.all_images(asked(path))
+        opened(path)
 
 
 @pytest.mark.parametrize(("files", "has_validation", "has_test"), [
@@ -177,12 +193,11 @@ def test_the_identity_follows_pixels_labels_and_channels(tmp_path: Path) -> None
         (GREY[:29], None, None), (GREY.reshape(30, 5, 6), None, None), (GREY, None, 3),
     ]  # fmt: skip
     identities = [
-        arrays.all_images(asked(write(path, images, labels), channels=channels)).info.identity
-        for images, labels, channels in variants
+        opened(write(path, images, labels), channels=channels).info.identity for images, labels, channels in variants
     ]
     assert len(set(identities)) == len(variants)
     elsewhere = write(tmp_path / "moved.npz", GREY)
-    assert arrays.all_images(asked(elsewhere)).info.identity == identities[0]
+    assert opened(elsewhere).info.identity == identities[0]
 
 
 Make = Callable[[Path], object]
@@ -314,15 +329,15 @@ def test_a_file_that_can_not_be_used_is_named_with_a_remedy(case: str, tmp_path:
 def test_another_size_is_refused_and_the_same_one_is_not(tmp_path: Path) -> None:
     path = write(tmp_path / "own.npy", GREY)
     with pytest.raises(UserError, match=r"have 6 x 5 pixels, and arrays are not resized: leave out data.size=6"):
-        arrays.all_images(asked(path, size=6))
-    assert arrays.all_images(asked(write(path, COLOUR[:, :5, :5]), size=5)).info.image_shape == (3, 5, 5)
+        opened(path, size=6)
+    assert opened(write(path, COLOUR[:, :5, :5]), size=5).info.image_shape == (3, 5, 5)
 
 
 def test_an_image_shape_decides_between_two_readings(tmp_path: Path) -> None:
     images = RANDOM.integers(0, 256, (9, 3, 8, 1), np.uint8)
     path = write(tmp_path / "own.npy", images)
-    first = whole(arrays.all_images(asked(path, image_shape=[1, 3, 8]))).pixels.numpy()
-    second = whole(arrays.all_images(asked(path, image_shape=[3, 8, 1]))).pixels.numpy()
+    first = whole(opened(path, image_shape=[1, 3, 8])).pixels.numpy()
+    second = whole(opened(path, image_shape=[3, 8, 1])).pixels.numpy()
     assert np.array_equal(first, images.transpose(0, 3, 1, 2)) and np.array_equal(second, images)
 
 
@@ -335,7 +350,7 @@ def test_nothing_in_a_file_is_unpickled(tmp_path: Path) -> None:
         objects = np.array([Bomb(), Bomb()], dtype=object)
         np.save(tmp_path / name, objects) if name == "a.npy" else np.savez(tmp_path / name, images=objects)
         with pytest.raises(UserError, match="never unpickled"):
-            arrays.all_images(asked(tmp_path / name))
+            opened(tmp_path / name)
     assert not (tmp_path / "run").exists()
 
 
@@ -349,9 +364,9 @@ def test_a_mapped_file_costs_no_memory(fork_server: ForkServer, tmp_path: Path) 
         "from vae_dist.config import DataConfig\n"
         "from vae_dist.data import arrays\n"
         "from vae_dist.data.source import read\n"
-        "config = DataConfig(name='array', path=sys.argv[1])\n"
+        "config = DataConfig(name='array')\n"
         "before = psutil.Process().memory_info().rss\n"
-        "source = arrays.all_images(config)\n"
+        "source = arrays.all_images(config, sys.argv[1])\n"
         "assert read(source, range(0, source.info.count, 5000)).sum() == 0\n"
         "print(psutil.Process().memory_info().rss - before)"
     )
@@ -398,7 +413,7 @@ def test_any_file_is_read_whole_or_refused_in_one_line(suffix: str, depth: int, 
         path.write_bytes(content)
         tracemalloc.start()
         try:
-            images = whole(arrays.all_images(asked(path)))
+            images = whole(opened(path))
         except UserError as error:
             assert_short_line(str(error))
             assert str(path) in str(error)
@@ -417,3 +432,129 @@ def zipped(content: bytes) -> bytes:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("images.npy", content)
     return file.getvalue()
+
+
+def own_arguments(path: Path) -> list[str]:
+    return [
+        "data.name=array",
+        f"data.path={path}",
+        "train.batch_size=10",
+        "train.steps=4",
+        "data.validation_images=null",
+    ]
+
+
+def test_a_run_on_an_array_trains_resumes_and_is_evaluated_image_by_image(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = RANDOM.integers(0, 256, (60, 28, 28), np.uint8)
+    path = write(tmp_path / "own.npz", images, np.arange(60) % 3)
+    run_dir = train(make_config("name=own", *own_arguments(path)))
+    assert train(make_config("name=own", *own_arguments(path), "train.steps=6")) == run_dir
+    result = evaluate(run_dir, ["evaluate.importance_samples=2"])
+    assert (result["dataset"], result["split"], result["images"]) == ("array", "test", 6)
+    held_out = list(every_name(datasets.load_test(asked(path))) or ())
+    table = rows(run_dir / "evaluations/step_00000006_test_k2.csv")
+    assert sorted(int(row["name"]) for row in table) == sorted(map(int, held_out))
+    for metric in ("mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl"):
+        assert np.mean([float(row[metric]) for row in table]) == pytest.approx(result[metric], rel=1e-12)
+    errors = [float(row["mean_squared_error"]) for row in table]
+    assert errors == sorted(errors, reverse=True)
+    assert [float(row["psnr"]) for row in table] == pytest.approx([-10 * math.log10(error) for error in errors])
+    assert all(row["label"] == str(int(row["name"]) % 3) for row in table)
+    assert f"the largest mean squared errors: {table[0]['name']} (" in capsys.readouterr().err
+    changed = images.copy()
+    changed[:] = 255 - images
+    write(path, changed, np.arange(60) % 3)
+    with pytest.raises(UserError, match=r"are not those that run own was started with"):
+        train(make_config("name=own", *own_arguments(path), "train.steps=8"))
+
+
+def test_any_run_is_evaluated_on_other_images(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The oracle: the ELBO of the images one by one."""
+    run_dir = train(make_config("name=digits", "train.steps=2"))
+    images = RANDOM.integers(0, 256, (7, 28, 28, 3), np.uint8)
+    path = write(tmp_path / "=other.npy", images)
+    before = {item: item.read_bytes() for item in run_dir.rglob("*") if item.is_file() and item.name != "log.txt"}
+    result = evaluate(run_dir, [f"evaluate.folder={path}", "evaluate.importance_samples=0"])
+    assert (result["images"], result["dataset"], result["split"]) == (7, "=other.npy", "all")
+    assert (result["protocol"]["dataset"], result["protocol"]["split"]) == ("=other.npy", "all")
+    added = [item for item in run_dir.rglob("*") if item.is_file() and item not in before and item.name != "log.txt"]
+    assert sorted(item.suffix for item in added) == [".csv", ".json"]
+    assert all(item.name.startswith("step_00000002_folder_-other.npy-") for item in added)
+    assert all(item.read_bytes() == content for item, content in before.items())  # evaluation.json, metrics, pictures
+    run = opened_run(run_dir)
+    vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
+    values = []
+    for index, grey in enumerate(grey_by_pillow(images)):
+        image = torch.from_numpy(grey).view(1, 1, 28, 28).float() / 255
+        noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, range(index, index + 1), vae.latent_dim)
+        values.append(elbo_terms(vae(image, noise.unsqueeze(0)), image).negative_elbo.item())
+    assert result["negative_elbo"] == pytest.approx(np.mean(values), abs=1e-3)
+    subject = subject_of(run)
+    assert not subject.evaluation  # a report shows the run's own images
+    with pytest.raises(UserError, match=r"compared on their own images: leave out evaluate\.folder"):
+        compare([run_dir], [f"evaluate.folder={path}"])
+
+
+def test_an_evaluation_of_single_images_is_bitwise_the_same_at_any_number_of_processes(
+    fork_server: ForkServer, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_dir = train(make_config("name=digits", "train.steps=1"))
+    path = write(tmp_path / "other.npy", RANDOM.integers(0, 256, (50, 28, 28), np.uint8))
+    written = []
+    for size in (1, 3):
+        arguments = [f"evaluate.folder={path}", "evaluate.importance_samples=2", "evaluate.batch_size=7"]
+        arguments += [f"output={tmp_path / str(size)}", "train.threads=1", "device=cpu"]
+        results = fork_server.launch(size, EVALUATE, str(run_dir), *arguments)
+        assert [result.returncode for result in results] == [0] * size, results[0].stderr
+        written.append({item.name: item.read_bytes() for item in (tmp_path / str(size) / "evaluations").iterdir()})
+    assert written[0] == written[1] and len(written[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "message"),
+    [
+        ("gone.npy", None, r"evaluate.folder=.*gone.npy does not exist; give a folder"),
+        ("small.npy", GREY, r"are \[1, 6, 5\], but the run's are \[1, 28, 28\] .*: resize them"),
+        ("floats.npy", GREY / 255, r"not uint8"),
+    ],
+)
+def test_other_images_that_do_not_fit_the_run_are_refused(
+    name: str, images: Array | None, message: str, tmp_path: Path
+) -> None:
+    if images is not None:
+        write(tmp_path / name, images)
+    with pytest.raises(UserError, match=message):
+        other_images.load(DataConfig(name="mnist", image_shape=[1, 28, 28]), str(tmp_path / name))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"\[1, 6, 5\], and those of a folder are square"):
+        other_images.load(DataConfig(name="mnist", image_shape=[1, 6, 5]), str(tmp_path / "folder"))
+
+
+def test_other_images_are_binarised_like_the_runs_test_images(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.npy", GREY)
+    config = DataConfig(name="mnist", image_shape=[1, 6, 5], binarize="dynamic")
+    drawn = whole(other_images.load(config, str(path))).pixels
+    assert torch.equal(drawn, bernoulli_pixels(torch.from_numpy(GREY[:, None]), FIXED_SEED, 1, range(30)))
+
+
+def test_a_spreadsheet_computes_no_name_or_label() -> None:
+    names = ["=1+1.png", "+a", "-b", "@c", 'd,"e"', "f"]
+    pixels = torch.zeros(6, 1, 1, 1, dtype=torch.uint8)
+    info = DataInfo("own", 6, (1, 1, 1), 2, "grey", "", ("=cmd", "fine"))
+    source = InMemory(info, pixels, torch.tensor([0, 1] * 3), names)
+    by_image = dict.fromkeys(per_image.METRICS, torch.tensor([6.0, 5, 4, 3, 2, 2], dtype=torch.float64) / 3)
+    table = list(csv.DictReader((per_image.to_csv(source, by_image) or b"").decode().splitlines()))
+    assert [row["name"] for row in table] == ["'=1+1.png", "'+a", "'-b", "'@c", 'd,"e"', "f"]
+    assert [row["label"] for row in table] == ["'=cmd", "fine"] * 3
+    assert [float(row["kl"]) for row in table] == by_image["kl"].tolist()
+    assert per_image.worst(source, by_image) == "=1+1.png (2), +a (1.67), -b (1.33)"
+    assert (
+        per_image.to_csv(of_pixels(pixels), by_image) is None and per_image.worst(of_pixels(pixels), by_image) is None
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))

@@ -58,7 +58,7 @@ def load(arguments: Sequence[str]) -> Config:
 def load_reader(config: Config, arguments: Sequence[str]) -> Config:
     """The config of a finished run, changed by the `key=value` arguments of a command that only reads the run.
 
-    Output paths, mirrors and tracking.wandb=online come from the caller, never from the stored config.
+    Output paths, mirrors, evaluate.folder and tracking.wandb=online come from the caller, never from the stored config.
     """
     keys = [split_key(argument)[0] for argument in arguments]
     for key in keys:
@@ -72,6 +72,7 @@ def load_reader(config: Config, arguments: Sequence[str]) -> Config:
         runs_dir=Config().runs_dir,
         data=replace(config.data, mirror=None),
         train=replace(config.train, threads=None),  # this machine may have another number of cores
+        evaluate=replace(config.evaluate, folder=None),
         tracking=replace(config.tracking, wandb="auto" if config.tracking.wandb == "online" else config.tracking.wandb),
     )
     config = _apply(config, _parse_settings(arguments))

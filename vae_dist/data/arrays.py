@@ -33,9 +33,9 @@ def load_validation(config: DataConfig) -> Source | None:
     return _open_parts(config).get("validation")
 
 
-def all_images(config: DataConfig) -> Source:
-    """Return all images of the one array in `data.path`. Raises UserError."""
-    return open_images(_path(config), config)
+def all_images(config: DataConfig, path: str) -> Source:
+    """Return all images of another array, with the channels of the config's. Raises UserError."""
+    return open_images(Path(expand(path)), config)
 
 
 def is_array(path: Path) -> bool:
@@ -43,13 +43,9 @@ def is_array(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _path(config: DataConfig) -> Path:
-    return Path(expand(config.path or "", "data.path"))
-
-
 def _open_parts(config: DataConfig) -> dict[str, Source]:
     """Return the sources of the parts that have a file; that of a single file is "train"."""
-    path = _path(config)
+    path = Path(expand(config.path or "", "data.path"))
     paths = _paths_of_parts(path) if path.is_dir() else {"train": path}
     sources = {part: open_images(file, config) for part, file in paths.items()}
     shape = sources["train"].info.image_shape

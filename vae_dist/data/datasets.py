@@ -16,11 +16,11 @@ from torch import Tensor
 
 from vae_dist.config import DataConfig, expand
 from vae_dist.data import arrays, digits, mnist
-from vae_dist.data.source import Source, in_memory, process
+from vae_dist.data.binarization import binarize_once, cut
+from vae_dist.data.source import Source, in_memory
 from vae_dist.data.splits import default_held_out, hold_out
 from vae_dist.errors import UserError
 from vae_dist.files import read_bounded, reason, write_atomically
-from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ def split(training_set: Source, config: DataConfig) -> tuple[Source, Source]:
         count = default_held_out(training.info.count) if count is None else count
         training, validation = hold_out(training, count, config, "validation")
     if config.binarize == "threshold":
-        training = _cut(training)  # "dynamic" is left to the plan, which draws again at every step
-    return training, _binarize_once(validation, config, step=0)
+        training = cut(training)  # "dynamic" is left to the plan, which draws again at every step
+    return training, binarize_once(validation, config, step=0)
 
 
 def has_validation_part(config: DataConfig) -> bool:
@@ -103,7 +103,7 @@ def load_training(config: DataConfig) -> tuple[Source, Source]:
 def load_test(config: DataConfig) -> Source:
     """Return the test images. Training never uses them. Raises UserError for data.name=auto."""
     _require_name(config)
-    return _binarize_once(_load(config, "test"), config, step=1)
+    return binarize_once(_load(config, "test"), config, step=1)
 
 
 def _require_name(config: DataConfig) -> None:
@@ -121,30 +121,6 @@ def _load(config: DataConfig, part: Part) -> Source:
     if config.image_shape not in (None, image_shape):
         raise UserError(f"data.image_shape={config.image_shape} but the images of {config.name} are {image_shape}")
     return source
-
-
-def _binarize_once(source: Source, config: DataConfig, step: int) -> Source:
-    """Binarise held-out images with a fixed seed, so that every run is evaluated on the same ones."""
-    if config.binarize == "dynamic":
-        words = f"binary: 1 with the grey level's probability, drawn once with seed {FIXED_SEED}"
-        return process(source, partial(_draw, step=step), words, f"step {step}")
-    return _cut(source) if config.binarize == "threshold" else source
-
-
-def _draw(pixels: Tensor, indices: Tensor, step: int) -> Tensor:
-    """Draw binary images from grey ones `(n, C, H, W)`: an image's random numbers belong to its index."""
-    runs = indices.tensor_split((indices.diff() != 1).nonzero().flatten() + 1) if len(indices) else []
-    drawn, start = torch.empty_like(pixels), 0
-    for run in runs:  # of consecutive indices
-        part = slice(start, start + len(run))
-        first = int(run[0])
-        drawn[part] = bernoulli_pixels(pixels[part], FIXED_SEED, step, range(first, first + len(run)))
-        start += len(run)
-    return drawn
-
-
-def _cut(source: Source) -> Source:
-    return process(source, lambda pixels, _: (pixels >= 128).to(torch.uint8) * 255, "binary: 1 from grey 128 of 255 up")
 
 
 def _load_mnist(config: DataConfig, part: Part, name: str) -> Source:

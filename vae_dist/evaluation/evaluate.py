@@ -2,16 +2,17 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vae_dist.config import Config
-from vae_dist.data import datasets
+from vae_dist.data import datasets, other_images
 from vae_dist.data.source import Source
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
-from vae_dist.evaluation import protocol
+from vae_dist.evaluation import per_image, protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import wandb_identity
@@ -27,15 +28,24 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = (
     "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
-    "mean_squared_error", "active_units",
+    "mean_squared_error", "psnr", "active_units",
 )  # fmt: skip
+
+
+class _Images(NamedTuple):
+    """The images of an evaluation."""
+
+    source: Source
+    dataset: str
+    split: str  # "test", "validation", or "all" of a set that is not the run's
+    file: str  # part of the name under which the evaluation is kept
 
 
 def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint, or the checkpoint `run`; the newest run by default.
 
-    Returns the content of `evaluation.json`. Raises UserError if there is no checkpoint or no data, or if a metric is
-    not finite. Every process calls this.
+    Returns the content of `evaluation.json`; of `evaluate.folder`, the content of its own file. Raises UserError if
+    there is no checkpoint or no data, or if a metric is not finite. Every process calls this.
     """
     with open_checkpoint(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
@@ -44,30 +54,37 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         world.on_main(lambda: check_online(config.tracking))
         world.on_main(lambda: make_folder(output / EVALUATIONS, ELSEWHERE))
         vae = checkpoint.load_vae(config, world.device)
-        source = world.main_first(lambda: _source(config))
+        images = world.main_first(lambda: _images(config))
+        source, dataset, split, _ = images
         warning = protocol.comparison_warning(config)
+        metrics, by_image = measure(vae, source, world, config)
         result = {
             "run": config.name,
-            "dataset": config.data.name,
-            "split": config.evaluate.split,
+            "dataset": dataset,
+            "split": split,
             "binarize": config.data.binarize,
             "likelihood": config.objective.reconstruction,
             "images": source.info.count,
             "step": step,
-            **measure(vae, source, world, config),
+            **metrics,
             "comparable": warning is None,
             "warning": warning,
-            "protocol": protocol.describe(config, source.info, checkpoint.weights(config), world),
+            "protocol": protocol.describe(config, dataset, split, source.info, checkpoint.weights(config), world),
         }
-        name = _name(result, raw=checkpoint.has_average and config.weights == "raw")
-        subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
+        name = _name(result, images.file, raw=checkpoint.has_average and config.weights == "raw")
+        is_own = config.evaluate.folder is None
         tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
 
         def keep() -> None:
+            files = {f"{EVALUATIONS}/{name}.csv": per_image.to_csv(source, by_image)}
+            if not is_own:  # the run's records are of its own images
+                _write(output, result, [f"{EVALUATIONS}/{name}.json"], files)
+                return
             with track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
                 tracker.scalars(step, _record(result))
-                tracker.pictures(step, lambda: {config.evaluate.split: pictures.reconstructions(vae, source, subject)})
-                _write(output, name, result)
+                subject = f"{dataset}, {split} images, step {step}"
+                tracker.pictures(step, lambda: {split: pictures.reconstructions(vae, source, subject)})
+                _write(output, result, [f"{EVALUATIONS}/{name}.json", EVALUATION], files)
 
         try:
             world.on_main(keep)
@@ -75,18 +92,27 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             if world.is_main:
                 _show(result)
         if world.is_main:
-            logger.info("written to %s", output / EVALUATION)
+            if (worst := per_image.worst(source, by_image)) is not None:
+                logger.info("the largest mean squared errors: %s", worst)
+            logger.info("written to %s", output / (EVALUATION if is_own else f"{EVALUATIONS}/{name}.json"))
     return result
 
 
-def _source(config: Config) -> Source:
+def _images(config: Config) -> _Images:
     """Return the images to evaluate on."""
-    if config.evaluate.split == "test":
-        return datasets.load_test(config.data)
+    if (folder := config.evaluate.folder) is not None:
+        source = other_images.load(config.data, folder)
+        name = Path(folder).resolve().name
+        # The hash tells apart two folders of one name.
+        file = f"folder_{re.sub(r'[^A-Za-z0-9.-]', '-', name)[:60]}-{source.info.identity[:8]}"
+        return _Images(source, name, "all", file)
+    split = config.evaluate.split
+    if split == "test":
+        return _Images(datasets.load_test(config.data), config.data.name, split, split)
     validation = datasets.load_training(config.data)[1]
     if validation.info.count == 0:
         raise UserError("this run has no validation images (data.validation_images=0); use evaluate.split=test")
-    return validation
+    return _Images(validation, config.data.name, split, split)
 
 
 def _record(result: Mapping[str, Any]) -> dict[str, float]:
@@ -94,23 +120,25 @@ def _record(result: Mapping[str, Any]) -> dict[str, float]:
     return {f"{result['split']}/{name}": result[name] for name in _LOGGED if result[name] is not None}
 
 
-def _name(result: Mapping[str, Any], *, raw: bool) -> str:
+def _name(result: Mapping[str, Any], images: str, *, raw: bool) -> str:
     """Return the name under which an evaluation is kept; `raw` if the run has a moving average, but was not used."""
     samples = f"_k{result['importance_samples']}" if result["importance_samples"] else ""
-    return f"step_{result['step']:08d}_{result['split']}{samples}{'_raw' if raw else ''}.json"
+    return f"step_{result['step']:08d}_{images}{samples}{'_raw' if raw else ''}"
 
 
-def _write(output: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Write the metrics under a name of their own, and as the run's latest."""
-    kept = output / EVALUATIONS / name
+def _write(output: Path, result: Mapping[str, Any], names: Sequence[str], files: Mapping[str, bytes | None]) -> None:
+    """Write the metrics under each of some names, and other files."""
     content = (json.dumps(result, indent=2) + "\n").encode()
+    contents = {output / name: content for name in names}
     with writing(output, ELSEWHERE):
-        write_together({kept: content, output / EVALUATION: content})
+        write_together(contents | {output / name: other for name, other in files.items() if other is not None})
 
 
 def _show(result: Mapping[str, Any]) -> None:
     """Print the metrics with standard errors, then the protocol and any warning."""
     conditions, errors, samples = result["protocol"], result["standard_errors"], result["importance_samples"]
+    split = "" if result["split"] == "all" else f"{result['split']} "
+    which = f"{result['images']} {split}images of"
     rows = {
         "negative_log_likelihood": ("negative log-likelihood", f"nats, at most; {samples} samples"),
         "negative_elbo": ("negative ELBO", "nats"),
@@ -118,10 +146,11 @@ def _show(result: Mapping[str, Any]) -> None:
         "kl": ("  KL", "nats, the rate"),
         "bits_per_dimension": ("bits per dimension", f"from the {'log-likelihood' if samples else 'ELBO'}"),
         "mean_squared_error": ("mean squared error", "per pixel"),
+        "psnr": ("PSNR", "dB"),
         "active_units": ("active units", f"of {result['latents']} latents"),
     }
     tables.metrics(
-        f"{result['run']}, step {result['step']}: {result['images']} {result['split']} images of {result['dataset']}",
+        f"{result['run']}, step {result['step']}: {which} {result['dataset']}",
         [Metric(name, result[key], errors.get(key), remark) for key, (name, remark) in rows.items()],
         "mean over the images ± its standard error\n"
         f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood\n"

@@ -22,6 +22,7 @@ from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_n
 from vae_dist.terminal.progress import progress
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
+LEAST_SQUARED_ERROR = 1e-10  # of an image's PSNR, which is then 100 dB: without an error it would be infinite
 
 
 def score(
@@ -136,8 +137,15 @@ def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Conf
     return world.gather_rows(chunks, values, source.info.count)
 
 
-def measure(vae: VAE, source: Source, world: World, config: Config) -> dict[str, Any]:
-    """Return all metrics of a set of images, by their names in `evaluation.json`. Every process calls this.
+class Measured(NamedTuple):
+    """The metrics of a set of images, by their names in `evaluation.json`."""
+
+    metrics: dict[str, Any]
+    by_image: dict[str, Tensor]  # (N,) each, float64, of the metrics that are averages over the images
+
+
+def measure(vae: VAE, source: Source, world: World, config: Config) -> Measured:
+    """Return all metrics of a set of images. Every process calls this.
 
     Raises UserError if a metric is not finite.
     """
@@ -147,6 +155,7 @@ def measure(vae: VAE, source: Source, world: World, config: Config) -> dict[str,
         "reconstruction": encodings.terms.reconstruction,
         "kl": encodings.terms.kl,
         "mean_squared_error": encodings.squared_error,
+        "psnr": -10 * encodings.squared_error.clamp(min=LEAST_SQUARED_ERROR).log10(),
     }
     _require_finite(by_image)  # before the likelihood, which may take hours
     if config.evaluate.importance_samples:
@@ -155,18 +164,20 @@ def measure(vae: VAE, source: Source, world: World, config: Config) -> dict[str,
     means = {name: values.mean().item() for name, values in by_image.items()}
     bound = means.get("negative_log_likelihood", means["negative_elbo"])
     bits = objectives.bits_per_dimension(bound, math.prod(source.info.image_shape))
-    return {
+    metrics = {
         **{name: means[name] for name in ("negative_elbo", "reconstruction", "kl")},
         "negative_log_likelihood": means.get("negative_log_likelihood"),
         "importance_samples": config.evaluate.importance_samples or 0,
         "bits_per_dimension": bits if vae.likelihood.is_probability(config.data.binarize) else None,
         "mean_squared_error": means["mean_squared_error"],
+        "psnr": means["psnr"],
         "active_units": objectives.active_units(encodings.variance),
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.
         "kl_per_latent" if len(encodings.kl) == vae.latent_dim else "kl_per_group": encodings.kl.tolist(),
         "standard_errors": {name: _standard_error(values) for name, values in by_image.items()},
     }
+    return Measured(metrics, by_image)
 
 
 def _standard_error(values: Tensor) -> float | None:

@@ -15,14 +15,14 @@ from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
 
-def describe(config: Config, info: DataInfo, weights: str, world: World) -> dict[str, Any]:
+def describe(config: Config, dataset: str, split: str, info: DataInfo, weights: str, world: World) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits.
 
     `weights` are `ema`, the moving average, or `raw`.
     """
     return {
-        "dataset": config.data.name,
-        "split": config.evaluate.split,
+        "dataset": dataset,
+        "split": split,
         "images": info.count,
         "image_shape": list(info.image_shape),
         "pixels": info.processing,

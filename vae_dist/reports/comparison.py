@@ -45,6 +45,8 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
     output, arguments = configs.take(arguments, "output")
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(open_checkpoint(run, arguments)) for run in runs]
+        if checkpoints[0].config.evaluate.folder is not None:
+            raise UserError("runs are compared on their own images: leave out evaluate.folder, which is for make eval")
         world = stack.enter_context(processes.join(checkpoints[0].config))
         console.start(world)
         opened = world.on_main(lambda: list({run.checkpoint.folder.resolve(): run for run in checkpoints}.values()))

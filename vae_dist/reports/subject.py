@@ -54,6 +54,7 @@ def subject_of(opened: Opened) -> Subject:
         latest = [] if place.evaluation is None else [place.evaluation]
         evaluations += [one.values for one in (*latest, *place.evaluations(f"step_{opened.step:08d}_*"))]
     evaluations = [values for values in evaluations if is_number(values.get("negative_elbo"))]
+    evaluations = [values for values in evaluations if values.get("split") != "all"]  # of images that are not the run's
     of_this_step = (values for values in evaluations if values.get("step") == opened.step)
     evaluation = next(of_this_step, evaluations[0] if evaluations else {})
     return Subject(opened.run, opened.checkpoint, evaluation, opened.live)

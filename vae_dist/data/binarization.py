@@ -1,0 +1,35 @@
+"""Binary images from grey ones: drawn once with a fixed seed, or cut at a threshold."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vae_dist.config import DataConfig
+from vae_dist.data.source import Source, process
+from vae_dist.plan import FIXED_SEED, bernoulli_pixels
+
+
+def binarize_once(source: Source, config: DataConfig, step: int) -> Source:
+    """Binarise held-out images with a fixed seed, so that every run is evaluated on the same ones."""
+    if config.binarize == "dynamic":
+        words = f"binary: 1 with the grey level's probability, drawn once with seed {FIXED_SEED}"
+        return process(source, partial(_draw, step=step), words, f"step {step}")
+    return cut(source) if config.binarize == "threshold" else source
+
+
+def _draw(pixels: Tensor, indices: Tensor, step: int) -> Tensor:
+    """Draw binary images from grey ones `(n, C, H, W)`: an image's random numbers belong to its index."""
+    runs = indices.tensor_split((indices.diff() != 1).nonzero().flatten() + 1) if len(indices) else []
+    drawn, start = torch.empty_like(pixels), 0
+    for run in runs:  # of consecutive indices
+        part = slice(start, start + len(run))
+        first = int(run[0])
+        drawn[part] = bernoulli_pixels(pixels[part], FIXED_SEED, step, range(first, first + len(run)))
+        start += len(run)
+    return drawn
+
+
+def cut(source: Source) -> Source:
+    """Return the source with pixels that are 255 from 128 up, and 0 below."""
+    return process(source, lambda pixels, _: (pixels >= 128).to(torch.uint8) * 255, "binary: 1 from grey 128 of 255 up")

@@ -1,0 +1,59 @@
+"""The metrics of every single image, as a table to find outliers with. N images."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from io import StringIO
+
+from torch import Tensor
+
+from vae_dist.data.source import Source, every_label, every_name
+
+METRICS = ("mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl")
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of texts that a spreadsheet would compute
+
+
+def to_csv(source: Source, by_image: Mapping[str, Tensor]) -> bytes | None:
+    """Return the metrics `(N,)` of METRICS by image as CSV, those with the largest mean squared error first.
+
+    None if the images have no names. A name or label that a spreadsheet would take for a formula begins with an
+    apostrophe. Numbers are exact.
+    """
+    names = every_name(source)
+    if names is None:
+        return None
+    labels = _labels(source)
+    columns = [by_image[name].tolist() for name in METRICS]
+    file = StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("name", "label", *METRICS))
+    for index in _worst_first(by_image):
+        texts = map(_harmless, (names[index], labels[index] if labels else ""))
+        writer.writerow((*texts, *(repr(column[index]) for column in columns)))
+    return file.getvalue().encode()
+
+
+def worst(source: Source, by_image: Mapping[str, Tensor], count: int = 3) -> str | None:
+    """Return the names of the images with the largest mean squared error, and the errors; None without names."""
+    indices = _worst_first(by_image)[:count]
+    names = source.names(by_image["mean_squared_error"].new_tensor(indices).long())
+    if names is None:
+        return None
+    errors = by_image["mean_squared_error"][indices].tolist()
+    return ", ".join(f"{name} ({error:.3g})" for name, error in zip(names, errors, strict=True))
+
+
+def _worst_first(by_image: Mapping[str, Tensor]) -> list[int]:
+    order: list[int] = by_image["mean_squared_error"].argsort(descending=True, stable=True).tolist()
+    return order
+
+
+def _labels(source: Source) -> Sequence[str] | None:
+    labels, names = every_label(source), source.info.class_names
+    if labels is None:
+        return None
+    return [str(label) if names is None else names[label] for label in labels.tolist()]
+
+
+def _harmless(text: str) -> str:
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
