@@ -8,13 +8,12 @@ import io
 import json
 import math
 import os
-import stat
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +21,11 @@ from numpy.lib import format as npy
 
 from vae_dist.config import as_text
 from vae_dist.errors import UserError
-from vae_dist.files import reason
+from vae_dist.files import open_bounded, reason
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
+ANY_SIZE = 2**63  # of a file: it is mapped, not read
 HEADER_BYTES = 2**20  # of an array, or of the list of a file's arrays
 MOST_DIMENSIONS = 32
 
@@ -63,7 +63,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 def members(path: Path) -> dict[str, Member]:
     """Return the arrays of a file by name; that of a .npy file has the name "". Raises BadArrayError or OSError."""
-    with _open(path) as file:
+    with open_bounded(path, ANY_SIZE) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise BadArrayError("it is empty; write it again")
@@ -77,23 +77,14 @@ def members(path: Path) -> dict[str, Member]:
 
 def mapped(path: Path, member: Member) -> npt.NDArray[Any]:
     """Return an array of a file as a read-only memory map. Raises BadArrayError or OSError."""
-    with _open(path) as file:
+    with open_bounded(path, ANY_SIZE) as file:
         try:
             return np.asarray(np.memmap(file, member.code, "r", member.offset, member.shape))
         except ValueError as error:
             raise BadArrayError("it has changed while it was opened; try again") from error
 
 
-def _open(path: Path) -> io.FileIO:
-    """Open a regular file. Raises OSError for any other, without waiting for a pipe's other end."""
-    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("Is not a regular file")
-    return file
-
-
-def _npy(file: io.FileIO, start: int, stop: int) -> Member:
+def _npy(file: BinaryIO, start: int, stop: int) -> Member:
     """Return the array of a .npy file that lies between two offsets."""
     head = io.BytesIO(os.pread(file.fileno(), min(stop - start, npy.MAGIC_LEN + 4 + 2**16), start))
     try:
@@ -135,7 +126,7 @@ class _Bounded(io.BufferedReader):
         return content
 
 
-def _npz(file: io.FileIO, size: int) -> Iterator[tuple[str, Member]]:
+def _npz(file: BinaryIO, size: int) -> Iterator[tuple[str, Member]]:
     try:
         with zipfile.ZipFile(_Bounded(io.FileIO(file.fileno(), closefd=False))) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -159,7 +150,7 @@ def _npz(file: io.FileIO, size: int) -> Iterator[tuple[str, Member]]:
             yield name.removesuffix(".npy"), _npy(file, start, stop)
 
 
-def _safetensors(file: io.FileIO, size: int) -> Iterator[tuple[str, Member]]:
+def _safetensors(file: BinaryIO, size: int) -> Iterator[tuple[str, Member]]:
     length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
     if not 2 <= length <= min(HEADER_BYTES, size - 8):
         raise BadArrayError(
