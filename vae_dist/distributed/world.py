@@ -5,6 +5,8 @@ One process is the main process. It decides for all what only one may decide, su
 
 import hashlib
 import logging
+import math
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -37,11 +39,15 @@ class World:
         self.is_main: bool = state.is_main_process
         self.alike = True  # whether all processes run on one kind of processor, see `compare_processors`
 
-    def on_main(self, choose: Callable[[], T]) -> T:
-        """Call `choose` on the main process; return its result, or raise its error, on every process."""
+    def on_main(self, choose: Callable[[], T], *, patient: bool = False) -> T:
+        """Call `choose` on the main process; return its result, or raise its error, on every process.
+
+        If they are `patient`, the other processes wait however long it takes; otherwise a collective's timeout.
+        """
         if self.size == 1:
             return choose()
         outcome: list[T | Exception | None] = [None]
+        done = self.on_main(lambda: f"vae_dist/done/{secrets.token_hex(8)}") if patient else None
         if self.is_main:
             try:
                 outcome[0] = choose()
@@ -49,18 +55,28 @@ class World:
                 outcome[0] = error
             except Exception as error:
                 with self._explained():
+                    self._wait_until(done)
                     broadcast_object_list([RunError(f"process 0 failed: {type(error).__name__}: {error}")])
                 raise
         with self._explained():
+            self._wait_until(done)
             result = broadcast_object_list(outcome)[0]
         if isinstance(result, UserError | RunError):
             raise result.on_every_process()
         return result
 
+    def _wait_until(self, done: str | None) -> None:
+        """Wait without a timeout until the main process calls this too."""
+        if done is not None:
+            if self.is_main:
+                failures.store().set(done, "yes")
+            else:
+                failures.wait_for_keys(failures.store(), [done], math.inf)
+
     def main_first(self, load: Callable[[], T]) -> T:
         """Call `load` on the main process, then on the others, which find what it downloaded; return each result."""
         loaded: list[T] = []
-        self.on_main(lambda: loaded.append(load()))
+        self.on_main(lambda: loaded.append(load()), patient=True)
         return loaded[0] if loaded else load()
 
     def assert_equal_everywhere(self, find: Callable[[], Mapping[str, object]]) -> None:
