@@ -23,6 +23,7 @@ from vae_dist.plan import Draws, Plan, Stream, binarized, bits, flipped, shard
 _NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
 _PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are copied into one tensor
 _PIXELS_PER_READ = 2**22  # of a source that is not in memory: the first step waits for a whole read
+_IMAGES_PER_READ = 2**10  # of such a source: it may decode them
 
 _CPU = torch.device("cpu")
 
@@ -64,7 +65,8 @@ class Batches:
         pixels = len(self._rows) * self._pixel_count  # of a step
         self.most_steps = max(_PIXELS_AT_ONCE // pixels, 1)
         if not isinstance(source, InMemory):
-            self._load: Callable[[range], Tensor] = self._prefetched(self._read, _PIXELS_PER_READ // pixels)
+            most = min(_PIXELS_PER_READ // pixels, _IMAGES_PER_READ // len(self._rows))
+            self._load: Callable[[range], Tensor] = self._prefetched(self._read, most)
             return
         held, resident = place(source.pixels, world.device)
         self._held_on = held.device

@@ -4,12 +4,17 @@ Shapes: N images of a source, n of a request, C, H, W image.
 """
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import psutil
 import torch
 from torch import Tensor
+
+MEMORY_SHARE = 8  # an eighth of the machine's memory for the images of one source
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,21 @@ class InMemory:
         return None if self.all_names is None else [self.all_names[index] for index in indices.tolist()]
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
-        _check("out", out, torch.uint8, (len(indices), *self.info.image_shape))
+        check_request(indices, out, self.info)
         torch.index_select(self.pixels, 0, indices, out=out)
+
+
+class Mapped:
+    """Images in a memory-mapped file. What is derived from them is read when it is asked for, unless `resident`."""
+
+    def __init__(
+        self, info: DataInfo, pixels: Tensor, all_labels: Tensor | None, all_names: Sequence[str] | None
+    ) -> None:
+        self._held = InMemory(info, pixels, all_labels, all_names)
+        self.info = info
+        self.labels = self._held.labels
+        self.names = self._held.names
+        self.read = self._held.read
 
 
 def in_memory(name: str, pixels: Tensor, labels: Tensor | None, identity: str) -> InMemory:
@@ -124,33 +142,33 @@ def process(source: Source, change: Callable[[Tensor, Tensor], Tensor], processi
 class _Selected:
     def __init__(self, source: Source, indices: Tensor, rule: str) -> None:
         self.info = replace(source.info, count=len(indices), identity=_derived(source, rule))
-        self._source = source
+        self.source = source
         self._indices = indices
 
     def labels(self, indices: Tensor) -> Tensor | None:
-        return self._source.labels(self._indices[indices])
+        return self.source.labels(self._indices[indices])
 
     def names(self, indices: Tensor) -> Sequence[str] | None:
-        return self._source.names(self._indices[indices])
+        return self.source.names(self._indices[indices])
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
-        self._source.read(self._indices[indices], draws, out)
+        self.source.read(self._indices[indices], draws, out)
 
 
 class _Processed:
     def __init__(self, source: Source, change: Callable[[Tensor, Tensor], Tensor], processing: str, rule: str) -> None:
         self.info = replace(source.info, processing=processing, identity=_derived(source, f"{processing}; {rule}"))
-        self._source = source
+        self.source = source
         self._change = change
 
     def labels(self, indices: Tensor) -> Tensor | None:
-        return self._source.labels(indices)
+        return self.source.labels(indices)
 
     def names(self, indices: Tensor) -> Sequence[str] | None:
-        return self._source.names(indices)
+        return self.source.names(indices)
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
-        self._source.read(indices, draws, out)
+        self.source.read(indices, draws, out)
         changed = self._change(out, indices)
         _check("processed pixels", changed, torch.uint8, tuple(out.shape))
         out.copy_(changed)
@@ -158,13 +176,34 @@ class _Processed:
 
 def _resident_like(source: Source, derived: Source) -> Source:
     """Read the derived source into memory if its source is in memory."""
-    if not isinstance(source, InMemory):
-        return derived
-    return InMemory(derived.info, read(derived, range(derived.info.count)), every_label(derived), every_name(derived))
+    return _whole(derived) if isinstance(source, InMemory) else derived
+
+
+def resident(source: Source) -> Source:
+    """Read the images of a mapped file into memory if they need little of it; return any other source as it is.
+
+    This changes the speed, and no bit. Processes that share a machine share its memory.
+    """
+    root = source
+    while isinstance(root, _Selected | _Processed):
+        root = root.source
+    size = source.info.count * math.prod(source.info.image_shape)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fits = size * processes <= psutil.virtual_memory().total // MEMORY_SHARE
+    return _whole(source) if isinstance(root, Mapped) and fits else source
+
+
+def _whole(source: Source) -> InMemory:
+    return InMemory(source.info, read(source, range(source.info.count)), every_label(source), every_name(source))
 
 
 def _derived(source: Source, rule: str) -> str:
     return hashlib.sha256(f"{source.info.identity}; {rule}".encode()).hexdigest()
+
+
+def check_request(indices: Tensor, out: Tensor, info: DataInfo) -> None:
+    """Raise ValueError if `out` can't hold these images."""
+    _check("out", out, torch.uint8, (len(indices), *info.image_shape))
 
 
 def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
