@@ -112,13 +112,16 @@ class FolderIndex:
 
 
 def scan(folder: Path, threads: int | None = None, *, is_main: bool = False) -> FolderIndex:
-    """Find the images below a folder, in any depth, and read their headers in threads.
+    """Find the images below a folder, in any depth, and read their headers. Raises UserError if it can't be read."""
+    return checked(listed(folder), threads, is_main=is_main)
 
-    Hidden files and folders are left out, and links are not followed. `threads` is None for a number that suits the
-    machine, 0 for the calling thread. The main process shows the progress. Raises UserError if the folder can't be
-    read.
+
+def checked(found: FolderIndex, threads: int | None = None, *, is_main: bool = False) -> FolderIndex:
+    """Return the index without the files whose headers are no image's, which it then lists as refused.
+
+    `threads` read the headers: None for a number that suits the machine, 0 for the calling thread. The main process
+    shows the progress. Raises UserError if the system fails to read.
     """
-    found = _listed(folder)
     damaged: list[tuple[int, str]] = []
     with progress("headers of images", len(found), is_main=is_main) as advance:
         chunks = [range(start, min(start + CHUNK, len(found))) for start in range(0, len(found), CHUNK)]
@@ -150,7 +153,11 @@ def advice(index: FolderIndex) -> str:
     return f"files that are not read: {'; '.join(parts)}" if parts else ""
 
 
-def _listed(folder: Path) -> FolderIndex:
+def listed(folder: Path) -> FolderIndex:
+    """Find the images below a folder by their names, in any depth. No file is opened.
+
+    Hidden files and folders are left out, and links are not followed. Raises UserError if the folder can't be read.
+    """
     buffer, offsets, sizes, mtimes = bytearray(), array("q", [0]), array("q"), array("q")  # q: int64
     refused: list[Refused] = []
     unread: Counter[str] = Counter()

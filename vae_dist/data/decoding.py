@@ -1,0 +1,157 @@
+"""Decoding images in threads, and the source that decodes what it reads. No bit depends on the number of threads.
+
+Shapes: N images of a source, n of a request, C, H, W image.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vae_dist.data.folder_index import FolderIndex
+from vae_dist.data.pixels import DamagedError, Rule, decode
+from vae_dist.data.source import DataInfo, check_request
+from vae_dist.errors import RunError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+IMAGES_PER_TASK = 16  # handing over a task costs a thread some tens of microseconds
+BYTES_PER_TASK = 2**22  # of pixels: large images are tasks of their own
+
+
+def image_shape(rule: Rule) -> tuple[int, int, int]:
+    """Return C, H, W of the images that the rule makes."""
+    return rule.channels, rule.size, rule.size
+
+
+def image_bytes(rule: Rule) -> int:
+    """Return the bytes of an image's pixels."""
+    return rule.channels * rule.size * rule.size
+
+
+def thread_count(workers: int | None, processes: int = 1) -> int:
+    """Return the number of threads that decode: `data.workers`, or a fair share of the CPUs for one of `processes`."""
+    if workers is not None:
+        return workers
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cpus // processes, 1)
+
+
+def tasks(start: int, stop: int, rule: Rule) -> list[range]:
+    """Cut the images from `start` to `stop` into those that a thread decodes at once."""
+    size = max(min(IMAGES_PER_TASK, BYTES_PER_TASK // image_bytes(rule)), 1)
+    return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Yield `function(item)` in the order of the items, computed some items ahead in threads, 0 for this thread."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class Decoded(NamedTuple):
+    """Some files of an index, decoded."""
+
+    files: range
+    pixels: NDArray[np.uint8]  # of those that could be decoded, in order: (n, C, H, W)
+    damaged: list[tuple[int, str]]  # the others, with reasons
+
+
+def decode_files(index: FolderIndex, files: range, rule: Rule) -> Decoded:
+    """Decode these files of the index. Raises UserError if the system fails to read one."""
+    pixels = np.empty((len(files), *image_shape(rule)), np.uint8)
+    damaged = []
+    rows = 0
+    for file in files:
+        try:
+            pixels[rows] = decode(index.path(file), rule)
+            rows += 1
+        except DamagedError as error:
+            damaged.append((file, str(error)))
+    return Decoded(files, pixels[:rows], damaged)
+
+
+class DecodedSource:
+    """The images of a folder, decoded whenever they are read."""
+
+    def __init__(self, info: DataInfo, index: FolderIndex, rule: Rule, labels: Tensor | None, threads: int) -> None:
+        self.info = info
+        self._index = index
+        self._rule = rule
+        self._labels = labels
+        self._threads = threads
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        return None if self._labels is None else self._labels[indices]
+
+    def names(self, indices: Tensor) -> Sequence[str]:
+        return self._index.names(indices.tolist())
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        """Raises RunError for a file that can't be decoded, or that has changed since it was found."""
+        check_request(indices, out, self.info)
+        files, rows = indices.tolist(), out.numpy()
+
+        def fill(task: range) -> None:
+            for row in task:
+                rows[row] = self._decode(files[row])
+
+        parts = tasks(0, len(files), self._rule)
+        for _ in self._pool.map(fill, parts) if self._threads and len(parts) > 1 else map(fill, parts):
+            pass
+
+    def _decode(self, file: int) -> NDArray[np.uint8]:
+        if not 0 <= file < self.info.count:
+            raise IndexError(f"image {file} of {self.info.count}")
+        path, name = self._index.path(file), self._index.name(file)
+        try:
+            if has_changed(self._index, file):
+                raise RunError(f"{name} has changed since the start; put it back and run the same command again")
+            return decode(path, self._rule)
+        except DamagedError as error:
+            raise RunError(
+                f"{name} can't be decoded ({error}): repair it, or leave it out with data.skip_damaged=true and "
+                "data.check=decode, which decodes all files at the start"
+            ) from error
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, "decode")
+
+
+def has_changed(index: FolderIndex, file: int) -> bool:
+    """Return whether a file has another size or time than when it was found."""
+    try:
+        status = os.lstat(index.path(file))
+    except OSError:
+        return True
+    return (status.st_size, status.st_mtime_ns) != (index.sizes[file], index.mtimes[file])
+
+
+def seconds_per_image(index: FolderIndex, rule: Rule, files: Sequence[int]) -> float:
+    """Measure how long one thread takes to decode an image, on these files. Raises DamagedError."""
+    started = time.perf_counter()
+    for file in files:
+        decode(index.path(file), rule)
+    return (time.perf_counter() - started) / len(files)
