@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vae_dist.config import DataConfig, expand
-from vae_dist.data import arrays, digits, mnist
+from vae_dist.config import OWN_IMAGES, DataConfig, expand
+from vae_dist.data import arrays, digits, folder, mnist
 from vae_dist.data.binarization import binarize_once, cut
-from vae_dist.data.source import Source, in_memory
+from vae_dist.data.source import DataInfo, Source, in_memory, resident
 from vae_dist.data.splits import default_held_out, hold_out
 from vae_dist.errors import UserError
 from vae_dist.files import read_bounded, reason, write_atomically
@@ -75,7 +75,7 @@ def split(training_set: Source, config: DataConfig) -> tuple[Source, Source]:
         training, validation = hold_out(training, count, config, "validation")
     if config.binarize == "threshold":
         training = cut(training)  # "dynamic" is left to the plan, which draws again at every step
-    return training, binarize_once(validation, config, step=0)
+    return resident(training), resident(binarize_once(validation, config, step=0))
 
 
 def has_validation_part(config: DataConfig) -> bool:
@@ -97,13 +97,41 @@ def _validation_part(config: DataConfig) -> Source | None:
 def load_training(config: DataConfig) -> tuple[Source, Source]:
     """Return the images to train on, and the validation images. Raises UserError for data.name=auto."""
     _require_name(config)
-    return split(load_training_set(config), config)
+    training_set = load_training_set(config)
+    _require_identity(config, training_set.info)
+    return split(training_set, config)
 
 
 def load_test(config: DataConfig) -> Source:
     """Return the test images. Training never uses them. Raises UserError for data.name=auto."""
     _require_name(config)
-    return binarize_once(_load(config, "test"), config, step=1)
+    if config.name in OWN_IMAGES:
+        _require_identity(config, _load(config, "train").info)
+    return resident(binarize_once(_load(config, "test"), config, step=1))
+
+
+def forget() -> None:
+    """Look at the user's own images again when they are next used. Otherwise a process looks at them once."""
+    folder.forget()
+
+
+def log_sizes(config: DataConfig, training: Source, validation: Source) -> None:
+    """Log how many of the user's own images are training, validation and test images, and of how many classes."""
+    if config.name in OWN_IMAGES:
+        classes = f" of {training.info.classes} classes" if training.info.classes else ""
+        logger.info(
+            "%s: %d training, %d validation and %d test images%s",
+            config.path, training.info.count, validation.info.count, _load(config, "test").info.count, classes,
+        )  # fmt: skip
+
+
+def _require_identity(config: DataConfig, info: DataInfo) -> None:
+    """Raise UserError if these are other images of the user's than those that a run was started with."""
+    if config.name in OWN_IMAGES and config.identity not in (None, info.identity):
+        raise UserError(
+            f"the images in data.path={config.path} are not those that the run was trained on: put them back, give the "
+            "data.path where they are now, or evaluate other images with evaluate.folder"
+        )
 
 
 def _require_name(config: DataConfig) -> None:
@@ -135,16 +163,16 @@ def _root(config: DataConfig) -> Path:
 def _load_digits(config: DataConfig, part: Part) -> Source:
     """Read the embedded digits. They are drawn once, and cached under `data.root` if that is writable."""
     count = config.synthetic_images
-    folder = _root(config) / FALLBACK
-    cache = folder / f"{count}_{digits.drawing_version()}.safetensors"
+    place = _root(config) / FALLBACK
+    cache = place / f"{count}_{digits.drawing_version()}.safetensors"
     cached = _read_digits(cache, count)
     tensors, digest = cached or _draw_digits(count)
     if cached is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, save({**tensors, "sha256": digest}))
         except OSError as error:
-            logger.info("the digits are not cached: can't write to %s (%s)", folder, reason(error))
+            logger.info("the digits are not cached: can't write to %s (%s)", place, reason(error))
     identity = hashlib.sha256(f"{part} {digest.numpy().tobytes().hex()}".encode()).hexdigest()
     return in_memory(FALLBACK, tensors[f"{part}_pixels"], tensors[f"{part}_labels"], identity)
 
@@ -203,12 +231,16 @@ def _draw_digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 # Name in a config -> the set's own validation part, or None. Of other sets it is held out of the training part.
-VALIDATION_PARTS: dict[str, Callable[[DataConfig], Source | None]] = {"array": arrays.load_validation}
+VALIDATION_PARTS: dict[str, Callable[[DataConfig], Source | None]] = {
+    "array": arrays.load_validation,
+    "folder": folder.load_validation,
+}
 
 # Name in a config -> the source of one part, of that name. Missing files are downloaded or made.
 DATASETS: dict[str, Callable[[DataConfig, Part], Source]] = {
     "array": arrays.load,
     "fashion_mnist": partial(_load_mnist, name="fashion_mnist"),
+    "folder": folder.load,
     "kmnist": partial(_load_mnist, name="kmnist"),
     "mnist": partial(_load_mnist, name="mnist"),
     "synthetic_digits": _load_digits,

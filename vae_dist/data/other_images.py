@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from vae_dist.config import DataConfig
-from vae_dist.data import arrays
+from vae_dist.data import arrays, folder
 from vae_dist.data.binarization import binarize_once
 from vae_dist.data.source import Source
 from vae_dist.errors import UserError
 
 # Kind of a set -> all its images at a path, in the shape of the config's.
-ALL_IMAGES: dict[str, Callable[[DataConfig, str], Source]] = {"array": arrays.all_images}
+ALL_IMAGES: dict[str, Callable[[DataConfig, str], Source]] = {
+    "array": arrays.all_images,
+    "folder": folder.all_images,
+}
 
 
 def load(config: DataConfig, path: str) -> Source:

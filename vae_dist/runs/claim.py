@@ -59,7 +59,9 @@ def claim(config: Config, world: World) -> Iterator[tuple[Resolved, Source, Sour
     """
     with ExitStack() as stack:
         loaded: list[Source] = []  # on the main process, which has to know the images' number and shape
-        resolved = world.on_main(lambda: _resolve(config, world, stack, loaded))
+        datasets.forget()
+        # Packing images may take longer than a collective's timeout.
+        resolved = world.on_main(lambda: _resolve(config, world, stack, loaded), patient=True)
         training, validation = loaded or datasets.load_training(resolved.config.data)
         yield resolved, training, validation
 
@@ -103,6 +105,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     config = replace(config, data=_resolved_data(config, info))
     training, validation = datasets.split(training_set, config.data)
     loaded += training, validation
+    datasets.log_sizes(config.data, training, validation)
     _check_sizes(config, training.info.count, validation.info.count)
     with torch.device("meta"):
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
