@@ -24,7 +24,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample compare study report runs test test-all test-browser bench gpu chaos check format \
+.PHONY: help train eval sample compare study report pack runs test test-all test-browser bench gpu chaos check format \
 	lock clean
 
 help: ## list these commands
@@ -49,6 +49,9 @@ study: $(READY) ## train one VAE for each of 2, 5, 10, 20, 40 latents (or ARGS="
 
 report: $(READY) ## write a report of the newest run, or of RUN: one HTML file, no network
 	$(PYTHON) vae_dist/report.py $(RUN) $(ARGS)
+
+pack: $(READY) ## decode a folder of images once: ARGS="data.path=FOLDER"; a training does so by itself
+	$(PYTHON) vae_dist/pack.py $(CONFIG) $(ARGS)
 
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account; ARGS="runs_dir=FOLDER"
 	$(PYTHON) $(dir $(lastword $(MAKEFILE_LIST)))vae_dist/browse.py $(CONFIG) $(ARGS)

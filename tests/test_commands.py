@@ -17,9 +17,9 @@ import pytest
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.forked import ForkServer, Result
 
-TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE = (
+TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE, PACK = (
     str(REPOSITORY / f"vae_dist/{command}.py")
-    for command in ("train", "evaluate", "sample", "compare", "study", "report", "browse")
+    for command in ("train", "evaluate", "sample", "compare", "study", "report", "browse", "pack")
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -99,6 +99,8 @@ def test_without_data_and_network_the_embedded_digits_are_used(
         (STUDY, "objective.reconstruction=bernoulli,gausian", "unknown reconstruction 'gausian'"),
         (REPORT, "nowhere", "there is no run at nowhere"),
         (REPORT, "model.latent_dim=3", "there is no trained run in runs"),
+        (PACK, "data.size=32", "data.name=folder needs data.path"),
+        (PACK, "data.path=nowhere", "data.path=nowhere does not exist"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
@@ -138,12 +140,12 @@ def test_an_error_of_all_processes_is_printed_once_before_they_join(arguments: l
 
 
 @pytest.mark.parametrize(
-    "command", [TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE], ids=lambda path: Path(path).stem
+    "command", [TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE, PACK], ids=lambda path: Path(path).stem
 )
 def test_help_needs_no_torch(command: str) -> None:
     helped = run(sys.executable, "-X", "importtime", command, "--help")
     assert helped.returncode == 0 and f"vae_dist/{Path(command).name}" in helped.stdout
-    assert "\n  runs_dir=runs   [text]\n" in helped.stdout
+    assert ("\n  data.root=data   [text]\n" if command == PACK else "\n  runs_dir=runs   [text]\n") in helped.stdout
     imported = set(re.findall(r"\| +(\w+)", helped.stderr))
     assert "vae_dist" in imported and not imported & {"torch", "wandb"}
 
@@ -181,7 +183,7 @@ def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_argume
 
 def test_make_lists_its_commands() -> None:
     helped = run("make", "-C", str(REPOSITORY), "help")
-    use = ("train", "eval", "sample", "compare", "study", "report", "runs")
+    use = ("train", "eval", "sample", "compare", "study", "report", "pack", "runs")
     for command in (*use, "test", "test-all", "check", "bench", "chaos", "help"):
         assert f"make {command} " in helped.stdout
     for variable in ("CONFIG", "LAUNCH", "RUN", "ARGS", "KILLS", "PYTHON"):
