@@ -57,7 +57,9 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             **measure(vae, source, world, config),
             "comparable": warning is None,
             "warning": warning,
-            "protocol": protocol.describe(config, source.info, checkpoint.weights(config), world),
+            "protocol": protocol.describe(
+                config, source.info, vae.likelihood.description, checkpoint.weights(config), world
+            ),
         }
         name = _name(result, raw=checkpoint.has_average and config.weights == "raw")
         subject = f"{config.data.name}, {config.evaluate.split} images, step {step}"
