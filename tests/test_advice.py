@@ -8,6 +8,7 @@ from tests.conftest import MakeConfig
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
+from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.study import study
 from vae_dist.training.loop import train
 from vae_dist.training.milestones import _advice
@@ -62,7 +63,8 @@ def test_a_study_is_refused_before_the_first_of_its_runs(smoke_arguments: list[s
     ],
 )
 def test_numbers_within_a_precisions_range_are_accepted(arguments: list[str], make_config: MakeConfig) -> None:
-    config.check_numbers(make_config(*arguments))
+    loaded = make_config(*arguments)
+    config.check_numbers(loaded, has_scale=likelihood_kind(loaded.objective).has_scale)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_advice_omits_settings_in_use_or_without_effect(make_config: MakeConfig)
 
 def test_the_rate_of_a_stage_is_suspected_in_place_of_the_rate_that_it_replaces(make_config: MakeConfig) -> None:
     loaded = make_config("optim.learning_rate=9", "optim.stages=[[0,0.001],[5,5]]", "optim.weight_decay=3")
-    assert config.suspects(loaded) == [
+    assert config.suspects(loaded, has_scale=False) == [
         "optim.stages with the rate 5 (usual: 0.0001 to 0.003)",
         "optim.weight_decay=3 (usual: up to 0.1)",
     ]

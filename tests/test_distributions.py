@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Laplace as TorchLaplace
 
 from vae_dist.config import ObjectiveConfig
-from vae_dist.models.likelihoods import LIKELIHOODS, Bernoulli, Gaussian, likelihood_kind
+from vae_dist.models.likelihoods import LIKELIHOODS, likelihood_kind
+from vae_dist.models.pixel_distributions import Bernoulli, Gaussian, Laplace
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND, DiagonalGaussian
 
 
@@ -59,12 +61,39 @@ def test_bernoulli_is_finite_at_extreme_logits() -> None:
 def test_gaussian_counts_its_normaliser(sigma: float) -> None:
     location, images = torch.rand(2, 8, 3, 4, 4, dtype=torch.float64)
     expected = Independent(Normal(location, sigma), 3).log_prob(images)
-    torch.testing.assert_close(Gaussian(location, sigma).log_prob(images), expected)
+    for given in (sigma, torch.tensor(sigma).double()):
+        torch.testing.assert_close(Gaussian(location, given).log_prob(images), expected)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 2.5])
+def test_laplace_matches_torch_distributions(sigma: float) -> None:
+    location, images = torch.rand(2, 8, 3, 4, 4, dtype=torch.float64)
+    expected = Independent(TorchLaplace(location, sigma), 3).log_prob(images)
+    for given in (sigma, torch.tensor(sigma).double()):
+        torch.testing.assert_close(Laplace(location, given).log_prob(images), expected)
+    assert torch.equal(Laplace(2 * location - 0.5, sigma).mean, (2 * location - 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize(("kind", "order"), [(Gaussian, 2), (Laplace, 1)])
+def test_the_mean_error_gives_the_most_likely_scale(kind: type[Gaussian] | type[Laplace], order: int) -> None:
+    """The oracle: a search over scales."""
+    location, images = torch.rand(2, 8, 3, 4, 4, dtype=torch.float64)
+    best = kind(location, 1.0).error(images).mean() ** (1 / order)
+    candidates = best * torch.linspace(0.9, 1.1, 2001)
+    totals = [kind(location, candidate).log_prob(images).sum() for candidate in candidates]
+    assert abs(int(torch.stack(totals).argmax()) - 1000) <= 1
+    bf16 = kind(location.bfloat16(), 1.0).error(images.float())
+    assert bf16.dtype == torch.float32
+    torch.testing.assert_close(bf16, kind(location.bfloat16().float(), 1.0).error(images.float()))
 
 
 @pytest.mark.parametrize(
     ("name", "description", "probabilities"),
-    [("bernoulli", "bernoulli", {"threshold", "dynamic"}), ("gaussian", "gaussian, sigma 0.5", set())],
+    [
+        ("bernoulli", "bernoulli", {"threshold", "dynamic"}),
+        ("gaussian", "gaussian, sigma 0.5", set()),
+        ("laplace", "laplace, sigma 0.5", set()),
+    ],
 )
 def test_a_likelihood_says_what_it_is(name: str, description: str, probabilities: set[str]) -> None:
     kind = likelihood_kind(ObjectiveConfig(reconstruction=name, sigma=0.5))
@@ -74,7 +103,7 @@ def test_a_likelihood_says_what_it_is(name: str, description: str, probabilities
         caution = kind.caution(binarize, "kmnist")
         assert (caution is None) is (binarize in probabilities)  # probabilities of images can be compared
         assert caution is None or ("grey kmnist" if name == "bernoulli" else "same sigma") in caution
-    assert set(LIKELIHOODS) == {"bernoulli", "gaussian"}
+    assert set(LIKELIHOODS) == {"bernoulli", "gaussian", "laplace"}
 
 
 def test_drawn_pixels_have_the_likelihoods_moments() -> None:
@@ -119,11 +148,13 @@ def test_nothing_is_summed_in_low_precision(dtype: torch.dtype) -> None:
         values = {
             "bernoulli": Bernoulli(logits).log_prob(images),
             "gaussian": Gaussian(logits, 1.0).log_prob(images),
+            "laplace": Laplace(logits, 1.0).log_prob(images),
             "kl": DiagonalGaussian(mean, log_variance).kl_from_standard_normal(),
         }
     expected = {
         "bernoulli": Bernoulli(logits.float()).log_prob(images),
         "gaussian": Gaussian(logits.float(), 1.0).log_prob(images),
+        "laplace": Laplace(logits.float(), 1.0).log_prob(images),
         "kl": DiagonalGaussian(mean.float(), log_variance.float()).kl_from_standard_normal(),
     }
     for name, value in values.items():
@@ -148,7 +179,24 @@ def test_gaussian_draws_are_the_location_and_noise_of_size_sigma() -> None:
     torch.testing.assert_close(Normal(location, 0.3).cdf(draws), Normal(0.0, 1.0).cdf(noise))
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(torch.zeros(2, 1, 3, 3)), Gaussian(torch.zeros(2, 1, 3, 3), 1.0)])
-def test_noise_of_another_shape_is_refused(likelihood: Bernoulli | Gaussian) -> None:
+def test_laplace_draws_are_quantiles_of_the_noise_far_into_the_tails() -> None:
+    location, noise = torch.full((1, 1, 1, 241), 0.5), torch.linspace(-12, 12, 241).view(1, 1, 1, -1)
+    draws = Laplace(location, 0.3).sample(noise)
+    # Each tail's logarithm in float64: log P(X < x) = (x - m)/b - log 2 below the location, and its mirror image above.
+    tail = -(draws.double() - 0.5).abs() / 0.3 - math.log(2)
+    torch.testing.assert_close(tail, torch.special.log_ndtr(-noise.double().abs()), rtol=1e-5, atol=1e-5)
+    inner = noise.abs() < 4
+    expected = TorchLaplace(0.5, 0.3).icdf(torch.special.ndtr(noise[inner].double()))
+    torch.testing.assert_close(draws[inner], expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [Bernoulli(torch.zeros(2, 1, 3, 3)), Gaussian(torch.zeros(2, 1, 3, 3), 1.0), Laplace(torch.zeros(2, 1, 3, 3), 1.0)],
+)
+def test_other_shapes_are_refused(likelihood: Bernoulli | Gaussian | Laplace) -> None:
+    for compute in (likelihood.log_prob, *([] if isinstance(likelihood, Bernoulli) else [likelihood.error])):
+        with pytest.raises(ValueError, match=r"images must have the shape \(2, 1, 3, 3\), not \(2, 3, 3\)"):
+            compute(torch.zeros(2, 3, 3))
     with pytest.raises(ValueError, match=r"noise must have the shape \(2, 1, 3, 3\), not \(3, 3\)"):
         likelihood.sample(torch.zeros(3, 3))

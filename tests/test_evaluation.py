@@ -20,7 +20,8 @@ from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
-from vae_dist.models.likelihoods import Gaussian, GaussianPixels
+from vae_dist.models.likelihoods import GaussianPixels
+from vae_dist.models.pixel_distributions import Gaussian, Number
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
 from vae_dist.models.priors import StandardNormal
 from vae_dist.models.tensors import Shape
@@ -176,8 +177,8 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
             return values
 
     class SpoiledPixels(GaussianPixels):
-        def forward(self, output: Tensor) -> Gaussian:
-            return Spoiled(output, self.sigma)
+        def distribution(self, location: Tensor, sigma: Number) -> Gaussian:
+            return Spoiled(location, sigma)
 
     vae.likelihood = SpoiledPixels(ObjectiveConfig(sigma=SIGMA))
     estimates = estimate(

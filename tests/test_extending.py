@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY, MakeConfig
 from vae_dist.data.datasets import DATASETS
 from vae_dist.data.source import in_memory
+from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.models.likelihoods import LIKELIHOODS, LikelihoodKind
+from vae_dist.models.likelihoods import LIKELIHOODS, LocationScaleKind
+from vae_dist.models.pixel_distributions import Number
 from vae_dist.models.priors import PRIORS, Prior
 from vae_dist.models.tensors import at_least_float32, require_shape
 from vae_dist.objectives import OBJECTIVES, elbo_terms
@@ -25,7 +28,8 @@ from vae_dist.views.sampling import sample
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
 REGISTRIES: list[dict[str, Any]] = [DATASETS, LIKELIHOODS, OBJECTIVES, PRIORS]
 SETTINGS = [
-    "data.name=stripes", "data.validation_images=100", "objective.reconstruction=laplace", "objective.sigma=0.2",
+    "data.name=stripes", "data.validation_images=100", "objective.reconstruction=logistic", "objective.sigma=0.2",
+    "objective.sigma_kind=learned",
     "objective.bound=free_bits", "objective.samples=3", "model.prior=two_gaussians", "train.steps=30",
 ]  # fmt: skip
 
@@ -36,7 +40,8 @@ def examples() -> Iterator[dict[str, Any]]:
     before = [dict(registry) for registry in REGISTRIES]
     namespace: dict[str, Any] = {
         "DATASETS": DATASETS, "LIKELIHOODS": LIKELIHOODS, "OBJECTIVES": OBJECTIVES, "PRIORS": PRIORS,
-        "LikelihoodKind": LikelihoodKind, "NamedTuple": NamedTuple, "Prior": Prior, "Tensor": Tensor, "math": math,
+        "F": F, "LocationScaleKind": LocationScaleKind, "NamedTuple": NamedTuple,
+        "Number": Number, "Prior": Prior, "Tensor": Tensor, "math": math,
         "at_least_float32": at_least_float32, "elbo_terms": elbo_terms, "in_memory": in_memory, "nn": nn,
         "require_shape": require_shape, "torch": torch,
     }  # fmt: skip
@@ -50,7 +55,7 @@ def examples() -> Iterator[dict[str, Any]]:
 
 def test_the_page_has_an_example_of_each(examples: dict[str, Any]) -> None:
     assert len(BLOCKS) == 4
-    assert {"stripes", "laplace", "free_bits", "two_gaussians"} <= {
+    assert {"stripes", "logistic", "free_bits", "two_gaussians"} <= {
         name for registry in REGISTRIES for name in registry
     }
 
@@ -64,13 +69,30 @@ def test_the_prior_is_a_density_and_draws_from_it(examples: dict[str, Any]) -> N
     torch.testing.assert_close(drawn.T.cov(), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), rtol=0, atol=0.05)
 
 
+def test_the_likelihood_is_a_density_and_draws_from_it(examples: dict[str, Any]) -> None:
+    likelihood = examples["Logistic"](torch.full((1, 1, 1, 1), 0.5), 0.2)
+    grid = torch.linspace(-6, 7, 13001).view(-1, 1, 1, 1)
+    density = examples["Logistic"](torch.full_like(grid, 0.5), 0.2).log_prob(grid).double().exp()
+    assert density.sum().item() * 0.001 == pytest.approx(1.0, abs=1e-4)
+    quantile = likelihood.sample(torch.full((1, 1, 1, 1), 0.7))
+    below = density[grid.flatten() < quantile.item()].sum().item() * 0.001
+    assert below == pytest.approx(torch.special.ndtr(torch.tensor(0.7)).item(), abs=1e-3)
+
+
+def test_a_scale_without_closed_form_can_not_be_optimal(examples: dict[str, Any], make_config: MakeConfig) -> None:
+    optimal = "objective.sigma_kind=optimal"
+    with pytest.raises(UserError, match=r"needs a closed form that logistic lacks: use objective\.sigma_kind=learned"):
+        train(make_config("objective.reconstruction=logistic", optimal))
+
+
 def test_all_of_them_train_evaluate_and_are_sampled(examples: dict[str, Any], make_config: MakeConfig) -> None:
     run_dir = train(make_config("name=own", *SETTINGS))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[-1] < losses[0] - 10
     result = evaluate(run_dir, ["evaluate.importance_samples=8"])
-    assert result["protocol"]["likelihood"] == "laplace, scale 0.2" and result["warning"].startswith("a density")
+    assert re.fullmatch(r"logistic, learned sigma 0\.\d+", result["protocol"]["likelihood"])
+    assert result["warning"].startswith("a Logistic of pixels is a density")
     assert len(result["kl_per_group"]) == 1 and result["kl_per_group"][0] == pytest.approx(result["kl"], rel=1e-6)
     assert result["bits_per_dimension"] is None and math.isfinite(result["negative_log_likelihood"])
     for kind in ("prior", "reconstruction", "interpolation", "neighbours"):

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from vae_dist.data.source import in_memory
-from vae_dist.models.likelihoods import Gaussian
+from vae_dist.models.pixel_distributions import Gaussian
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.runs.picture import NARROWEST, Picture, to_png, with_caption
 from vae_dist.views.pictures import PADDING, SMALL, WIDEST, grid, labelled_grid, reconstructions, samples

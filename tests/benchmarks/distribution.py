@@ -46,7 +46,7 @@ from vae_dist.data.source import InMemory
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World, average_gradients
 from vae_dist.models import build_vae
-from vae_dist.models.likelihoods import Bernoulli
+from vae_dist.models.pixel_distributions import Bernoulli
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
 from vae_dist.training.cadence import due

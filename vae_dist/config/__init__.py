@@ -16,7 +16,7 @@ from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.help import help_text
 from vae_dist.config.keys import Option, flatten, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
-from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
+from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
 from vae_dist.config.ranges import check_numbers, suspects
 from vae_dist.config.schema import (
@@ -36,6 +36,7 @@ __all__ = [
     "ARCHITECTURES",
     "OWN_IMAGES",
     "READER_KEYS",
+    "SIGMA_FLOOR",
     "CheckpointConfig",
     "Config",
     "ConvConfig",

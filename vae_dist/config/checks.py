@@ -16,7 +16,7 @@ from vae_dist.config import yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.keys import Option, flatten, options
-from vae_dist.config.optimization import ObjectiveConfig, OptimConfig
+from vae_dist.config.optimization import SIGMA_FLOOR, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import PATHS, check_path
 from vae_dist.config.schema import Config, TrackingConfig
 from vae_dist.config.text import as_text, leaves, require_text, truncate
@@ -84,6 +84,16 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise UserError(
             "objective.bound=iwae has no KL term to weigh: use objective.beta=1 and objective.beta_warmup_steps=0, or "
             "objective.bound=elbo"
+        )
+    if objective.sigma_kind == "optimal" and objective.bound == "iwae":
+        raise UserError(
+            "objective.sigma_kind=optimal is the optimum of the ELBO: use objective.sigma_kind=learned with "
+            "objective.bound=iwae"
+        )
+    if objective.sigma_kind != "fixed" and objective.sigma is not None and objective.sigma <= SIGMA_FLOOR:
+        raise UserError(
+            f"objective.sigma_kind={objective.sigma_kind} can't start from objective.sigma={objective.sigma:g}: use "
+            f"more than {SIGMA_FLOOR:.2g}, the standard deviation of the rounding of pixels to 8 bits"
         )
 
 

@@ -38,12 +38,16 @@ def resume(config: Config, stored: Config) -> Config:
 
     Raises UserError if the two differ in what is learned.
     """
-    merged = replace(config, data=replace(config.data), train=replace(config.train))
+    merged = replace(
+        config, data=replace(config.data), objective=replace(config.objective), train=replace(config.train)
+    )
     if config.data.name == "auto":
         merged.data.name = stored.data.name
     for key in _RESOLVED_KEYS:
         if getattr(config.data, key) is None:
             setattr(merged.data, key, getattr(stored.data, key))
+    if config.objective.sigma is None:
+        merged.objective.sigma = stored.objective.sigma
     if config.train.precision == "auto":
         merged.train.precision = stored.train.precision
     now, before = flatten(merged), flatten(stored)

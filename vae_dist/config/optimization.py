@@ -5,11 +5,29 @@ from typing import Literal
 
 from vae_dist.config.fields import option
 
+# Below it a sigma that is fitted would describe the rounding of pixels to 8 bits, whose error has this standard
+# deviation, and a density of rounded values could rise without limit.
+SIGMA_FLOOR = 1 / (255 * 12**0.5)
+
 
 @dataclass
 class ObjectiveConfig:
-    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli or gaussian")
-    sigma: float = option(1.0, "standard deviation of the gaussian likelihood; pixels lie in [0, 1]", above=0)
+    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli, gaussian or laplace")
+    sigma: float | None = option(
+        None,
+        "standard deviation of the gaussian likelihood, scale b of the laplace one, exp(-|x-m|/b)/2b; pixels lie in "
+        "[0, 1]; if it is fitted, the value to start from; null: 1 if it is fixed, otherwise the deviation of training "
+        "images from their mean, found when the run starts",
+        above=0,
+    )
+    sigma_kind: Literal["fixed", "learned", "optimal"] = option(
+        "fixed",
+        "fixed: objective.sigma; learned: a parameter; optimal: in training the most likely sigma of each batch, which "
+        "costs a second forward, elsewhere a moving average of it (Rybkin et al. 2021)",
+    )
+    sigma_rate: float = option(
+        10.0, "learning rate of a learned sigma's logarithm, as a multiple of optim.learning_rate", above=0, at_most=1e4
+    )
     bound: str = option(
         "elbo",
         "bound on log p(x) that the training maximizes: elbo, or iwae, the importance-weighted bound of Burda et al. "

@@ -20,8 +20,11 @@ _USUAL = {
 _OR_ZERO = ("objective.beta", "optim.weight_decay")
 
 
-def check_numbers(config: Config) -> None:
-    """Raise UserError for numbers that would overflow or vanish in a training of this precision, `auto` being fp32."""
+def check_numbers(config: Config, *, has_scale: bool) -> None:
+    """Raise UserError for numbers that would overflow or vanish in a training of this precision, `auto` being fp32.
+
+    `has_scale` says whether the likelihood depends on objective.sigma.
+    """
     precision = "fp32" if config.train.precision == "auto" else config.train.precision
     smallest, largest = _FLOAT64 if precision == "fp64" else _FLOAT32
     bounds = {
@@ -34,7 +37,7 @@ def check_numbers(config: Config) -> None:
         "objective.beta": (smallest, largest**0.5),
         "objective.sigma": (largest**-0.25, smallest**-0.5),
     }
-    numbers = _numbers(config)
+    numbers = _numbers(config, has_scale)
     for key, (least, most) in bounds.items():
         for value in numbers[key]:
             if value and not least <= value <= most:
@@ -46,9 +49,9 @@ def check_numbers(config: Config) -> None:
                 )
 
 
-def suspects(config: Config) -> list[str]:
+def suspects(config: Config, *, has_scale: bool) -> list[str]:
     """Return the settings that probably made numbers infinite, the most likely first: `key=value (usual: ...)`."""
-    numbers = _numbers(config)
+    numbers = _numbers(config, has_scale)
     distances = {
         (key, value): max(low / value if value else 0.0, value / high)
         for key, (low, high, _) in _USUAL.items()
@@ -58,12 +61,12 @@ def suspects(config: Config) -> list[str]:
     return [f"{_setting(key, value)} (usual: {_USUAL[key][2]})" for key, value in unusual]
 
 
-def _numbers(config: Config) -> dict[str, list[float]]:
+def _numbers(config: Config, has_scale: bool) -> dict[str, list[float]]:
     """The numbers that this training uses, by key."""
     objective, optim = config.objective, config.optim
     return {
         "objective.beta": [objective.beta],
-        "objective.sigma": [objective.sigma] if objective.reconstruction == "gaussian" else [],
+        "objective.sigma": [objective.sigma] if has_scale and objective.sigma is not None else [],
         "optim.learning_rate": [optim.learning_rate] if optim.stages is None else [],
         "optim.stages": [rate for _, rate in optim.stages or []],
         "optim.eps": [optim.eps],

@@ -69,7 +69,15 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             **metrics,
             "comparable": warning is None,
             "warning": warning,
-            "protocol": protocol.describe(config, dataset, split, source.info, checkpoint.weights(config), world),
+            "protocol": protocol.describe(
+                config,
+                source.info,
+                world,
+                dataset=dataset,
+                split=split,
+                likelihood=vae.likelihood.description,
+                weights=checkpoint.weights(config),
+            ),
         }
         name = _name(result, images.file, raw=checkpoint.has_average and config.weights == "raw")
         is_own = config.evaluate.folder is None

@@ -15,10 +15,12 @@ from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
 
-def describe(config: Config, dataset: str, split: str, info: DataInfo, weights: str, world: World) -> dict[str, Any]:
+def describe(
+    config: Config, info: DataInfo, world: World, *, dataset: str, split: str, likelihood: str, weights: str
+) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits.
 
-    `weights` are `ema`, the moving average, or `raw`.
+    `likelihood` is the description of the model's, and `weights` are `ema`, the moving average, or `raw`.
     """
     return {
         "dataset": dataset,
@@ -26,7 +28,7 @@ def describe(config: Config, dataset: str, split: str, info: DataInfo, weights: 
         "images": info.count,
         "image_shape": list(info.image_shape),
         "pixels": info.processing,
-        "likelihood": likelihood_kind(config.objective).description,
+        "likelihood": likelihood,
         "weights": weights,
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,

@@ -13,7 +13,7 @@ from vae_dist.models.vae import VAE
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError if the config names an unknown prior or likelihood."""
+    """Raise UserError if the config names an unknown prior or likelihood, or a scale that the likelihood lacks."""
     named: dict[str, tuple[str, Collection[str]]] = {
         "prior": (config.model.prior, PRIORS),
         "reconstruction": (config.objective.reconstruction, LIKELIHOODS),
@@ -21,6 +21,7 @@ def check_names(config: Config) -> None:
     for what, (name, known) in named.items():
         if name not in known:
             raise UserError(f"unknown {what} {name!r}; choose from {', '.join(sorted(known))}")
+    likelihood_kind(config.objective)
 
 
 def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:

@@ -30,9 +30,12 @@ class Inference(NamedTuple):
     def log_likelihood(self, images: Tensor) -> Tensor:
         """log p(x|z) of images `(B, C, H, W)` given each draw: `(K, B)`, nats, in float32 at least."""
         draws, count = self.latents.shape[:2]
-        images = at_least_float32(images)
-        repeated = images if draws == 1 else images.repeat(draws, 1, 1, 1)
-        return self.likelihood.log_prob(repeated).view(draws, count)
+        return self.likelihood.log_prob(self.repeated(images)).view(draws, count)
+
+    def repeated(self, images: Tensor) -> Tensor:
+        """Repeat images `(B, C, H, W)` for each draw: `(K B, C, H, W)`, in float32 at least."""
+        draws, images = len(self.latents), at_least_float32(images)
+        return images if draws == 1 else images.repeat(draws, 1, 1, 1)
 
 
 class VAE(nn.Module):

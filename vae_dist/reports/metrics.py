@@ -17,6 +17,7 @@ _CURVES = (
     ("Reconstruction", "nats per image", "reconstruction"),
     ("KL", "nats per image", "kl"),
     ("Training loss", "nats per image", "loss"),
+    ("Sigma", "of the likelihood, white is 1", "sigma"),
     ("Gradient norm", "before clipping", "grad_norm"),
     ("Learning rate", "Adam's", "learning_rate"),
     ("Beta", "weight of the KL in the loss", "beta"),

@@ -9,6 +9,7 @@ from vae_dist.data import datasets
 from vae_dist.distributed import processes
 from vae_dist.errors import StoppedError
 from vae_dist.models import check_names
+from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.comparison import compare
 from vae_dist.terminal import console
 from vae_dist.training.loop import train
@@ -24,7 +25,7 @@ def study(config: Study) -> Path:
     for run in config.configs:
         datasets.check_name(run.data.name)
         check_names(run)
-        configs.check_numbers(run)
+        configs.check_numbers(run, has_scale=likelihood_kind(run.objective).has_scale)
     with processes.join(config.configs[0]) as world:  # once for all runs: a launch can't join its processes twice
         console.start(world)
         for number, run in enumerate(config.configs, start=1):

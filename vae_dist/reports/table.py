@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vae_dist.config import Config
+from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.labels import held_out_set, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
 
@@ -96,5 +97,8 @@ def _notes(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _likelihood(config: Config) -> dict[str, object]:
     """The settings of the likelihood, on which the size of a run's metrics depends."""
-    sigma = {"objective.sigma": config.objective.sigma} if config.objective.reconstruction == "gaussian" else {}
-    return {"objective.reconstruction": config.objective.reconstruction, **sigma}
+    objective = config.objective
+    settings: dict[str, object] = {"objective.reconstruction": objective.reconstruction}
+    if likelihood_kind(objective).has_scale:
+        settings["objective.sigma"] = objective.sigma if objective.sigma_kind == "fixed" else "fitted"
+    return settings

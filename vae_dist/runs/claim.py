@@ -26,11 +26,13 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.files import writing
 from vae_dist.models import build_vae, check_names
+from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
 from vae_dist.runs.run import ANOTHER_RUNS_DIR, Run
+from vae_dist.runs.sigma import with_sigma
 from vae_dist.runs.wandb_client import check_wandb
 from vae_dist.runs.wandb_identity import new_id, own_id, owner
 
@@ -99,7 +101,10 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
             threads = threads or stored.train.threads
             compiled = stored.train.compile if compiled is None else compiled
     precision = resolve_precision(config.train.precision, world.device)
-    configs.check_numbers(replace(config, train=replace(config.train, precision=precision)))
+    likelihood = likelihood_kind(config.objective)
+    configs.check_numbers(
+        replace(config, train=replace(config.train, precision=precision)), has_scale=likelihood.has_scale
+    )
     training_set = datasets.load_training_set(config.data)
     info = training_set.info
     config = replace(config, data=_resolved_data(config, info))
@@ -107,6 +112,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     loaded += training, validation
     datasets.log_sizes(config.data, training, validation)
     _check_sizes(config, training.info.count, validation.info.count)
+    config = replace(config, objective=with_sigma(config.objective, likelihood, training))
     with torch.device("meta"):
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
     if is_new:

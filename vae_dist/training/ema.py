@@ -17,17 +17,24 @@ class Ema(Generic[Network]):
 
     def __init__(self, network: Network, optimizer: Optimizer) -> None:
         self.network = deepcopy(network).requires_grad_(False)
-        self.tensors: list[Tensor] = list(self.network.parameters())
+        self._averages: list[Tensor] = list(self.network.parameters())
         if isinstance(optimizer, FlatAdam):  # one tensor too, whose parts are the network's parameters
             flat = optimizer.parameters[0].clone()
-            for parameter, part in zip(self.tensors, optimizer.split(flat), strict=True):
+            for parameter, part in zip(self._averages, optimizer.split(flat), strict=True):
                 parameter.data = part
-            self.tensors = [flat]
+            self._averages = [flat]
         self._weights = optimizer.parameters
+        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
+        self.tensors: list[Tensor] = [*self._averages, *self.network.buffers()]
 
     @torch.no_grad()
     def update(self, decay: Tensor, skip: Tensor) -> None:
-        """Move the average by 1 - `decay` `()` towards the weights; not at all if `skip` `()` is 1."""
-        distance = ((1 - decay) * (1 - skip)).to(self.tensors[0].dtype)
+        """Move the average by 1 - `decay` `()` towards the weights; not at all if `skip` `()` is 1.
+
+        Buffers are no weights, and are copied.
+        """
+        distance = ((1 - decay) * (1 - skip)).to(self._averages[0].dtype)
         # A weight for each tensor: one number would be read by the host.
-        torch._foreach_lerp_(self.tensors, self._weights, [distance] * len(self.tensors))
+        torch._foreach_lerp_(self._averages, self._weights, [distance] * len(self._averages))
+        for own, buffer in self._buffers:
+            own.copy_(buffer)

@@ -16,6 +16,7 @@ from vae_dist.distributed.stopping import Watch
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
 from vae_dist.evaluation.metrics import score
+from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.runs.claim import Resolved
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.state import Best, TrainingState
@@ -174,7 +175,7 @@ def _advice(config: Config, taken: int) -> str:
 
     Before the first update (`taken` is 0) neither the learning rate nor gradient clipping can be the cause.
     """
-    optim, suspects = config.optim, configs.suspects(config)
+    optim, suspects = config.optim, configs.suspects(config, has_scale=likelihood_kind(config.objective).has_scale)
     if taken == 0:
         suspects = [suspect for suspect in suspects if not suspect.startswith("optim.")]
     options = {

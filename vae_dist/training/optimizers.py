@@ -55,6 +55,11 @@ class Optimizer:
         """Everything that a step changes: parameters, moments, and the counts of updates."""
         return *self.parameters, *self._firsts, *self._seconds, self._steps
 
+    @property
+    def updates(self) -> Tensor:
+        """The number of updates so far `()`, float32, without those that were skipped."""
+        return self._steps[0]
+
     def state_dict(self) -> dict[str, Tensor]:
         """The moments by `<parameter>.<moment>`."""
         return {

@@ -14,10 +14,12 @@ from vae_dist.config import Config
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World, average_gradients
+from vae_dist.models.likelihoods import LocationScaleKind
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES
 from vae_dist.plan import shard
 from vae_dist.training import programs, schedules
+from vae_dist.training.calibration import calibration, with_sigma
 from vae_dist.training.differentiate import Differentiate, Losses
 from vae_dist.training.ema import Ema
 from vae_dist.training.flat_adam import FLAT_OPTIMIZERS, FlatAdam
@@ -41,12 +43,16 @@ class VAERecipe:
         flat = world.device.type == "cuda" if flat is None else flat
         optimizers = {**OPTIMIZERS, **(FLAT_OPTIMIZERS if flat else {})}
         self._optimizer = optimizers[config.optim.optimizer](vae.named_parameters(), config.optim)
+        self._calibration = calibration(vae, config, world)
         self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)
         self.noise_shape: tuple[int, ...] = (config.objective.samples, vae.latent_dim)
         self.networks: dict[str, nn.Module] = {"model": vae, **({"ema": self._ema.network} if self._ema else {})}
         self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
         self.frozen: dict[str, nn.Module] = {}
         self.image_values: tuple[str, ...] = ("loss", "reconstruction", "kl")
+        self._logs_sigma = isinstance(vae.likelihood, LocationScaleKind) and vae.likelihood.scale.is_fitted
+        if self._logs_sigma:
+            self.image_values += ("sigma",)
         self.norms: tuple[str, ...] = ("grad_norm",)
         self._differentiate = Differentiate(
             vae,
@@ -72,7 +78,7 @@ class VAERecipe:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self._optimizer.tensors, *(self._ema.tensors if self._ema else [])]
+        return [*self._optimizer.tensors, *self._vae.buffers(), *(self._ema.tensors if self._ema else [])]
 
     @property
     def model(self) -> VAE:
@@ -91,7 +97,13 @@ class VAERecipe:
 
     def step(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
         """Take gradients, average them over the processes, guard, update the weights, then their moving average."""
+        if self._calibration is not None:
+            parts = range(self._config.train.accumulate)
+            optimum = self._calibration.optimum(self._micro_batch(batch.pixels, batch.noise, part) for part in parts)
+            values = torch.cat([values, optimum.view(1)])
         skip = self._update(batch.pixels, batch.noise, values, totals)
+        if self._calibration is not None:
+            self._calibration.update(values[-1], self._optimizer.updates, skip)
         if self._ema is not None:
             self._ema.update(values[2], skip)
 
@@ -114,7 +126,7 @@ class VAERecipe:
         self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor, *weights: Tensor
     ) -> Sequence[Tensor]:
         """Return [skip, *gradients]: the batch's mean gradients over all processes, as the guard passes them on."""
-        loss, sums, *gradients = self._accumulated_gradients(pixels, noise, values[1], *weights)
+        loss, sums, *gradients = self._accumulated_gradients(pixels, noise, values, *weights)
         if isinstance(self._optimizer, FlatAdam):
             gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
         means, mean_loss = average_gradients(gradients, loss, self._world)
@@ -122,22 +134,36 @@ class VAERecipe:
             self._scaler.unscale(self._optimizer, means)
         return self._guarded(mean_loss, sums, totals, *means)
 
-    def _accumulated_gradients(self, pixels: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+    def _accumulated_gradients(
+        self, pixels: Tensor, noise: Tensor, values: Tensor, *weights: Tensor
+    ) -> Sequence[Tensor]:
         """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
         accumulated: Sequence[Tensor] = []
         for number in range(self._config.train.accumulate):
-            rows = shard(len(pixels), number, self._config.train.accumulate)
-            images = self._vae.to_input(pixels[rows.start : rows.stop])
-            draws = noise[rows.start : rows.stop].transpose(0, 1)  # (K, b, L)
-            results = self._gradients(self._scaler.scale(), images, draws, beta, *weights)
+            inputs = self._micro_batch(pixels, noise, number)
+            results = self._gradients(self._scaler.scale(), *inputs, values, *weights)
             if accumulated:  # in place: a second set of gradients may not fit
                 results = [total.add_(value) for total, value in zip(accumulated, results, strict=True)]
             accumulated = results
         return accumulated
 
-    def _losses(self, vae: VAE, images: Tensor, noise: Tensor, beta: Tensor) -> Losses:
-        """The objective of images `(b, C, H, W)` in [0, 1], with noise `(K, b, L)`."""
-        return Losses(OBJECTIVES[self._config.objective.bound](vae(images, noise), images, beta))
+    def _micro_batch(self, pixels: Tensor, noise: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return images `(b, C, H, W)` in [0, 1] and noise `(K, b, L)` of the shard's micro-batch `number`."""
+        rows = shard(len(pixels), number, self._config.train.accumulate)
+        return self._vae.to_input(pixels[rows.start : rows.stop]), noise[rows.start : rows.stop].transpose(0, 1)
+
+    def _losses(self, vae: VAE, images: Tensor, noise: Tensor, values: Tensor) -> Losses:
+        """The objective of images `(b, C, H, W)` in [0, 1], with noise `(K, b, L)` and the values of the step.
+
+        The last of these is the batch's sigma if it is calibrated.
+        """
+        inference = vae(images, noise)
+        if self._calibration is not None:
+            inference = with_sigma(inference, values[-1])
+        losses = OBJECTIVES[self._config.objective.bound](inference, images, values[1])
+        if self._logs_sigma:
+            losses["sigma"] = inference.likelihood.sigma.to(losses["loss"].dtype).expand(len(images))
+        return Losses(losses)
 
     def _clip_and_guard(self, loss: Tensor, sums: Tensor, totals: Tensor, *gradients: Tensor) -> list[Tensor]:
         """Return [skip, *gradients], the gradients clipped, and add the step to `totals`."""
