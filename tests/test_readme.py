@@ -14,7 +14,7 @@ PAGES = {"README.md": README} | {
 }
 MOST_WORDS = 1400
 SECTIONS = "data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample"
-SUFFIXES = {"py", "safetensors"}  # train.py and model.safetensors are no options
+SUFFIXES = {"npy", "py", "safetensors"}  # train.npy, train.py and model.safetensors are no options
 
 
 def code(page: str) -> str:
