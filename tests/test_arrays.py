@@ -470,6 +470,38 @@ def test_a_run_on_an_array_trains_resumes_and_is_evaluated_image_by_image(
         train(make_config("name=own", *own_arguments(path), "train.steps=8"))
 
 
+def test_an_array_in_memory_trains_bitwise_as_a_mapped_one(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = RANDOM.integers(0, 256, (60, 28, 28, 3), np.uint8)
+    settings = [*own_arguments(write(tmp_path / "own.npy", images)), "data.channels=1", "data.flip=true"]
+    in_memory = train(make_config("name=in_memory", *settings))
+    config = asked(tmp_path / "own.npy", channels=1)
+    assert all(isinstance(source, InMemory) for source in (*datasets.load_training(config), datasets.load_test(config)))
+    monkeypatch.setattr("vae_dist.data.source.MEMORY_SHARE", 2**60)
+    assert not isinstance(datasets.load_training(config)[0], InMemory)
+    mapped = train(make_config("name=mapped", *settings))
+    files = [run / "checkpoints/step_00000004/model.safetensors" for run in (in_memory, mapped)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_folder_and_an_array_of_its_pixels_have_equal_evaluations(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_dir = train(make_config("name=digits", "train.steps=2"))
+    images = RANDOM.integers(0, 256, (5, 28, 28), np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"pictures/{number}.png")
+    settings = ["evaluate.importance_samples=2", "data.pack=never"]
+    results = [
+        evaluate(run_dir, [f"evaluate.folder={path}", *settings])
+        for path in (tmp_path / "pictures", write(tmp_path / "own.npy", images))
+    ]
+    names = ("images", "negative_elbo", "negative_log_likelihood", "psnr", "standard_errors", "kl_per_latent")
+    assert [results[0][name] for name in names] == [results[1][name] for name in names]
+    [table] = [rows(path) for path in (run_dir / "evaluations").glob("*_folder_pictures-*_k2.csv")]
+    assert sorted(row["name"] for row in table) == [f"{number}.png" for number in range(5)]
+
+
 def test_any_run_is_evaluated_on_other_images(make_config: MakeConfig, tmp_path: Path) -> None:
     """The oracle: the ELBO of the images one by one."""
     run_dir = train(make_config("name=digits", "train.steps=2"))

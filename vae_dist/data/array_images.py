@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vae_dist.config import DataConfig, as_text
 from vae_dist.data.array_files import BadArrayError, Member, mapped, members, refusing
-from vae_dist.data.source import DataInfo
+from vae_dist.data.source import DataInfo, InFile
 from vae_dist.plan import FIXED_SEED, Stream, random_words
 
 NAME = "array"
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     image_shape: tuple[int, int, int]  # C, H, W
 
 
-class MappedArray:
+class MappedArray(InFile):
     """Images `(N, H, W)`, `(N, H, W, C)` or `(N, C, H, W)` of a memory-mapped array, by number.
 
     Pixels are converted to the channels of the info: colour to grey as Pillow does, which is ITU-R 601-2's luma in

@@ -82,7 +82,11 @@ class InMemory:
         torch.index_select(self.pixels, 0, indices, out=out)
 
 
-class Mapped:
+class InFile:
+    """Base of sources whose images lie in a memory-mapped file, so that `resident` may read them into memory."""
+
+
+class Mapped(InFile):
     """Images in a memory-mapped file. What is derived from them is read when it is asked for, unless `resident`."""
 
     def __init__(
@@ -190,7 +194,7 @@ def resident(source: Source) -> Source:
     size = source.info.count * math.prod(source.info.image_shape)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fits = size * processes <= psutil.virtual_memory().total // MEMORY_SHARE
-    return _whole(source) if isinstance(root, Mapped) and fits else source
+    return _whole(source) if isinstance(root, InFile) and fits else source
 
 
 def _whole(source: Source) -> InMemory:
