@@ -276,6 +276,18 @@ def test_damaged_files_are_collected_over_the_whole_folder(
     assert decoded == []  # the header has said it
 
 
+@pytest.mark.parametrize(("least", "before"), [(0, 0), (2**40, 5)], ids=["large files", "small files"])
+def test_what_a_header_shows_is_known_before_hours_of_decoding(
+    least: int, before: int, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packings, "CHECKED_BYTES", least)
+    folder = write_images(tmp_path / "pictures", numbered(4))
+    (folder / "x.jpg").write_text("<html></html>")
+    with pytest.raises(UserError, match=r"1 of 5 images .* x\.jpg \(not an image, but HTML or XML\)"):
+        pack(folder, tmp_path / "packed")
+    assert len(decoded) == before
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_folder_without_usable_images_is_refused(count: int, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
