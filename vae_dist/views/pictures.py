@@ -150,7 +150,9 @@ def samples(vae: VAE, subject: str, classes: Sequence[str] = ()) -> Picture:
     with torch.inference_mode():
         decoded = vae.decode(vae.prior(noise.to(vae.device, vae.dtype)), labels=labels).mean
     if vae.classes:
-        return Picture(grid_by_class(decoded, classes), f"{subject}; samples by class from the prior (means of p(x|z))")
+        return Picture(
+            grid_by_class(decoded, classes), f"{subject}; samples by class from the prior (means of p(x|z,y))"
+        )
     return Picture(grid(decoded, columns), f"{subject}; samples from the prior (means of p(x|z))")
 
 
