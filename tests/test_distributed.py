@@ -56,6 +56,10 @@ TWO_NETWORKS = [  # batches of 100: uneven shards on three processes
     "data.binarize=dynamic", "checkpoint.every=7", "train.log_every=7",
 ]  # fmt: skip
 WHOLE = ["train.log_every=7", "checkpoint.every=13"]
+LABELLED = [  # batches of 100: uneven shards on three processes
+    "model.conditional=true", "train.precision=fp64", "train.batch_size=100", "train.accumulate=2",
+    "checkpoint.every=7", "train.log_every=7",
+]  # fmt: skip
 
 
 def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, list[str]]]:
@@ -120,6 +124,15 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         *[("train", "", [*common, *TWO_NETWORKS, "name=two_cut", f"train.steps={steps}"]) for steps in (12, 19, 26)],
         ("spoil", "", [*common, *TWO_NETWORKS, "name=two_skipped", "train.nonfinite=skip", "train.steps=20"]),
         ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
+        ("train", "", [*common, *LABELLED, "name=labelled", "train.steps=20"]),
+        *[("train", "", [*common, *LABELLED, "name=labelled_cut", f"train.steps={steps}"]) for steps in (12, 20)],
+        *[
+            (command, str(reference.parent / "labelled"), [f"output={root / 'labelled'}", "train.threads=1", *few])
+            for command, few in (
+                ("evaluate", ["evaluate.batch_size=48", "evaluate.importance_samples=3"]),
+                ("sample", ["evaluate.batch_size=48", "sample.count=101"]),
+            )
+        ],
     ]
 
 
@@ -502,3 +515,23 @@ def test_if_one_process_s_noise_is_not_finite_no_network_is_updated(world_size: 
     for name in ("optimizer", "critic_optimizer"):
         moments = load_file(run_dir / f"checkpoints/step_00000020/{name}.safetensors")
         assert {value.item() for key, value in moments.items() if key.endswith(".step")} == {19.0}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_conditional_run_is_that_of_one_process_and_resumes_bitwise(world_size: int, roots: dict[int, Path]) -> None:
+    runs = roots[world_size] / "runs"
+    whole, resumed, alone = (
+        load_file(folder / "checkpoints/step_00000020/model.safetensors")
+        for folder in (runs / "labelled", runs / "labelled_cut", roots[1] / "runs/labelled")
+    )
+    assert whole.keys() == resumed.keys() == alone.keys() >= {"embedding.weight"}
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_conditional_model_is_evaluated_and_sampled_bitwise_the_same(world_size: int, roots: dict[int, Path]) -> None:
+    files = "evaluation.json", "samples/step_00000020_prior_seed_0/samples.safetensors"
+    for file in files:
+        assert (roots[world_size] / "labelled" / file).read_bytes() == (roots[1] / "labelled" / file).read_bytes()

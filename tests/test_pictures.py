@@ -152,6 +152,7 @@ def test_a_picture_of_the_training_shows_fewer_images_if_they_are_large(side: in
         """Decodes any latents to black images, and sees nothing in images."""
 
         latent_dim = prior_numbers = 2
+        classes = 0
         image_shape = 1, side, side
         device, dtype = torch.device("cpu"), torch.float32
 
@@ -161,10 +162,10 @@ def test_a_picture_of_the_training_shows_fewer_images_if_they_are_large(side: in
         def prior(self, noise: Tensor) -> Tensor:
             return noise
 
-        def infer(self, images: Tensor) -> DiagonalGaussian:
+        def infer(self, images: Tensor, labels: None) -> DiagonalGaussian:
             return DiagonalGaussian(torch.zeros(len(images), 2), torch.zeros(len(images), 2))
 
-        def decode(self, latents: Tensor) -> Gaussian:
+        def decode(self, latents: Tensor, labels: None) -> Gaussian:
             return Gaussian(torch.zeros(len(latents), 1, side, side), 1.0)
 
     vae: Any = Mirror()

@@ -104,13 +104,14 @@ class TwoNetworks:
 
     def _accumulated(self, batch: Batch) -> Sequence[Tensor]:
         """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
-        pixels, noise, _ = batch
+        pixels, noise, labels = batch
         totals: Sequence[Tensor] = []
         for number in range(self._config.train.accumulate):
             rows = shard(len(pixels), number, self._config.train.accumulate)
             images = self.vae.to_input(pixels[rows.start : rows.stop])
             draws = noise[rows.start : rows.stop].transpose(0, 1)
-            loss, sums, fakes, *gradients = self._vae_gradients(self._one, images, draws, *self.vae.parameters())
+            inputs = images, draws, labels[rows.start : rows.stop]
+            loss, sums, fakes, *gradients = self._vae_gradients(self._one, *inputs, *self.vae.parameters())
             of_critic = self._critic_gradients(self._one, images, fakes, *self.critic.parameters())
             critic_loss, critic_sums, *critic_gradients = of_critic
             # Each network's sums begin with its own loss.
@@ -119,8 +120,8 @@ class TwoNetworks:
             totals = [total.add_(value) for total, value in zip(totals, results, strict=True)] if totals else results
         return totals
 
-    def _vae_losses(self, vae: Callable[..., Any], images: Tensor, noise: Tensor) -> Losses:
-        inference = vae(images, noise)
+    def _vae_losses(self, vae: Callable[..., Any], images: Tensor, noise: Tensor, labels: Tensor) -> Losses:
+        inference = vae(images, noise, labels)
         terms = objectives.elbo_terms(inference, images)
         fakes = inference.likelihood.mean
         adversarial = nn.functional.softplus(-self.critic(fakes)).squeeze(1)

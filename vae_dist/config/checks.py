@@ -42,6 +42,7 @@ def check(config: Config) -> None:
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
         raise UserError(f"data.image_shape must be channels, height and width, not {as_text(config.data.image_shape)}")
     _check_own_images(config.data)
+    _check_classes(config)
     if config.data.mirror is not None:
         _check_mirror(config.data.mirror)
     if config.name is not None and not _RUN_NAME.fullmatch(config.name):
@@ -129,6 +130,17 @@ def _check_own_images(data: DataConfig) -> None:
         raise UserError(
             f"data.background={truncate(data.background)} is no colour: use a name such as white, or #rrggbb"
         ) from error
+
+
+def _check_classes(config: Config) -> None:
+    classes = config.data.classes
+    for key, given in (("data.classes", classes), ("sample.labels", config.sample.labels)):
+        if given is not None and not config.model.conditional:
+            raise UserError(f"{key} is for a conditional model, which is trained with model.conditional=true")
+        if given is not None and not given:
+            raise UserError(f"{key} must name at least one class")
+    if classes is not None and len(set(classes)) < len(classes):
+        raise UserError(f"data.classes has the same name twice: {truncate(', '.join(classes))}")
 
 
 def _check_mirror(mirror: str) -> None:

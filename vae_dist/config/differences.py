@@ -28,8 +28,8 @@ _RESOLVED_KEYS = (
 
 # A comparison does not tell runs apart by these.
 _SAME_RUN_KEYS = (
-    *READER_KEYS, "name", "data.image_shape", "data.check", "train.accumulate", "train.compile", "train.log_every",
-    "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+    *READER_KEYS, "name", "data.image_shape", "data.check", "data.classes", "train.accumulate", "train.compile",
+    "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
 

@@ -136,6 +136,11 @@ class SampleConfig:
         "(reconstruction); null: start from the zero code, otherwise the first ten images",
         at_least=0,
     )
+    labels: list[str] | None = option(
+        None,
+        "classes of a conditional model to draw, by name or number: any number (prior), one per code (codes) or one; "
+        "null: all in turn (prior), the class of the image in sample.images, otherwise the first one",
+    )
     steps: int | None = option(
         None,
         "images in a row (neighbours 10, interpolation 10, traversal 13), draws of each image (reconstruction 8), or "

@@ -53,7 +53,7 @@ class Batches:
         self._compiled = bool(config.train.compile)
         self._image_shape = source.info.image_shape
         self._pixel_count = math.prod(self._image_shape)
-        self._labels = every_label(source) if config.model.conditional else None
+        self._labels = _labels(source) if config.model.conditional else None
         self._held_on, self._order, self._epoch = _CPU, torch.empty(0), -1
         # Noise is computed in float64, which mps lacks.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
@@ -137,6 +137,14 @@ class Batches:
     def _draw_bits(self, stream: Stream, columns: int, steps: range) -> Tensor:
         draws = Draws(self._plan.seed, stream, steps, self._rows, columns)
         return bits(draws, self._drawn_on, self._compiled).to(self._device)
+
+
+def _labels(source: Source) -> Tensor | None:
+    """Return all labels `(N,)`. Raises ValueError for one that is no class: on a GPU no step would notice."""
+    labels = every_label(source)
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < (source.info.classes or 0):
+        raise ValueError(f"{source.info.name} has labels that are not 0 to its number of classes, less 1")
+    return labels
 
 
 def place(pixels: Tensor, device: torch.device) -> tuple[Tensor, bool]:

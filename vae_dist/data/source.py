@@ -112,12 +112,17 @@ def in_memory(name: str, pixels: Tensor, labels: Tensor | None, identity: str) -
 
 def read(source: Source, indices: range | Sequence[int] | Tensor) -> Tensor:
     """Read images without augmentation: `(n, C, H, W)` uint8 on the CPU."""
-    if isinstance(indices, range):
-        indices = torch.arange(indices.start, indices.stop, indices.step)
-    indices = torch.as_tensor(indices, dtype=torch.int64)
+    indices = as_indices(indices)
     out = torch.empty(len(indices), *source.info.image_shape, dtype=torch.uint8)
     source.read(indices, None, out)
     return out
+
+
+def as_indices(indices: range | Sequence[int] | Tensor) -> Tensor:
+    """Return indices as a tensor `(n,)`, int64."""
+    if isinstance(indices, range):
+        return torch.arange(indices.start, indices.stop, indices.step)
+    return torch.as_tensor(indices, dtype=torch.int64)
 
 
 def every_label(source: Source) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from vae_dist.config import Config
 from vae_dist.data import datasets, other_images
+from vae_dist.data.classes import require_same_classes
 from vae_dist.data.source import Source
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
@@ -56,6 +57,8 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         vae = checkpoint.load_vae(config, world.device)
         images = world.main_first(lambda: _images(config))
         source, dataset, split, _ = images
+        if config.model.conditional:
+            require_same_classes(source.info, config.data.classes or ())
         warning = protocol.comparison_warning(config)
         metrics, by_image = measure(vae, source, world, config)
         result = {
@@ -161,7 +164,9 @@ def _show(result: Mapping[str, Any]) -> None:
         f"{result['run']}, step {result['step']}: {which} {result['dataset']}",
         [Metric(name, result[key], errors.get(key), remark) for key, (name, remark) in rows.items()],
         "mean over the images ± its standard error\n"
-        f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood\n"
+        f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood"
+        + (", given each image's label" if conditions.get("conditional") else "")
+        + "\n"
         f"ELBO of 1 posterior sample; noise seed {conditions['noise_seed']}; {conditions['precision']} on "
         f"{conditions['device']}, threads: {conditions['threads']}"
         + ("; moving average of the weights" if conditions["weights"] == "ema" else ""),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vae_dist import objectives
 from vae_dist.config import Config
-from vae_dist.data.source import Source, read
+from vae_dist.data.source import Source
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
+from vae_dist.models.inputs import Inputs, read_inputs
 from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
@@ -42,8 +43,8 @@ def score(
             if turn % STOP_CHECK_CHUNKS == 0:
                 check_stop()
             for chunk in chunks[turn : turn + 1]:  # the last turn may have none for this process
-                images = vae.to_input(read(source, chunk))
-                terms = objectives.elbo_terms(_one_draw(vae, images, chunk), images)
+                inputs = read_inputs(vae, source, chunk)
+                terms = objectives.elbo_terms(_one_draw(vae, inputs, chunk), inputs.images)
                 values.append(torch.stack(terms, dim=1).cpu())
     return ElboTerms(*world.gather_rows(chunks, values, source.info.count).double().unbind(1))
 
@@ -66,11 +67,11 @@ def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
     values, kl_sums, moments = [], [], []
     with torch.inference_mode():
         for chunk in chunks:
-            images = vae.to_input(read(source, chunk))
-            inference = _one_draw(vae, images, chunk)
+            images, labels = inputs = read_inputs(vae, source, chunk)
+            inference = _one_draw(vae, inputs, chunk)
             terms = torch.stack(objectives.elbo_terms(inference, images), dim=1)
             means = inference.posterior.mean
-            squared_error = (vae.decode(means).mean - images).square().flatten(1).mean(1, keepdim=True)
+            squared_error = (vae.decode(means, labels=labels).mean - images).square().flatten(1).mean(1, keepdim=True)
             values.append(torch.cat([terms, squared_error], 1).cpu())
             kl_sums.append(inference.kl[0].double().sum(0, keepdim=True))
             moments.append(torch.stack(torch.var_mean(means.double(), 0, correction=0)).unsqueeze(0))
@@ -82,13 +83,13 @@ def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
     return Encodings(ElboTerms(*elbo), error, kl, _variance(sizes, world.gather_rows(numbers, moments, count)))
 
 
-def _one_draw(vae: VAE, images: Tensor, indices: range) -> Inference:
+def _one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
     """Infer images with these indices, with one draw each.
 
     The noise belongs to an image's index, not to the run: an image meets the same noise in every evaluation.
     """
     noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, indices, vae.latent_dim).to(vae.device, vae.dtype)
-    inference: Inference = vae(images, noise.unsqueeze(0))
+    inference: Inference = vae(inputs.images, noise.unsqueeze(0), inputs.labels)
     return inference
 
 
@@ -109,6 +110,8 @@ def _variance(sizes: Sequence[int], moments: Tensor) -> Tensor:
 def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Config) -> Tensor:
     """Estimate -log p(x) of the images of a source, N at least 1: `(N,)`, nats, float64, on the CPU.
 
+    Of a conditional model it is -log p(x|y), y the image's label.
+
     The estimate is -log of the mean importance weight of K >= 1 latents from each image's posterior: on average an
     upper bound, exact for K to infinity (Burda et al. 2016). The noise belongs to the image's index and the sample's
     number, so a larger K adds samples to the same first ones. A weight that is not finite makes its image's estimate
@@ -120,15 +123,15 @@ def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Conf
     latents = count * sum(map(len, chunks))
     with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
-            images = vae.to_input(read(source, chunk))
-            posterior = vae.infer(images)
+            images, labels = read_inputs(vae, source, chunk)
+            posterior = vae.infer(images, labels)
             total = torch.full((len(chunk),), -math.inf, dtype=torch.float64)
             at_once = max(config.evaluate.chunk // len(chunk), 1)
             for start in range(0, count, at_once):
                 samples = range(start, min(start + at_once, count))
                 noise = standard_normals(Draws(FIXED_SEED, Stream.IMPORTANCE, samples, chunk, vae.latent_dim))
                 noise = noise.to(vae.device, vae.dtype)
-                weights = objectives.log_weights(vae.sample(posterior, noise), images).cpu().double()
+                weights = objectives.log_weights(vae.sample(posterior, noise, labels=labels), images).cpu().double()
                 # The sum would hide a weight of 0, and an infinite weight would look like a good estimate.
                 weights.masked_fill_(~weights.isfinite(), math.nan)
                 total = torch.logaddexp(total, weights.logsumexp(0))

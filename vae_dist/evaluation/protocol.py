@@ -29,6 +29,7 @@ def describe(
         "image_shape": list(info.image_shape),
         "pixels": info.processing,
         "likelihood": likelihood,
+        **({"conditional": True} if config.model.conditional else {}),
         "weights": weights,
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
@@ -50,6 +51,16 @@ def describe(
 
 def comparison_warning(config: Config) -> str | None:
     """Return why the metrics can't be compared with published likelihoods; None if they can."""
+    cautions = [_caution_of_pixels(config)]
+    if config.model.conditional:
+        cautions.append(
+            "this model is told each image's label: its figures are of p(x|y), not of p(x), and compare with those of "
+            "other models that are told it"
+        )
+    return "; ".join(filter(None, cautions)) or None
+
+
+def _caution_of_pixels(config: Config) -> str | None:
     name = config.data.name
     caution = likelihood_kind(config.objective).caution(config.data.binarize, name)
     if caution is None and config.data.binarize == "threshold":

@@ -27,15 +27,20 @@ def check_names(config: Config) -> None:
 def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
     """Build the config's VAE for images `(C, H, W)`, on the CPU; its weights depend on the seed alone.
 
+    A conditional one has the classes of `data.classes`.
+
     Raises UserError for unknown names, for images that the architecture can't encode, and for a model that does not fit
     into memory.
     """
     check_names(config)
+    if config.model.conditional and config.data.classes is None:
+        raise UserError("a conditional model needs data.classes, the names of its classes; a training sets it")
+    classes = len(config.data.classes or ()) if config.model.conditional else 0
     build = import_module(f"{__name__}.{config.model.architecture}").build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            vae: VAE = build(config.model, tuple(image_shape), likelihood_kind(config.objective))
+            vae: VAE = build(config.model, tuple(image_shape), likelihood_kind(config.objective), classes)
             assert vae.latent_dim > 0
         except ValueError as error:
             raise UserError(f"model.architecture={config.model.architecture} can't be built: {error}") from error

@@ -1,5 +1,9 @@
 """A convolutional VAE: residual blocks at each resolution, and latents that are an image of their own.
 
+In a conditional VAE each residual block adds a learned function of the embedded label to its channels. So every
+resolution is told the class, at the cost of one number per channel. Planes joined to the image would tell its first
+layer alone, and would cost 32 channels at the largest resolution.
+
 B batch, C, H, W image, c channels, h, w height and width at a resolution.
 """
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.config import ConvConfig
+from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
 from vae_dist.models.priors import PRIORS
 from vae_dist.models.tensors import Shape
@@ -16,19 +21,21 @@ from vae_dist.models.vae import VAE
 
 MOST_GROUPS = 8  # of GroupNorm
 LEAST_CHANNELS = 4  # of a group: alone, a channel would lose its mean
+FIRST_CONVOLUTION = 2  # of a residual block, among its layers
 OUTPUT_SCALE = 0.1  # of the last layers' initial weights
 
 
 class ConvVAE(VAE):
     """A convolutional VAE for images of any size that 2^(number of channels - 1) divides."""
 
-    def __init__(self, options: ConvConfig, image_shape: Shape, likelihood: LikelihoodKind) -> None:
-        super().__init__(image_shape, likelihood)
+    def __init__(self, options: ConvConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
+        super().__init__(image_shape, likelihood, classes)
         self._halvings = len(options.channels) - 1
         self._latent_channels = options.latent_channels
-        outputs = likelihood.output_shape(image_shape)[0]
-        self.encoder = encoder(image_shape[0], options.channels, options.blocks, 2 * options.latent_channels)
-        self.decoder = decoder(options.latent_channels, options.channels[::-1], options.blocks, outputs)
+        latents, outputs = options.latent_channels, likelihood.output_shape(image_shape)[0]
+        label = embedding_size(classes)
+        self.encoder = encoder(image_shape[0], options.channels, options.blocks, 2 * latents, label)
+        self.decoder = decoder(latents, options.channels[::-1], options.blocks, outputs, label)
         self.p_z = PRIORS[options.prior](self.latent_dim)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
@@ -47,30 +54,48 @@ class ConvVAE(VAE):
 build = ConvVAE
 
 
-def encoder(inputs: int, channels: list[int], blocks: int, outputs: int) -> nn.Sequential:
-    """Return the network from images `(B, inputs, H, W)` to `(B, outputs, h, w)` at the last resolution."""
-    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, len(channels))]
+def encoder(inputs: int, channels: list[int], blocks: int, outputs: int, label: int = 0) -> "Network":
+    """Return the network from images `(B, inputs, H, W)` to `(B, outputs, h, w)` at the last resolution.
+
+    `label` is the size of an embedded label, 0 without labels.
+    """
+    depth = len(channels)
+    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, depth, label)]
     for before, after in pairwise(channels):
-        layers += [convolution(before, after, stride=2), *residual_blocks(after, blocks, len(channels))]
-    return nn.Sequential(*layers, *output_layers(channels[-1], outputs))
+        layers += [convolution(before, after, stride=2), *residual_blocks(after, blocks, depth, label)]
+    return Network(*layers, *output_layers(channels[-1], outputs))
 
 
-def decoder(inputs: int, channels: list[int], blocks: int, outputs: int) -> nn.Sequential:
+def decoder(inputs: int, channels: list[int], blocks: int, outputs: int, label: int = 0) -> "Network":
     """Return the network from latents `(B, inputs, h, w)` to `(B, outputs, H, W)`.
 
     It repeats pixels and convolves them: a transposed convolution draws checkerboards (Odena et al. 2016).
     """
-    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, len(channels))]
+    depth = len(channels)
+    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, depth, label)]
     for before, after in pairwise(channels):
         layers += [nn.Upsample(scale_factor=2), convolution(before, after)]
-        layers += residual_blocks(after, blocks, len(channels))
-    return nn.Sequential(*layers, *output_layers(channels[-1], outputs))
+        layers += residual_blocks(after, blocks, depth, label)
+    return Network(*layers, *output_layers(channels[-1], outputs))
+
+
+class Network(nn.Sequential):
+    """Layers in a row, whose residual blocks also take the embedded labels, if any."""
+
+    def forward(self, input: Tensor, embedded: Tensor | None = None) -> Tensor:
+        for layer in self:
+            input = layer(input, embedded) if isinstance(layer, ResidualBlock) else layer(input)
+        return input
 
 
 class ResidualBlock(nn.Module):
-    """Adds to its input `(B, c, h, w)` what two convolutions make of it, activated before each (He et al. 2016)."""
+    """Adds to its input `(B, c, h, w)` what two convolutions make of it, activated before each (He et al. 2016).
 
-    def __init__(self, channels: int, scale: float) -> None:
+    Embedded labels `(B, label)` are added to the channels between the convolutions, as time steps are in Ho et al.
+    (2020).
+    """
+
+    def __init__(self, channels: int, scale: float, label: int = 0) -> None:
         """`scale` is that of the last convolution's initial weights."""
         super().__init__()
         self.branch = nn.Sequential(
@@ -78,18 +103,24 @@ class ResidualBlock(nn.Module):
             *activation(channels), scaled(convolution(channels, channels), scale),
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.branch(x)
+        self.label = nn.Linear(label, channels) if label else None
+
+    def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
+        branch = x
+        for index, layer in enumerate(self.branch):
+            branch = layer(branch)
+            if index == FIRST_CONVOLUTION and self.label is not None:
+                branch = branch + self.label(embedded)[:, :, None, None]
         return x + branch
 
 
-def residual_blocks(channels: int, count: int, resolutions: int) -> list[nn.Module]:
+def residual_blocks(channels: int, count: int, resolutions: int, label: int) -> list[nn.Module]:
     """Return the blocks of one resolution.
 
     Their initial weights are scaled by one over the root of the number of all blocks, so that the variance of their sum
     does not grow with the depth (Child 2021).
     """
-    return [ResidualBlock(channels, (count * resolutions) ** -0.5) for _ in range(count)]
+    return [ResidualBlock(channels, (count * resolutions) ** -0.5, label) for _ in range(count)]
 
 
 def output_layers(channels: int, outputs: int) -> list[nn.Module]:

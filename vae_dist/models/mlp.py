@@ -1,12 +1,17 @@
-"""The tutorial's networks: fully connected layers with ReLU between them. B batch, L latents, C, H, W image."""
+"""The tutorial's networks: fully connected layers with ReLU between them. B batch, L latents, C, H, W image.
+
+In a conditional VAE the embedded label is joined to the pixels and to the latents.
+"""
 
 import itertools
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from vae_dist.config import MLPConfig
+from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
 from vae_dist.models.priors import PRIORS
 from vae_dist.models.tensors import Shape
@@ -19,11 +24,12 @@ class MLP(VAE):
 
     worth_compiling = True
 
-    def __init__(self, options: MLPConfig, image_shape: Shape, likelihood: LikelihoodKind) -> None:
-        super().__init__(image_shape, likelihood)
+    def __init__(self, options: MLPConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
+        super().__init__(image_shape, likelihood, classes)
         self._latent_dim = options.latent_dim
-        self.encoder = MLPEncoder(image_shape, options.hidden_dims, options.latent_dim)
-        self.decoder = MLPDecoder(likelihood.output_shape(image_shape), options.hidden_dims, options.latent_dim)
+        sizes, output_shape, label = options.hidden_dims, likelihood.output_shape(image_shape), embedding_size(classes)
+        self.encoder = MLPEncoder(image_shape, sizes, options.latent_dim, label)
+        self.decoder = MLPDecoder(output_shape, sizes, options.latent_dim, label)
         self.p_z = PRIORS[options.prior](options.latent_dim)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
@@ -36,26 +42,33 @@ build = MLP
 
 
 class MLPEncoder(nn.Module):
-    """Images `(B, C, H, W)` to posterior parameters `(B, 2 L)`."""
+    """Images `(B, C, H, W)`, and embedded labels `(B, label)` if any, to posterior parameters `(B, 2 L)`."""
 
-    def __init__(self, image_shape: Shape, hidden_dims: Sequence[int], latent_dim: int) -> None:
+    def __init__(self, image_shape: Shape, hidden_dims: Sequence[int], latent_dim: int, label: int = 0) -> None:
         super().__init__()
-        self.layers = _mlp([math.prod(image_shape), *hidden_dims, 2 * latent_dim])
+        self.layers = _mlp([math.prod(image_shape) + label, *hidden_dims, 2 * latent_dim])
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images.flatten(1))
+    def forward(self, images: Tensor, embedded: Tensor | None = None) -> Tensor:
+        return self.layers(_joined(images.flatten(1), embedded))
 
 
 class MLPDecoder(nn.Module):
-    """Latents `(B, L)` to the likelihood's parameters, through the encoder's sizes in reverse."""
+    """Latents `(B, L)`, and embedded labels if any, to the likelihood's parameters.
 
-    def __init__(self, output_shape: Shape, hidden_dims: Sequence[int], latent_dim: int) -> None:
+    The hidden layers have the encoder's sizes in reverse.
+    """
+
+    def __init__(self, output_shape: Shape, hidden_dims: Sequence[int], latent_dim: int, label: int = 0) -> None:
         super().__init__()
-        self.layers = _mlp([latent_dim, *reversed(hidden_dims), math.prod(output_shape)])
+        self.layers = _mlp([latent_dim + label, *reversed(hidden_dims), math.prod(output_shape)])
         self.output_shape = output_shape
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents).unflatten(1, self.output_shape)
+    def forward(self, latents: Tensor, embedded: Tensor | None = None) -> Tensor:
+        return self.layers(_joined(latents, embedded)).unflatten(1, self.output_shape)
+
+
+def _joined(inputs: Tensor, embedded: Tensor | None) -> Tensor:
+    return inputs if embedded is None else torch.cat([inputs, embedded], 1)
 
 
 def _mlp(sizes: Sequence[int]) -> Layers:

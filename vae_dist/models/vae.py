@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.data.datasets import to_unit
+from vae_dist.models.labels import LabelEmbedding
 from vae_dist.models.likelihoods import Likelihood, LikelihoodKind
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import Prior
@@ -45,6 +46,11 @@ class VAE(nn.Module):
     log-variances of latents in their shape, joined along dimension 1; `decoder` maps latents in their shape to the
     likelihood's parameters. No layer may mix images of a batch (BatchNorm does), or a run would depend on the number
     of its processes.
+
+    A conditional VAE, of `classes` above 0, models p(x|y) (Sohn, Lee and Yan 2015): its encoder and decoder take the
+    embedded labels `(B, EMBEDDING_SIZE)` as a second argument. The prior is the same for every class. Methods take
+    labels `(B,)`, int64 on its device, or weights of the classes `(B, classes)`, whose embeddings are averaged. They
+    raise ShapeError for other labels. A VAE that is not conditional takes none, or a tensor without elements.
     """
 
     encoder: nn.Module
@@ -52,10 +58,12 @@ class VAE(nn.Module):
     p_z: Prior
     worth_compiling: ClassVar[bool] = False  # on a CPU, where a long run compiles its step if train.compile is null
 
-    def __init__(self, image_shape: Shape, likelihood: LikelihoodKind) -> None:
+    def __init__(self, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
         super().__init__()
         self.image_shape = image_shape  # (C, H, W), of the images that it is trained on
         self.likelihood = likelihood
+        self.classes = classes  # 0 if it is not conditional
+        self.embedding = LabelEmbedding(classes) if classes else None
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
         """The shapes of an image's latents, one per level. Raises ValueError for images that can't be encoded."""
@@ -84,14 +92,20 @@ class VAE(nn.Module):
         weight = next(self.parameters())
         return to_unit(pixels.to(weight.device), weight.dtype)
 
-    def infer(self, images: Tensor) -> DiagonalGaussian:
+    def infer(self, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
         """Return the posterior of images `(B, C, H, W)` in [0, 1], of any size that `latent_shapes` accepts."""
         latents = self._latents(images.shape[1:])
-        parameters = self.encoder(images).flatten(1)
+        parameters = self.encoder(images, *self._embedded(labels, len(images))).flatten(1)
         require_shape(parameters, (len(images), 2 * latents), "the encoder's output, flat,")
         return DiagonalGaussian.from_network(parameters)
 
-    def sample(self, posterior: DiagonalGaussian, noise: Tensor, image_shape: Shape | None = None) -> Inference:
+    def sample(
+        self,
+        posterior: DiagonalGaussian,
+        noise: Tensor,
+        image_shape: Shape | None = None,
+        labels: Tensor | None = None,
+    ) -> Inference:
         """Draw with standard normal noise `(K, B, L)` from the posterior of images of a shape, and decode."""
         if noise.ndim != 3 or noise.shape[1:] != posterior.mean.shape:
             expected = ", ".join(map(str, posterior.mean.shape))
@@ -101,7 +115,8 @@ class VAE(nn.Module):
         require_shape(log_ratio, noise.shape[:2], "the prior's log ratio")
         kl = self.p_z.kl(posterior, latents, log_ratio)
         require_shape(kl, (*noise.shape[:2], kl.shape[-1]), "the prior's KL by group of latents")
-        return Inference(self.decode(latents.flatten(0, 1), image_shape), kl, log_ratio, latents, posterior)
+        repeated = None if labels is None else torch.cat([labels] * len(noise))
+        return Inference(self.decode(latents.flatten(0, 1), image_shape, repeated), kl, log_ratio, latents, posterior)
 
     def prior(self, noise: Tensor) -> Tensor:
         """Draw codes `(B, L)` from the prior with standard normal noise `(B, prior_numbers)`.
@@ -112,18 +127,30 @@ class VAE(nn.Module):
         codes: Tensor = self.p_z(noise)
         return codes
 
-    def decode(self, latents: Tensor, image_shape: Shape | None = None) -> Likelihood:
+    def decode(self, latents: Tensor, image_shape: Shape | None = None, labels: Tensor | None = None) -> Likelihood:
         """Return the likelihood of images given codes `(B, L)`; of images of `self.image_shape` by default."""
         image_shape = image_shape or self.image_shape
         require_shape(latents, (len(latents), self._latents(image_shape)), "latents")
-        output = self.decoder(latents.unflatten(1, self.latent_shapes(image_shape)[0]))
+        embedded = self._embedded(labels, len(latents))
+        output = self.decoder(latents.unflatten(1, self.latent_shapes(image_shape)[0]), *embedded)
         require_shape(output, (len(latents), *self.likelihood.output_shape(image_shape)), "the decoder's output")
         likelihood: Likelihood = self.likelihood(output)
         return likelihood
 
-    def forward(self, images: Tensor, noise: Tensor) -> Inference:
+    def forward(self, images: Tensor, noise: Tensor, labels: Tensor | None = None) -> Inference:
         """Infer the posterior of images `(B, C, H, W)`, and sample it with standard normal noise `(K, B, L)`."""
-        return self.sample(self.infer(images), noise, tuple(images.shape[1:]))
+        return self.sample(self.infer(images, labels), noise, tuple(images.shape[1:]), labels)
+
+    def _embedded(self, labels: Tensor | None, count: int) -> tuple[Tensor, ...]:
+        """The argument that tells encoder and decoder the classes of `count` images; none if not conditional."""
+        if self.embedding is None:
+            if labels is not None and labels.numel():
+                raise ShapeError(f"this model is not conditional, but was given labels {tuple(labels.shape)}")
+            return ()
+        if labels is None:
+            raise ShapeError(f"this model is conditional: it needs the labels of its {count} images")
+        require_shape(labels, (count, *labels.shape[1:]), "labels")
+        return (self.embedding(labels),)
 
     def _latents(self, image_shape: Shape) -> int:
         return self.latent_dim if image_shape == self.image_shape else _size(self.latent_shapes(tuple(image_shape)))

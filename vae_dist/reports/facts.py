@@ -36,7 +36,8 @@ def subtitle(config: Config, vae: VAE) -> str:
     """The data set, the network and its size."""
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     network = network_text(config.model.summary(), vae.latent_shapes(vae.image_shape))
-    return f"A variational autoencoder of {config.data.name}: {network}, {parameters:,} parameters"
+    given = f" given one of {count(vae.classes, 'class', 'classes')}" if vae.classes else ""
+    return f"A variational autoencoder of {config.data.name}{given}: {network}, {parameters:,} parameters"
 
 
 def network_text(summary: str, latent_shapes: Sequence[tuple[int, ...]]) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.data.source import read
 from vae_dist.errors import UserError
+from vae_dist.models.inputs import read_inputs
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
@@ -54,6 +54,7 @@ class Plane(NamedTuple):
     without_images: str | None  # why there are none
     is_zero: bool  # whether the other latents are 0
     kl_name: str  # "KL", or another measure if the prior does not factorise
+    class_name: str | None  # the class as which a conditional model decodes all codes
 
     @property
     def extent(self) -> float:
@@ -132,6 +133,7 @@ def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
         without_images,
         not origin(vae).any(),
         kl_name(vae),
+        (config.data.classes or [""])[0] if vae.classes else None,
     )
 
 
@@ -169,12 +171,12 @@ def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor | None
     try:
         test = datasets.load_test(config.data)
         indices = torch.arange(min(HELD_OUT, test.info.count))
-        pixels, labels = read(test, indices), test.labels(indices)
+        inputs, labels = read_inputs(vae, test, indices), test.labels(indices)
     except UserError as error:
         nothing = torch.empty(0, vae.latent_dim)
         return DiagonalGaussian(nothing, nothing), None, str(error)
     with torch.inference_mode():
-        return vae.infer(vae.to_input(pixels)), labels, None
+        return vae.infer(*inputs), labels, None
 
 
 def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image.Image, tuple[int, int], int, int]:
@@ -183,13 +185,14 @@ def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image
     height, width = (max(size * min(CELL_SIDE, max(sizes)) // max(sizes), 1) for size in sizes)
     columns = min(SIDE, (SPRITE_SIDE // max(height, width) - 1) // 2 * 2 + 1)
     values = torch.linspace(-EXTENT, EXTENT, columns)
+    first_class = torch.zeros(columns, dtype=torch.int64, device=vae.device) if vae.classes else None
     strips = []
     for value in values.flip(0) if len(latents) > 1 else [0.0]:
         codes = origin(vae).repeat(columns, 1)
         codes[:, latents[1:]] = value
         codes[:, latents[0]] = values
         with torch.inference_mode():
-            means = vae.decode(codes.to(vae.device, vae.dtype)).mean.float().cpu()
+            means = vae.decode(codes.to(vae.device, vae.dtype), labels=first_class).mean.float().cpu()
         cells = F.adaptive_avg_pool2d(means, (height, width)) if [height, width] != sizes else means
         strips.append(cells.permute(2, 0, 3, 1).reshape(height, columns * width, channels))
     pixels = torch.cat(strips).mul(255).round().to(torch.uint8).numpy()

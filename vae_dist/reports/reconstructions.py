@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.source import Source, every_label, read
+from vae_dist.models.inputs import read_inputs
 from vae_dist.reports.labels import held_out_set, labels, subject
 from vae_dist.runs.lookup import Opened
 from vae_dist.runs.picture import Picture
@@ -27,14 +27,16 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
         by_held_out_set.setdefault(", ".join(map(str, held_out_set(run.config).values())), []).append((label, run))
     rows, names = [], []
     for name, runs in by_held_out_set.items():
-        originals = datasets.to_unit(_one_of_each(_held_out(runs[0][1].config)))
+        source = _held_out(runs[0][1].config)
+        chosen = _one_of_each(source)
+        originals = datasets.to_unit(read(source, chosen))
         rows.append(originals)
         names.append("originals" if len(by_held_out_set) == 1 else f"originals: {name}")
         for label, run in runs:
             vae = run.checkpoint.load_vae(run.config, device)
             with torch.inference_mode():
-                batch = originals.to(vae.device, vae.dtype)
-                rows.append(vae.decode(vae.infer(batch).mean).mean.float().cpu())
+                images, classes = read_inputs(vae, source, chosen)
+                rows.append(vae.decode(vae.infer(images, classes).mean, labels=classes).mean.float().cpu())
             names.append(label)
     columns = min(map(len, rows))
     caption = f"{subject(opened)} over their reconstructions from the posterior's mean"
@@ -48,17 +50,17 @@ def _held_out(config: Config) -> Source:
     )
 
 
-def _one_of_each(source: Source) -> Tensor:
-    """Pixels to show, `(COLUMNS, C, H, W)` uint8: the first image of each class, then the second of each, and so on.
+def _one_of_each(source: Source) -> list[int]:
+    """The indices of COLUMNS images to show: the first of each class, then the second of each, and so on.
 
     Without labels they are the first images.
     """
     labels = every_label(source)
     if labels is None:
-        return read(source, range(min(COLUMNS, source.info.count)))
+        return list(range(min(COLUMNS, source.info.count)))
     seen: Counter[int] = Counter()
     turns = []
     for index, label in enumerate(labels.tolist()):
         turns.append((seen[label], label, index))
         seen[label] += 1
-    return read(source, [index for _, _, index in sorted(turns)[:COLUMNS]])
+    return [index for _, _, index in sorted(turns)[:COLUMNS]]

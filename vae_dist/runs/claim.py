@@ -19,6 +19,7 @@ from vae_dist import config as configs
 from vae_dist import objectives
 from vae_dist.config import OWN_IMAGES, Config, DataConfig
 from vae_dist.data import datasets
+from vae_dist.data.classes import class_names
 from vae_dist.data.source import DataInfo, Source
 from vae_dist.data.splits import default_held_out
 from vae_dist.distributed.precision import resolve_precision
@@ -177,6 +178,8 @@ def _resolved_data(config: Config, info: DataInfo) -> DataConfig:
                 "back, or choose another name for a new run"
             )
         data.identity = info.identity
+    if config.model.conditional:
+        data.classes = class_names(info, data.classes)
     if data.validation_images is None and not datasets.has_validation_part(data):
         data.validation_images = default_held_out(info.count)
     return data

@@ -166,7 +166,9 @@ class Milestones:
         shown = self._validation if held_out else self._training
         return {
             "reconstructions": pictures.reconstructions(self._recipe.model, shown, subject),
-            "samples": pictures.samples(self._recipe.model, f"model of {name}, step {step}"),
+            "samples": pictures.samples(
+                self._recipe.model, f"model of {name}, step {step}", self._config.data.classes or ()
+            ),
         }
 
 

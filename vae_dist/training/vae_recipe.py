@@ -99,22 +99,22 @@ class VAERecipe:
         """Take gradients, average them over the processes, guard, update the weights, then their moving average."""
         if self._calibration is not None:
             parts = range(self._config.train.accumulate)
-            optimum = self._calibration.optimum(self._micro_batch(batch.pixels, batch.noise, part) for part in parts)
+            optimum = self._calibration.optimum(self._micro_batch(batch, part) for part in parts)
             values = torch.cat([values, optimum.view(1)])
-        skip = self._update(batch.pixels, batch.noise, values, totals)
+        skip = self._update(batch, values, totals)
         if self._calibration is not None:
             self._calibration.update(values[-1], self._optimizer.updates, skip)
         if self._ema is not None:
             self._ema.update(values[2], skip)
 
-    def _update(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> Tensor:
+    def _update(self, batch: Batch, values: Tensor, totals: Tensor) -> Tensor:
         """Update the weights, and return whether that was skipped: 1 or 0 `()`."""
         if self._program is not None and isinstance(self._optimizer, FlatAdam):
-            return self._program(pixels, noise, values, totals, *self._optimizer.tensors)[0]
+            return self._program(*batch, values, totals, *self._optimizer.tensors)[0]
         if self._not_agreed_on:
-            self._agree_on_programs(pixels, noise, values, totals)
+            self._agree_on_programs(batch, values, totals)
         guarded = self._guarded_gradients if self._program is None else self._program
-        skip, *gradients = guarded(pixels, noise, values, totals, *self._optimizer.weights)
+        skip, *gradients = guarded(*batch, values, totals, *self._optimizer.weights)
         learning_rate = values[0].float()
         if self._scaler.active:  # it skips the update itself
             self._scaler.step(self._optimizer, gradients, learning_rate)
@@ -123,10 +123,10 @@ class VAERecipe:
         return skip
 
     def _guarded_gradients(
-        self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor, *weights: Tensor
+        self, pixels: Tensor, noise: Tensor, labels: Tensor, values: Tensor, totals: Tensor, *weights: Tensor
     ) -> Sequence[Tensor]:
         """Return [skip, *gradients]: the batch's mean gradients over all processes, as the guard passes them on."""
-        loss, sums, *gradients = self._accumulated_gradients(pixels, noise, values, *weights)
+        loss, sums, *gradients = self._accumulated_gradients(Batch(pixels, noise, labels), values, *weights)
         if isinstance(self._optimizer, FlatAdam):
             gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
         means, mean_loss = average_gradients(gradients, loss, self._world)
@@ -134,30 +134,32 @@ class VAERecipe:
             self._scaler.unscale(self._optimizer, means)
         return self._guarded(mean_loss, sums, totals, *means)
 
-    def _accumulated_gradients(
-        self, pixels: Tensor, noise: Tensor, values: Tensor, *weights: Tensor
-    ) -> Sequence[Tensor]:
+    def _accumulated_gradients(self, batch: Batch, values: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
         accumulated: Sequence[Tensor] = []
         for number in range(self._config.train.accumulate):
-            inputs = self._micro_batch(pixels, noise, number)
+            inputs = self._micro_batch(batch, number)
             results = self._gradients(self._scaler.scale(), *inputs, values, *weights)
             if accumulated:  # in place: a second set of gradients may not fit
                 results = [total.add_(value) for total, value in zip(accumulated, results, strict=True)]
             accumulated = results
         return accumulated
 
-    def _micro_batch(self, pixels: Tensor, noise: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Return images `(b, C, H, W)` in [0, 1] and noise `(K, b, L)` of the shard's micro-batch `number`."""
-        rows = shard(len(pixels), number, self._config.train.accumulate)
-        return self._vae.to_input(pixels[rows.start : rows.stop]), noise[rows.start : rows.stop].transpose(0, 1)
+    def _micro_batch(self, batch: Batch, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return images `(b, C, H, W)` in [0, 1], noise `(K, b, L)` and labels of the shard's micro-batch `number`.
 
-    def _losses(self, vae: VAE, images: Tensor, noise: Tensor, values: Tensor) -> Losses:
-        """The objective of images `(b, C, H, W)` in [0, 1], with noise `(K, b, L)` and the values of the step.
+        Labels are `(b,)`, or `(0,)` if the model is not conditional.
+        """
+        rows = shard(len(batch.pixels), number, self._config.train.accumulate)
+        pixels, noise, labels = (tensor[rows.start : rows.stop] for tensor in batch)
+        return self._vae.to_input(pixels), noise.transpose(0, 1), labels
+
+    def _losses(self, vae: VAE, images: Tensor, noise: Tensor, labels: Tensor, values: Tensor) -> Losses:
+        """The objective of images `(b, C, H, W)` in [0, 1], with noise `(K, b, L)`, labels and the values of the step.
 
         The last of these is the batch's sigma if it is calibrated.
         """
-        inference = vae(images, noise)
+        inference = vae(images, noise, labels)
         if self._calibration is not None:
             inference = with_sigma(inference, values[-1])
         losses = OBJECTIVES[self._config.objective.bound](inference, images, values[1])
@@ -197,20 +199,20 @@ class VAERecipe:
             self._program = Compiled(traced._guarded_gradients, self._guarded_gradients)
 
     def _with_optimizer(
-        self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor, *state: Tensor
+        self, pixels: Tensor, noise: Tensor, labels: Tensor, values: Tensor, totals: Tensor, *state: Tensor
     ) -> Sequence[Tensor]:
         """Update the weights as a function of tensors, `FlatAdam`'s included. Returns [skip]."""
         optimizer = self._optimizer
         assert isinstance(optimizer, FlatAdam)
-        skip, gradient = self._guarded_gradients(pixels, noise, values, totals, *optimizer.split(state[0]))
+        skip, gradient = self._guarded_gradients(pixels, noise, labels, values, totals, *optimizer.split(state[0]))
         optimizer.update(state, gradient, values[0].float(), skip)
         return [skip]
 
-    def _agree_on_programs(self, pixels: Tensor, noise: Tensor, values: Tensor, totals: Tensor) -> None:
+    def _agree_on_programs(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
         """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""
         totals = torch.zeros_like(totals)
         with self._scaler.rehearsal():
-            results = self._guarded_gradients(pixels, noise, values, totals, *self._optimizer.weights)
+            results = self._guarded_gradients(*batch, values, totals, *self._optimizer.weights)
         norm = totals[len(self.image_values)]
         programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*results, norm])
         self._not_agreed_on = []

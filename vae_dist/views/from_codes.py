@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vae_dist.errors import UserError
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, selection
 from vae_dist.views.latents import TrainedVAE, kl_name, prior_draws
-from vae_dist.views.view import View, require_plane
+from vae_dist.views.view import View, label_tensors, require_plane
 
 MAX_GRID_IMAGES = 1024  # more can't be told apart
 CODE_COLUMNS = 8
@@ -25,9 +26,17 @@ def prior(trained: TrainedVAE) -> View:
     """Decode draws from the prior, or from a mixture of Gaussians fitted to the training images' posteriors.
 
     The mixture covers the regions where posteriors lie and avoids the prior's holes between them (Ghosh et al. 2020,
-    "From variational to deterministic autoencoders", section 4).
+    "From variational to deterministic autoencoders", section 4). Of a conditional model, classes are drawn in turn.
     """
     options = trained.config.sample
+    classes, labels = selection.classes(trained), None
+    if classes:
+        labels = torch.tensor(classes)[torch.arange(options.count) % len(classes)]
+        if options.sampler == "mixture":
+            raise UserError(
+                "sample.sampler=mixture is for models that are not conditional: it is fitted to the codes of all "
+                "classes together; use sample.sampler=prior"
+            )
     tensors: dict[str, Tensor] = {}
     if options.sampler == "prior":
         latents = prior_draws(trained.vae, options.seed, options.count)
@@ -38,27 +47,44 @@ def prior(trained: TrainedVAE) -> View:
         tensors = {f"mixture.{name}": value for name, value in mixture._asdict().items()}
         count = options.mixture_components
         description = f"samples from a mixture of {count} Gaussians fitted to the training images' posteriors"
-    decoded = _decoded(trained, latents)
+    decoded = _decoded(trained, latents, labels)
     shown = decoded[:MAX_GRID_IMAGES]
+    names = [selection.class_names(trained)[label] for label in classes]
+
+    def draw() -> Image.Image:
+        if names:
+            return pictures.grid_by_class(shown, names)
+        return pictures.grid(shown, math.ceil(math.sqrt(len(shown))))
+
     return View(
-        description + _part_shown(shown, decoded),
-        {"images": decoded, "latents": latents, **tensors},
-        lambda: pictures.grid(shown, math.ceil(math.sqrt(len(shown)))),
+        description + ", by class" * bool(names) + _part_shown(shown, decoded),
+        {"images": decoded, "latents": latents, **label_tensors(labels), **tensors},
+        draw,
     )
 
 
 def codes(trained: TrainedVAE) -> View:
-    """Decode the codes of `sample.codes`."""
+    """Decode the codes of `sample.codes`, as one class or each as its own."""
     latents = selection.codes(trained)
-    decoded = _decoded(trained, latents)
+    classes = selection.classes(trained) if trained.config.sample.labels else [0]
+    if len(classes) not in (1, len(latents)):
+        raise UserError(f"sample.labels has {len(classes)} classes for {len(latents)} codes: give one, or one per code")
+    labels = torch.tensor(classes).expand(len(latents)) if trained.vae.classes else None
+    decoded = _decoded(trained, latents, labels)
     shown = decoded[:MAX_GRID_IMAGES]
     is_short = trained.vae.latent_dim <= SHORT_CODE
-    labels = [selection.code_text(code) if is_short else str(at) for at, code in enumerate(latents[:MAX_GRID_IMAGES])]
+    captions = [selection.code_text(code) if is_short else str(at) for at, code in enumerate(latents[:MAX_GRID_IMAGES])]
+    described = "decoded codes"
+    if labels is not None and len(classes) == 1:
+        described = f"codes{selection.as_class(trained, classes[0])}"
+    elif labels is not None:
+        names = selection.class_names(trained)
+        captions = [f"{text} as {names[label]}" for text, label in zip(captions, labels.tolist(), strict=False)]
     columns = max(math.ceil(math.sqrt(len(shown))), min(len(shown), CODE_COLUMNS))
     return View(
-        "decoded codes" + _part_shown(shown, decoded),
-        {"images": decoded, "latents": latents},
-        lambda: pictures.labelled_grid(shown, columns, below=labels),
+        described + _part_shown(shown, decoded),
+        {"images": decoded, "latents": latents, **label_tensors(labels)},
+        lambda: pictures.labelled_grid(shown, columns, below=captions),
     )
 
 
@@ -71,7 +97,9 @@ def neighbours(trained: TrainedVAE) -> View:
     directions = standard_normal(options.seed, Stream.NEIGHBOURS, 0, range(steps), latent_dim).double()
     directions /= directions.norm(dim=1, keepdim=True)
     around = (start.code.double() + radii.view(-1, 1, 1) * directions).to(start.code.dtype).flatten(0, 1)
-    decoded_start, decoded = trained.decode(torch.cat([start.code.unsqueeze(0), around])).split([1, len(around)])
+    labels = start.labels(1 + len(around))
+    all_decoded = trained.decode(torch.cat([start.code.unsqueeze(0), around]), labels)
+    decoded_start, decoded = all_decoded.split([1, len(around)])
 
     def draw() -> Image.Image:
         first = torch.cat([*start.images, decoded_start])
@@ -85,7 +113,13 @@ def neighbours(trained: TrainedVAE) -> View:
 
     return View(
         f"neighbours of {start.name}: each row at the distance on its left, each column in one random direction",
-        {"images": decoded, "latents": around, "distances": radii, **start.tensors},
+        {
+            "images": decoded,
+            "latents": around,
+            "distances": radii,
+            **start.tensors,
+            **label_tensors(start.labels(len(around))),
+        },
         draw,
     )
 
@@ -102,7 +136,8 @@ def traversal(trained: TrainedVAE) -> View:
     latents = start.code.repeat(len(order), len(values), 1)
     latents[torch.arange(len(order)), :, order] = values
     latents = latents.flatten(0, 1)
-    decoded = trained.decode(latents)
+    labels = start.labels(len(latents))
+    decoded = trained.decode(latents, labels)
 
     def draw() -> Image.Image:
         return pictures.labelled_grid(
@@ -115,7 +150,14 @@ def traversal(trained: TrainedVAE) -> View:
     return View(
         f"traversal from {start.name}: in each row one latent takes the values above while the others stay; "
         f"{len(order)} of {latent_dim} latents, by their {kl_name(trained.vae)} over the test images",
-        {"images": decoded, "latents": latents, "order": order, "kl": trained.kl[order], **start.tensors},
+        {
+            "images": decoded,
+            "latents": latents,
+            "order": order,
+            "kl": trained.kl[order],
+            **start.tensors,
+            **label_tensors(labels),
+        },
         draw,
     )
 
@@ -134,7 +176,9 @@ def manifold(trained: TrainedVAE) -> View:
     latents[:, :, across] = values.float()
     latents[:, :, up] = values.flip(0).float().unsqueeze(1)
     latents = latents.flatten(0, 1)
-    decoded = trained.decode(latents)
+    label = selection.one_class(trained, 0)
+    labels = None if label is None else torch.full((len(latents),), label)
+    decoded = trained.decode(latents, labels)
 
     def draw() -> Image.Image:
         texts = [f"{value:.2f}" for value in values.tolist()]
@@ -145,18 +189,19 @@ def manifold(trained: TrainedVAE) -> View:
         largest = f"the two with the largest {kl_name(trained.vae)} over the test images"
         others = f" ({largest}, the others {_others(trained.origin)})"
     return View(
-        f"latent space at evenly spaced quantiles of the prior: z{across} to the right, z{up} upwards{others}",
-        {"images": decoded, "latents": latents, "axes": torch.tensor([across, up])},
+        f"latent space at evenly spaced quantiles of the prior: z{across} to the right, z{up} upwards{others}"
+        f"{selection.as_class(trained, label)}",
+        {"images": decoded, "latents": latents, "axes": torch.tensor([across, up]), **label_tensors(labels)},
         draw,
     )
 
 
-def _decoded(trained: TrainedVAE, latents: Tensor) -> Tensor:
-    """The images `(N, C, H, W)` of codes `(N, L)`, as `sample.pixels` says."""
+def _decoded(trained: TrainedVAE, latents: Tensor, labels: Tensor | None) -> Tensor:
+    """The images `(N, C, H, W)` of codes `(N, L)` with any labels `(N,)`, as `sample.pixels` says."""
     options = trained.config.sample
     if options.pixels == "mean":
-        return trained.decode(latents)
-    return trained.draw_pixels(latents, partial(standard_normal, options.seed, Stream.PIXELS, 0))
+        return trained.decode(latents, labels)
+    return trained.draw_pixels(latents, labels, partial(standard_normal, options.seed, Stream.PIXELS, 0))
 
 
 def _others(origin: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Views that start from test images: their posteriors, and the codes between them. A function for each kind."""
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
 from vae_dist.views.components import principal_components
 from vae_dist.views.latents import TrainedVAE
-from vae_dist.views.view import View, require_plane
+from vae_dist.views.view import View, label_tensors, require_plane
 
 
 def interpolation(trained: TrainedVAE) -> View:
@@ -25,8 +26,13 @@ def interpolation(trained: TrainedVAE) -> View:
     first, last = trained.encode(indices).mean.unflatten(0, (-1, 2, 1)).unbind(1)
     position = torch.linspace(0, 1, steps, dtype=first.dtype).unsqueeze(1)
     latents = torch.lerp(first, last, position).flatten(0, 1)  # unlike a + t (b - a), it ends at b exactly
-    decoded = trained.decode(latents)
     originals = selection.image_tensors(trained, indices)
+    weights = None
+    if trained.vae.classes:
+        ends = F.one_hot(originals["test_labels"], trained.vae.classes).to(first.dtype)
+        one, other = ends.unflatten(0, (-1, 2, 1)).unbind(1)
+        weights = torch.lerp(one, other, position).flatten(0, 1)
+    decoded = trained.decode(latents, weights)
 
     def draw() -> Image.Image:
         pairs = zip(originals["test_images"].split(2), decoded.split(steps), strict=True)
@@ -41,8 +47,9 @@ def interpolation(trained: TrainedVAE) -> View:
 
     return View(
         f"interpolation: each row has two test images at its ends ({selection.image_words(originals)}) and between "
-        "them decoded codes on the straight line from one's code to the other's",
-        {"images": decoded, "latents": latents, **originals},
+        "them decoded codes on the straight line from one's code to the other's"
+        + (", and likewise of the embeddings of their labels" if trained.vae.classes else ""),
+        {"images": decoded, "latents": latents, **originals, **({} if weights is None else {"class_weights": weights})},
         draw,
     )
 
@@ -65,8 +72,12 @@ def reconstruction(trained: TrainedVAE) -> View:
         seed, stream = options.seed, Stream.PIXELS
         return torch.cat([standard_normal(seed, stream, image, range(at, at + 1), columns) for image, at in rows])
 
-    decoded = trained.decode(latents) if options.pixels == "mean" else trained.draw_pixels(latents, noise_of)
     originals = selection.image_tensors(trained, indices)
+    labels = originals["test_labels"].repeat_interleave(steps + 1) if trained.vae.classes else None
+    if options.pixels == "mean":
+        decoded = trained.decode(latents, labels)
+    else:
+        decoded = trained.draw_pixels(latents, labels, noise_of)
 
     def draw() -> Image.Image:
         rows = decoded.unflatten(0, (len(indices), steps + 1))
@@ -81,7 +92,7 @@ def reconstruction(trained: TrainedVAE) -> View:
     return View(
         f"test images ({selection.image_words(originals)}), each with its posterior's mean and {steps} draws from it, "
         "decoded",
-        {"images": decoded, "latents": latents, **originals},
+        {"images": decoded, "latents": latents, **originals, **label_tensors(labels)},
         draw,
     )
 

@@ -9,12 +9,12 @@ from vae_dist.views.view import View
 
 # sample.kind -> the function that makes it, and the keys of `sample` that it reads.
 KINDS: dict[str, tuple[Callable[[TrainedVAE], View], set[str]]] = {
-    "prior": (prior, {"count", "seed", "sampler", "mixture_components", "pixels", "files"}),
-    "codes": (codes, {"codes", "pixels", "seed", "files"}),
-    "neighbours": (neighbours, {"codes", "images", "rows", "steps", "radius", "seed", "files"}),
+    "prior": (prior, {"count", "labels", "seed", "sampler", "mixture_components", "pixels", "files"}),
+    "codes": (codes, {"codes", "labels", "pixels", "seed", "files"}),
+    "neighbours": (neighbours, {"codes", "images", "labels", "rows", "steps", "radius", "seed", "files"}),
     "interpolation": (interpolation, {"images", "steps", "files"}),
-    "traversal": (traversal, {"codes", "images", "rows", "steps", "files"}),
-    "manifold": (manifold, {"steps", "files"}),
+    "traversal": (traversal, {"codes", "images", "labels", "rows", "steps", "files"}),
+    "manifold": (manifold, {"labels", "steps", "files"}),
     "reconstruction": (reconstruction, {"images", "steps", "seed", "pixels", "files"}),
     "scatter": (scatter, set()),
 }

@@ -16,6 +16,7 @@ from vae_dist.data import datasets
 from vae_dist.data.source import Source, read
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
+from vae_dist.models.inputs import read_inputs, read_labels
 from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
@@ -85,31 +86,40 @@ class TrainedVAE:
         """Return the posteriors of these test images: mean and log-variance `(N, L)`."""
 
         def parameters(chunk: range) -> Tensor:
-            pixels = read(self.test, indices[chunk.start : chunk.stop])
-            return torch.cat(self.vae.infer(self.vae.to_input(pixels)), dim=1)
+            inputs = read_inputs(self.vae, self.test, indices[chunk.start : chunk.stop])
+            return torch.cat(self.vae.infer(*inputs), dim=1)
 
         return DiagonalGaussian(*self.in_chunks("encoding", len(indices), parameters).chunk(2, dim=1))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1]."""
-        return self.in_chunks("decoding", len(latents), lambda chunk: self._likelihood(latents, chunk).mean.float())
+    def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1].
 
-    def draw_pixels(self, latents: Tensor, noise_of: Callable[[range, int], Tensor]) -> Tensor:
+        `labels` are what `VAE.decode` takes, on the CPU: None if the model is not conditional.
+        """
+
+        def means(chunk: range) -> Tensor:
+            return self._likelihood(latents, labels, chunk).mean.float()
+
+        return self.in_chunks("decoding", len(latents), means)
+
+    def draw_pixels(self, latents: Tensor, labels: Tensor | None, noise_of: Callable[[range, int], Tensor]) -> Tensor:
         """Draw pixels from p(x|z) of latents `(N, L)`, cut to [0, 1]: `(N, C, H, W)` float32.
 
         `noise_of` returns the standard normal noise of some rows, a number per pixel value: `(len(rows), C H W)`.
         """
 
         def draws(chunk: range) -> Tensor:
-            likelihood = self._likelihood(latents, chunk)
+            likelihood = self._likelihood(latents, labels, chunk)
             shape = likelihood.mean.shape
             noise = noise_of(chunk, shape[1:].numel()).view(shape).to(self.vae.device)
             return likelihood.sample(noise).float().clamp(0, 1)
 
         return self.in_chunks("decoding", len(latents), draws)
 
-    def _likelihood(self, latents: Tensor, chunk: range) -> Likelihood:
-        return self.vae.decode(latents[chunk.start : chunk.stop].to(self.vae.device, self.vae.dtype))
+    def _likelihood(self, latents: Tensor, labels: Tensor | None, chunk: range) -> Likelihood:
+        part = slice(chunk.start, chunk.stop)
+        codes = latents[part].to(self.vae.device, self.vae.dtype)
+        return self.vae.decode(codes, labels=None if labels is None else labels[part].to(self.vae.device))
 
     def training_draws(self) -> Tensor:
         """Draw once from the posterior of each training image, the same in every run: `(N, L)`.
@@ -125,11 +135,12 @@ class TrainedVAE:
         chosen = range(0, training.info.count, max(every, 1))
 
         def draws(chunk: range) -> Tensor:
-            pixels = read(training, chosen[chunk.start : chunk.stop])
+            indices = chosen[chunk.start : chunk.stop]
+            pixels = read(training, indices)
             if self.config.data.binarize == "dynamic":
                 pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, chunk)
             noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, chunk, self.vae.latent_dim)
-            posterior = self.vae.infer(self.vae.to_input(pixels))
+            posterior = self.vae.infer(self.vae.to_input(pixels), read_labels(self.vae, training, indices))
             return posterior.sample(noise.to(posterior.mean.device, posterior.mean.dtype))
 
         return self.in_chunks("encoding the training images", len(chosen), draws)

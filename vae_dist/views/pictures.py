@@ -1,5 +1,6 @@
 """Grids of images, with labels or a caption. N images, C, H, W image."""
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vae_dist.data.source import Source, read
+from vae_dist.data.source import Source
+from vae_dist.models.inputs import read_inputs
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
@@ -15,11 +17,14 @@ from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
 PADDING = 2  # pixels between the images of a grid
 LABEL_SIZE = 12
 COLUMN_GAP = 10
-FEW = 8  # columns; with no more than these, images may be twice as large
+FEW = 8  # columns, or rows; with no more than these, images may be twice as large
 SMALL = 56  # pixels; smaller images are enlarged by a whole factor
 WIDEST = 1000  # pixels of a row of enlarged images
 WIDEST_REDUCED = 2048  # pixels of the images of a row; larger ones are reduced by a whole factor
 SMALLEST = 28  # pixels that the longer side of a reduced image has at least
+
+MOST_CLASS_ROWS = 20  # of more classes, each image has its class below it
+LONGEST_CLASS = 24  # characters of a class's name
 
 PROGRESS_COLUMNS = 8
 PROGRESS_WIDTH = 1040  # pixels of a row of progress images; of larger images there are fewer
@@ -46,16 +51,19 @@ def labelled_grid(
     top: Sequence[str] = (),
     below: Sequence[str] = (),
     gaps: Collection[int] = (),
+    most_rows: int | None = None,
 ) -> Image.Image:
     """Draw images `(N, C, H, W)` in [0, 1], C 1 or 3, in rows of `columns` images on white, with labels.
 
     `left` and `right` label the rows, `top` the columns, `below` the images. Each column in `gaps` has a gap before it.
-    If columns are too narrow or rows too low for their labels, every n-th label is drawn. Large images are reduced.
+    If columns are too narrow or rows too low for their labels, every n-th label is drawn. Large images are reduced. Few
+    columns are drawn twice as large, unless there are more than `most_rows` rows.
     """
     images = _reduced(images, columns)
     count, channels, height, width = images.shape
     font = ImageFont.load_default(size=LABEL_SIZE)
-    scale = _scale(height, width, columns, SMALL if columns > FEW else 2 * SMALL)
+    is_few = columns <= FEW and (most_rows is None or count <= columns * most_rows)
+    scale = _scale(height, width, columns, 2 * SMALL if is_few else SMALL)
     margins = [widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
     column = max(width * scale, widest(below, font)) + PADDING
     row = height * scale + PADDING + (LABEL_SIZE + LABEL_SPACE) * bool(below)
@@ -78,6 +86,21 @@ def labelled_grid(
     for x, text in list(zip(starts, top, strict=False))[::every]:
         draw.text((x + column / 2, LABEL_SPACE // 2), text, fill="black", font=font, anchor="ma")
     return result
+
+
+def grid_by_class(images: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw images `(N, C, H, W)` of classes in turn: image i is of the class `names[i % len(names)]`.
+
+    A class has a row, with its name on the left; above MOST_CLASS_ROWS classes, an image has its class below it.
+    """
+    names = [name if len(name) <= LONGEST_CLASS else f"{name[:LONGEST_CLASS]}..." for name in names[: len(images)]]
+    if len(names) > MOST_CLASS_ROWS:
+        below = [names[index % len(names)] for index in range(len(images))]
+        return labelled_grid(images, math.ceil(math.sqrt(len(images))), below=below)
+    columns = -(-len(images) // len(names))
+    blank = images.new_ones(columns * len(names) - len(images), *images.shape[1:])
+    rows = torch.cat([images, blank]).unflatten(0, (columns, len(names))).transpose(0, 1)
+    return labelled_grid(rows.flatten(0, 1), columns, left=names, most_rows=FEW)
 
 
 def _scale(height: int, width: int, columns: int, small: int = SMALL) -> int:
@@ -106,21 +129,30 @@ def reconstructions(vae: VAE, source: Source, subject: str) -> Picture:
     """Draw rows of the first images of a source, each over a row of their reconstructions."""
     columns = _progress_columns(source.info.image_shape[2])
     count = min(max(columns * columns // 2, columns), source.info.count)
-    originals = vae.to_input(read(source, range(count)))
+    originals, labels = read_inputs(vae, source, range(count))
     with torch.inference_mode():
-        decoded = vae.decode(vae.infer(originals).mean).mean
+        decoded = vae.decode(vae.infer(originals, labels).mean, labels=labels).mean
     pairs = zip(originals.split(columns), decoded.split(columns), strict=True)
     rows = [torch.cat(pair) for pair in pairs]
     caption = f"{subject}; each row over its reconstruction from the posterior's mean"
     return Picture(grid(torch.cat(rows), min(columns, len(originals))), caption)
 
 
-def samples(vae: VAE, subject: str) -> Picture:
-    """Draw decoded samples from the prior, the same latents at every step and in every run."""
+def samples(vae: VAE, subject: str, classes: Sequence[str] = ()) -> Picture:
+    """Draw decoded samples from the prior, the same latents at every step and in every run.
+
+    `classes` are the names of a conditional model's classes; its samples are of all of them in turn.
+    """
     columns = _progress_columns(vae.image_shape[2])
-    noise = standard_normal(FIXED_SEED, Stream.PRIOR, 0, range(columns * columns), vae.prior_numbers)
+    count = columns * (vae.classes if 0 < vae.classes <= MOST_CLASS_ROWS else columns)
+    labels = torch.arange(count, device=vae.device) % vae.classes if vae.classes else None
+    noise = standard_normal(FIXED_SEED, Stream.PRIOR, 0, range(count), vae.prior_numbers)
     with torch.inference_mode():
-        decoded = vae.decode(vae.prior(noise.to(vae.device, vae.dtype))).mean
+        decoded = vae.decode(vae.prior(noise.to(vae.device, vae.dtype)), labels=labels).mean
+    if vae.classes:
+        return Picture(
+            grid_by_class(decoded, classes), f"{subject}; samples by class from the prior (means of p(x|z,y))"
+        )
     return Picture(grid(decoded, columns), f"{subject}; samples from the prior (means of p(x|z))")
 
 

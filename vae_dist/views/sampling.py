@@ -52,7 +52,8 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
             target = target.with_name(f"{target.name}{'_raw' if config.weights == 'raw' else ''}")
         draws = "pixels" in keys and config.sample.pixels == "draw"
         if "images" in view.tensors:
-            caption += "; pixels drawn from p(x|z)" if draws else "; means of p(x|z)"
+            density = "p(x|z,y)" if config.model.conditional else "p(x|z)"
+            caption += f"; {'pixels drawn from' if draws else 'means of'} {density}"
         if draws:
             target = target.with_name(f"{target.name}_draw")
         if draws or ("seed" in keys and kind != "codes"):

@@ -1,10 +1,14 @@
-"""The codes and test images that the options of `sample` select. N codes or images, L latents, C, H, W image."""
+"""The codes, test images and classes that the options of `sample` select.
+
+Shapes: N codes or images, L latents, C, H, W image.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vae_dist.config.text import truncate
 from vae_dist.data.datasets import to_unit
 from vae_dist.data.source import read
 from vae_dist.errors import UserError
@@ -21,10 +25,18 @@ class Start(NamedTuple):
     code: Tensor  # (L,)
     images: list[Tensor]  # the test image that was encoded, (1, C, H, W), or none
     tensors: dict[str, Tensor]  # that test image, as `image_tensors` returns it
+    label: int | None  # the class as which the view is decoded; None if the model is not conditional
+
+    def labels(self, count: int) -> Tensor | None:
+        """Return the label of `count` codes `(count,)`."""
+        return None if self.label is None else torch.full((count,), self.label)
 
 
 def start(trained: TrainedVAE) -> Start:
-    """Return the one code of `sample.codes`, that of the one test image of `sample.images`, or else the origin."""
+    """Return the one code of `sample.codes`, that of the one test image of `sample.images`, or else the origin.
+
+    Its class is that of `sample.labels`, else that of the test image, or else the first one.
+    """
     options = trained.config.sample
     if options.codes is not None and options.images is not None:
         raise UserError("give sample.codes or sample.images, not both")
@@ -32,9 +44,9 @@ def start(trained: TrainedVAE) -> Start:
         given = codes(trained)
         if len(given) > 1:
             raise UserError(f"{options.kind} starts from one code, but sample.codes has {len(given)}")
-        return Start(f"the code {code_text(given[0])}", given[0], [], {})
+        return _start(trained, f"the code {code_text(given[0])}", given[0])
     if options.images is None:
-        return Start("the origin", trained.origin, [], {})
+        return _start(trained, "the origin", trained.origin)
     indices = images(trained)
     if len(indices) > 1:
         raise UserError(f"{options.kind} starts from one test image, but sample.images has {len(indices)}")
@@ -43,7 +55,52 @@ def start(trained: TrainedVAE) -> Start:
     name = f"the code of test image #{indices[0]}"
     if "test_labels" in tensors:
         name += f" (label {tensors['test_labels'].item()})"
-    return Start(name, code, [tensors["test_images"]], tensors)
+    return _start(trained, name, code, tensors)
+
+
+def _start(trained: TrainedVAE, name: str, code: Tensor, image: dict[str, Tensor] | None = None) -> Start:
+    image = image or {}
+    label = one_class(trained, int(image["test_labels"].item()) if "test_labels" in image else 0)
+    return Start(name + as_class(trained, label), code, [image["test_images"]] if image else [], image, label)
+
+
+def classes(trained: TrainedVAE) -> list[int]:
+    """Return the numbers of the classes of `sample.labels`, by default of all; none if not conditional."""
+    names = class_names(trained)
+    return [_class(text, names) for text in trained.config.sample.labels or names]
+
+
+def one_class(trained: TrainedVAE, default: int) -> int | None:
+    """Return the one class of `sample.labels`, or else the default; None if the model is not conditional."""
+    if not trained.vae.classes:
+        return None
+    given = trained.config.sample.labels
+    if given is None:
+        return default
+    if len(given) > 1:
+        raise UserError(f"{trained.config.sample.kind} shows one class, but sample.labels has {len(given)}")
+    return classes(trained)[0]
+
+
+def class_names(trained: TrainedVAE) -> list[str]:
+    """Return the names of all classes; none if the model is not conditional."""
+    return list(trained.config.data.classes or ()) if trained.vae.classes else []
+
+
+def as_class(trained: TrainedVAE, label: int | None) -> str:
+    """Say in a caption as which class codes are decoded."""
+    return "" if label is None else f", decoded as class {class_names(trained)[label]}"
+
+
+def _class(text: str, names: list[str]) -> int:
+    if text in names:
+        return names.index(text)
+    if text.isascii() and text.isdigit() and int(text) < len(names):
+        return int(text)
+    shown = truncate(", ".join(names))
+    raise UserError(
+        f"sample.labels has {truncate(text)}, but the {len(names)} classes are {shown} (or their numbers from 0)"
+    )
 
 
 def codes(trained: TrainedVAE) -> Tensor:

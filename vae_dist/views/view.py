@@ -9,6 +9,11 @@ from torch import Tensor
 from vae_dist.errors import UserError
 
 
+def label_tensors(labels: Tensor | None) -> dict[str, Tensor]:
+    """Return the labels `(N,)` of decoded images by their name in a view's file; nothing without labels."""
+    return {} if labels is None else {"labels": labels}
+
+
 class View(NamedTuple):
     """A view. Every process has it, and the main one draws it."""
 
