@@ -41,7 +41,7 @@ def test_the_last_architecture_wins_wherever_its_options_are_given() -> None:
     [
         (
             [CONV, "model.latent_dim=3"],
-            "model.latent_dim does not apply to model.architecture=conv, which has model.channels, model.blocks, "
+            "model.latent_dim does not apply to model.architecture=conv, which has model.channels, model.patch, "
             "model.latent_channels",
         ),
         (["model.channels=[8]"], "model.channels does not apply to model.architecture=mlp, which has model.latent_dim"),
@@ -54,7 +54,7 @@ def test_the_last_architecture_wins_wherever_its_options_are_given() -> None:
         (["model.chanels=[8]"], "did you mean model.channels"),
         ([CONV, "model.channels=[]"], "model.channels needs at least one number"),
         ([CONV, "model.channels=[32,0]"], "model.channels must be at least 1, not 0"),
-        ([CONV, "model.channels=[10000000]"], "the model's weights (model.channels, model.blocks, model.latent"),
+        ([CONV, "model.channels=[10000000]"], "the model's weights (model.channels, model.patch, model.blocks"),
         ([CONV, f"model.blocks={10**18}"], "the model's weights"),
         ([CONV, f"model.latent_channels={10**18}"], "the model's weights"),
         ([CONV, "data.image_shape=[1,4096,4096]", f"sample.count={10**9}"], "the latents of sample.count images"),
@@ -123,7 +123,7 @@ def test_a_study_varies_architectures_or_the_options_of_one() -> None:
 def test_a_report_has_the_keys_of_its_run_and_the_command_that_repeats_it() -> None:
     loaded = config.load([CONV, "model.channels=[8,16]", "name=a"])
     shown = {setting.name: setting for setting in facts.settings(loaded)["model"]}
-    assert list(shown) == ["architecture", "prior", "conditional", "channels", "blocks", "latent_channels"]
+    assert list(shown) == ["architecture", "prior", "conditional", "channels", "patch", "blocks", "latent_channels"]
     assert [name for name in shown if shown[name].is_changed] == ["architecture", "channels"]
     words = shlex.split(facts.command(loaded, 1))
     assert words[:2] == ["python", "vae_dist/train.py"]

@@ -61,18 +61,25 @@ def batch(vae: ConvVAE, count: int) -> tuple[Tensor, Tensor]:
     return images, torch.randn(2, count, vae.latent_dim, generator=generator, dtype=vae.dtype)
 
 
-SHAPES: dict[Shape, Shape] = {  # of images -> of latents, with two halvings
-    (1, 28, 28): (4, 7, 7),
-    (3, 128, 128): (4, 32, 32),
-    (2, 4, 12): (4, 1, 3),
-}
+SHAPES: list[tuple[Shape, int, Shape]] = [  # of images; patch; of latents, with two halvings
+    ((1, 28, 28), 1, (4, 7, 7)),
+    ((3, 128, 128), 1, (4, 32, 32)),
+    ((2, 4, 12), 1, (4, 1, 3)),
+    ((3, 64, 64), 4, (4, 4, 4)),
+    ((1, 12, 24), 3, (4, 1, 2)),
+]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_images_and_latents_have_their_shapes_and_all_weights_take_part(shape: Shape) -> None:
-    vae = make(shape, "model.channels=[4,6,8]")
-    assert vae.latent_shapes(shape) == (SHAPES[shape],)
-    assert vae.latent_dim == vae.prior_numbers == math.prod(SHAPES[shape])
+@pytest.mark.parametrize(("shape", "patch", "latents"), SHAPES)
+def test_images_and_latents_have_their_shapes_and_all_weights_take_part(
+    shape: Shape, patch: int, latents: Shape
+) -> None:
+    vae = make(shape, "model.channels=[4,6,8]", f"model.patch={patch}")
+    assert vae.latent_shapes(shape) == (latents,)
+    assert vae.latent_dim == vae.prior_numbers == math.prod(latents)
+    arguments = config.load([CONV, "model.channels=[4,6,8]", f"model.patch={patch}"])
+    assert arguments.model.latents(shape) == vae.latent_dim
+    assert arguments.model.weights_at_least(shape) <= sum(weight.numel() for weight in vae.parameters())
     images, noise = batch(vae, 3)
     inference = vae(images, noise)
     assert inference.latents.shape == inference.kl.shape == noise.shape
@@ -118,7 +125,9 @@ def test_a_model_takes_images_of_other_sizes(shape: Shape) -> None:
 
 
 def test_images_that_cannot_be_encoded_are_refused_with_what_to_do() -> None:
-    message = "images of 30 x 28 can't be halved 2 times; use sizes that 4 divides, or fewer model.channels"
+    message = (
+        "images of 30 x 28 can't be encoded: use sizes that 4 divides, fewer model.channels or a smaller model.patch"
+    )
     with pytest.raises(UserError, match=f"model.architecture=conv can't be built: {message}"):
         make((1, 30, 28))
     vae = make((1, 28, 28), "model.channels=[4,8,8]")
@@ -131,7 +140,7 @@ def test_images_that_cannot_be_encoded_are_refused_with_what_to_do() -> None:
 def test_a_training_that_is_refused_makes_no_directory(common: list[str], tmp_path: Path) -> None:
     for compiled in "null", "false":
         options = [CONV, "model.channels=[4,4,4,4]", f"runs_dir={tmp_path / 'runs'}", f"train.compile={compiled}"]
-        with pytest.raises(UserError, match="images of 28 x 28 can't be halved 3 times"):
+        with pytest.raises(UserError, match="images of 28 x 28 can't be encoded: use sizes that 8 divides"):
             train(config.load([*common, *options]))
         assert not list(tmp_path.glob("runs/*"))
 

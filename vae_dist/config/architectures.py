@@ -62,6 +62,12 @@ class ConvConfig(ModelConfig):
         "channels at each resolution from the image's to the latents'; each after the first halves height and width",
         at_least=1,
     )
+    patch: int = option(
+        1,
+        "side of the squares of pixels that become channels before the first convolution; 2 or 4 makes a step cheaper, "
+        "for images of 64 pixels and more",
+        at_least=1,
+    )
     blocks: int = option(1, "residual blocks at each resolution", at_least=1)
     latent_channels: int = option(4, "channels of the latents", at_least=1)
 
@@ -71,17 +77,18 @@ class ConvConfig(ModelConfig):
 
     def weights_at_least(self, image_shape: Sequence[int]) -> int:
         # A residual block has a 3x3 convolution or more; another layer may mix the channels of one pixel alone.
-        sizes = [image_shape[0], *self.channels, self.latent_channels]
+        sizes = [image_shape[0] * self.patch**2, *self.channels, self.latent_channels]
         blocks = self.blocks * sum(9 * size**2 for size in self.channels)
         return 2 * (blocks + sum(inputs * outputs for inputs, outputs in pairwise(sizes)))
 
     def latents(self, image_shape: Sequence[int]) -> int:
         _, height, width = image_shape
-        factor = 2 ** (len(self.channels) - 1)
+        factor = self.patch * 2 ** (len(self.channels) - 1)
         return self.latent_channels * (height // factor) * (width // factor)
 
     def summary(self) -> str:
-        return f"conv {'-'.join(map(str, self.channels))}"
+        channels = "-".join(map(str, self.channels))
+        return f"conv {channels}" if self.patch == 1 else f"conv {self.patch}x{self.patch} {channels}"
 
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {

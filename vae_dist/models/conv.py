@@ -26,27 +26,31 @@ OUTPUT_SCALE = 0.1  # of the last layers' initial weights
 
 
 class ConvVAE(VAE):
-    """A convolutional VAE for images of any size that 2^(number of channels - 1) divides."""
+    """A convolutional VAE for images of any size that `patch` times 2^(number of channels - 1) divides."""
 
     def __init__(self, options: ConvConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
         super().__init__(image_shape, likelihood, classes)
-        self._halvings = len(options.channels) - 1
+        self._factor = options.patch * 2 ** (len(options.channels) - 1)
         self._latent_channels = options.latent_channels
         latents, outputs = options.latent_channels, likelihood.output_shape(image_shape)[0]
+        patch, pixels = options.patch, options.patch**2
         label = embedding_size(classes)
-        self.encoder = encoder(image_shape[0], options.channels, options.blocks, 2 * latents, label)
-        self.decoder = decoder(latents, options.channels[::-1], options.blocks, outputs, label)
+        self.encoder = encoder(image_shape[0] * pixels, options.channels, options.blocks, 2 * latents, label)
+        self.decoder = decoder(latents, options.channels[::-1], options.blocks, outputs * pixels, label)
+        if patch > 1:  # a square of pixels becomes channels, and back (Shi et al. 2016, "sub-pixel convolution")
+            self.encoder.insert(0, nn.PixelUnshuffle(patch))
+            self.decoder.append(nn.PixelShuffle(patch))
         self.p_z = PRIORS[options.prior](self.latent_dim)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
         channels, height, width = image_shape
         if channels != self.image_shape[0]:
             raise ValueError(f"images for this model have channels={self.image_shape[0]}, not {channels}")
-        factor = 2**self._halvings
+        factor = self._factor
         if height % factor or width % factor:
             raise ValueError(
-                f"images of {height} x {width} can't be halved {self._halvings} times; use sizes that {factor} "
-                "divides, or fewer model.channels"
+                f"images of {height} x {width} can't be encoded: use sizes that {factor} divides, fewer model.channels "
+                "or a smaller model.patch"
             )
         return ((self._latent_channels, height // factor, width // factor),)
 
