@@ -21,7 +21,7 @@ from vae_dist import config as configs
 from vae_dist.config import Config, DataConfig
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batch, Batches
-from vae_dist.data.classes import require_same_classes
+from vae_dist.data.classes import with_classes
 from vae_dist.data.source import InMemory, Source, in_memory, read
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
@@ -269,7 +269,7 @@ def test_importance_weights_are_of_x_given_y(run_dir: Path) -> None:
         for number in range(9):
             noise = standard_normal(FIXED_SEED, Stream.IMPORTANCE, number, range(index, index + 1), vae.latent_dim)
             latents = q.mean + q.stddev * noise
-            log_prob = Bernoulli(logits=vae.decoder(latents, embedded)[0]).log_prob(image).sum()
+            log_prob = Bernoulli(None, vae.decoder(latents, embedded)[0], False).log_prob(image).sum()
             weights.append((log_prob + (Normal(0.0, 1.0).log_prob(latents) - q.log_prob(latents)).sum()).item())
         expected.append(-np.logaddexp.reduce(weights) + np.log(9))
     few = in_memory("few", pixels, labels, "none")
@@ -419,17 +419,27 @@ def test_options_of_classes_that_do_not_fit_are_refused(arguments: list[str], ex
 
 
 def test_images_of_other_classes_are_not_evaluated() -> None:
-    info = coded(DataConfig(), "test").info
-    require_same_classes(replace(info, classes=8), [str(label) for label in range(10)])  # some may be missing
-    for other in replace(info, classes=11), replace(info, class_names=tuple("abcdefghij")):
+    source = coded(DataConfig(), "test")
+    ten = [str(label) for label in range(10)]
+    assert with_classes(source, ten) is source
+    for other in {"classes": 11}, {"class_names": tuple("abcdefghij")}:
         with pytest.raises(UserError, match="this model has the classes 0, 1"):
-            require_same_classes(other, [str(label) for label in range(10)])
+            with_classes(replace(source, info=replace(source.info, **other)), ten)
     vae = model("mlp")
     with pytest.raises(UserError, match="this model is conditional and needs labels"):
         read_inputs(vae, of_pixels(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)), [0])
     labelled = in_memory("more", torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 10, 2]), "more")
     with pytest.raises(UserError, match="the images of more do not fit the model: labels must be 0 to 9"):
         read_inputs(vae, labelled, [0, 1])
+
+
+def test_classes_of_a_folder_to_evaluate_on_are_matched_by_name() -> None:
+    labels, pixels = torch.tensor([1, 0, 1]), torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1)
+    source = in_memory("pets", pixels, labels, "pets")
+    source = replace(source, info=replace(source.info, class_names=("cat", "dog")))
+    matched = with_classes(source, ["ant", "dog", "bee", "cat"])
+    assert matched.info.classes == 4 and torch.equal(whole(matched).labels, torch.tensor([1, 3, 1]))
+    assert torch.equal(whole(matched).pixels, pixels) and matched.info.identity != source.info.identity
 
 
 # ---- Pictures and reports

@@ -1,9 +1,14 @@
 """The classes of labelled images, by which a conditional model is trained."""
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from vae_dist.config.text import truncate
-from vae_dist.data.source import DataInfo
+from vae_dist.data.source import DataInfo, Source
 from vae_dist.errors import UserError
 
 MOST_CLASSES = 1000
@@ -35,14 +40,43 @@ def class_names(info: DataInfo, chosen: Sequence[str] | None) -> list[str]:
     return list(chosen)
 
 
-def require_same_classes(info: DataInfo, classes: Sequence[str]) -> None:
-    """Raise UserError if images to evaluate a conditional model on have labels of other classes than the model."""
+def with_classes(source: Source, classes: Sequence[str]) -> Source:
+    """Return images to evaluate on with the labels of a conditional model of these classes, matched by name.
+
+    Some classes may be missing. Raises UserError for images without labels, and for other classes.
+    """
+    info = source.info
     if info.classes is None:
         raise UserError(f"this model is conditional and needs labels, but the images of {info.name} have none")
-    differ = info.class_names is not None and list(info.class_names) != list(classes)
-    if differ or info.classes > len(classes):
-        own = info.class_names or [str(label) for label in range(info.classes)]
-        raise UserError(f"this model has the classes {_text(classes)}, but the images of {info.name} have {_text(own)}")
+    own = info.class_names or tuple(str(label) for label in range(info.classes))
+    if (info.class_names is None and len(own) <= len(classes)) or own == tuple(classes):
+        return source
+    if unknown := [name for name in own if name not in classes]:
+        raise UserError(
+            f"this model has the classes {_text(classes)}, but the images of {info.name} have other ones: "
+            f"{_text(unknown)}"
+        )
+    return _Relabelled(source, [classes.index(name) for name in own], classes)
+
+
+class _Relabelled:
+    """The images of a source with other numbers for its classes."""
+
+    def __init__(self, source: Source, numbers: Sequence[int], classes: Sequence[str]) -> None:
+        identity = hashlib.sha256(f"{source.info.identity}; of the classes {list(classes)}".encode()).hexdigest()
+        self.info = replace(source.info, classes=len(classes), class_names=tuple(classes), identity=identity)
+        self._source = source
+        self._numbers = torch.tensor(numbers)
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        labels = self._source.labels(indices)
+        return None if labels is None else self._numbers[labels]
+
+    def names(self, indices: Tensor) -> Sequence[str] | None:
+        return self._source.names(indices)
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        self._source.read(indices, draws, out)
 
 
 def _text(names: Sequence[str]) -> str:

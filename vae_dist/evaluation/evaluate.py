@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vae_dist.config import Config
 from vae_dist.data import datasets, other_images
-from vae_dist.data.classes import require_same_classes
+from vae_dist.data.classes import with_classes
 from vae_dist.data.source import Source
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
@@ -58,7 +58,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         images = world.main_first(lambda: _images(config))
         source, dataset, split, _ = images
         if config.model.conditional:
-            require_same_classes(source.info, config.data.classes or ())
+            source = with_classes(source, config.data.classes or ())
         warning = protocol.comparison_warning(config)
         metrics, by_image = measure(vae, source, world, config)
         result = {
