@@ -1,8 +1,11 @@
 """Kill real trainings at random moments until they are done, and compare them with an undisturbed one.
 
-    python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER] [--two-networks]
+    python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER]
+        [--two-networks | --images]
 
---two-networks trains by tests/two_networks.py, with a moving average of the weights.
+--two-networks trains by tests/two_networks.py, with a moving average of the weights. --images trains a convolutional
+VAE with a learned sigma, flips and a moving average on a folder of images, which it draws; a quarter of the kills are
+then aimed at the packing of the folder, and the pack has to be the undisturbed one to the byte.
 
 Every process of the training gets SIGKILL, its launcher first, so that none can clean up. Half of the moments are drawn
 evenly over a start of the training, from its imports to its end; the others are in the middle of a save. Then the same
@@ -14,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +30,7 @@ if __name__ == "__main__":  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import psutil
+from PIL import Image, ImageDraw
 
 from tests.conftest import newest_checkpoint
 from vae_dist.errors import UserError
@@ -35,10 +40,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN = "vae_dist/train.py"
 TWO_NETWORKS = "tests/two_networks.py"
 SETTINGS = [
-    str(REPOSITORY / "configs/smoke.yaml"), "tracking.wandb=disabled", "device=cpu", "train.threads=1",
-    "train.log_every=7", "checkpoint.every=11", "train.validate_every=40", "data.binarize=dynamic",
+    "tracking.wandb=disabled", "device=cpu", "train.threads=1", "train.log_every=7", "checkpoint.every=11",
+    "train.validate_every=40",
 ]  # fmt: skip
+DIGITS = [str(REPOSITORY / "configs/smoke.yaml"), "data.binarize=dynamic"]
+IMAGES = [
+    "data.name=folder", "data.size=16", "data.flip=true", "data.workers=1", "model.architecture=conv",
+    "model.channels=[8,16]", "objective.reconstruction=gaussian", "objective.sigma_kind=learned", "ema.decay=0.99",
+    "train.batch_size=50", "train.compile=false",
+]  # fmt: skip
+DRAWN = 640  # images of the folder
 AIMED = 0.5  # of the kills: while a checkpoint is being written
+AIMED_AT_PACKING = 0.25  # of the kills of --images: while the folder is being packed, or soon after
+PACKING_SECONDS = 2.0  # about as long as that takes
 
 
 def command(processes: int, arguments: list[str]) -> list[str]:
@@ -69,15 +83,30 @@ def train(processes: int, arguments: list[str]) -> float:
 
 
 def disturb(
-    processes: int, arguments: list[str], run_dir: Path, kills: int, seconds: float, draw: random.Random
-) -> int:
-    """Start and kill a training `kills` times; return the number of kills during the write of a checkpoint."""
-    saved, done, in_a_save, last_seen = -1, 0, 0, time.monotonic()
+    processes: int,
+    arguments: list[str],
+    run_dir: Path,
+    kills: int,
+    seconds: float,
+    draw: random.Random,
+    packs: Path | None,
+) -> tuple[int, int]:
+    """Start and kill a training `kills` times; return the numbers of kills while a checkpoint or a pack was written.
+
+    `packs` is the folder of its packs, if it packs images.
+    """
+    saved, done, in_a_save, in_packing, last_seen = -1, 0, 0, 0, time.monotonic()
     while done < kills:
         output = run_dir.with_name("output.txt")
+        at_packing = packs is not None and draw.random() < AIMED_AT_PACKING
+        if at_packing and packs is not None and is_packed(packs):  # otherwise a killed packing is continued
+            shutil.rmtree(packs)
         with open(output, "wb") as file:
             process = subprocess.Popen(command(processes, arguments), stdout=file, stderr=file)
-        if draw.random() < AIMED:
+        if at_packing and packs is not None:
+            wait_for_packing(process, packs)
+            time.sleep(draw.uniform(0, PACKING_SECONDS))
+        elif draw.random() < AIMED:
             for _ in range(draw.randrange(1, 4)):
                 wait_for_a_save(process, run_dir)
         else:
@@ -90,13 +119,37 @@ def disturb(
         kill_all(process)
         done += 1
         in_a_save += bool(list(run_dir.glob("checkpoints/.writing-*")))
+        in_packing += packs is not None and packs.exists() and not is_packed(packs)
         newest = newest_step(run_dir)
         assert newest >= saved, f"after kill {done} the newest checkpoint is {newest}, and it was {saved} before"
         saved = newest
         if time.monotonic() - last_seen > 10:
             last_seen = time.monotonic()
             print(f"  {done} of {kills} kills, step {saved}", flush=True)
-    return in_a_save
+    return in_a_save, in_packing
+
+
+def is_packed(packs: Path) -> bool:
+    """Whether a folder of packs has one that is whole."""
+    return bool(list(packs.glob("*/index.json")))
+
+
+def wait_for_packing(process: "subprocess.Popen[bytes]", packs: Path) -> None:
+    """Return once the training writes to its folder of packs, or at its end."""
+    before = last_change(packs)
+    while process.poll() is None and last_change(packs) == before:
+        time.sleep(0.001)
+
+
+def last_change(folder: Path) -> int:
+    """The time of the newest change inside a folder, ns; 0 without one."""
+    times = [0]
+    for path in folder.rglob("*"):
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except OSError:  # gone, or renamed, since
+            continue
+    return max(times)
 
 
 def wait_for_a_save(process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
@@ -138,6 +191,35 @@ def compare(run_dir: Path, undisturbed: Path) -> None:
     assert rows(run_dir) == rows(undisturbed), "the rows differ"
 
 
+def compare_packs(packs: Path, undisturbed: Path) -> None:
+    files = [path for path in undisturbed.glob("*/*") if path.is_file()]
+    assert files, f"{undisturbed} has no pack"
+    for path in files:
+        other = packs / path.relative_to(undisturbed)
+        assert other.exists() and other.read_bytes() == path.read_bytes(), f"{other} differs from {path}"
+
+
+def draw_images(folder: Path, count: int = DRAWN) -> None:
+    """Draw a folder of colour images of two classes and several sizes, JPEG and PNG: shapes on a gradient."""
+    draw = random.Random(0)
+
+    def colour() -> tuple[int, int, int]:
+        return draw.randrange(256), draw.randrange(256), draw.randrange(256)
+
+    for number in range(count):
+        width, height = draw.randrange(200, 400), draw.randrange(200, 400)
+        ramp = Image.linear_gradient("L").resize((width, height))
+        image = Image.composite(Image.new("RGB", ramp.size, colour()), Image.new("RGB", ramp.size, colour()), ramp)
+        pen, is_round = ImageDraw.Draw(image), number % 2 == 0
+        for _ in range(draw.randrange(1, 4)):
+            left, top = draw.randrange(width - 60), draw.randrange(height - 60)
+            box = left, top, left + draw.randrange(30, 200), top + draw.randrange(30, 200)
+            (pen.ellipse if is_round else pen.rectangle)(box, fill=colour())
+        path = folder / ("round" if is_round else "square") / f"{number:04d}.{'jpg' if number % 3 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
@@ -145,25 +227,38 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--two-networks", action="store_true")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--two-networks", action="store_true")
+    which.add_argument("--images", action="store_true")
     options = parser.parse_args(arguments)
     folder = options.folder or Path(tempfile.mkdtemp())
+    if options.images:
+        draw_images(folder / "images")
     for processes in options.processes:
         draw = random.Random(options.seed)
         runs = folder / f"{processes}_processes"
         script = [TWO_NETWORKS, "ema.decay=0.99", "train.accumulate=2"] if options.two_networks else [TRAIN]
-        settings = [*script, f"runs_dir={runs}", f"data.root={folder / 'data'}", f"train.epochs={options.epochs}"]
-        train(processes, [*settings, "name=warm_up", "train.steps=1"])  # draws the digits
+        images = [*IMAGES, f"data.path={folder / 'images'}"] if options.images else DIGITS
+        settings = [*script, *images, f"runs_dir={runs}", f"data.root={folder / 'data'}"]
+        settings += [f"train.epochs={options.epochs}"]
+        train(processes, [*settings, "name=warm_up", "train.steps=1"])  # draws the digits, or packs the images
         seconds = train(processes, [*settings, "name=undisturbed"])
         started = time.monotonic()
         run_dir = runs / "killed"
-        in_a_save = disturb(processes, [*settings, "name=killed"], run_dir, options.kills, seconds, draw)
+        packs = runs / "packs" if options.images else None
+        settings += [] if packs is None else [f"data.pack_dir={packs}"]
+        in_a_save, in_packing = disturb(
+            processes, [*settings, "name=killed"], run_dir, options.kills, seconds, draw, packs
+        )
         train(processes, [*settings, "name=killed"])
         for path in [run_dir, *runs.glob("killed-*")]:  # also those that finished between two kills
             compare(path, runs / "undisturbed")
+        if packs is not None:
+            compare_packs(packs, folder / "data/packed")
         ends = 1 + len(list(runs.glob("killed-*")))
         print(
-            f"{processes} process(es): {options.kills} kills, {in_a_save} of them inside a save, in "
+            f"{processes} process(es): {options.kills} kills, {in_a_save} of them inside a save, "
+            f"{f'{in_packing} inside a packing, ' if options.images else ''}in "
             f"{time.monotonic() - started:.0f} s; {ends} end(s) of the run, bitwise as undisturbed, the rows too",
             flush=True,
         )

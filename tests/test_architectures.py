@@ -42,7 +42,7 @@ def test_the_last_architecture_wins_wherever_its_options_are_given() -> None:
         (
             [CONV, "model.latent_dim=3"],
             "model.latent_dim does not apply to model.architecture=conv, which has model.channels, model.patch, "
-            "model.latent_channels",
+            "model.blocks, model.latent_channels",
         ),
         (["model.channels=[8]"], "model.channels does not apply to model.architecture=mlp, which has model.latent_dim"),
         (["name=a${model.blocks}"], "name: model.blocks does not apply to model.architecture=mlp"),

@@ -348,6 +348,102 @@ def conv_floor(config: Config) -> None:
     serve(loop)
 
 
+def image_loader(config: Config) -> None:
+    """A loop over a folder of images as people write it: torchvision's ImageFolder, its transforms, a DataLoader."""
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    size = config.data.size or 64
+    transform = transforms.Compose([
+        transforms.Resize(size), transforms.CenterCrop(size), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+    ])  # fmt: skip
+    assert config.data.path is not None
+    images = datasets.ImageFolder(config.data.path, transform)
+    loader = DataLoader(images, batch_size=config.train.batch_size, shuffle=True, num_workers=2, drop_last=True)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            for batch, _ in loader:
+                yield batch
+
+    loss_of, parameters = gaussian_loss(config, (3, size, size))
+    optimizer = torch.optim.Adam(parameters, lr=config.optim.learning_rate)
+    shuffled = batches()
+
+    def loop(steps: int) -> float:
+        total = 0.0
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = loss_of(next(shuffled))
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        return total / steps
+
+    serve(loop)
+
+
+def image_memory(config: Config) -> None:
+    """A good loop over images in memory, with flips: the fused optimizer, denormals flushed, no sync per step."""
+    import torch
+
+    from vae_dist.data import datasets
+    from vae_dist.data.source import read
+
+    torch.set_flush_denormal(True)
+    training, _ = datasets.load_training(config.data)
+    pixels, size = read(training, range(training.info.count)), config.train.batch_size
+    loss_of, parameters = gaussian_loss(config, training.info.image_shape)
+    optimizer = torch.optim.Adam(parameters, lr=config.optim.learning_rate, fused=True)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            order = torch.randperm(len(pixels))
+            yield from order[: len(order) // size * size].split(size)
+
+    indices = batches()
+
+    def loop(steps: int) -> float:
+        total = torch.zeros(())
+        for _ in range(steps):
+            images = pixels[next(indices)].float().div_(255)
+            flips = torch.rand(size, 1, 1, 1) < 0.5
+            optimizer.zero_grad()
+            loss = loss_of(torch.where(flips, images.flip(-1), images))
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        return total.item() / steps
+
+    serve(loop)
+
+
+def gaussian_loss(config: Config, shape: tuple[int, int, int]) -> "tuple[Callable[[Tensor], Tensor], list[Tensor]]":
+    """The negative ELBO of images `(B, C, H, W)` under the config's network and sigma, and the network's parameters."""
+    import math
+
+    import torch
+
+    from vae_dist.models import build_vae
+
+    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
+    vae, sigma = build_vae(config, shape), config.objective.sigma or 1.0
+    constant = math.prod(shape) * (math.log(sigma) + 0.5 * math.log(2 * math.pi))
+    low = config.train.precision == "bf16"
+
+    def loss_of(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            mean, log_variance = vae.encoder(images).chunk(2, dim=1)
+            location = vae.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+        location, mean, log_variance = location.float(), mean.float(), log_variance.float()
+        reconstruction = 0.5 * ((location - images) / sigma).square().sum()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+        return (reconstruction + kl) / len(images) + constant
+
+    return loss_of, [*vae.encoder.parameters(), *vae.decoder.parameters()]
+
+
 def ours_evaluate(config: Config) -> None:
     """`metrics.score`, as validation and `make eval` call it; a step is one pass over the test images."""
     from vae_dist.data import datasets
@@ -481,6 +577,8 @@ CONTESTANTS: dict[str, Callable[[Config], None]] = {
     "jax": jax,
     "conv_memory": conv_memory,
     "conv_floor": conv_floor,
+    "image_loader": image_loader,
+    "image_memory": image_memory,
     "ours_evaluate": ours_evaluate,
     "ours_likelihood": ours_likelihood,
     "memory_evaluate": memory_evaluate,
