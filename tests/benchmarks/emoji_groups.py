@@ -116,6 +116,7 @@ def write_classes(folder: Path, source: Path, classes: Mapping[str, str]) -> Non
     for name, category in classes.items():
         target = folder / category / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         try:
             os.link(source / name, target)
         except OSError:  # on another file system
