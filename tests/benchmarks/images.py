@@ -5,8 +5,8 @@
 
 FOLDER is data.path; the arguments are those of `vae_dist/train.py`, such as data.group. PYTHAE is a folder with pythae,
 as `pythae_trainer.py` describes it. All train on one thread, for so many minutes of CPU time without imports and
-reading: this package for as many epochs as fit by the time of its second one, or for N, pythae until it has had at
-least the same time. PCA (Tipping and Bishop 1999) gets this package's sigma, and in another line its own most likely
+reading: this package for as many epochs as fit by the time of a few, or for N, pythae until it has had at least the
+same time. PCA (Tipping and Bishop 1999) gets this package's sigma, and in another line its own most likely
 one.
 
 Each model's weights are evaluated by this package, in float32, on the test images: negative ELBO and KL in nats per
@@ -46,6 +46,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = REPOSITORY / "vae_dist/train.py"
 PYTHAE = Path(__file__).with_name("pythae_trainer.py")
 
+TIMED = 4  # epochs of the longer of two runs, whose difference is the time of an epoch: the time of a start varies
+
 Row = dict[str, Any]
 
 
@@ -62,8 +64,12 @@ def cpu_seconds(command: list[str]) -> float:
 def train(settings: list[str], runs: Path, budget: float, epochs: int | None) -> tuple[Path, float]:
     """Train this package's VAE for that many CPU seconds or epochs; return its run and the seconds that it took."""
     shared = [str(TRAIN), *settings, f"runs_dir={runs}"]
-    one, two = (cpu_seconds([*shared, f"name=epochs_{count}", f"train.epochs={count}"]) for count in (1, 2))
-    epoch, start = two - one, 2 * one - two
+    one, several = (
+        cpu_seconds([*shared, f"name=epochs_{count}", "train.steps=null", f"train.epochs={count}"])
+        for count in (1, TIMED)
+    )
+    epoch = max((several - one) / (TIMED - 1), 1e-3)
+    start = one - epoch
     print(f"an epoch takes {epoch:.1f} s of CPU time, the start {start:.1f} s", flush=True)
     steps = json.loads((runs / "epochs_1/metrics.jsonl").read_text().splitlines()[-1])["step"]
     total = (epochs or max(int(budget / epoch), 1)) * steps

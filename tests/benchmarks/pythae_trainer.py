@@ -8,9 +8,9 @@ PYTHAE is a folder with pythae and what it needs beside torch and numpy:
         threadpoolctl
 
 RUN is the directory of a run of this package. pythae gets its network with the same initial weights, its likelihood,
-images, flips, batch size, optimizer, learning rate and schedule, on one thread. It has neither bf16 on a CPU nor a
-moving average of the weights: its trainer lacks them. OUTPUT gets the last weights, the best ones by validation, and
-facts.json.
+images, flips, batch size, optimizer, learning rate and schedule, on one thread. It has no bf16 on a CPU, no
+clipping and no moving average of the weights: its trainer lacks them. OUTPUT gets the last weights, the best ones by
+validation, and facts.json.
 """
 
 import importlib.metadata
