@@ -90,9 +90,15 @@ def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypa
         reduced.append(values.device)
 
     def functional(
-        self: Differentiate, scale: Tensor, images: Tensor, noise: Tensor, beta: Tensor, *weights: Tensor
+        self: Differentiate,
+        scale: Tensor,
+        images: Tensor,
+        noise: Tensor,
+        labels: Tensor,
+        values: Tensor,
+        *weights: Tensor,
     ) -> list[Tensor]:
-        assert {tensor.device for tensor in (scale, images, noise, beta, *weights)} == {CARD}
+        assert {tensor.device for tensor in (scale, images, noise, labels, values, *weights)} == {CARD}
         self._network(images, noise)
         return [images.sum(), torch.zeros(3, dtype=torch.float64, device=CARD), *map(torch.zeros_like, weights)]
 
