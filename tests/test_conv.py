@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributions import Normal, kl_divergence
 from tests import worker
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.forked import ForkServer
+from tests.image_folders import numbered, write_images
 from vae_dist import config
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets
@@ -319,14 +321,29 @@ def nothing_else() -> Iterator[list[str]]:
     yield []
 
 
+@contextmanager
+def pictures() -> Iterator[list[str]]:
+    """A folder of small colour images."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_images(Path(folder) / "holidays", numbered(40))
+        data = ["data.name=folder", f"data.path={path}", f"data.root={folder}", "data.size=16", "data.flip=true"]
+        yield [*data, "data.validation_images=null", "train.batch_size=8"]
+
+
+OWN_IMAGES = [
+    CONV, "model.patch=4", "model.channels=[8,16]", "objective.reconstruction=gaussian", "objective.sigma_kind=learned",
+    "ema.decay=0.9",
+]  # fmt: skip
+
 # Latents, the images that have them, and the options of the network.
 LATENTS: dict[tuple[int, ...], tuple[Callable[[], Any], list[str]]] = {
     (4, 7, 7): (nothing_else, TINY),
+    (4, 2, 2): (pictures, OWN_IMAGES),
     (4, 32, 32): (lambda: colours(64), [CONV, "model.channels=[4,8]", "objective.reconstruction=gaussian"]),
 }
 
 
-@pytest.mark.parametrize("latents", [(4, 7, 7), pytest.param((4, 32, 32), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("latents", [(4, 7, 7), (4, 2, 2), pytest.param((4, 32, 32), marks=pytest.mark.slow)])
 def test_every_command_takes_latents_with_a_shape(latents: Shape, common: list[str], tmp_path: Path) -> None:
     data, options = LATENTS[latents]
     with data() as named:
@@ -346,7 +363,9 @@ def test_every_command_takes_latents_with_a_shape(latents: Shape, common: list[s
             assert all(value.isfinite().all() for value in stored.values()), kind
         assert {*SAMPLED, "codes"} == KINDS.keys() | {"mixture"}
         assert "run" in (compare([run, other], ["output=" + str(tmp_path / "compared")]) / "table.md").read_text()
-        assert report(run).read_text().count("<svg")
+        page = report(run).read_text()
+        assert page.count("<svg")
+        assert ("of holidays" in page) == (data is pictures)  # own images are named by their folder
 
 
 def test_a_study_varies_an_option_of_the_network(common: list[str], tmp_path: Path) -> None:

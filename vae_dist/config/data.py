@@ -1,6 +1,7 @@
 """Options of the data: which images there are, how their files become pixels, and how they are split."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vae_dist.config.fields import option
@@ -82,3 +83,8 @@ class DataConfig:
     classes: list[str] | None = option(
         None, "names of the classes of a conditional model; null: the data set's, if model.conditional"
     )
+
+    @property
+    def title(self) -> str:
+        """The data set's name in captions; of own images that of their folder or file."""
+        return self.name if self.path is None else Path(self.path).name or self.name

@@ -37,7 +37,7 @@ def subtitle(config: Config, vae: VAE) -> str:
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     network = network_text(config.model.summary(), vae.latent_shapes(vae.image_shape))
     given = f" given one of {count(vae.classes, 'class', 'classes')}" if vae.classes else ""
-    return f"A variational autoencoder of {config.data.name}{given}: {network}, {parameters:,} parameters"
+    return f"A variational autoencoder of {config.data.title}{given}: {network}, {parameters:,} parameters"
 
 
 def network_text(summary: str, latent_shapes: Sequence[tuple[int, ...]]) -> str:

@@ -39,7 +39,7 @@ def short_key(key: str) -> str:
 
 def subject(opened: Sequence[Opened]) -> str:
     """The images that the runs are compared on, in words."""
-    subjects = (f"{run.config.evaluate.split} images of {run.config.data.name}" for run in opened)
+    subjects = (f"{run.config.evaluate.split} images of {run.config.data.title}" for run in opened)
     return " and ".join(dict.fromkeys(subjects))
 
 
@@ -47,6 +47,8 @@ def held_out_set(config: Config) -> dict[str, object]:
     """The settings that decide which images a run is compared on."""
     keys = ["data.name", "data.binarize", "evaluate.split"]
     keys += ["data.synthetic_images"] * (config.data.name == datasets.FALLBACK)
+    keys += ["data.identity", "data.group", "data.test_images"] * (config.data.name in configs.OWN_IMAGES)
     keys += ["data.validation_images"] * (config.evaluate.split == "validation")
     values = configs.flatten(config)
+    values["data.identity"] = (config.data.identity or "")[:8]
     return {key: values[key] for key in keys}

@@ -161,7 +161,7 @@ class Milestones:
     def _pictures(self, step: int) -> dict[str, Picture]:
         """Draw the grids of a validation. Without validation images they show training images, as the caption says."""
         held_out = self._validation.info.count > 0
-        name = self._config.data.name
+        name = self._config.data.title
         subject = f"{name}, {'validation' if held_out else 'TRAINING'} images, step {step}"
         shown = self._validation if held_out else self._training
         return {

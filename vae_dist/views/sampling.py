@@ -46,7 +46,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
                 "sample.radius), or take an earlier checkpoint if the model has diverged"
             )
         target = output / "samples" / f"step_{step:08d}_{name}"
-        caption = f"{config.name} (trained on {config.data.name}), step {step}; {view.description}"
+        caption = f"{config.name} (trained on {config.data.title}), step {step}; {view.description}"
         if checkpoint.has_average:
             caption += f"; {'moving average of the' if config.weights == 'ema' else 'raw'} weights"
             target = target.with_name(f"{target.name}{'_raw' if config.weights == 'raw' else ''}")
