@@ -343,7 +343,10 @@ LATENTS: dict[tuple[int, ...], tuple[Callable[[], Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("latents", [(4, 7, 7), (4, 2, 2), pytest.param((4, 32, 32), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "latents",
+    [pytest.param((4, 7, 7), marks=pytest.mark.slow), (4, 2, 2), pytest.param((4, 32, 32), marks=pytest.mark.slow)],
+)
 def test_every_command_takes_latents_with_a_shape(latents: Shape, common: list[str], tmp_path: Path) -> None:
     data, options = LATENTS[latents]
     with data() as named:
