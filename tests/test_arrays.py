@@ -360,7 +360,8 @@ def test_a_mapped_file_costs_no_memory(fork_server: ForkServer, tmp_path: Path) 
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 64, 64), }}"
     raw(header(text), len(header(text)) + 2**31)(path)
     code = (
-        "import sys, torch, psutil\n"
+        "import sys\nsys.path.insert(0, sys.argv[2])\n"
+        "import torch, psutil\n"
         "from vae_dist.config import DataConfig\n"
         "from vae_dist.data import arrays\n"
         "from vae_dist.data.source import read\n"
@@ -370,7 +371,7 @@ def test_a_mapped_file_costs_no_memory(fork_server: ForkServer, tmp_path: Path) 
         "assert read(source, range(0, source.info.count, 5000)).sum() == 0\n"
         "print(psutil.Process().memory_info().rss - before)"
     )
-    run = fork_server.run("-c", code, str(path))
+    run = fork_server.run("-c", code, str(path), str(REPOSITORY))
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 2**26
 

@@ -32,6 +32,7 @@ def run(*command: str, cwd: Path | None = None, **environment: str) -> Result:
     return subprocess.run(command, cwd=cwd, env=outside, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_commands_run_from_any_folder_without_installation(
     fork_server: ForkServer, smoke_arguments: list[str], tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_command_runs_as_a_module(
     assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
+@pytest.mark.slow
 def test_without_data_and_network_the_embedded_digits_are_used(
     fork_server: ForkServer, data_root: Path, tmp_path: Path
 ) -> None:

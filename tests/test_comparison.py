@@ -443,6 +443,7 @@ def signal_in(occurrence: int, step: int, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("vae_dist.distributed.stopping.CHECK_SECONDS", 0)  # after every step
 
 
+@pytest.mark.slow
 def test_a_resumed_study_ends_bitwise_as_one_never_stopped(
     make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
         yield
 
 
+@pytest.mark.slow
 @needs_a_compiler
 def test_networks_of_one_class_keep_their_own_programs() -> None:
     """Programs are kept by code object, and without guards the second network would run the first one's."""

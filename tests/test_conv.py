@@ -41,7 +41,7 @@ from vae_dist.views.sampling import sample
 CONV = "model.architecture=conv"
 DIGITS = ["data.name=synthetic_digits", "data.synthetic_images=1200", "data.validation_images=200"]  # smoke.yaml's
 TINY = [CONV, "model.channels=[4,8,8]"]  # latents (4, 7, 7) of 28 x 28 pixels
-WORLD_SIZES = [pytest.param(2, marks=pytest.mark.slow), 3]
+WORLD_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +371,7 @@ def test_every_command_takes_latents_with_a_shape(latents: Shape, common: list[s
         assert ("of holidays" in page) == (data is pictures)  # own images are named by their folder
 
 
+@pytest.mark.slow
 def test_a_study_varies_an_option_of_the_network(common: list[str], tmp_path: Path) -> None:
     arguments = [*common, *TINY, f"runs_dir={tmp_path}", "train.steps=2", "evaluate.importance_samples=2"]
     folder = study(config.load_study([*arguments, "model.latent_channels=1,2", "name=study"]))

@@ -359,11 +359,13 @@ def test_an_older_checkpoint_can_be_evaluated(make_config: MakeConfig) -> None:
     assert older["negative_elbo"] > evaluate(run_dir)["negative_elbo"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_can_be_evaluated(run_dir: Path, tmp_path: Path) -> None:
     first = evaluate(run_dir)
     assert evaluate(run_dir.rename(tmp_path / "moved")) == first
 
 
+@pytest.mark.slow
 def test_binarised_test_images_are_the_same_in_every_evaluation(make_config: MakeConfig) -> None:
     run_dir = train(make_config("name=a", "train.steps=10", "data.binarize=dynamic"))
     assert evaluate(run_dir) == evaluate(run_dir)

@@ -302,6 +302,7 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_read_under_a_path_of_any_characters(
     smoke_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,6 +369,7 @@ def test_the_report_of_a_checkpoint_alone_goes_to_output(run_dir: Path, tmp_path
     assert "no curves" in Page(path.read_text()).text
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_written_elsewhere_is_found_there(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "evaluation.json").unlink()
     shutil.rmtree(run_dir / "evaluations")
@@ -377,6 +378,7 @@ def test_an_evaluation_that_was_written_elsewhere_is_found_there(run_dir: Path, 
     assert format_number(result["negative_elbo"]) in page.text and "not been evaluated" not in page.text
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_has_its_own_evaluation_or_none(run_dir: Path) -> None:
     older = run_dir / "checkpoints/step_00000020"
     page = page_of(older)

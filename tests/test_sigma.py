@@ -176,6 +176,7 @@ def test_the_average_starts_from_the_first_batch_and_ignores_skipped_updates(
         assert sum(tensor is model.state_dict(keep_vars=True)[BUFFER] for tensor in recipe.tensors) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [[GAUSSIAN, LEARNED], [LAPLACE, OPTIMAL], [GAUSSIAN, OPTIMAL, "train.precision=bf16"]]
 )

@@ -76,6 +76,7 @@ def can_be_nobody() -> bool:
     return shutil.which("setpriv") is not None and not subprocess.run([*NOBODY, "true"], capture_output=True).returncode
 
 
+@pytest.mark.slow
 def test_a_wandb_that_cannot_be_used_costs_one_message(tmp_path: Path) -> None:
     settings, leftover, other = (tmp_path / name for name in ("settings", "leftover", "other"))
     for folder in (settings, leftover / "wandb", other / "wandb"):

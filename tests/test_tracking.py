@@ -121,6 +121,7 @@ def test_a_saved_config_gives_its_runs_identity_to_no_other_run(
     assert {config.tracking.id for config in study.configs} == {None}
 
 
+@pytest.mark.slow
 def test_a_copied_run_gets_a_new_identity_and_a_moved_one_keeps_it(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,6 +448,7 @@ def reporting() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(REPOSITORY)}
 
 
+@pytest.mark.slow
 def test_offline_nothing_is_sent_by_any_command(
     fork_server: ForkServer, smoke_arguments: list[str], tmp_path: Path
 ) -> None:
