@@ -112,7 +112,7 @@ def pack(config: DataConfig) -> Pack:
 
 def _made_or_checked(request: _Request) -> tuple[Pack, str]:
     """Return the pack of a folder, and whether it was packed or checked."""
-    found, packing = listed(request.path), _packing(request)
+    found, packing = _listed(request.path), _packing(request)
     whole = find(found, packing)
     if whole is not None and not whole.is_intact():
         logger.warning("%s is damaged: its pixels are not those that were packed; packing again", whole.folder)
@@ -155,9 +155,7 @@ def _open(config: DataConfig) -> ImageSet:
 def _opened(request: _Request) -> ImageSet:
     if is_pack(request.path):
         return packed_set(_open_pack(request))
-    found = listed(request.path)
-    if text := advice(found):
-        logger.info("%s has %s", request.path, text)
+    found = _listed(request.path)
     packing = _packing(request)
     pack = None if request.pack == "never" else find(found, packing)
     if pack is None and (request.pack == "always" or (request.pack == "auto" and _fits(found, packing))):
@@ -173,6 +171,14 @@ def _opened(request: _Request) -> ImageSet:
         logger.info("%s is packed in %s", request.path, pack.folder)
     _log_left_out(images.refused)
     return images
+
+
+def _listed(path: Path) -> FolderIndex:
+    """List a folder's images, and log which other images it has."""
+    found = listed(path)
+    if text := advice(found):
+        logger.warning("%s has %s", path, text)
+    return found
 
 
 def _packing(request: _Request) -> Packing:
