@@ -23,7 +23,7 @@ from vae_dist.distributed.world import World
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.runs.lookup import Opened, open_checkpoint
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.optimizers import OPTIMIZERS
 from vae_dist.training.update import Update
@@ -131,7 +131,7 @@ def opened(path: Path, arguments: Sequence[str] = ()) -> Opened:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The folder of a run's newest checkpoint."""
-    checkpoint = Run(run_dir).newest()
+    checkpoint = RunDirectory(run_dir).newest()
     return None if checkpoint is None else checkpoint.folder
 
 

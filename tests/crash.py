@@ -23,7 +23,7 @@ from vae_dist import config
 from vae_dist.models import build_vae
 from vae_dist.runs import saving
 from vae_dist.runs.checkpoint import Checkpoint
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.runs.state import Best, TrainingState
 
 TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.chmod", "os.listdir"}
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
 
     def save(run_dir: Path, step: int, *, pending: bool = False) -> None:
         state = TrainingState(step, best=Best(step, 1.0), validation_pending=pending)
-        Run(run_dir).save(run_config, parts, state)
+        RunDirectory(run_dir).save(run_config, parts, state)
 
     for again in (False, True):  # a new step, and one that replaces a checkpoint of the same step
         for point in count(1):

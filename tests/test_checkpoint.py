@@ -25,7 +25,7 @@ from vae_dist.runs import checkpoint, saving
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find, open_checkpoint
 from vae_dist.runs.manifest import BadCheckpointError
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.runs.state import Best, TrainingState
 from vae_dist.training.meter import Meter
 from vae_dist.training.optimizers import Adam
@@ -50,7 +50,7 @@ def trained(config: Config, steps: int = 1) -> Parts:
 def written(config: Config, tmp_path: Path, *steps: int) -> Path:
     parts = trained(config)
     for step in steps:
-        last = Run(tmp_path / "run").save(config, parts, TrainingState(step))
+        last = RunDirectory(tmp_path / "run").save(config, parts, TrainingState(step))
     return last
 
 
@@ -58,7 +58,7 @@ def test_a_saved_checkpoint_loads_bitwise(make_config: MakeConfig, tmp_path: Pat
     config = make_config()
     parts = trained(config, steps=3)
     state = TrainingState(12, window=[{"loss": 0.1 + 0.2, "updates": 3.0}], features={"ema": {"decay": 0.9}})
-    folder = Run(tmp_path / "run").save(config, parts, state)
+    folder = RunDirectory(tmp_path / "run").save(config, parts, state)
     assert sorted(path.name for path in folder.iterdir()) == FILES
 
     other = trained(config)
@@ -79,7 +79,7 @@ def test_parameter_names_are_plain(make_config: MakeConfig, tmp_path: Path) -> N
 def test_weights_and_config_are_enough_to_load_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     parts = trained(config)
-    folder = Run(tmp_path / "run").save(config, parts, TrainingState(1))
+    folder = RunDirectory(tmp_path / "run").save(config, parts, TrainingState(1))
     moved = folder.rename(tmp_path / "elsewhere")
     run = opened(moved)
     loaded = Checkpoint(moved).load_vae(run.config, torch.device("cpu"))
@@ -112,7 +112,7 @@ def test_the_best_by_validation_is_kept_next_to_the_newest(make_config: MakeConf
     parts = trained(config)
     for step in range(1, 6):
         state = TrainingState(step, best=Best(min(step, 2), 100.0))
-        Run(tmp_path / "run").save(config, parts, state)
+        RunDirectory(tmp_path / "run").save(config, parts, state)
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert left == ["step_00000002", "step_00000004", "step_00000005"]
     assert find(tmp_path / "run/best", tmp_path).folder.name == "step_00000002"
@@ -191,7 +191,7 @@ def test_numbers_that_are_not_finite_are_never_published(make_config: MakeConfig
     parts = trained(config)
     parts.optimizer.state_dict()["encoder.layers.0.weight.exp_avg"].view(-1)[0] = torch.nan
     with pytest.raises(RunError, match="after step 7 are not finite; they are not saved"):
-        Run(tmp_path / "run").save(config, parts, TrainingState(7))
+        RunDirectory(tmp_path / "run").save(config, parts, TrainingState(7))
     assert newest_checkpoint(tmp_path / "run") is None
 
 
@@ -199,7 +199,7 @@ def test_saving_a_step_again_replaces_it(make_config: MakeConfig, tmp_path: Path
     config = make_config()
     parts = trained(config)
     for pending in (True, False):
-        folder = Run(tmp_path / "run").save(config, parts, TrainingState(1, validation_pending=pending))
+        folder = RunDirectory(tmp_path / "run").save(config, parts, TrainingState(1, validation_pending=pending))
     assert not Checkpoint(folder).state.validation_pending
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000001"]
 
@@ -223,33 +223,33 @@ def test_a_save_killed_at_any_point_leaves_a_resumable_run(fork_server: ForkServ
 
 def test_later_checkpoints_are_set_aside_on_an_earlier_resume(make_config: MakeConfig, tmp_path: Path) -> None:
     written(make_config("checkpoint.keep=9"), tmp_path, 1, 2, 3)
-    Run(tmp_path / "run").resume_from(1)
+    RunDirectory(tmp_path / "run").resume_from(1)
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
     assert len(list((tmp_path / "run/checkpoints").glob("set_aside-step_*"))) == 2
 
 
 def test_a_directory_belongs_to_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vae_dist.runs.run.LOCK_SECONDS", 0.1)
-    assert not Run(tmp_path).is_training
-    with Run(tmp_path).claim():
-        assert Run(tmp_path).is_training
-        with pytest.raises(UserError, match="another training is writing"), Run(tmp_path).claim():
+    assert not RunDirectory(tmp_path).is_training
+    with RunDirectory(tmp_path).claim():
+        assert RunDirectory(tmp_path).is_training
+        with pytest.raises(UserError, match="another training is writing"), RunDirectory(tmp_path).claim():
             pass
-    assert not Run(tmp_path).is_training
-    with Run(tmp_path).claim():
+    assert not RunDirectory(tmp_path).is_training
+    with RunDirectory(tmp_path).claim():
         pass
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    hold = "import pathlib, sys, time; from vae_dist.runs.run import Run\n"
-    hold += "with Run(pathlib.Path(sys.argv[1])).claim(): print(1, flush=True); time.sleep(60)"
+    hold = "import pathlib, sys, time; from vae_dist.runs.run import RunDirectory\n"
+    hold += "with RunDirectory(pathlib.Path(sys.argv[1])).claim(): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
-    assert Run(tmp_path).is_training
+    assert RunDirectory(tmp_path).is_training
     process.kill()
     process.wait()
     process.stdout.close()
-    assert not Run(tmp_path).is_training
+    assert not RunDirectory(tmp_path).is_training
 
 
 def test_a_checkpoint_that_is_visible_late_is_awaited(
@@ -319,7 +319,7 @@ def test_the_newest_run_is_found_when_none_is_named(make_config: MakeConfig, tmp
     config = make_config()
     parts = trained(config)
     for age, name in enumerate(("b", "a")):
-        folder = Run(tmp_path / "runs" / name).save(config, parts, TrainingState(1))
+        folder = RunDirectory(tmp_path / "runs" / name).save(config, parts, TrainingState(1))
         os.utime(folder / "manifest.json", (1000 + age, 1000 + age))
     assert find(None, tmp_path / "runs").folder.parents[1].name == "a"
 
@@ -416,7 +416,7 @@ def test_more_networks_are_saved_and_of_a_frozen_one_its_hash(make_config: MakeC
     config = make_config()
     saved = two_networks(config, frozen_seed=0)
     saved.optimizers["critic_optimizer"].step([torch.ones(2, 3), torch.ones(2)], torch.tensor(0.1))
-    folder = Run(tmp_path / "run").save(config, saved, TrainingState(3))
+    folder = RunDirectory(tmp_path / "run").save(config, saved, TrainingState(3))
     extra = {"critic.safetensors", "critic_optimizer.safetensors"}
     assert {path.name for path in folder.iterdir()} == {*FILES, *extra}
     assert list(Checkpoint(folder).manifest.frozen) == ["features"]
@@ -445,7 +445,7 @@ def test_a_checkpoint_without_a_network_of_the_recipe_is_refused(
     config = make_config()
     saved = two_networks(config, frozen_seed=0)
     (saved.networks if name == "critic" else saved.optimizers).pop(name)
-    folder = Run(tmp_path / "run").save(config, saved, TrainingState(3))
+    folder = RunDirectory(tmp_path / "run").save(config, saved, TrainingState(3))
     with pytest.raises(BadCheckpointError, match=f"has no {name}.safetensors"):
         Checkpoint(folder).load_training(two_networks(config, frozen_seed=0))
 
@@ -464,7 +464,7 @@ def test_a_window_with_fewer_or_other_names_is_read(
 ) -> None:
     """Of a checkpoint of an earlier version, another recipe, or more processes."""
     config = make_config("train.precision=fp32")
-    folder = Run(tmp_path / "run").save(config, trained(config), TrainingState(1, window=window))
+    folder = RunDirectory(tmp_path / "run").save(config, trained(config), TrainingState(1, window=window))
     with processes.join(config) as world:
         update = update_of(config, world, SHAPE)
         state = update.restore(Checkpoint(folder))

@@ -28,7 +28,7 @@ from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.terminal import progress
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
@@ -195,7 +195,7 @@ def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
     list(vae.decoder.parameters())[-2].data.mul_(1e38)  # finite, or it could not be saved
     state = source.checkpoint.state
     state.step = 11
-    Run(run_dir).save(source.config, parts, state)
+    RunDirectory(run_dir).save(source.config, parts, state)
     with pytest.raises(UserError, match=r"negative_elbo is not finite for 200 of 200 images .* evaluate an earlier"):
         evaluate(run_dir)
     assert not (run_dir / "evaluation.json").exists()
@@ -444,7 +444,7 @@ def test_an_evaluation_during_a_training_writes_files_alone(
     run_dir = train(make_config("name=a", "train.steps=10", "tracking.wandb=offline"))
     records = sorted((run_dir / "wandb").iterdir())
     for output in run_dir, tmp_path / "elsewhere":
-        with Run(run_dir).claim():
+        with RunDirectory(run_dir).claim():
             evaluate(run_dir, ["evaluate.importance_samples=0", f"output={output}"])
         assert "a training is writing" in capsys.readouterr().err
         assert sorted((run_dir / "wandb").iterdir()) == records and not (tmp_path / "elsewhere/wandb").exists()

@@ -35,7 +35,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from vae_dist.runs import run
-from vae_dist.runs.run import MARK, Run
+from vae_dist.runs.run import MARK, RunDirectory
 from vae_dist import config
 from vae_dist.errors import UserError
 from vae_dist.training.loop import train
@@ -45,7 +45,7 @@ run_dir = train(config.load([*arguments, "train.steps=20"]))
 mark = run_dir / MARK
 assert not mark.exists()
 mark.write_text(json.dumps({"host": "node7", "process": 4711, "since": "2026-01-02 03:04:05 +0000"}))
-assert Run(run_dir).is_training
+assert RunDirectory(run_dir).is_training
 try:
     train(config.load([*arguments, "train.steps=30"]))
 except UserError as error:

@@ -18,7 +18,7 @@ from vae_dist.errors import UserError
 from vae_dist.models import build_vae
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.manifest import FILES, MANIFEST
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.runs.state import Best, TrainingState
 
 SCALARS = st.one_of(
@@ -45,7 +45,7 @@ def config(make_config: MakeConfig) -> Config:
 @pytest.fixture
 def whole(config: Config, tmp_path: Path) -> Path:
     state = TrainingState(7, window=[{"loss": 1.5}], best=Best(7, 100.0))
-    return Run(tmp_path / "whole").save(config, trained(config), state)
+    return RunDirectory(tmp_path / "whole").save(config, trained(config), state)
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:

@@ -40,7 +40,7 @@ from vae_dist.reports.subject import subject_of
 from vae_dist.reports.text import format_number
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import Checkpoint
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.training.loop import train
 
 MINUS = "\u2212"
@@ -625,7 +625,7 @@ def test_reports_read_an_evaluation_of_16384_latents(make_config: MakeConfig) ->
     kl = [0.125 + 1e-12 * index for index in range(16384)]
     result = {"step": 1, "negative_elbo": 2100.0, "active_units": 7, "kl_per_latent": kl}
     (run / "evaluation.json").write_text(json.dumps(result, indent=2))
-    evaluation = Run(run).evaluation
+    evaluation = RunDirectory(run).evaluation
     assert evaluation is not None and evaluation.values["kl_per_latent"] == kl
     text = report(run).read_text()
     assert "mlp 4, 16,384 latents," in text and "of 16,384" in text

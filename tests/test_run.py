@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.forked import ForkServer
 from vae_dist import config
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.runs.starts import Start
 from vae_dist.training.loop import train
 
@@ -75,39 +75,39 @@ def test_images_and_files_of_a_checkpoint_are_read_once(
 
 
 def test_each_start_leaves_its_facts(run_dir: Path, make_config: MakeConfig) -> None:
-    (first,) = Run(run_dir).starts
+    (first,) = RunDirectory(run_dir).starts
     assert (first.step, first.last_step, first.steps_per_epoch, first.training_images) == (0, 10, 20, 1000)
     assert (first.processes, first.device, first.threads, first.precision) == (1, "cpu", 1, "fp32")
     assert (first.dataset, first.torch) == ("synthetic_digits", version("torch"))
     train(make_config("name=mine", "train.steps=12"))
-    assert [(start.step, start.last_step) for start in Run(run_dir).starts] == [(0, 10), (10, 12)]
+    assert [(start.step, start.last_step) for start in RunDirectory(run_dir).starts] == [(0, 10), (10, 12)]
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", "null", "{}", "[" * 100_000, '{"step": 1}', "\xff"])
 def test_lines_that_are_no_start_are_skipped(line: str, run_dir: Path) -> None:
     with open(run_dir / "starts.jsonl", "a", encoding="latin-1") as file:
         file.write(line + "\n")
-        file.write(json.dumps(Run(run_dir).starts[0].__dict__ | {"threads": "many"}) + "\n")
-    assert [type(start) for start in Run(run_dir).starts] == [Start]
+        file.write(json.dumps(RunDirectory(run_dir).starts[0].__dict__ | {"threads": "many"}) + "\n")
+    assert [type(start) for start in RunDirectory(run_dir).starts] == [Start]
 
 
 def test_pictures_carry_their_caption_as_text_and_not_in_their_pixels(run_dir: Path) -> None:
     picture = Image.open(run_dir / "images/samples_step_00000010.png")
     assert picture.text["Description"].startswith("model of synthetic_digits, step 10; samples from the prior")  # type: ignore[attr-defined]
     assert len(set(picture.convert("L").tobytes()[-picture.width :])) > 2  # the last line is digits and padding
-    pictures = Run(run_dir).pictures(["samples"], most=1)
+    pictures = RunDirectory(run_dir).pictures(["samples"], most=1)
     assert list(pictures) == [("samples", 5)]
-    assert Run(run_dir).pictures(["samples"], most=2)["samples", 10].tobytes() == picture.tobytes()
+    assert RunDirectory(run_dir).pictures(["samples"], most=2)["samples", 10].tobytes() == picture.tobytes()
 
 
 def test_metrics_are_the_numbers_of_whole_records(run_dir: Path) -> None:
-    before = Run(run_dir).metrics
+    before = RunDirectory(run_dir).metrics
     hostile = ['{"step": "1"}', '{"step": -1}', "[1]", '{"step": 11, "train/loss": NaN, "a": "b", "c": 1e300, "d": 2}',
                '{"step": 12, "x": ' + "[" * 70_000, '{"step": 13']  # fmt: skip
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write("\n".join(hostile))
-    assert Run(run_dir).metrics == [*before, {"step": 11.0, "d": 2.0}]
-    assert [step for step, _ in Run(run_dir).points("validation/kl")] == [5, 10]
+    assert RunDirectory(run_dir).metrics == [*before, {"step": 11.0, "d": 2.0}]
+    assert [step for step, _ in RunDirectory(run_dir).points("validation/kl")] == [5, 10]
 
 
 def test_nothing_is_read_through_a_link_out_of_the_directory(run_dir: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_nothing_is_read_through_a_link_out_of_the_directory(run_dir: Path, tmp_
     (run_dir / "metrics.jsonl").symlink_to(outside)
     (run_dir / "log.txt").unlink()
     (run_dir / "log.txt").symlink_to("log.txt")
-    run = Run(run_dir)
+    run = RunDirectory(run_dir)
     assert run.metrics == [] and run.log == ""
 
 
@@ -129,7 +129,7 @@ def test_evaluations_are_the_newest_one_and_the_kept_ones_by_name(run_dir: Path)
         "evaluations/step_00000005_test.json": "[" * 100_000,
     }.items():
         (run_dir / name).write_text(content)
-    run = Run(run_dir)
+    run = RunDirectory(run_dir)
     assert run.evaluation is not None and run.evaluation.values == {"step": 9}
     names = [kept.path.name for kept in run.evaluations()]
     assert names == ["step_00000010_test.json", "step_00000010_test_k2.json"]
@@ -137,6 +137,6 @@ def test_evaluations_are_the_newest_one_and_the_kept_ones_by_name(run_dir: Path)
 
 
 def test_a_directory_that_does_not_exist_is_an_empty_run(tmp_path: Path) -> None:
-    run = Run(tmp_path / "none")
+    run = RunDirectory(tmp_path / "none")
     assert run.newest() is None and run.best() is None and not run.is_training
     assert (run.metrics, run.starts, run.log, run.evaluations(), run.pictures(["samples"], 3)) == ([], [], "", [], {})

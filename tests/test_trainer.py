@@ -23,7 +23,7 @@ from vae_dist.models import build_vae
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.training import cadence, loop, schedules, update
 from vae_dist.training.loop import train
 from vae_dist.training.update import Update
@@ -304,7 +304,7 @@ def test_two_trainings_never_write_one_directory(make_config: MakeConfig, monkey
     monkeypatch.setattr("vae_dist.runs.run.LOCK_SECONDS", 0.1)
     run_dir = train(make_config("name=a", "train.steps=5"))
     with (
-        Run(run_dir).claim(),
+        RunDirectory(run_dir).claim(),
         pytest.raises(UserError, match=r"another training is writing .*; wait for its end"),
     ):
         train(make_config("name=a", "train.steps=10"))

@@ -12,7 +12,7 @@ from vae_dist.errors import UserError
 READER_KEYS = (
     "device", "output", "weights", "runs_dir", "data.root", "data.download", "data.mirror", "data.path",
     "data.pack", "data.workers", "train.threads",
-    "tracking.", "runtime.", "evaluate.", "sample.",
+    "tracking.", "runtime.", "evaluate.", "sample.", "encode.", "export.",
 )  # fmt: skip
 
 # A resumed run may change these: none changes what is learned. Its length matters to some schedules (`resume`).

@@ -21,7 +21,7 @@ from vae_dist.config.checks import check, check_names_in_wandb
 from vae_dist.config.differences import READER_KEYS
 from vae_dist.config.keys import ARCHITECTURE, by_key, flatten, options, require_known
 from vae_dist.config.paths import PATHS, expand
-from vae_dist.config.schema import Config
+from vae_dist.config.schema import Config, EncodeConfig, ExportConfig
 from vae_dist.config.text import as_text, leaves, require_text, truncate
 from vae_dist.errors import UserError
 from vae_dist.files import write_atomically
@@ -58,7 +58,8 @@ def load(arguments: Sequence[str]) -> Config:
 def load_reader(config: Config, arguments: Sequence[str]) -> Config:
     """The config of a finished run, changed by the `key=value` arguments of a command that only reads the run.
 
-    Output paths, mirrors, evaluate.folder and tracking.wandb=online come from the caller, never from the stored config.
+    Output paths, mirrors, other images, what is exported to where, and tracking.wandb=online come from the caller,
+    never from the stored config.
     """
     keys = [split_key(argument)[0] for argument in arguments]
     for key in keys:
@@ -73,6 +74,8 @@ def load_reader(config: Config, arguments: Sequence[str]) -> Config:
         data=replace(config.data, mirror=None),
         train=replace(config.train, threads=None),  # this machine may have another number of cores
         evaluate=replace(config.evaluate, folder=None),
+        encode=EncodeConfig(),
+        export=ExportConfig(),
         tracking=replace(config.tracking, wandb="auto" if config.tracking.wandb == "online" else config.tracking.wandb),
     )
     config = _apply(config, _parse_settings(arguments))

@@ -160,6 +160,33 @@ class SampleConfig:
 
 
 @dataclass
+class EncodeConfig:
+    split: Literal["train", "validation", "test"] = option("train", "images to encode, without augmentation")
+    folder: str | None = option(
+        None, "your own images to encode instead of the run's: a folder, a packed one or an array; all its images"
+    )
+    latents: Literal["posterior", "draws"] = option(
+        "posterior", "posterior: mean and log-variance of each latent; draws: one draw from each image's posterior"
+    )
+    seed: int = option(0, "seed of the draws", at_least=0)
+    shard_images: int = option(
+        10_000, "images per file, rounded up to whole batches of evaluate.batch_size", at_least=1
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "type of the numbers in the files")
+
+
+@dataclass
+class ExportConfig:
+    formats: list[str] = option(
+        ["onnx", "program"],
+        "onnx: encoder.onnx and decoder.onnx; program: encoder.pt2 and decoder.pt2 of torch.export; []: neither",
+    )
+    push: str | None = option(None, "repository of the Hugging Face Hub to upload to, such as USER/NAME")
+    private: bool = option(True, "make that repository private, if it does not exist yet")
+    license: str | None = option(None, "licence of the weights, for the model card: an identifier such as mit")
+
+
+@dataclass
 class Config:
     name: str | None = option(
         None, "name of the run; {time} becomes its start time; null: the config file's name and {time}"
@@ -184,3 +211,5 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -10,10 +10,9 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -28,16 +27,34 @@ T = TypeVar("T")
 MOST_EXCHANGED = 2**26  # numbers in one exchange of gradients: a copy of all of a large model's may not fit
 
 
+class Processes(Protocol):
+    """Accelerate's state of the joined processes, or one like it."""
+
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def is_main_process(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 class World:
     """This process among those of its run, as the launcher started them."""
 
-    def __init__(self, state: PartialState) -> None:
+    def __init__(self, state: Processes) -> None:
         self.rank: int = state.process_index
         self.size: int = state.num_processes
         # Taken from a tensor, so that it has an index: Accelerate's "cuda" is not equal to a tensor's "cuda:0".
         self.device = torch.empty(0, device=state.device).device
         self.is_main: bool = state.is_main_process
         self.alike = True  # whether all processes run on one kind of processor, see `compare_processors`
+
+    @classmethod
+    def alone(cls, device: torch.device) -> "World":
+        """Return this process by itself, however it was launched. Nothing global is read or changed."""
+        return cls(_Alone(device))
 
     def on_main(self, choose: Callable[[], T], *, patient: bool = False) -> T:
         """Call `choose` on the main process; return its result, or raise its error, on every process.
@@ -198,6 +215,13 @@ class World:
 
     def _explained(self) -> AbstractContextManager[None]:
         return failures.explained(self.rank, self.size)
+
+
+class _Alone(NamedTuple):
+    device: torch.device
+    process_index: int = 0
+    num_processes: int = 1
+    is_main_process: bool = True
 
 
 def every_chunk(count: int, size: int) -> list[range]:

@@ -23,7 +23,7 @@ from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.manifest import MANIFEST
 from vae_dist.runs.metrics import METRICS, is_number
 from vae_dist.runs.picture import to_png, with_caption
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 from vae_dist.terminal import console, tables
 from vae_dist.views import plots
 from vae_dist.views.plots import Curve
@@ -152,7 +152,7 @@ def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
     """Return the newest evaluation of a checkpoint, kept with its run or else with the comparison; None if none is."""
     split, saved = run.config.evaluate.split, _modified(run.checkpoint.folder / MANIFEST)
     for place in run.output, _own_folder(run, folder):
-        kept = Run(place).evaluations(f"step_{run.step:08d}_{split}*")
+        kept = RunDirectory(place).evaluations(f"step_{run.step:08d}_{split}*")
         # An evaluation that is older than the checkpoint is of another run, which had this name before.
         kept = [evaluation for evaluation in kept if _modified(evaluation.path) >= saved]
         for path, values in sorted(kept, key=lambda evaluation: _modified(evaluation.path), reverse=True):

@@ -7,7 +7,7 @@ from vae_dist.reports.charts import Chart, Curve, line_chart
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import format_number, format_value
 from vae_dist.runs.metrics import is_number
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 
 MOST_POINTS = 1000  # of a curve
 
@@ -87,7 +87,7 @@ def evaluation(subject: Subject, latent_dim: int) -> Evaluation | None:
     )
 
 
-def last_validation(run: Run) -> Metric | None:
+def last_validation(run: RunDirectory) -> Metric | None:
     """The negative ELBO of the newest validation; None if there was no validation."""
     points = run.points("validation/negative_elbo")[-1:]
     metrics = [
@@ -121,7 +121,7 @@ def _flatten(protocol: Mapping[str, Any]) -> dict[str, str]:
     return {key: format_value(value) for key, value in flat.items()}
 
 
-def curves(run: Run) -> Curves:
+def curves(run: RunDirectory) -> Curves:
     """The curves of all metrics that were logged.
 
     With beta at 1 the loss is the negative ELBO: then neither the loss nor beta has a chart of its own.

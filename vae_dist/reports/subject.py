@@ -9,13 +9,13 @@ from vae_dist.config import Config
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import Opened
 from vae_dist.runs.metrics import is_number
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 
 
 class Subject(NamedTuple):
     """A run as one of its checkpoints and the records next to it show it."""
 
-    run: Run
+    run: RunDirectory
     checkpoint: Checkpoint
     evaluation: Mapping[str, Any]  # of the checkpoint's step, or else of another; empty if there is none
     is_training: bool
@@ -48,7 +48,7 @@ class Subject(NamedTuple):
 
 def subject_of(opened: Opened) -> Subject:
     """Return the subject of a report about an open checkpoint. Evaluations in the folder for output come first."""
-    places = [opened.run] if opened.output == opened.run.directory else [Run(opened.output), opened.run]
+    places = [opened.run] if opened.output == opened.run.directory else [RunDirectory(opened.output), opened.run]
     evaluations: list[dict[str, Any]] = []
     for place in places:
         latest = [] if place.evaluation is None else [place.evaluation]

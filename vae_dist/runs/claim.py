@@ -32,7 +32,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
-from vae_dist.runs.run import ANOTHER_RUNS_DIR, Run
+from vae_dist.runs.run import ANOTHER_RUNS_DIR, RunDirectory
 from vae_dist.runs.sigma import with_sigma
 from vae_dist.runs.wandb_client import check_wandb
 from vae_dist.runs.wandb_identity import new_id, own_id, owner
@@ -49,7 +49,7 @@ class Resolved(NamedTuple):
     """A run that is about to train, equal on every process."""
 
     config: Config  # with no option left open
-    run: Run
+    run: RunDirectory
     resumed_from: Checkpoint | None
 
 
@@ -83,7 +83,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         )
     with writing(Path(config.runs_dir), ANOTHER_RUNS_DIR):  # to list it takes permissions too
         config = replace(config, name=_name(config))
-        run = Run(Path(config.runs_dir) / str(config.name))
+        run = RunDirectory(Path(config.runs_dir) / str(config.name))
         is_new = not run.directory.exists()
     if not is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
@@ -208,7 +208,7 @@ def _name(config: Config) -> str:
     return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
-def _resumed_from(config: Config, run: Run) -> Checkpoint | None:
+def _resumed_from(config: Config, run: RunDirectory) -> Checkpoint | None:
     resume = config.checkpoint.resume
     newest = run.newest()
     if resume not in ("auto", "must", "never"):

@@ -15,7 +15,7 @@ from vae_dist.files import reason, require_no_links
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import INFERENCE_FILES, Checkpoint, open_when_visible
 from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
-from vae_dist.runs.run import Run
+from vae_dist.runs.run import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Opened(NamedTuple):
         return self.checkpoint.step
 
     @property
-    def run(self) -> Run:
-        return Run(self.checkpoint.run_dir)
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.checkpoint.run_dir)
 
     def agreed(self, world: World) -> "Opened":
         """Return the main process's checkpoint on every process. Another process may have seen an older one."""
@@ -65,7 +65,7 @@ def open_checkpoint(path: Path | None, arguments: Sequence[str]) -> Iterator[Ope
     runs_dir, rest = configs.take(arguments, "runs_dir")
     with _kept(path, Path(runs_dir)) as checkpoint:
         config = configs.load_reader(checkpoint.config, rest)
-        run = Run(checkpoint.run_dir)
+        run = RunDirectory(checkpoint.run_dir)
         output = Path(config.output) if config.output else run.directory
         if output == run.directory:
             require_no_links(output)
@@ -115,14 +115,14 @@ def _find(path: Path, names: Collection[str] | None) -> Checkpoint:
         return _best(path.parent, names)
     if not path.is_dir():
         raise UserError(f"there is no run at {path}; give a run's directory or one of its checkpoints")
-    newest = Run(path).newest(names)
+    newest = RunDirectory(path).newest(names)
     if newest is None:
         raise UserError(f"{path} has no checkpoint yet; give the directory of a run that has saved one")
     return newest
 
 
 def _best(run_dir: Path, names: Collection[str] | None) -> Checkpoint:
-    best = Run(run_dir).best(names)
+    best = RunDirectory(run_dir).best(names)
     if best is not None:
         return best
     _find(run_dir, names)  # raises if there is no run or no checkpoint

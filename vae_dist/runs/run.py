@@ -53,7 +53,7 @@ class Evaluation(NamedTuple):
     values: dict[str, Any]
 
 
-class Run:
+class RunDirectory:
     """One run's directory. Files are read on access, and the directory need not exist."""
 
     def __init__(self, directory: Path) -> None:

@@ -17,7 +17,7 @@ from vae_dist.models import build_vae
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
 from vae_dist.runs.claim import Resolved, claim
-from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, Run
+from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, RunDirectory
 from vae_dist.runs.starts import Start, write_start
 from vae_dist.runs.state import TrainingState
 from vae_dist.terminal import console
@@ -142,5 +142,5 @@ def _log_start(resolved: Resolved, world: World, step: int, last_step: int, plan
         logger.info("to resume after a stop: name=%s", config.name)
 
 
-def _log_finished(run: Run, step: int, last_step: int) -> None:
+def _log_finished(run: RunDirectory, step: int, last_step: int) -> None:
     logger.info("run %s is finished: %d steps of %d; a larger train.epochs extends it", run.directory, step, last_step)
