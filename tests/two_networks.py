@@ -23,7 +23,8 @@ from vae_dist.compute.compiled import Compiled
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
-from vae_dist.distributed.world import World, average_gradients
+from vae_dist.distributed.gradients import average_gradients
+from vae_dist.distributed.world import World
 from vae_dist.models.vae import VAE
 from vae_dist.plan import shard
 from vae_dist.training import schedules

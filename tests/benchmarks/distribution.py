@@ -44,7 +44,8 @@ from vae_dist.data import datasets
 from vae_dist.data.batches import Batches
 from vae_dist.data.source import InMemory
 from vae_dist.distributed import processes
-from vae_dist.distributed.world import World, average_gradients
+from vae_dist.distributed.gradients import average_gradients
+from vae_dist.distributed.world import World
 from vae_dist.models import build_vae
 from vae_dist.models.pixel_distributions import Bernoulli
 from vae_dist.plan import Plan

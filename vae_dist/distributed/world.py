@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import NamedTuple, Protocol, TypeVar
@@ -23,8 +23,6 @@ from vae_dist.errors import RunError, UserError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MOST_EXCHANGED = 2**26  # numbers in one exchange of gradients: a copy of all of a large model's may not fit
 
 
 class Processes(Protocol):
@@ -227,33 +225,3 @@ class _Alone(NamedTuple):
 def every_chunk(count: int, size: int) -> list[range]:
     """Return `range(count)` in chunks of `size`; the last one may be smaller."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def average_gradients(gradients: Sequence[Tensor], loss: Tensor, world: World) -> tuple[Sequence[Tensor], Tensor]:
-    """Average the gradients and the losses `()` over the processes.
-
-    They are exchanged in a fixed layout, large ones in several parts. DistributedDataParallel rebuilds its buckets
-    after the first backward, so with three processes or more a restarted run would add in another order than one that
-    never stopped.
-    """
-    if world.size == 1:
-        return gradients, loss
-    tensors = [*gradients, loss]
-    means: list[Tensor] = []
-    for part in _parts(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in part])
-        world.average(flat)
-        split = flat.split([tensor.numel() for tensor in part])
-        means += [mean.view_as(tensor) for mean, tensor in zip(split, part, strict=True)]
-    return means[:-1], means[-1]
-
-
-def _parts(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Cut a list of tensors into parts of about MOST_EXCHANGED numbers."""
-    part: list[Tensor] = []
-    for tensor in tensors:
-        if part and sum(other.numel() for other in part) + tensor.numel() > MOST_EXCHANGED:
-            yield part
-            part = []
-        part.append(tensor)
-    yield part

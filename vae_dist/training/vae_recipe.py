@@ -13,7 +13,8 @@ from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
-from vae_dist.distributed.world import World, average_gradients
+from vae_dist.distributed.gradients import average_gradients
+from vae_dist.distributed.world import World
 from vae_dist.models.likelihoods import LocationScaleKind
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES
