@@ -26,6 +26,8 @@ MAX_ASPECT = 16  # of long side to short side, if the image would have more than
 
 _FILTERS = {"lanczos": Resampling.LANCZOS, "bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
 
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I;16B", "I;16L", "I;16N")
+
 _TRANSPOSES = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -91,12 +93,32 @@ def decode_bytes(content: bytes, rule: Rule) -> NDArray[np.uint8]:
         image = open_image(BytesIO(content))
         layout = str(image.tile[0][3]) if image.tile else ""  # the samples in the file; load() forgets it
         image.load()
-        opaque = _opaque(image, layout, background)
-        if (orientation := _orientation(image)) in _TRANSPOSES:
-            opaque = opaque.transpose(_TRANSPOSES[orientation])
-        square = _square(_as(opaque, "L" if rule.channels == 1 else "RGB"), rule)
-    pixels = np.asarray(square).reshape(rule.size, rule.size, rule.channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        square = _square(_upright(image, layout, background, rule.channels), rule)
+    return _to_array(square)
+
+
+def of_image(image: Image.Image, channels: int, background: str) -> NDArray[np.uint8]:
+    """Return the pixels `(channels, H, W)` of an image in memory, of its own size. Raises UserError.
+
+    They are those of `decode_bytes`, before it crops and resizes.
+    """
+    if image.mode not in _MODES:
+        raise UserError(f"a PIL image of mode {image.mode} has no fixed range: convert it to L or RGB")
+    # A copy: the caller's own stays as it is.
+    return _to_array(_upright(image.copy(), "", colour(background), channels))
+
+
+def _upright(image: Image.Image, layout: str, background: tuple[int, int, int], channels: int) -> Image.Image:
+    """Return the image in mode L or RGB, as it is to be looked at."""
+    opaque = _opaque(image, layout, background)
+    if (orientation := _orientation(image)) in _TRANSPOSES:
+        opaque = opaque.transpose(_TRANSPOSES[orientation])
+    return _as(opaque, "L" if channels == 1 else "RGB")
+
+
+def _to_array(image: Image.Image) -> NDArray[np.uint8]:
+    pixels = np.asarray(image)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def _opaque(image: Image.Image, layout: str, background: tuple[int, int, int]) -> Image.Image:

@@ -123,21 +123,33 @@ def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Conf
     latents = count * sum(map(len, chunks))
     with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
-            images, labels = read_inputs(vae, source, chunk)
-            posterior = vae.infer(images, labels)
-            total = torch.full((len(chunk),), -math.inf, dtype=torch.float64)
-            at_once = max(config.evaluate.chunk // len(chunk), 1)
-            for start in range(0, count, at_once):
-                samples = range(start, min(start + at_once, count))
-                noise = standard_normals(Draws(FIXED_SEED, Stream.IMPORTANCE, samples, chunk, vae.latent_dim))
-                noise = noise.to(vae.device, vae.dtype)
-                weights = objectives.log_weights(vae.sample(posterior, noise, labels=labels), images).cpu().double()
-                # The sum would hide a weight of 0, and an infinite weight would look like a good estimate.
-                weights.masked_fill_(~weights.isfinite(), math.nan)
-                total = torch.logaddexp(total, weights.logsumexp(0))
-                advance(len(samples) * len(chunk))
-            values.append(math.log(count) - total)
+            inputs = read_inputs(vae, source, chunk)
+            values.append(importance_estimate(vae, inputs, chunk, count, config.evaluate.chunk, advance))
     return world.gather_rows(chunks, values, source.info.count)
+
+
+def importance_estimate(
+    vae: VAE, inputs: Inputs, indices: range, count: int, at_once: int, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Estimate -log p(x) of n images with these indices as `negative_log_likelihood` does: `(n,)`, float64, on the CPU.
+
+    `count` latents are drawn for each image, about `at_once` latents of all images at a time. `advance` is called with
+    the number of latents that are done.
+    """
+    images, labels = inputs
+    posterior = vae.infer(images, labels)
+    total = torch.full((len(indices),), -math.inf, dtype=torch.float64)
+    samples_at_once = max(at_once // len(indices), 1)
+    for start in range(0, count, samples_at_once):
+        samples = range(start, min(start + samples_at_once, count))
+        noise = standard_normals(Draws(FIXED_SEED, Stream.IMPORTANCE, samples, indices, posterior.mean.shape[1]))
+        drawn = vae.sample(posterior, noise.to(vae.device, vae.dtype), tuple(images.shape[1:]), labels)
+        weights = objectives.log_weights(drawn, images).cpu().double()
+        # The sum would hide a weight of 0, and an infinite weight would look like a good estimate.
+        weights.masked_fill_(~weights.isfinite(), math.nan)
+        total = torch.logaddexp(total, weights.logsumexp(0))
+        advance(len(samples) * len(indices))
+    return math.log(count) - total
 
 
 class Measured(NamedTuple):

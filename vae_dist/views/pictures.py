@@ -132,6 +132,12 @@ def reconstructions(vae: VAE, source: Source, subject: str) -> Picture:
     originals, labels = read_inputs(vae, source, range(count))
     with torch.inference_mode():
         decoded = vae.decode(vae.infer(originals, labels).mean, labels=labels).mean
+    return over_reconstructions(originals, decoded, subject)
+
+
+def over_reconstructions(originals: Tensor, decoded: Tensor, subject: str) -> Picture:
+    """Draw rows of images `(N, C, H, W)`, each over a row of their reconstructions `(N, C, H, W)`, all in [0, 1]."""
+    columns = _progress_columns(originals.shape[3])
     pairs = zip(originals.split(columns), decoded.split(columns), strict=True)
     rows = [torch.cat(pair) for pair in pairs]
     caption = f"{subject}; each row over its reconstruction from the posterior's mean"

@@ -7,9 +7,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from vae_dist.config import Config
 from vae_dist.distributed import processes
-from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import wandb_identity
 from vae_dist.runs.lookup import open_checkpoint
@@ -18,8 +16,8 @@ from vae_dist.runs.tracking import track
 from vae_dist.runs.wandb_client import check_online
 from vae_dist.terminal import console
 from vae_dist.views import pictures
-from vae_dist.views.kinds import KINDS
 from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.making import make_view
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +34,9 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         checkpoint, config, output, live = opened.agreed(world)
         step = checkpoint.step
         world.on_main(lambda: check_online(config.tracking))
-        kind = _kind(config, arguments)
-        make, keys = KINDS[kind]
-        name = config.sample.sampler if kind == "prior" else kind
-        view = make(TrainedVAE(checkpoint.load_vae(config, world.device), config, world))
-        if not all(tensor.isfinite().all() for tensor in view.tensors.values()):
-            raise UserError(
-                "the codes or the images decoded from them are not finite: give codes nearer to 0 (sample.codes, "
-                "sample.radius), or take an earlier checkpoint if the model has diverged"
-            )
-        target = output / "samples" / f"step_{step:08d}_{name}"
-        caption = f"{config.name} (trained on {config.data.title}), step {step}; {view.description}"
-        if checkpoint.has_average:
-            caption += f"; {'moving average of the' if config.weights == 'ema' else 'raw'} weights"
-            target = target.with_name(f"{target.name}{'_raw' if config.weights == 'raw' else ''}")
-        draws = "pixels" in keys and config.sample.pixels == "draw"
-        if "images" in view.tensors:
-            density = "p(x|z,y)" if config.model.conditional else "p(x|z)"
-            caption += f"; {'pixels drawn from' if draws else 'means of'} {density}"
-        if draws:
-            target = target.with_name(f"{target.name}_draw")
-        if draws or ("seed" in keys and kind != "codes"):
-            target = target.with_name(f"{target.name}_seed_{config.sample.seed}")
-            caption += f"; seed {config.sample.seed}"
+        trained = TrainedVAE(checkpoint.load_vae(config, world.device), config, world)
+        name, folder, view, caption = make_view(trained, arguments, step, averaged=checkpoint.has_average)
+        target = output / "samples" / f"step_{step:08d}_{folder}"
         tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
 
         def keep() -> None:
@@ -70,20 +48,6 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 
         world.on_main(keep)
     return target
-
-
-def _kind(config: Config, arguments: Sequence[str]) -> str:
-    """Return the kind that the config selects. Raises UserError for an unknown one, and for a key that it ignores."""
-    kind = config.sample.kind or ("prior" if config.sample.codes is None else "codes")
-    if kind not in KINDS:
-        raise UserError(f"unknown sample.kind {kind!r}; choose from {', '.join(KINDS)}")
-    # Only this command's own options are checked: the training's config may hold some for another kind.
-    for given in (argument.removeprefix("--").partition("=")[0] for argument in arguments):
-        section, _, key = given.partition(".")
-        if section == "sample" and key not in KINDS[kind][1] | {"kind"}:
-            others = ", ".join(name for name, (_, keys) in KINDS.items() if key in keys)
-            raise UserError(f"{given} does not apply to sample.kind={kind}; it is for {others}")
-    return kind
 
 
 def _write(target: Path, tensors: dict[str, Tensor], picture: Picture, *, separate_files: bool) -> None:
