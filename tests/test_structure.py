@@ -21,6 +21,8 @@ LIBRARIES = {
     "torchvision": ["data/mnist.py"],
     "matplotlib": ["views/canvas.py", "views/plots.py"],
     "jinja2": ["reports/report.py"],
+    "IPython": ["terminal/notebook.py"],
+    "pandas": ["api/records.py"],
 }
 
 

@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol
 from rich.text import Text
 
 from vae_dist.errors import RunError, StoppedError, UserError
+from vae_dist.terminal.notebook import is_notebook
 from vae_dist.terminal.streams import guard_standard_streams, messages, plain
 
 logger = logging.getLogger("vae_dist")
@@ -106,7 +107,7 @@ def _install(*handlers: logging.Handler) -> None:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    if record.name == PROGRESS and messages.is_terminal:
+    if record.name == PROGRESS and (messages.is_terminal or is_notebook()):
         return False  # the bar shows the same
     key = f"{_starts} {record.getMessage()}"
     return record.levelno < logging.WARNING or _process is None or _process.should_log(key)

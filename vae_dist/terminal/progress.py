@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, and elsewhere plain lines some seconds apart."""
+"""Progress: a bar on a terminal or in a notebook, and elsewhere plain lines some seconds apart, on stderr."""
 
 import logging
 import time
@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from vae_dist.terminal.notebook import Bar, is_notebook
 from vae_dist.terminal.streams import messages, plain
 from vae_dist.terminal.tables import table
 
@@ -35,6 +36,7 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
         disable=not (is_main and messages.is_terminal),
     )
     task = bar.add_task("", total=total)
+    cell = Bar() if is_main and is_notebook() else None
     started = time.monotonic()
     done, line_due = 0, started + LINE_SECONDS
 
@@ -45,10 +47,12 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
         now = time.monotonic()
         if now > started + BAR_SECONDS:
             bar.start()
+        left = _minutes((now - started) / done * (total - done))
+        if cell is not None and now > started + BAR_SECONDS:
+            cell.show(done / total, f"{subject}, {left} left")
         if is_main and now > line_due:
             line_due = now + LINE_SECONDS
-            left = (now - started) / done * (total - done)
-            progress_logger.info("%s: %d%%, %s left", subject, 100 * done // total, _minutes(left))
+            progress_logger.info("%s: %d%%, %s left", subject, 100 * done // total, left)
 
     try:
         yield advance
@@ -82,6 +86,7 @@ class TrainingProgress:
             console=messages,
             disable=not (is_main and messages.is_terminal),
         )
+        self._cell = Bar() if is_main and is_notebook() else None
         self._task = self._bar.add_task(
             "", total=last_step, completed=start, epoch=self._epoch(start), loss=float("nan"), speed=0.0
         )
@@ -106,14 +111,13 @@ class TrainingProgress:
         loss, images_per_second = (record.get(f"train/{name}", float("nan")) for name in ("loss", "images_per_second"))
         self._bar.update(self._task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
         now = time.monotonic()
+        seconds = (now - self._started) / max(step - self._first, 1) * (self._last_step - step)
+        state = f"epoch {epoch}, step {step}/{self._last_step}, loss {loss:.2f}, {images_per_second:,.0f} images/s"
+        if self._cell is not None:
+            self._cell.show(step / self._last_step, f"{state}, {_minutes(seconds)} left")
         if now >= self._line_due or step == self._last_step:
             self._line_due = now + LINE_SECONDS
-            seconds = (now - self._started) / max(step - self._first, 1) * (self._last_step - step)
-            left = f"{_minutes(seconds)} left"
-            progress_logger.info(
-                "epoch %s, step %d/%d, loss %.2f, %s images/s, %s",
-                epoch, step, self._last_step, loss, f"{images_per_second:,.0f}", left,
-            )  # fmt: skip
+            progress_logger.info("%s, %s left", state, _minutes(seconds))
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log a line about a validation."""

@@ -14,6 +14,8 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
+from vae_dist.terminal.notebook import is_notebook
+
 STALL_SECONDS = 2  # to wait, once, for a reader that has stopped reading
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or can't show them
@@ -90,7 +92,8 @@ class _Stream(io.TextIOBase):
             self._writing.join(seconds)
 
     def _target(self) -> Any:
-        stream = getattr(sys, self._name)
+        # A notebook shows what is written to stderr as if it had failed.
+        stream = getattr(sys, "stdout" if is_notebook() else self._name)
         return getattr(stream, "rich_proxied_file", stream)  # while a bar is shown, rich redirects prints
 
 
@@ -112,8 +115,18 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 stdout = _Stream("stdout")
-messages = Console(file=cast(IO[str], _Stream("stderr")), soft_wrap=True, highlight=False, markup=False, emoji=False)
-results = Console(file=cast(IO[str], stdout), soft_wrap=True, highlight=False, markup=False, emoji=False)
+messages, results = (
+    Console(
+        file=cast(IO[str], stream),
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        force_jupyter=False,  # a notebook gets the text
+        force_terminal=False if is_notebook() else None,  # a kernel sets FORCE_COLOR, which counts as a terminal
+    )
+    for stream in (_Stream("stderr"), stdout)
+)
 
 
 def plain(text: object) -> str:
