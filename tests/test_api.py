@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -396,3 +397,29 @@ def test_examples_in_docstrings_run(module: Any, runs: Runs, monkeypatch: pytest
     failed, tried = doctest.testmod(module, extraglobs=names)
     assert failed == 0
     assert tried >= {run_module: 4, loading: 2}.get(module, 0)
+
+
+def test_the_examples_of_the_page_about_python_run(
+    runs: Runs,
+    test_images: Tensor,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (REPOSITORY / "docs/python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to(runs["grey"])
+    Path("configs").symlink_to(REPOSITORY / "configs")
+    Path("data").symlink_to(data_root)
+    for name, image in zip(("one", "two"), test_images, strict=False):
+        Image.fromarray(image[0].numpy()).save(f"{name}.png")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["pictures"].shape == (2, 1, 28, 28)
+    assert capsys.readouterr().out.rstrip().endswith(": divide them by 255")
+    for call in re.findall(r"run\.([a-z_]+)", page):
+        assert hasattr(names["run"], call), call
