@@ -1,4 +1,5 @@
 import bisect
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +34,30 @@ def test_every_config_file_loads_and_opens_with_its_command(path: Path) -> None:
     config.load([str(path), *own])
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("#") and "make train" in path.read_text()
+
+
+def test_the_packages_configs_are_found_by_name_from_any_folder() -> None:
+    loaded = config.load(["configs/smoke.yaml", "seed=3"])
+    assert loaded == config.load([str(REPOSITORY / "configs/smoke.yaml"), "seed=3"])
+    assert (loaded.name, loaded.model) == ("smoke-{time}", config.MLPConfig(latent_dim=8, hidden_dims=[32]))
+    study = config.load_study(["./configs/smoke.yaml", "model.latent_dim=2,5"])
+    assert [run.name for run in study.configs] == ["smoke-latent_dim-2", "smoke-latent_dim-5"]
+
+
+def test_a_users_own_config_of_that_name_wins() -> None:
+    own = Path("configs/smoke.yaml")
+    own.parent.mkdir()
+    own.write_text("seed: 7")
+    assert config.load(["configs/smoke.yaml"]) == replace(config.load(["seed=7"]), name="smoke-{time}")
+    own.unlink()
+    own.symlink_to("nothing")
+    assert "can't read the config file configs/smoke.yaml" in refusal("configs/smoke.yaml")
+
+
+@pytest.mark.parametrize("path", ["smoke.yaml", "configs/smok.yaml", "a/configs/smoke.yaml", "/configs/smoke.yaml"])
+def test_a_missing_file_is_refused_with_the_names_of_the_packages_configs(path: str) -> None:
+    names = ", ".join(f"configs/{path.name}" for path in CONFIGS)
+    assert refusal(path) == f"can't read the config file {path}: No such file or directory; vae_dist has {names}"
 
 
 def test_later_layers_win(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae_dist.config import yaml_text
+from vae_dist.config import shipped, yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.arguments import YAML, parse_argument, separate, split_key
 from vae_dist.config.checks import check, check_names_in_wandb
@@ -38,10 +38,13 @@ class Setting(NamedTuple):
 
 
 def load(arguments: Sequence[str]) -> Config:
-    """The config of `[FILE.yaml ...] [key=value ...]`. Raises UserError for input that can't be used."""
+    """The config of `[FILE.yaml ...] [key=value ...]`. Raises UserError for input that can't be used.
+
+    `configs/NAME.yaml` is the package's own if there is no such file.
+    """
     paths, arguments = separate(arguments, YAML)
-    files = [Path(expand(path)) for path in paths]
-    settings = [setting for path in files for setting in _read_settings(path)]
+    files = [shipped.find(Path(expand(path))) for path in paths]
+    settings = [setting for path in files for setting in _read_settings(path, shipped.advice())]
     settings += _parse_settings(arguments)
     config = _apply(Config(), settings)
     if config.name is None:
@@ -127,13 +130,13 @@ def _parse_settings(arguments: Sequence[str]) -> list[Setting]:
     return [Setting(*parse_argument(argument), "") for argument in arguments]
 
 
-def _read_settings(path: Path) -> list[Setting]:
+def _read_settings(path: Path, if_missing: str = "") -> list[Setting]:
     require_text(str(path), "a file's name")
     if path.suffix not in YAML:
         raise UserError(
             f"can't use {truncate(repr(str(path)))}: give a YAML file, or key=value (--help lists the keys)"
         )
-    settings = list(_flat_settings(yaml_text.read(path), f"{path}: "))
+    settings = list(_flat_settings(yaml_text.read(path, if_missing), f"{path}: "))
     if twice := [key for key, count in Counter(setting.key for setting in settings).items() if count > 1]:
         raise UserError(f"{path}: {twice[0]} is given twice")
     return settings

@@ -78,12 +78,13 @@ def parse(text: str, source: str) -> Any:
         raise UserError(f"{source}{line} {verdict}: {truncate(problem)}") from error
 
 
-def read(path: Path) -> Any:
-    """The value of the YAML file, as `parse` returns it."""
+def read(path: Path, if_missing: str = "") -> Any:
+    """The value of the YAML file, as `parse` returns it. `if_missing` ends the message if there is no such file."""
     try:
         text = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"can't read the config file {truncate(str(path))}: {error.strerror}") from error
+        advice = if_missing if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"can't read the config file {truncate(str(path))}: {error.strerror}{advice}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"can't read the config file {path}: byte {error.start} is not UTF-8 text") from error
     return parse(text, str(path))
