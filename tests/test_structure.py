@@ -3,12 +3,14 @@
 import ast
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from vae_dist import cli
 
 PACKAGE = REPOSITORY / "vae_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -103,6 +105,22 @@ def test_commands_hold_no_logic() -> None:
     for command in COMMANDS:
         tree = ast.parse((PACKAGE / f"{command}.py").read_text())
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def test_every_command_has_a_name_and_its_help_one_form() -> None:
+    assert sorted(cli.COMMANDS.values()) == [command for command in COMMANDS if command != "__main__"]
+    for name, module_name in cli.COMMANDS.items():
+        module = import_module(f"vae_dist.{module_name}")
+        assert callable(module.main) and isinstance(module.KEYS, tuple)
+        title, usage, *rest = str(module.__doc__).split("\n\n")
+        assert title.count("\n") == 0 and title.endswith("."), name
+        first, *launched, last = usage.splitlines()
+        arguments = first.removeprefix(f"vae-dist {name} ")
+        assert arguments != first, name
+        assert launched in ([], [f"accelerate launch -m vae_dist {name} {arguments}"])
+        start = "accelerate launch" if launched else "python"
+        assert last == f"{start} vae_dist/{module_name}.py {arguments}"
+        assert "--help" in rest[0] and rest[0].rstrip().endswith("print this and exit")
 
 
 def test_the_loop_is_short_and_knows_neither_rank_nor_device() -> None:

@@ -1,5 +1,6 @@
 """Browse the W&B records of the runs in the terminal, with W&B's own browser. No account, no network.
 
+vae-dist runs [FILE.yaml ...] [key=value ...]
 python vae_dist/browse.py [FILE.yaml ...] [key=value ...]
 
 FILE.yaml    options of the training; only runs_dir is used
@@ -20,10 +21,12 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 from vae_dist import cli, config
 from vae_dist.runs import wandb_records
 
+KEYS = ("runs_dir",)
+
 
 def main(arguments: list[str]) -> None:
     wandb_records.browse(Path(config.load(arguments).runs_dir))
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, ("runs_dir",))
+    cli.run(main, __doc__, KEYS)

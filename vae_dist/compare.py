@@ -1,5 +1,6 @@
 """Compare trained VAEs: their loss curves, their metrics, and their reconstructions of the same test images.
 
+vae-dist compare RUN [RUN ...] [key=value ...]
 python vae_dist/compare.py RUN [RUN ...] [key=value ...]
 
 RUN         a run's directory, RUN/best, or one of its checkpoints
@@ -20,6 +21,8 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 from vae_dist import cli
 from vae_dist.config import READER_KEYS, split_runs
 
+KEYS = READER_KEYS
+
 
 def main(arguments: list[str]) -> None:
     runs, settings = split_runs(arguments)
@@ -29,4 +32,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, READER_KEYS)
+    cli.run(main, __doc__, KEYS)

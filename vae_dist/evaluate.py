@@ -1,5 +1,6 @@
 """Evaluate a trained VAE on the test images.
 
+vae-dist eval [RUN] [key=value ...]
 python vae_dist/evaluate.py [RUN] [key=value ...]
 
 RUN         a run's directory, or one of its checkpoints; by default the newest run in runs_dir
@@ -17,6 +18,8 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 from vae_dist import cli
 from vae_dist.config import READER_KEYS, split_run
 
+KEYS = READER_KEYS
+
 
 def main(arguments: list[str]) -> None:
     run, settings = split_run(arguments)
@@ -26,4 +29,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, READER_KEYS)
+    cli.run(main, __doc__, KEYS)

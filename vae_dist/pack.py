@@ -1,5 +1,6 @@
 """Pack a folder of images: decode all of them once, into one file of pixels that trainings map.
 
+vae-dist pack [FILE.yaml ...] data.path=FOLDER [key=value ...]
 python vae_dist/pack.py [FILE.yaml ...] data.path=FOLDER [key=value ...]
 
 FILE.yaml   options that differ from the defaults below; later files win
@@ -20,6 +21,8 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 from vae_dist import cli
 from vae_dist.config import load
 
+KEYS = ("data.",)
+
 
 def main(arguments: list[str]) -> None:
     config = load(["data.name=folder", *arguments])
@@ -29,4 +32,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, ("data.",))
+    cli.run(main, __doc__, KEYS)

@@ -1,5 +1,6 @@
 """Decode images from a trained VAE, and view its latent space.
 
+vae-dist sample [RUN] [sample.kind=KIND] [key=value ...]
 python vae_dist/sample.py [RUN] [sample.kind=KIND] [key=value ...]
 
 KIND        prior            draws, 64 by default (sample.count); sample.sampler=mixture makes them better
@@ -25,6 +26,8 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 from vae_dist import cli
 from vae_dist.config import READER_KEYS, split_run
 
+KEYS = READER_KEYS
+
 
 def main(arguments: list[str]) -> None:
     run, settings = split_run(arguments)
@@ -34,4 +37,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, READER_KEYS)
+    cli.run(main, __doc__, KEYS)

@@ -1,5 +1,7 @@
 """Train one VAE for each value of an option, and compare them.
 
+vae-dist study [FILE.yaml ...] [KEY=V1,V2,...] [key=value ...]
+accelerate launch -m vae_dist study [FILE.yaml ...] [KEY=V1,V2,...] [key=value ...]
 accelerate launch vae_dist/study.py [FILE.yaml ...] [KEY=V1,V2,...] [key=value ...]
 
 KEY=V1,V2,...  the option that varies, and its values; by default model.latent_dim=2,5,10,20,40. Commas inside brackets
@@ -22,6 +24,8 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 from vae_dist import cli
 from vae_dist.config import load_study
 
+KEYS = ("",)
+
 
 def main(arguments: list[str]) -> None:
     loaded = load_study(arguments)
@@ -31,4 +35,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, KEYS)

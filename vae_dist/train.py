@@ -1,5 +1,7 @@
 """Train a VAE.
 
+vae-dist train [FILE.yaml ...] [key=value ...]
+accelerate launch -m vae_dist train [FILE.yaml ...] [key=value ...]
 accelerate launch vae_dist/train.py [FILE.yaml ...] [key=value ...]
 
 FILE.yaml        options that differ from the defaults below; later files win (configs/ has some)
@@ -17,6 +19,8 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 
 from vae_dist import cli
 
+KEYS = ("",)
+
 
 def main(arguments: list[str]) -> None:
     config = cli.load(arguments)
@@ -27,4 +31,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, KEYS)
