@@ -10,6 +10,7 @@ from vae_dist.config import Config
 from vae_dist.models.vae import VAE
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import count, format_number, format_value
+from vae_dist.terminal import invocation
 
 _OF_ONE_RUN = ("name", "runs_dir", "output", "data.image_shape", "tracking.")  # another run may have other values
 
@@ -83,5 +84,4 @@ def command(config: Config, processes: int) -> str:
         for option in configs.options(config)
         if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
     ]
-    launch = ["python"] if processes == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
-    return shlex.join([*launch, "vae_dist/train.py", *arguments, f"name={config.name}-again"])
+    return shlex.join([*invocation.training(processes), *arguments, f"name={config.name}-again"])

@@ -25,7 +25,7 @@ from vae_dist.reports.subject import Subject, subject_of
 from vae_dist.reports.text import count, format_number, format_percent, printable
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.metrics import METRICS, is_number
-from vae_dist.terminal import console
+from vae_dist.terminal import console, invocation
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             script=script,
             name=str(subject.config.name),
             quoted_name=shlex.quote(str(subject.config.name)),
-            run=subject.path,
+            commands={name: invocation.command(name, subject.path) for name in ("eval", "sample", "report")},
             step=subject.step,
             reached=subject.reached,
             last_step=subject.last_step,

@@ -1,6 +1,5 @@
 """The run that a report is about."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +29,8 @@ class Subject(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The argument of `make ... RUN=`: the path at training time, so that it does not depend on the reader."""
-        path = str(Path(self.config.runs_dir) / str(self.config.name))
-        quoted = shlex.quote(path)  # for the shell of a recipe; below for make and the shell that starts it
-        return quoted if quoted == path else shlex.quote(quoted.replace("$", "$$"))
+        """The run's path at training time, so that it does not depend on the reader."""
+        return str(Path(self.config.runs_dir) / str(self.config.name))
 
     @property
     def reached(self) -> int:

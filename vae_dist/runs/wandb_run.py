@@ -29,6 +29,7 @@ from vae_dist.runs.wandb_client import (
     within_seconds,
 )
 from vae_dist.runs.wandb_records import Kind
+from vae_dist.terminal import invocation
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ class WandbRun:
         for group in _GROUPS:
             run.define_metric(f"{group}/*", step_metric="step")
         if run.offline:
-            logger.info("W&B is offline: `make runs` browses, and `wandb sync %s` uploads", Path(run.dir).parent)
+            browse = invocation.command("runs")
+            logger.info("W&B is offline: `%s` browses, and `wandb sync %s` uploads", browse, Path(run.dir).parent)
         else:
             logger.info("W&B: %s", run.url)
         return run

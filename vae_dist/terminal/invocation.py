@@ -1,0 +1,24 @@
+"""The commands that messages and reports name: with `make` in a checkout, with `vae-dist` where it is installed."""
+
+import shlex
+from pathlib import Path
+
+_HAS_MAKE = (Path(__file__).parents[2] / "Makefile").is_file()
+
+
+def command(name: str, run: str = "") -> str:
+    """What a user types for a command, on the run at a path if one is given, quoted for a shell."""
+    quoted = shlex.quote(run) if run else ""
+    if not _HAS_MAKE:
+        return f"vae-dist {name} {quoted}".rstrip()
+    if quoted != run:  # it is quoted for the shell of a recipe; now for make and for the shell that starts it
+        quoted = shlex.quote(quoted.replace("$", "$$"))
+    return f"make {name} RUN={quoted}" if run else f"make {name}"
+
+
+def training(processes: int) -> list[str]:
+    """The words before the arguments of a training on this many processes of one machine."""
+    program = ["vae_dist/train.py"] if _HAS_MAKE else ["-m", "vae_dist", "train"]
+    if processes > 1:
+        return ["torchrun", "--standalone", "--nproc-per-node", str(processes), *program]
+    return ["python", *program] if _HAS_MAKE else ["vae-dist", "train"]
