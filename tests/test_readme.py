@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from vae_dist import config
+from vae_dist import cli, config
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = {"README.md": README} | {
@@ -78,6 +78,12 @@ def test_names_to_change_are_in_the_files_that_the_readme_names() -> None:
 def test_every_make_command_is_a_target(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", code(page))) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_console_command_exists(page: str) -> None:
+    named = re.findall(r"(?:\bvae-dist|-m vae_dist) ([a-z]+)", code(page))
+    assert set(named) <= cli.COMMANDS.keys()
 
 
 @pytest.mark.parametrize("page", PAGES)
