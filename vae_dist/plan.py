@@ -50,6 +50,7 @@ class Stream(IntEnum):
     PIXELS = 25
     SVD = 26
     FLIP = 27
+    ENCODING = 28
 
 
 class Draws(NamedTuple):

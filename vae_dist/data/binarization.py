@@ -9,9 +9,11 @@ from vae_dist.config import DataConfig
 from vae_dist.data.source import Source, process
 from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 
+DYNAMIC_STEP = 2  # of the training images' fixed binarisation: 0 is the validation images', 1 the test images'
+
 
 def binarize_once(source: Source, config: DataConfig, step: int) -> Source:
-    """Binarise held-out images with a fixed seed, so that every run is evaluated on the same ones."""
+    """Binarise images that are read with a trained model. The seed is fixed: every run reads the same ones."""
     if config.binarize == "dynamic":
         words = f"binary: 1 with the grey level's probability, drawn once with seed {FIXED_SEED}"
         return process(source, partial(_draw, step=step), words, f"step {step}")

@@ -1,4 +1,4 @@
-"""Images of the user's own that a run is evaluated on without having been trained on their set."""
+"""Images of the user's own that a run reads without having been trained on their set."""
 
 import os
 from collections.abc import Callable
@@ -18,13 +18,13 @@ ALL_IMAGES: dict[str, Callable[[DataConfig, str], Source]] = {
 }
 
 
-def load(config: DataConfig, path: str) -> Source:
+def load(config: DataConfig, path: str, key: str = "evaluate.folder") -> Source:
     """Return all images of a folder or an array of the user's own, processed like the test images of the config.
 
-    The config has the image shape of a run. Raises UserError if these images can't have it.
+    The config has the image shape of a run. Raises UserError if these images can't have it; `key` gave the path.
     """
     if not os.path.lexists(path):
-        raise UserError(f"evaluate.folder={path} does not exist; give a folder, a packed one or an array")
+        raise UserError(f"{key}={path} does not exist; give a folder, a packed one or an array")
     channels, height, width = config.image_shape or (0, 0, 0)
     name = "array" if arrays.is_array(Path(path)) else "folder"
     if channels not in (1, 3) or (name == "folder" and height != width):

@@ -2,17 +2,13 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vae_dist.config import Config
-from vae_dist.data import datasets, other_images
+from vae_dist.data.chosen import choose
 from vae_dist.data.classes import with_classes
-from vae_dist.data.source import Source
 from vae_dist.distributed import processes
-from vae_dist.errors import UserError
 from vae_dist.evaluation import per_image, protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
@@ -33,15 +29,6 @@ _LOGGED = (
 )  # fmt: skip
 
 
-class _Images(NamedTuple):
-    """The images of an evaluation."""
-
-    source: Source
-    dataset: str
-    split: str  # "test", "validation", or "all" of a set that is not the run's
-    file: str  # part of the name under which the evaluation is kept
-
-
 def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint, or the checkpoint `run`; the newest run by default.
 
@@ -55,7 +42,8 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         world.on_main(lambda: check_online(config.tracking))
         world.on_main(lambda: make_folder(output / EVALUATIONS, ELSEWHERE))
         vae = checkpoint.load_vae(config, world.device)
-        images = world.main_first(lambda: _images(config))
+        options = config.evaluate
+        images = world.main_first(lambda: choose(config.data, options.split, options.folder, "evaluate"))
         source, dataset, split, _ = images
         if config.model.conditional:
             source = with_classes(source, config.data.classes or ())
@@ -107,23 +95,6 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 logger.info("the largest mean squared errors: %s", worst)
             logger.info("written to %s", output / (EVALUATION if is_own else f"{EVALUATIONS}/{name}.json"))
     return result
-
-
-def _images(config: Config) -> _Images:
-    """Return the images to evaluate on."""
-    if (folder := config.evaluate.folder) is not None:
-        source = other_images.load(config.data, folder)
-        name = Path(folder).resolve().name
-        # The hash tells apart two folders of one name.
-        file = f"folder_{re.sub(r'[^A-Za-z0-9.-]', '-', name)[:60]}-{source.info.identity[:8]}"
-        return _Images(source, name, "all", file)
-    split = config.evaluate.split
-    if split == "test":
-        return _Images(datasets.load_test(config.data), config.data.name, split, split)
-    validation = datasets.load_training(config.data)[1]
-    if validation.info.count == 0:
-        raise UserError("this run has no validation images (data.validation_images=0); use evaluate.split=test")
-    return _Images(validation, config.data.name, split, split)
 
 
 def _record(result: Mapping[str, Any]) -> dict[str, float]:

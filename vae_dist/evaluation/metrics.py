@@ -5,13 +5,14 @@ docs/evaluation.md defines the metrics. N images, K importance samples, L latent
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae_dist import objectives
+from vae_dist.compute.moments import joined
 from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed.world import World, every_chunk
@@ -80,7 +81,8 @@ def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
     count = -(-source.info.count // config.evaluate.batch_size)
     kl = world.gather_rows(numbers, kl_sums, count).sum(0) / source.info.count
     sizes = [len(chunk) for chunk in every_chunk(source.info.count, config.evaluate.batch_size)]
-    return Encodings(ElboTerms(*elbo), error, kl, _variance(sizes, world.gather_rows(numbers, moments, count)))
+    variance, _ = joined(sizes, world.gather_rows(numbers, moments, count))
+    return Encodings(ElboTerms(*elbo), error, kl, variance)
 
 
 def _one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
@@ -91,20 +93,6 @@ def _one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
     noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, indices, vae.latent_dim).to(vae.device, vae.dtype)
     inference: Inference = vae(inputs.images, noise.unsqueeze(0), inputs.labels)
     return inference
-
-
-def _variance(sizes: Sequence[int], moments: Tensor) -> Tensor:
-    """The variance `(L,)` of a set whose parts have these sizes, variances and means `(parts, 2, L)`.
-
-    The parts are joined as by Chan, Golub and LeVeque (1983): no squares of large means cancel.
-    """
-    total, squares, mean = 0, torch.zeros_like(moments[0, 0]), torch.zeros_like(moments[0, 1])
-    for size, (variance, mean_of_part) in zip(sizes, moments, strict=True):
-        distance = mean_of_part - mean
-        squares = squares + size * variance + distance.square() * (total * size / (total + size))
-        total += size
-        mean = mean + distance * (size / total)
-    return squares / total
 
 
 def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Config) -> Tensor:

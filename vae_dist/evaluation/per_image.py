@@ -22,13 +22,13 @@ def to_csv(source: Source, by_image: Mapping[str, Tensor]) -> bytes | None:
     names = every_name(source)
     if names is None:
         return None
-    labels = _labels(source)
+    labels = label_names(source)
     columns = [by_image[name].tolist() for name in METRICS]
     file = StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("name", "label", *METRICS))
     for index in _worst_first(by_image):
-        texts = map(_harmless, (names[index], labels[index] if labels else ""))
+        texts = map(harmless, (names[index], labels[index] if labels else ""))
         writer.writerow((*texts, *(repr(column[index]) for column in columns)))
     return file.getvalue().encode()
 
@@ -48,12 +48,14 @@ def _worst_first(by_image: Mapping[str, Tensor]) -> list[int]:
     return order
 
 
-def _labels(source: Source) -> Sequence[str] | None:
+def label_names(source: Source) -> Sequence[str] | None:
+    """Return the names of all images' labels; None without labels."""
     labels, names = every_label(source), source.info.class_names
     if labels is None:
         return None
     return [str(label) if names is None else names[label] for label in labels.tolist()]
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
+    """Return a text that no spreadsheet computes: one that it would take for a formula begins with an apostrophe."""
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text

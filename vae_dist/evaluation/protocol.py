@@ -14,6 +14,9 @@ from vae_dist.distributed.world import World
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
+# Conditions of metrics that latents don't depend on.
+_OF_METRICS = ("likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk")
+
 
 def describe(
     config: Config, info: DataInfo, world: World, *, dataset: str, split: str, likelihood: str, weights: str
@@ -47,6 +50,14 @@ def describe(
             "numpy": np.__version__,
         },
     }
+
+
+def of_latents(
+    config: Config, info: DataInfo, world: World, *, dataset: str, split: str, weights: str
+) -> dict[str, Any]:
+    """Return the conditions on which latents depend; the arguments are those of `describe`."""
+    described = describe(config, info, world, dataset=dataset, split=split, likelihood="", weights=weights)
+    return {name: value for name, value in described.items() if name not in _OF_METRICS}
 
 
 def comparison_warning(config: Config) -> str | None:

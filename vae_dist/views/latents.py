@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
+from vae_dist.data.binarization import DYNAMIC_STEP
 from vae_dist.data.source import Source, read
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
@@ -27,7 +28,6 @@ from vae_dist.views.components import EXACT_LATENTS
 from vae_dist.views.mixture import Mixture
 from vae_dist.views.subspace import SubspaceMixture
 
-DYNAMIC_STEP = 2  # of the fixed binarisation: 0 is the validation images', 1 the test images'
 MIXTURE_NUMBERS = 2**28  # of the points that a mixture of more than EXACT_LATENTS latents is fitted to: 1 GiB
 
 
