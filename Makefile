@@ -24,7 +24,7 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample compare study report pack runs test test-all test-browser bench gpu chaos check format \
+.PHONY: help train eval sample encode compare study report pack runs test test-all test-browser bench gpu chaos check format \
 	lock clean
 
 help: ## list these commands
@@ -40,6 +40,9 @@ eval: $(READY) ## evaluate the newest run, or RUN, on the test images
 
 sample: $(READY) ## decode samples from the newest run, or from RUN
 	$(PYTHON) vae_dist/sample.py $(RUN) $(ARGS)
+
+encode: $(READY) ## write the latents of a data set to files, by the newest run or by RUN, over all processes
+	$(PYTHON) -m accelerate.commands.accelerate_cli launch --quiet --config_file $(LAUNCH) vae_dist/encode.py $(RUN) $(ARGS)
 
 compare: $(READY) ## compare runs: RUN="runs/mine runs/other"
 	$(PYTHON) vae_dist/compare.py $(RUN) $(ARGS)

@@ -17,9 +17,9 @@ import pytest
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.forked import ForkServer, Result
 
-TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE, PACK = (
+TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK = (
     str(REPOSITORY / f"vae_dist/{command}.py")
-    for command in ("train", "evaluate", "sample", "compare", "study", "report", "browse", "pack")
+    for command in ("train", "evaluate", "sample", "encode", "compare", "study", "report", "browse", "pack")
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -94,6 +94,7 @@ def test_without_data_and_network_the_embedded_digits_are_used(
         (EVALUATE, "nowhere", "there is no run at nowhere"),
         (EVALUATE, "model.latent_dim=3", "there is no trained run in runs"),
         (SAMPLE, "--seed", "unknown option --seed"),
+        (ENCODE, "nowhere", "there is no run at nowhere"),
         (COMPARE, "nowhere", "there is no run at nowhere"),
         (COMPARE, "--seed", "unknown option --seed"),
         (COMPARE, "evaluate.batch_size=7", "nothing to compare; name some runs"),
@@ -142,7 +143,7 @@ def test_an_error_of_all_processes_is_printed_once_before_they_join(arguments: l
 
 
 @pytest.mark.parametrize(
-    "command", [TRAIN, EVALUATE, SAMPLE, COMPARE, STUDY, REPORT, BROWSE, PACK], ids=lambda path: Path(path).stem
+    "command", [TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK], ids=lambda path: Path(path).stem
 )
 def test_help_needs_no_torch(command: str) -> None:
     helped = run(sys.executable, "-X", "importtime", command, "--help")
@@ -185,7 +186,7 @@ def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_argume
 
 def test_make_lists_its_commands() -> None:
     helped = run("make", "-C", str(REPOSITORY), "help")
-    use = ("train", "eval", "sample", "compare", "study", "report", "pack", "runs")
+    use = ("train", "eval", "sample", "encode", "compare", "study", "report", "pack", "runs")
     for command in (*use, "test", "test-all", "check", "bench", "chaos", "help"):
         assert f"make {command} " in helped.stdout
     for variable in ("CONFIG", "LAUNCH", "RUN", "ARGS", "KILLS", "PYTHON"):

@@ -13,7 +13,7 @@ PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))
 }
 MOST_WORDS = 1400
-SECTIONS = "data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample"
+SECTIONS = "data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample|encode"
 SUFFIXES = {"npy", "py", "safetensors"}  # train.npy, train.py and model.safetensors are no options
 
 

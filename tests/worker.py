@@ -34,6 +34,8 @@ from vae_dist.config import Precision
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batch, Batches
 from vae_dist.distributed import environment, failures, fingerprints, precision, processes, stopping
+from vae_dist.encoding import shards
+from vae_dist.encoding.encode import encode
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
@@ -239,6 +241,20 @@ def compiled_where(program: int | None) -> Callable[[str, list[str]], None]:
     return record
 
 
+def encode_until_killed(run: str, arguments: list[str]) -> None:
+    """Encode; the last process is killed once it has written a shard."""
+    write = shards.write
+
+    def write_one(*of_shard: Any) -> None:
+        write(*of_shard)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            patch.setattr(shards, "write", write_one)
+        encode(Path(run), arguments)
+
+
 def train_from_a_file(output: str, arguments: list[str]) -> None:
     """Train on images that do not lie in memory."""
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
@@ -264,6 +280,8 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "train_from_a_file": train_from_a_file,
     "train": lambda output, arguments: train(config.load(arguments)),
     "evaluate": lambda output, arguments: evaluate(Path(output), arguments),
+    "encode": lambda output, arguments: encode(Path(output), arguments),
+    "encode_until_killed": encode_until_killed,
     "sample": lambda output, arguments: sample(Path(output), arguments),
 }
 

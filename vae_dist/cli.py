@@ -21,6 +21,7 @@ COMMANDS = {  # by name, the module of each, whose docstring is its help and who
     "train": "train",
     "eval": "evaluate",
     "sample": "sample",
+    "encode": "encode",
     "report": "report",
     "compare": "compare",
     "study": "study",

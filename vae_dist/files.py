@@ -8,8 +8,8 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from vae_dist.errors import UserError
 
@@ -174,7 +174,7 @@ def read_bounded(path: Path, limit: int, *, follow: bool = True) -> bytes:
         return file.read(os.fstat(file.fileno()).st_size)
 
 
-def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BinaryIO:
+def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BufferedReader:
     """Open a regular file of at most `limit` bytes for reading.
 
     Raises OSError for a longer file, and at once for a pipe or a device, which might never end or never begin; without

@@ -194,7 +194,9 @@ class Config:
     runs_dir: str = option("runs", "folder of the runs")
     seed: int = option(0, "seed of weights, batches and noise", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    output: str | None = option(None, "folder for results of evaluation and sampling; null: the run's directory")
+    output: str | None = option(
+        None, "folder for results of evaluation, sampling and encoding; null: the run's directory"
+    )
     weights: Literal["ema", "raw"] = option(
         "ema",
         "weights that evaluation, samples and reports use: ema: the moving average if the run has one, otherwise the "

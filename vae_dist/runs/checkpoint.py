@@ -183,10 +183,10 @@ def open_when_visible(folder: Path) -> Checkpoint:
     return Checkpoint(folder)
 
 
-def await_visible(folder: Path) -> None:
-    """Wait for a checkpoint that another process has seen. Raises RunError if it does not become visible."""
+def await_visible(folder: Path, name: str = MANIFEST) -> None:
+    """Wait for a file, such as a checkpoint's, that another process has seen. Raises RunError if it stays invisible."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while not (folder / MANIFEST).exists():
+    while not (folder / name).exists():
         if time.monotonic() > deadline:
             raise RunError(f"{folder} can't be seen by all processes; they need a file system that they share")
         time.sleep(0.1)

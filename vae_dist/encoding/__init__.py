@@ -1,0 +1,1 @@
+"""The latents of a data set in files: shards, their index, statistics."""
