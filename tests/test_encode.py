@@ -1,6 +1,7 @@
 """The latents of a data set in files: what they hold, their statistics, and what a killed or hostile folder does."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from vae_dist.encoding.encode import encode
 from vae_dist.encoding.latents import encode_images
 from vae_dist.encoding.request import Request, make_request
 from vae_dist.errors import UserError
+from vae_dist.files import write_atomically
 from vae_dist.locks import locked
 from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
@@ -244,9 +246,12 @@ def test_the_number_of_processes_changes_no_byte(
     size: int, run_dir: Path, undisturbed: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     drawn = encode(run_dir, [*SMALL, *DRAWS, f"output={tmp_path / 'one'}"])
-    several = [*SMALL, f"output={tmp_path / 'several'}"]
-    assert launched(fork_server, size, "encode", run_dir, several, [*several, *DRAWS]) == [0] * size
-    for folder in (undisturbed, drawn):
+    few = ["encode.split=test", "evaluate.batch_size=48"]  # one shard: most processes have none
+    alone = encode(run_dir, [*few, "train.threads=1", f"output={tmp_path / 'one'}"])
+    several = ["train.threads=1", f"output={tmp_path / 'several'}"]
+    variants = [[*SMALL, *several], [*SMALL, *several, *DRAWS], [*few, *several]]
+    assert launched(fork_server, size, "encode", run_dir, *variants) == [0] * size
+    for folder in (undisturbed, drawn, alone):
         assert contents(tmp_path / "several/latents" / folder.name) == contents(folder)
 
 
@@ -265,6 +270,23 @@ def test_a_killed_encoding_continues_to_the_same_bytes(
     assert first.stat().st_ino == before  # it was not written again
 
 
+def test_a_full_disk_is_one_message_and_the_next_command_continues(
+    run_dir: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, f"output={tmp_path}"]
+
+    def until_full(path: Path, content: bytes) -> None:
+        if "00002" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomically(path, content)
+
+    monkeypatch.setattr(shards, "write_atomically", until_full)
+    with pytest.raises(UserError, match=r"can't write .*latents-00002.* \(No space left on device\); make room"):
+        encode(run_dir, arguments)
+    monkeypatch.setattr(shards, "write_atomically", write_atomically)
+    assert contents(encode(run_dir, arguments)) == contents(undisturbed)
+
+
 @pytest.mark.slow
 def test_an_encoding_killed_on_three_processes_continues_on_two(
     run_dir: Path, undisturbed: Path, fork_server: ForkServer, tmp_path: Path
@@ -280,10 +302,10 @@ def test_an_encoding_killed_on_three_processes_continues_on_two(
 def test_a_finished_encoding_is_checked_and_not_written_again(
     run_dir: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_ino for path in finished.glob("*.safetensors")}
+    before = {path: path.stat().st_ino for path in finished.iterdir()}
     assert encode(run_dir, [*SMALL, f"output={finished.parents[1]}", "train.threads=2"]) == finished
     assert "5 of 5 files were there already, and are whole" in capsys.readouterr().err
-    assert {path: path.stat().st_ino for path in finished.glob("*.safetensors")} == before
+    assert {path: path.stat().st_ino for path in finished.iterdir()} == before
     assert index_of(finished)["protocol"]["threads"] == 1  # of the command that computed them
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
 from vae_dist import config, locks
+from vae_dist.encoding.encode import encode
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import advice, append, make_folder
@@ -189,6 +190,7 @@ def state_of(folder: Path) -> dict[Path, bytes]:
 
 READERS: dict[str, tuple[Callable[[Path, Sequence[str]], object], list[str]]] = {
     "evaluate": (evaluate, ["evaluate.importance_samples=2"]),
+    "encode": (encode, ["encode.shard_images=500"]),
     "sample": (sample, ["sample.count=4", "sample.files=true"]),
     "compare": (lambda run, arguments: compare([run], arguments), []),
     "report": (report, []),

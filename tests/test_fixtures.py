@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
 
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.make_fixtures import SETTINGS, STUDY
 from tests.test_distributed import torchrun
 from vae_dist import config
+from vae_dist.encoding.encode import encode
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.report import report
 from vae_dist.reports.study import study
@@ -91,6 +94,17 @@ def test_a_finished_run_is_evaluated_again_to_the_same_metrics(name: str, runs: 
         assert result[metric] == close(kept[metric])
     assert result["kl_per_latent"] == pytest.approx(kept["kl_per_latent"], rel=0.05)
     assert result.keys() == kept.keys() | {"latents", "psnr"} and result["step"] == FINISHED[name]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_run_is_encoded_to_the_same_posteriors(name: str, runs: Path) -> None:
+    """The KL of each latent, which the evaluation has, is the oracle."""
+    kept = json.loads((runs / name / "evaluation.json").read_text())
+    folder = encode(runs / name, ["encode.split=test"])
+    tensors = load_file(folder / "latents-00000-of-00001.safetensors")
+    posterior = Normal(tensors["mean"], torch.exp(tensors["log_variance"] / 2))
+    kl = kl_divergence(posterior, Normal(0.0, 1.0)).mean(0)
+    assert kl.tolist() == pytest.approx(kept["kl_per_latent"], rel=0.05)
 
 
 def test_a_finished_run_is_sampled_reported_and_trained_further(runs: Path) -> None:

@@ -69,11 +69,18 @@ def write(folder: Path, content: Mapping[str, Any], source: Source) -> None:
     old = read(folder)
     if old is not None and isinstance(old.get("protocol"), dict) and old | {"protocol": content["protocol"]} == content:
         content = old
-    files = {folder / INDEX: (json.dumps(content, indent=2) + "\n").encode()}
+    files = {INDEX: (json.dumps(content, indent=2) + "\n").encode()}
     if (names := names_csv(source)) is not None:
-        files = {folder / NAMES: names} | files  # the index last
+        files = {NAMES: names} | files  # the index last
     with writing(folder, ELSEWHERE):
-        write_together(files)
+        write_together({folder / name: text for name, text in files.items() if not _holds(folder / name, text)})
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return read_bounded(path, len(content), follow=False) == content
+    except OSError:
+        return False
 
 
 def names_csv(source: Source) -> bytes | None:

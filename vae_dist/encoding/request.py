@@ -32,7 +32,7 @@ class Request:
     batch_size: int  # images that are encoded at once
     shard_images: int  # in each file but the last: whole batches
     latent_shape: Shape  # of one image: the network's if it has one, otherwise (L,)
-    names: tuple[str, ...]  # of the tensors that hold latents
+    latents: tuple[str, ...]  # names of the tensors that hold latents
     dtype: torch.dtype  # of these tensors
     has_labels: bool
 
@@ -47,7 +47,7 @@ class Request:
 
     def tensors(self, count: int) -> dict[str, tuple[Shape, torch.dtype]]:
         """Return the shapes and types of the tensors of `count` images, by name."""
-        latents = dict.fromkeys(self.names, ((count, *self.latent_shape), self.dtype))
+        latents = dict.fromkeys(self.latents, ((count, *self.latent_shape), self.dtype))
         return latents | ({"labels": ((count,), torch.int64)} if self.has_labels else {})
 
     def differences(self, other: Mapping[str, Any]) -> str | None:
@@ -83,7 +83,7 @@ def make_request(config: Config, checkpoint: Checkpoint, vae: VAE, info: DataInf
         batch_size=batch_size,
         shard_images=shard_images,
         latent_shape=shapes[0] if len(shapes) == 1 else (vae.latent_dim,),
-        names=("latents",) if is_drawn else ("log_variance", "mean"),
+        latents=("latents",) if is_drawn else ("log_variance", "mean"),
         dtype=DTYPES[options.dtype],
         has_labels=info.classes is not None,
     )

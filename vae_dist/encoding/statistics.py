@@ -26,7 +26,7 @@ def of_shard(tensors: Mapping[str, Tensor], request: Request, shard: range) -> T
     moments = []
     for batch in batches:
         part = slice(batch.start - shard.start, batch.stop - shard.start)
-        latents = {name: _by_channel(tensors[name][part]) for name in request.names}
+        latents = {name: _by_channel(tensors[name][part]) for name in request.latents}
         if "mean" in latents:
             moments.append(_moments([latents["mean"], np.exp(latents["log_variance"])]))
         else:
