@@ -1,7 +1,7 @@
 """The encoding of a data set by a checkpoint: its latents go to files, over all processes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,16 +76,13 @@ def _write_shards(vae: VAE, source: Source, config: Config, request: Request, ta
     files, moments, kept = [], [], 0
     with progress("encoding", sum(len(parts[number]) for number in mine), is_main=world.is_main) as advance:
         for number in mine:
-            shard, path = parts[number], target / names[number]
-            tensors = shards.read(path, request, shard)
-            if tensors is None:
-                tensors = encode_images(vae, source, config, request, shard, advance)
-                files.append(shards.write(path, tensors, request, shard))
-            else:
-                files.append(shards.describe(path, shard))
-                kept += 1
-                advance(len(shard))
-            moments.append(statistics.of_shard(tensors, request, shard).unsqueeze(0))
+            # In a function of its own, which lets go of a shard's latents before the next one's are made.
+            file, of_shard, was_whole = _write_shard(
+                vae, source, config, request, target / names[number], parts[number], advance
+            )
+            files.append(file)
+            moments.append(of_shard.unsqueeze(0))
+            kept += was_whole
     numbers = [range(number, number + 1) for number in mine]
     every = _Done(
         sorted(file for theirs in world.gather_objects(files) for file in theirs),
@@ -94,6 +91,21 @@ def _write_shards(vae: VAE, source: Source, config: Config, request: Request, ta
     )
     world.on_main(lambda: _await(every.files, target))
     return every
+
+
+def _write_shard(
+    vae: VAE, source: Source, config: Config, request: Request, path: Path, shard: range, advance: Callable[[int], None]
+) -> tuple[File, Tensor, bool]:
+    """Write a shard unless it is whole already; return it, its moments, and whether it was."""
+    tensors = shards.read(path, request, shard)
+    was_whole = tensors is not None
+    if tensors is None:
+        tensors = encode_images(vae, source, config, request, shard, advance)
+        file = shards.write(path, tensors, request, shard)
+    else:
+        file = shards.describe(path, shard)
+        advance(len(shard))
+    return file, statistics.of_shard(tensors, request, shard), was_whole
 
 
 def _await(files: Sequence[File], target: Path) -> None:
