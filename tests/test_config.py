@@ -1,4 +1,5 @@
 import bisect
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -125,6 +126,29 @@ def test_interpolations_do_not_grow() -> None:
     assert "bytes; 2048 are the most" in refusal("runs_dir=" + "a" * 200, "name=" + "${runs_dir}" * 100)
     assert "has no ${...} itself" in refusal("name=${name}")
     assert "has no ${...} itself" in refusal("runs_dir=$", "name=${runs_dir}{seed}")
+
+
+def test_what_a_caller_does_with_a_config_reaches_no_other_one(tmp_path: Path) -> None:
+    arguments = [str(REPOSITORY / "configs/smoke.yaml"), "model.hidden_dims=[7,8]", "optim.betas=[0.5,0.9]", "name=a"]
+    config.save(config.load(arguments), tmp_path / "a.yaml")
+    loaders: tuple[Callable[[], Config], ...] = (
+        lambda: config.load(arguments),
+        lambda: config.read(tmp_path / "a.yaml"),
+        lambda: config.load_reader(config.load(arguments), ["tracking.tags=[one]"]),
+    )
+    for load in loaders:
+        first, second = load(), load()
+        text = config.to_yaml(second)
+        assert first == second and config.to_yaml(first) == text
+        assert isinstance(first.model, config.MLPConfig)
+        first.model.hidden_dims.append(9)
+        first.optim.betas[0] = 0.1
+        first.tracking.tags.append("two")
+        first.data.root = "elsewhere"
+        assert first != second == load() and config.to_yaml(load()) == text != config.to_yaml(first)
+    base = config.load(arguments)
+    config.load_reader(base, []).optim.betas[0] = 0.1
+    assert base == config.load(arguments)
 
 
 def test_a_saved_config_comes_back_and_is_never_interpolated(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class Option:
 
     key: str
     type: str
+    hint: Any  # the type itself
     default: Any
     help: str
     above: float | None
@@ -70,7 +71,7 @@ def _option(item: "dataclasses.Field[Any]", hint: Any, key: str) -> Option:
     default = item.default_factory() if has_factory else item.default  # type: ignore[operator]
     name = f"one of {', '.join(ARCHITECTURES)}" if key == ARCHITECTURE else _type_name(hint)
     depth = str(hint).count("list[")
-    return Option(key, name, default, depth=depth, architecture=None, **item.metadata)
+    return Option(key, name, hint, default, depth=depth, architecture=None, **item.metadata)
 
 
 def _type_name(hint: Any) -> str:

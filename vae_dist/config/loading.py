@@ -7,14 +7,13 @@ its key; no interpolation of its own ever reaches it, so none of its resolvers r
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from vae_dist.config import shipped, yaml_text
+from vae_dist.config import conversion, shipped, yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.arguments import YAML, parse_argument, separate, split_key
 from vae_dist.config.checks import check, check_names_in_wandb
@@ -111,7 +110,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return conversion.to_yaml(to_dict(config))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def _apply(config: Config, settings: Sequence[Setting], *, has_homes: bool = Tru
         require_known(setting.key, setting.source, config)
     known = {option.key: option for option in options(config)}
     final = _final(config, settings)
-    result = OmegaConf.structured(config)
+    result = deepcopy(config)
     for key, value, source in settings:
         value = _interpolate(value, final, f"{source}{key}", config)
         try:
@@ -175,12 +174,11 @@ def _apply(config: Config, settings: Sequence[Setting], *, has_homes: bool = Tru
                 raise TypeError
             if has_homes and key in PATHS and isinstance(value, str):
                 value = expand(value, f"{source}{key}")
-            OmegaConf.update(result, key, value)
-        except (OmegaConfBaseException, TypeError) as error:
+            group, _, name = key.rpartition(".")
+            setattr(attrgetter(group)(result) if group else result, name, conversion.convert(value, known[key].hint))
+        except TypeError as error:
             raise UserError(f"{source}{key} must be {known[key].type}, not {as_text(value)}") from error
-    built = OmegaConf.to_object(result)
-    assert isinstance(built, Config)
-    return built
+    return result
 
 
 def _with_architecture(config: Config, settings: Sequence[Setting]) -> Config:

@@ -1,6 +1,8 @@
 """YAML as text: the scalars of a document stay what was typed, and nothing in it is ever constructed or run."""
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def _refused(problem: str, place: Any) -> ComposerError:
 def parse(text: str, source: str) -> Any:
     """The document's value: dicts, lists, text and None. Raises UserError for anything else, naming `source`."""
     try:
-        return _Loader(text).get_single_data()
+        return deepcopy(_load(text))
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: numbers in escapes and directives
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and mark.line else ""
@@ -76,6 +78,11 @@ def parse(text: str, source: str) -> Any:
         parts = [getattr(error, name, None) for name in ("context", "problem", "reason")]
         problem = ", ".join(filter(None, parts)) or "a number in it is too large"
         raise UserError(f"{source}{line} {verdict}: {truncate(problem)}") from error
+
+
+@lru_cache(maxsize=16)  # commands read a run's config more than once
+def _load(text: str) -> Any:
+    return _Loader(text).get_single_data()
 
 
 def read(path: Path, if_missing: str = "") -> Any:
