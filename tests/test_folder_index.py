@@ -15,7 +15,7 @@ from PIL import Image
 from tests.test_fuzz import assert_short_line
 from tests.test_pixels import encoded, photograph
 from vae_dist.data import folder_index, folder_walk
-from vae_dist.data.folder_index import FolderIndex, advice, refusal, scan
+from vae_dist.data.folder_index import FolderIndex, advice, checked, refusal
 from vae_dist.errors import UserError
 
 IMAGE = encoded(Image.new("RGB", (2, 3)))
@@ -26,6 +26,10 @@ def lay_out(folder: Path, *names: str, content: bytes = IMAGE) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def scan(folder: Path, threads: int | None = None) -> FolderIndex:
+    return checked(folder_index.listed(folder), threads)
 
 
 def listed(index: FolderIndex) -> list[str]:

@@ -87,7 +87,7 @@ def measure_start(folder: Path, place: Path, count: int) -> None:
             shutil.copyfile(first, path)
     packing = Packing(Rule(8), place, is_main=False)
     for name, function in {
-        "headers": lambda: folder_index.scan(folder),
+        "headers": lambda: folder_index.checked(folder_index.listed(folder)),
         "packing": lambda: packed(folder_index.listed(folder), packing),
         "a later start": lambda: find(folder_index.listed(folder), packing),
     }.items():

@@ -111,11 +111,6 @@ class FolderIndex:
         return self.buffer[self.offsets[index] : self.offsets[index + 1]]
 
 
-def scan(folder: Path, threads: int | None = None, *, is_main: bool = False) -> FolderIndex:
-    """Find the images below a folder, in any depth, and read their headers. Raises UserError if it can't be read."""
-    return checked(listed(folder), threads, is_main=is_main)
-
-
 def checked(found: FolderIndex, threads: int | None = None, *, is_main: bool = False) -> FolderIndex:
     """Return the index without the files whose headers are no image's, which it then lists as refused.
 
