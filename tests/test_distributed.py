@@ -50,7 +50,8 @@ FROM_A_FILE = ["data.binarize=dynamic", "train.steps=25", "train.accumulate=2"]
 STEPS_AN_EPOCH = 20
 CUT = ["name=went_on", "train.log_every=7"]
 HALF = ["train.precision=fp64", "train.steps=20", "checkpoint.every=13"]
-MOVED = ["train.precision=fp64", "train.steps=40", "train.accumulate=3"]
+MOVED = ["train.precision=fp64", "train.steps=40"]
+SPLIT = "train.accumulate=3"
 TWO_NETWORKS = [  # batches of 100: uneven shards on three processes
     "train.recipe=two_networks", "ema.decay=0.9", "train.batch_size=100", "train.accumulate=2",
     "data.binarize=dynamic", "checkpoint.every=7", "train.log_every=7",
@@ -65,15 +66,14 @@ LABELLED = [  # batches of 100: uneven shards on three processes
 def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, list[str]]]:
     """The jobs of a world size: the same arguments for each, its own folder of runs."""
     common = [*smoke, f"runs_dir={root / 'runs'}", "train.log_every=1"]
+    split = [] if reference.is_relative_to(root) else [SPLIT]
     return [
         ("batches", str(root / "batches"), [*common, "data.binarize=dynamic", "optim.warmup_steps=10"]),
         ("train", "", [*common, "name=fp64", "train.precision=fp64", "train.epochs=1", "data.binarize=dynamic"]),
-        ("train", "", [*common, "name=split", "train.precision=fp64", "train.epochs=1", "train.accumulate=3"]),
         ("train", "", [*common, "name=fp32", "train.steps=50", "runtime.verify_every=1"]),
         ("train", "", [*common, "name=one_step", "train.steps=1"]),
         ("train", "", [*common, "name=never_stopped", "train.log_every=7", "checkpoint.every=13"]),
         ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=13"]),
-        ("train", "", [*common, *CUT, "checkpoint.every=13", "train.steps=26"]),
         ("train", "", [*common, *CUT, "checkpoint.every=13"]),
         *[
             (
@@ -107,7 +107,7 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike_went_on", "train.steps=3"]),
         ("unlike_processors", str(root / "unlike"), [*common, *CLIPPED, "name=unlike_went_on"]),
         ("train", "", [*common, *HALF, "name=half"]),
-        ("train", "", [*common, *MOVED, "name=moved", f"checkpoint.resume={reference.parent / 'half'}"]),
+        ("train", "", [*common, *MOVED, *split, "name=moved", f"checkpoint.resume={reference.parent / 'half'}"]),
         ("stop", str(root / "stop"), [*common, "name=stopped", *WHOLE]),
         ("train", "", [*common, "name=stopped", *WHOLE]),
         (
@@ -120,8 +120,8 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
         ("spoil", "", [*common, "name=skipped", "train.nonfinite=skip", "train.steps=20", "train.log_every=5"]),
         ("full_disk", str(root / "full_disk"), [*common, "name=full"]),
         ("warn", "", common),
-        ("train", "", [*common, *TWO_NETWORKS, "name=two_whole", "train.steps=26"]),
-        *[("train", "", [*common, *TWO_NETWORKS, "name=two_cut", f"train.steps={steps}"]) for steps in (12, 19, 26)],
+        ("train", "", [*common, *TWO_NETWORKS, "name=two_whole", "train.steps=20"]),
+        *[("train", "", [*common, *TWO_NETWORKS, "name=two_cut", f"train.steps={steps}"]) for steps in (12, 20)],
         ("spoil", "", [*common, *TWO_NETWORKS, "name=two_skipped", "train.nonfinite=skip", "train.steps=20"]),
         ("refusal", str(root / "no_data"), [*common, "data.name=kmnist", "data.download=false"]),
         ("train", "", [*common, *LABELLED, "name=labelled", "train.steps=20"]),
@@ -295,12 +295,6 @@ def test_a_compile_rehearsal_leaves_the_loss_scale_alone(tmp_path: Path, smoke_a
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_accumulation_changes_only_rounding(world_size: int, roots: dict[int, Path]) -> None:
-    split = records(roots[world_size] / "runs/split", "train/loss")
-    assert largest_difference(split, records(roots[1] / "runs/split", "train/loss")) < 1e-9
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_gradients_agree_tensor_by_tensor(world_size: int, roots: dict[int, Path]) -> None:
     """After one step Adam's first moment is a tenth of the gradient."""
     ours, theirs = (tensors(roots[size] / "runs/one_step") for size in (world_size, 1))
@@ -401,10 +395,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world_size: int, roots: 
 def test_a_run_resumes_with_other_processes_and_micro_batches(
     world_size: int, roots: dict[int, Path], smoke_arguments: list[str]
 ) -> None:
-    """From one process to several, and from several to one: equal to a run that never moved, up to rounding."""
+    """From one process to several, and from several to one, then in three micro-batches: only rounding differs."""
     straight = roots[1] / "runs/moved"
     from_many = [f"runs_dir={roots[world_size] / 'runs'}", f"checkpoint.resume={roots[world_size] / 'runs/half'}"]
-    back = train(config.load([*smoke_arguments, "train.log_every=1", *MOVED, *from_many, "name=back"]))
+    back = train(config.load([*smoke_arguments, "train.log_every=1", *MOVED, SPLIT, *from_many, "name=back"]))
     for run in (roots[world_size] / "runs/moved", back):
         for name in ("train/loss", "train/grad_norm", "validation/negative_elbo"):
             assert largest_difference(records(run, name), records(straight, name)) < 1e-9
@@ -501,7 +495,7 @@ def test_a_warning_is_shown_once_by_one_process_or_by_all(world_size: int, roots
 
 @pytest.mark.parametrize("world_size", [1, *WORLD_SIZES])
 def test_two_networks_and_their_average_resume_bitwise(world_size: int, roots: dict[int, Path]) -> None:
-    whole, cut = (roots[world_size] / f"runs/two_{name}/checkpoints/step_00000026" for name in ("whole", "cut"))
+    whole, cut = (roots[world_size] / f"runs/two_{name}/checkpoints/step_00000020" for name in ("whole", "cut"))
     names = {path.name for path in whole.glob("*.safetensors")}
     assert names == {f"{name}.safetensors" for name in ("model", "ema", "critic", "optimizer", "critic_optimizer")}
     for name in names:
