@@ -36,6 +36,8 @@ os.environ.update(
 for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
 
+os.fsync = lambda fd: None  # slow, and only a power cut would tell
+
 # The same examples every time, and no database of them.
 hypothesis_home = tempfile.TemporaryDirectory()  # otherwise it makes one in the folder that the tests are run from
 set_hypothesis_home_dir(hypothesis_home.name)

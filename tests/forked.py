@@ -197,6 +197,7 @@ if __name__ == "__main__":
     sys.path.pop(0)  # the folder of the tests
     for name in LIBRARIES:
         importlib.import_module(name)
+    os.fsync = lambda fd: None  # as in conftest
     gc.freeze()  # the forks share what is here: ending one must not touch it all
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _serve(socket.socket(fileno=int(sys.argv[1])))
