@@ -124,7 +124,16 @@ def test_the_launch_file_for_cpus_starts_processes_that_train_together(data_root
     assert newest_checkpoint(tmp_path / "runs/a") is not None
 
 
-def test_one_of_several_processes_prints_the_message() -> None:
+def test_one_of_several_processes_prints_the_message(fork_server: ForkServer) -> None:
+    ended = fork_server.launch(2, TRAIN, "data.name=synthetic_digits", "train.batch_size=1", "device=cpu", *TINY)
+    assert [refused.returncode for refused in ended] == [2, 2]
+    said = "".join(refused.stdout + refused.stderr for refused in ended)
+    assert said.count("it must be at least 2") == 1 == said.count("\n")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_launcher_adds_the_exit_code_to_the_message() -> None:
     refused = run(*TORCHRUN, TRAIN, "data.name=synthetic_digits", "train.batch_size=1", *TINY)
     assert refused.returncode == 1  # the launcher's; each process's own is 2
     assert refused.stderr.count("it must be at least 2") == 1

@@ -60,7 +60,8 @@ def pipe() -> Iterator[tuple[int, int]]:
             assert error.errno == errno.EBADF  # the test has closed it
 
 
-@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
 def test_a_closed_pipe_changes_neither_training_nor_exit_code(stopped: bool, smoke_arguments: list[str]) -> None:
     """As with `| head`, and as with Ctrl-C that ends `| tee` first."""
     with pipe() as (reader, writer):

@@ -200,16 +200,24 @@ STOPPED = ["train.steps=6", "checkpoint.every=3", "ema.decay=0.9", "optim.max_gr
 PRECISIONS = ["fp32", "bf16"]
 
 
-def jobs(root: Path, reference: Path, common: list[str]) -> list[tuple[str, str, list[str]]]:
+Jobs = list[tuple[str, str, list[str]]]
+
+
+def stopped_jobs(root: Path, common: list[str]) -> Jobs:
+    common = [*common, *TINY, f"runs_dir={root / 'runs'}"]
+    return [
+        ("train", "", [*common, f"name={precision}_{name}", f"train.precision={precision}", *STOPPED, *more])
+        for precision in PRECISIONS
+        for name, more in (("straight", []), ("parts", ["train.steps=3"]), ("parts", []))
+    ]
+
+
+def other_jobs(root: Path, reference: Path, common: list[str]) -> Jobs:
+    """Those that compare numbers of processes."""
     common = [*common, *TINY, f"runs_dir={root / 'runs'}"]
     reading = [f"output={root / 'out'}", "evaluate.batch_size=48", "train.threads=1"]
     return [
         ("train", "", [*common, "name=fp64", "train.precision=fp64", "train.steps=4"]),
-        *[
-            ("train", "", [*common, f"name={precision}_{name}", f"train.precision={precision}", *STOPPED, *more])
-            for precision in PRECISIONS
-            for name, more in (("straight", []), ("parts", ["train.steps=3"]), ("parts", []))
-        ],
         *[("evaluate", str(reference), [*reading, *arguments]) for arguments in EVALUATED.values()],
         *[("sample", str(reference), [*reading, *SAMPLED[kind]]) for kind in ("prior", "mixture", "interpolation")],
     ]
@@ -221,17 +229,21 @@ def roots(
 ) -> Callable[[int], Path]:
     """The folder of so many processes, with what their jobs wrote."""
     base = tmp_path_factory.mktemp("worlds")
+    reference = base / "1/runs/fp32_straight"
     made: dict[int, Path] = {}
 
     def root_of(world_size: int) -> Path:
         if world_size in made:
             return made[world_size]
-        root = made[world_size] = base / str(world_size)
+        root = base / str(world_size)
         root.mkdir()
-        listed = jobs(root, base / "1/runs/fp32_straight", common)
         if world_size == 1:
-            worker.main(listed)
-            return root
+            worker.main(stopped_jobs(root, common))
+            return made.setdefault(1, root)
+        if made.keys() == {1}:
+            worker.main(other_jobs(made[1], reference, common))
+        made[world_size] = root
+        listed = [*stopped_jobs(root, common), *other_jobs(root, reference, common)]
         (root / "jobs.json").write_text(json.dumps(listed))
         command = str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json")
         ended = fork_server.launch(world_size, *command, timeout=200)

@@ -92,6 +92,7 @@ print("compiled")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton")
+@pytest.mark.slow
 def test_the_kernel_compiles_for_gpus(fork_server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.chdir(REPOSITORY)
