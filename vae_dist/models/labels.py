@@ -27,11 +27,11 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         # Not a lookup: on a GPU its gradient is added up in an order that changes.
         weights = labels if labels.is_floating_point() else self._one_hot(labels)
-        require_shape(weights, (len(labels), self.classes), "weights of the classes")
+        require_shape(weights, (labels.shape[0], self.classes), "weights of the classes")
         return weights.to(self.weight.dtype) @ self.weight
 
     def _one_hot(self, labels: Tensor) -> Tensor:
-        require_shape(labels, (len(labels),), "labels")
+        require_shape(labels, labels.shape[:1], "labels")
         # On a GPU the host would wait for the answer: there labels are checked where they are read.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             require_in_range(labels, self.classes)

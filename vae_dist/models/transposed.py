@@ -14,7 +14,8 @@ class Layers(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or len(input) > TRANSPOSED_ROWS:
+        # A program of torch.export has one way for all batches.
+        if input.device.type != "cpu" or torch.compiler.is_exporting() or input.shape[0] > TRANSPOSED_ROWS:
             return super().forward(input)  # type: ignore[no-untyped-call]
         transposed = input.t()
         for layer in self:

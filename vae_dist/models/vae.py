@@ -94,9 +94,9 @@ class VAE(nn.Module):
 
     def infer(self, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
         """Return the posterior of images `(B, C, H, W)` in [0, 1], of any size that `latent_shapes` accepts."""
-        latents = self._latents(images.shape[1:])
-        parameters = self.encoder(images, *self._embedded(labels, len(images))).flatten(1)
-        require_shape(parameters, (len(images), 2 * latents), "the encoder's output, flat,")
+        count, latents = images.shape[0], self._latents(images.shape[1:])  # traced, len() would be a constant
+        parameters = self.encoder(images, *self._embedded(labels, count)).flatten(1)
+        require_shape(parameters, (count, 2 * latents), "the encoder's output, flat,")
         return DiagonalGaussian.from_network(parameters)
 
     def sample(
@@ -129,11 +129,11 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor, image_shape: Shape | None = None, labels: Tensor | None = None) -> Likelihood:
         """Return the likelihood of images given codes `(B, L)`; of images of `self.image_shape` by default."""
-        image_shape = image_shape or self.image_shape
-        require_shape(latents, (len(latents), self._latents(image_shape)), "latents")
-        embedded = self._embedded(labels, len(latents))
+        image_shape, count = image_shape or self.image_shape, latents.shape[0]
+        require_shape(latents, (count, self._latents(image_shape)), "latents")
+        embedded = self._embedded(labels, count)
         output = self.decoder(latents.unflatten(1, self.latent_shapes(image_shape)[0]), *embedded)
-        require_shape(output, (len(latents), *self.likelihood.output_shape(image_shape)), "the decoder's output")
+        require_shape(output, (count, *self.likelihood.output_shape(image_shape)), "the decoder's output")
         likelihood: Likelihood = self.likelihood(output)
         return likelihood
 
