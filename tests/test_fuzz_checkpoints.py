@@ -16,10 +16,13 @@ from tests.test_checkpoint import SHAPE, trained
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
-from vae_dist.runs.checkpoint import Checkpoint
-from vae_dist.runs.manifest import FILES, MANIFEST
+from vae_dist.runs import manifest as manifests
+from vae_dist.runs.checkpoint import OPTIMIZER, Checkpoint
+from vae_dist.runs.manifest import MANIFEST
 from vae_dist.runs.run import RunDirectory
 from vae_dist.runs.state import Best, TrainingState
+
+FILES = (*manifests.FILES, OPTIMIZER)
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8),

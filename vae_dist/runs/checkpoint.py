@@ -8,6 +8,9 @@ runs/<name>/checkpoints/step_00001200/
     config.yaml             the resolved config; with the weights, enough for evaluation and sampling
     manifest.json           sizes and sha256 of the others, and versions; written last
 
+An export is such a folder without what only a training needs: the optimizer's file, and the trained weights beside
+their moving average.
+
 A checkpoint may be untrusted: see manifest.py. Tensors are loaded only if they fit the config's model.
 """
 
@@ -25,14 +28,15 @@ from torch import Tensor, nn
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.distributed.precision import param_dtype
-from vae_dist.errors import RunError
+from vae_dist.errors import RunError, UserError
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.runs import manifest
 from vae_dist.runs.manifest import FILES, MANIFEST, BadCheckpointError
 from vae_dist.runs.state import TrainingState, parse_state
 
-MODEL, OPTIMIZER, STATE, CONFIG = FILES
+MODEL, STATE, CONFIG = FILES
+OPTIMIZER = "optimizer.safetensors"
 VISIBLE_SECONDS = 60.0  # for a network file system to show a rename by another machine
 EMA = "ema.safetensors"
 INFERENCE_FILES = (MODEL, EMA, STATE, CONFIG)  # evaluation and sampling read these
@@ -122,22 +126,42 @@ class Checkpoint:
                 expected = build_vae(config, shape).to(dtype).state_dict()
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:
             raise BadCheckpointError(f"{self.folder / CONFIG} describes a model that can't be built") from error
-        weights = self._tensors(EMA if self.weights(config) == "ema" else MODEL, expected)
+        is_average = self.weights(config) == "ema" and self.has_average
+        weights = self._tensors(EMA if is_average else MODEL, expected)
         vae = build_vae(config, shape).to(dtype)
         vae.load_state_dict(weights)
         return vae.to(device).eval().requires_grad_(False)
 
     @property
     def has_average(self) -> bool:
-        """Whether the run keeps a moving average of the weights."""
+        """Whether the checkpoint has a moving average of the weights beside them."""
         return EMA in self.manifest.files
 
     def weights(self, config: Config) -> str:
-        """Return the weights that `load_vae` loads: `ema`, the moving average, or `raw`."""
-        return config.weights if self.has_average else "raw"
+        """Return the weights that `load_vae` loads: `ema`, the moving average, or `raw`.
+
+        Raises UserError if the config wants the trained weights of an export of the moving average.
+        """
+        if self.has_average:
+            return config.weights
+        if self.manifest.weights == "ema" and config.weights == "raw":
+            raise UserError(
+                f"{self.folder} holds the moving average of the weights alone: leave out weights=raw, or give a "
+                "checkpoint of the run"
+            )
+        return self.manifest.weights
+
+    def require_training_state(self) -> None:
+        """Raise UserError for an export, from which no training can resume."""
+        if OPTIMIZER not in self.manifest.files:
+            raise UserError(
+                f"{self.folder} is an export: it holds no optimizer state, so no training can resume from it; give a "
+                "checkpoint of a run"
+            )
 
     def load_training(self, trained: Trained) -> TrainingState:
         """Load networks and optimizers in place, and return the state. Nothing is changed unless everything fits."""
+        self.require_training_state()
         state = self.state
         for name, network in trained.frozen.items():
             if self.manifest.frozen.get(name) != hash_of(network):

@@ -213,6 +213,7 @@ def _resumed_from(config: Config, run: RunDirectory) -> Checkpoint | None:
     newest = run.newest()
     if resume not in ("auto", "must", "never"):
         named = find(Path(resume), Path(config.runs_dir))
+        named.require_training_state()
         if newest is None or named.folder.resolve().is_relative_to(run.directory.resolve()):
             return named
         logger.warning("%s has checkpoints of its own and resumes from them, not from %s", run.directory, resume)

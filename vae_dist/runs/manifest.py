@@ -22,7 +22,7 @@ from vae_dist.errors import UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")  # of every checkpoint
+FILES = ("model.safetensors", "state.json", "config.yaml")  # of every checkpoint; a training's has others too
 MOST_FILES = 32
 SMALL_FILE_BYTES = 2**20  # manifest, state and config are far below this
 
@@ -47,11 +47,12 @@ class Manifest(NamedTuple):
     step: int
     files: Mapping[str, Sealed]
     frozen: Mapping[str, str]  # sha256 of networks that the run uses and does not change
+    weights: str  # `ema` if model.safetensors is a moving average, as in an export, otherwise `raw`
     versions: Mapping[str, str]
     fingerprint: str  # equal if two processes read the same checkpoint
 
 
-def seal(contents: Mapping[str, bytes], step: int, frozen: Mapping[str, str]) -> dict[str, Any]:
+def seal(contents: Mapping[str, bytes], step: int, frozen: Mapping[str, str], weights: str = "raw") -> dict[str, Any]:
     """Return the manifest of these files and frozen networks, as JSON values."""
     return {
         "format": FORMAT,
@@ -61,6 +62,7 @@ def seal(contents: Mapping[str, bytes], step: int, frozen: Mapping[str, str]) ->
             for name, content in contents.items()
         },
         **({"frozen": dict(frozen)} if frozen else {}),
+        **({} if weights == "raw" else {"weights": weights}),
         "versions": {
             "vae_dist": vae_dist.__version__,
             "python": platform.python_version(),
@@ -94,7 +96,8 @@ def read(folder: Path) -> Manifest:
         sealed[name] = Sealed(size, sha256)
     versions, frozen = (_texts(values.get(key)) for key in ("versions", "frozen"))
     fingerprint = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-    return Manifest(step, sealed, frozen, versions, fingerprint)
+    weights = "ema" if values.get("weights") == "ema" else "raw"
+    return Manifest(step, sealed, frozen, weights, versions, fingerprint)
 
 
 def _texts(values: Any) -> dict[str, str]:
