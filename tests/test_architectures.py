@@ -125,7 +125,7 @@ def test_a_report_has_the_keys_of_its_run_and_the_command_that_repeats_it() -> N
     shown = {setting.name: setting for setting in facts.settings(loaded)["model"]}
     assert list(shown) == ["architecture", "prior", "conditional", "channels", "patch", "blocks", "latent_channels"]
     assert [name for name in shown if shown[name].is_changed] == ["architecture", "channels"]
-    words = shlex.split(facts.command(loaded, 1))
+    words = shlex.split(config.training_command(loaded, ["python", "vae_dist/train.py"]))
     assert words[:2] == ["python", "vae_dist/train.py"]
     assert config.load(words[2:]).model == loaded.model
 

@@ -137,7 +137,8 @@ def newest(run_dir: Path) -> Path:
 
 def reseal(folder: Path, **versions: str) -> None:
     """Give a checkpoint's changed files a manifest of their new hashes, as an attacker would."""
-    contents = {name: (folder / name).read_bytes() for name in manifest.FILES}
+    names = (*manifest.FILES, "optimizer.safetensors")
+    contents = {name: (folder / name).read_bytes() for name in names}
     sealed = manifest.seal(contents, json.loads(contents["state.json"])["step"], frozen={})
     sealed["versions"] |= versions
     (folder / "manifest.json").write_bytes(manifest.to_json(sealed))
@@ -305,7 +306,7 @@ def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:
     texts = ["a b", "[1", "'", '"q"', "null", "", "~", "$(reboot)", "{x: y}", "a=b", "\\n"]
     stored = Checkpoint(newest(trained)).config
     for text in texts:
-        command = facts.command(replace(stored, data=replace(stored.data, root=text)), processes=1)
+        command = config.training_command(replace(stored, data=replace(stored.data, root=text)), ["python", "train.py"])
         assert config.load(shlex.split(command)[2:]).data.root == config.expand(text)
 
 

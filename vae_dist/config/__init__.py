@@ -19,6 +19,7 @@ from vae_dist.config.loading import load, load_reader, read, save, take, to_dict
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
 from vae_dist.config.ranges import check_numbers, suspects
+from vae_dist.config.reproduction import training_command
 from vae_dist.config.schema import (
     CheckpointConfig,
     Config,
@@ -80,4 +81,5 @@ __all__ = [
     "text_of",
     "to_dict",
     "to_yaml",
+    "training_command",
 ]

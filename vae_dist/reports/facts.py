@@ -1,6 +1,5 @@
-"""Facts of a run as its report states them: subtitle, settings, machine, and the command that reproduces it."""
+"""Facts of a run as its report states them: subtitle, settings and machine."""
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +9,6 @@ from vae_dist.config import Config
 from vae_dist.models.vae import VAE
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import count, format_number, format_value
-from vae_dist.terminal import invocation
-
-_OF_ONE_RUN = ("name", "runs_dir", "output", "data.image_shape", "tracking.")  # another run may have other values
 
 
 class Setting(NamedTuple):
@@ -74,14 +70,3 @@ def machine(subject: Subject) -> dict[str, str]:
         "skipped updates": str(state.skipped_updates),
         **{key: format_value(version) for key, version in subject.checkpoint.manifest.versions.items()},
     }
-
-
-def command(config: Config, processes: int) -> str:
-    """Return the command that trains a run again, under another name."""
-    values = configs.flatten(config)
-    arguments = [
-        configs.argument(option.key, values[option.key])
-        for option in configs.options(config)
-        if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
-    ]
-    return shlex.join([*invocation.training(processes), *arguments, f"name={config.name}-again"])

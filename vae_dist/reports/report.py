@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vae_dist.config import Config
+from vae_dist.config import Config, training_command
 from vae_dist.distributed import processes
 from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.models.vae import VAE
@@ -89,7 +89,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             machine=facts.machine(subject),
             log=subject.run.log[-LOG_CHARACTERS:] or "There is no log.txt next to this checkpoint.",
             processes=count(world_size, "process", "processes"),
-            command=facts.command(subject.config, world_size),
+            command=training_command(subject.config, invocation.training(world_size)),
             hashes={name: sealed.sha256 for name, sealed in subject.checkpoint.manifest.files.items()},
         )
     )
