@@ -24,8 +24,8 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample encode compare study report pack runs test test-all test-browser bench gpu chaos check format \
-	lock clean
+.PHONY: help train eval sample encode compare study report export pack runs test test-all test-browser bench gpu \
+	chaos check format lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -52,6 +52,9 @@ study: $(READY) ## train one VAE for each of 2, 5, 10, 20, 40 latents (or ARGS="
 
 report: $(READY) ## write a report of the newest run, or of RUN: one HTML file, no network
 	$(PYTHON) vae_dist/report.py $(RUN) $(ARGS)
+
+export: $(READY) ## export the newest run, or RUN, for others: weights, ONNX, a model card; ARGS="export.push=USER/NAME" uploads it
+	$(PYTHON) vae_dist/export.py $(RUN) $(ARGS)
 
 pack: $(READY) ## decode a folder of images once: ARGS="data.path=FOLDER"; a training does so by itself
 	$(PYTHON) vae_dist/pack.py $(CONFIG) $(ARGS)

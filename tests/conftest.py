@@ -29,11 +29,13 @@ from vae_dist.training.optimizers import OPTIMIZERS
 from vae_dist.training.update import Update
 from vae_dist.training.vae_recipe import VAERecipe
 
-# Before wandb is imported anywhere: no account, no server, nothing reported.
+# Before wandb and huggingface_hub are imported anywhere: no account, no server, nothing reported.
 os.environ.update(
-    WANDB_ERROR_REPORTING="false", WANDB_SILENT="true", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_DATA_DIR="/tmp"
-)
-for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS"):
+    WANDB_ERROR_REPORTING="false", WANDB_SILENT="true", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_DATA_DIR="/tmp",
+    HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HOME="/nonexistent",
+)  # fmt: skip
+for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
 
 os.fsync = lambda fd: None  # slow, and only a power cut would tell

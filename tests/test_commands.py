@@ -17,9 +17,9 @@ import pytest
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.forked import ForkServer, Result
 
-TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK = (
+TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK, EXPORT = (
     str(REPOSITORY / f"vae_dist/{command}.py")
-    for command in ("train", "evaluate", "sample", "encode", "compare", "study", "report", "browse", "pack")
+    for command in ("train", "evaluate", "sample", "encode", "compare", "study", "report", "browse", "pack", "export")
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -102,6 +102,8 @@ def test_without_data_and_network_the_embedded_digits_are_used(
         (STUDY, "objective.reconstruction=bernoulli,gausian", "unknown reconstruction 'gausian'"),
         (REPORT, "nowhere", "there is no run at nowhere"),
         (REPORT, "model.latent_dim=3", "there is no trained run in runs"),
+        (EXPORT, "nowhere", "there is no run at nowhere"),
+        (EXPORT, "model.latent_dim=3", "there is no trained run in runs"),
         (PACK, "data.size=32", "data.name=folder needs data.path"),
         (PACK, "data.path=nowhere", "data.path=nowhere does not exist"),
     ],

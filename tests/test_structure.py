@@ -23,6 +23,10 @@ LIBRARIES = {
     "torchvision": ["data/mnist.py"],
     "matplotlib": ["views/canvas.py", "views/plots.py"],
     "jinja2": ["reports/report.py"],
+    "huggingface_hub": ["publishing/hub.py", "publishing/card.py"],
+    "onnx": ["publishing/programs.py"],
+    "onnxruntime": ["publishing/programs.py"],
+    "onnxscript": ["publishing/programs.py"],
     "IPython": ["terminal/notebook.py"],
     "pandas": ["api/records.py"],
 }

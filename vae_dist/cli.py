@@ -23,6 +23,7 @@ COMMANDS = {  # by name, the module of each, whose docstring is its help and who
     "sample": "sample",
     "encode": "encode",
     "report": "report",
+    "export": "export",
     "compare": "compare",
     "study": "study",
     "pack": "pack",

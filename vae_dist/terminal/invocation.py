@@ -16,9 +16,9 @@ def command(name: str, run: str = "") -> str:
     return f"make {name} RUN={quoted}" if run else f"make {name}"
 
 
-def training(processes: int) -> list[str]:
+def training(processes: int, *, in_checkout: bool = _HAS_MAKE) -> list[str]:
     """The words before the arguments of a training on this many processes of one machine."""
-    program = ["vae_dist/train.py"] if _HAS_MAKE else ["-m", "vae_dist", "train"]
+    program = ["vae_dist/train.py"] if in_checkout else ["-m", "vae_dist", "train"]
     if processes > 1:
         return ["torchrun", "--standalone", "--nproc-per-node", str(processes), *program]
-    return ["python", *program] if _HAS_MAKE else ["vae-dist", "train"]
+    return ["python", *program] if in_checkout else ["vae-dist", "train"]

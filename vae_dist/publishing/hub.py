@@ -1,0 +1,167 @@
+"""Upload an export to the Hugging Face Hub, and download one."""
+
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import vae_dist
+from vae_dist.errors import UserError
+from vae_dist.files import advice, reason
+from vae_dist.publishing import card, inference
+from vae_dist.publishing.programs import FORMATS
+from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.manifest import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "hf://"
+CARD, EXPORT = "README.md", "export.json"
+PROGRAMS = tuple(f"{part}{suffix}" for suffix in FORMATS.values() for part in ("encoder", "decoder"))
+DOWNLOADED = (*inference.FILES, card.EVALUATION)
+UPLOADED = (*DOWNLOADED, *PROGRAMS, CARD, EXPORT, card.SAMPLES, card.RECONSTRUCTIONS)
+
+MOST_CHARACTERS = 96  # of a repository's name
+
+_REPOSITORY = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
+_REVISION = re.compile(r"[\w][\w./-]*", re.ASCII)
+
+
+def check_repository(repository: str) -> None:
+    """Raise UserError for a name that no repository of the Hub can have."""
+    is_good = _REPOSITORY.fullmatch(repository) and len(repository) <= MOST_CHARACTERS
+    if not is_good or "--" in repository or ".." in repository:
+        raise UserError(
+            f"{repository[:200]!a} is no repository of the Hugging Face Hub: give USER/NAME, of letters, digits, '-', "
+            "'_' and '.'"
+        )
+
+
+def check_token() -> None:
+    """Raise UserError if this machine has no token of the Hub."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("uploading needs a Hugging Face token: run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Upload an export to a repository, which is made if it does not exist, and return its URL.
+
+    Files of an earlier export that this one lacks are deleted there; others stay. Raises UserError if the folder is
+    damaged or no export, without a token, and if the Hub refuses or can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    check_repository(repository)
+    check_token()
+    Checkpoint(folder).verify()
+    api = HfApi(library_name="vae_dist", library_version=vae_dist.__version__)
+    with _explained(f"can't upload to {repository}"):
+        url = str(api.create_repo(repository, private=private, exist_ok=True))
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=list(UPLOADED),
+            delete_patterns=list(UPLOADED),
+            commit_message=f"vae_dist: {folder.name}",
+        )
+    logger.info("uploaded to %s", url)
+    return url
+
+
+def fetch(name: str) -> Path:
+    """Download what inference needs of `hf://USER/NAME[@REVISION]`, and return its folder.
+
+    Downloaded files are kept in the Hub's cache, which also serves without a network. Programs and other files are
+    never downloaded. Raises UserError for other names, and if there is no such model or the Hub can't be reached.
+    """
+    from huggingface_hub import cached_assets_path, snapshot_download
+
+    repository, at, revision = name.removeprefix(SCHEME).partition("@")
+    if not name.startswith(SCHEME) or (at and not _REVISION.fullmatch(revision)):
+        raise UserError(
+            f"{name[:200]!a} is no model of the Hugging Face Hub: give hf://USER/NAME or hf://USER/NAME@REVISION"
+        )
+    check_repository(repository)
+    with _explained(f"can't download {name}"):
+        snapshot = Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(DOWNLOADED),
+                library_name="vae_dist",
+                library_version=vae_dist.__version__,
+            )
+        )
+        if not (snapshot / MANIFEST).exists():
+            raise UserError(f"{name} holds no model of vae_dist: it has no {MANIFEST}")
+        place = cached_assets_path("vae_dist", namespace="models", subfolder=repository.replace("/", "--"))
+        return _plain_files(snapshot, place / snapshot.name)
+
+
+def _plain_files(snapshot: Path, target: Path) -> Path:
+    """Make a folder of a snapshot's files, and return it.
+
+    The Hub's cache is of symbolic links, which a checkpoint must not contain: they could lead anywhere. Hard links to
+    the same content take no space.
+    """
+    if (target / MANIFEST).exists():
+        return target
+    temporary = target.with_name(f".writing-{secrets.token_hex(8)}")
+    temporary.mkdir()
+    try:
+        for name in DOWNLOADED:
+            if (content := snapshot / name).exists():
+                try:
+                    os.link(content.resolve(), temporary / name)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(content, temporary / name)
+        if not target.exists():
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Turn the errors of the Hub's client into a UserError of one line, without the token."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+        raise UserError(
+            f"{problem}: there is no such repository, or your token may not read it (`hf auth login`, or HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{problem}: it has no such revision") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        refused = "your token may not do this (`hf auth login`, or HF_TOKEN)"
+        remedy = refused if status in (401, 403) else "try again later"
+        raise UserError(f"{problem}: the Hub answered with status {status}; {remedy}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{problem}: the Hugging Face Hub can't be reached, and it was not downloaded before; check the network"
+        ) from error
+    except OSError as error:
+        remedy = advice(error, "set HF_HOME to a folder that can be written to")
+        raise UserError(f"{problem} ({_without_token(reason(error))}); {remedy}") from error
+    except Exception as error:  # of the client's HTTP library, which differs from version to version
+        line = _without_token(str(error).strip().partition("\n")[0][:200])
+        raise UserError(f"{problem} ({type(error).__name__}: {line}); check the network, or try again later") from error
+
+
+def _without_token(text: str) -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "***") if token else text
