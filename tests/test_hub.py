@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub.utils import _cache_assets
 
+import vae_dist
 from tests.conftest import opened
 from tests.hub_server import HubServer
 from vae_dist import config
@@ -72,6 +73,14 @@ def test_the_export_command_uploads(server: HubServer, exported: Path, tmp_path:
     folder = export(exported, arguments)
     assert server.repositories[NAME].visibility == "public"
     assert f'vae_dist.load("hf://{NAME}")' in (folder / "README.md").read_text()
+
+
+def test_a_run_is_pushed_and_loaded_from_python(server: HubServer, exported: Path, tmp_path: Path) -> None:
+    own = vae_dist.load(exported)
+    name = own.push(NAME, "export.formats=[]", f"output={tmp_path / 'out'}")
+    run = vae_dist.load(name)
+    assert (name, run.step) == (f"hf://{NAME}", 5)
+    assert torch.equal(run.sample(3), own.sample(3))
 
 
 def test_a_later_push_deletes_files_of_the_earlier_one_and_no_others(

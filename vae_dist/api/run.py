@@ -1,6 +1,7 @@
 """A trained VAE as an object. N images, L latents, C, H, W image."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from vae_dist.config import Config, load_reader
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
 from vae_dist.evaluation.metrics import importance_estimate
-from vae_dist.models.inputs import Inputs
+from vae_dist.models.inputs import Inputs, label_rows
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.runs.checkpoint import Checkpoint
@@ -69,7 +70,7 @@ class Run:
         """
         inputs = self._inputs(images, labels)
         with torch.no_grad():
-            parts = [self.model.infer(*_rows(inputs, chunk)) for chunk in self._chunks(len(inputs.images))]
+            parts = [self.model.infer(*inputs.rows(chunk)) for chunk in self._chunks(len(inputs.images))]
         return DiagonalGaussian(*(torch.cat(parameter).float() for parameter in zip(*parts, strict=True)))
 
     def decode(self, latents: Any, labels: Any = None, size: tuple[int, int] | None = None) -> Tensor:
@@ -87,7 +88,7 @@ class Run:
         given = self._labels(labels, len(codes))
         with torch.no_grad():
             parts = [
-                self.model.decode(codes[chunk.start : chunk.stop], shape, _part(given, chunk)).mean.float()
+                self.model.decode(codes[chunk.start : chunk.stop], shape, label_rows(given, chunk)).mean.float()
                 for chunk in self._chunks(len(codes))
             ]
         return torch.cat(parts)
@@ -134,7 +135,7 @@ class Run:
         at_once = self.config.evaluate.chunk
         with torch.no_grad():
             estimates = [
-                importance_estimate(self.model, _rows(inputs, chunk), chunk, samples, at_once)
+                importance_estimate(self.model, inputs.rows(chunk), chunk, samples, at_once)
                 for chunk in self._chunks(len(inputs.images))
             ]
         return -torch.cat(estimates).to(self.model.device)
@@ -149,8 +150,18 @@ class Run:
         """
         from vae_dist.evaluation.evaluate import evaluate
 
-        own = [f"device={self.model.device.type}", f"weights={self.config.weights}"]
-        return evaluate(self.checkpoint, [*self._arguments, *own, *arguments])
+        return evaluate(self.checkpoint, self._with_own(arguments))
+
+    def export(self, *arguments: str) -> Path:
+        """Export the checkpoint, as `vae-dist export` with these `key=value`, and return the folder."""
+        from vae_dist.publishing.export import export
+
+        return export(self.checkpoint, self._with_own(arguments))
+
+    def push(self, repository: str, *arguments: str) -> str:
+        """Export the checkpoint to `USER/NAME` of the Hugging Face Hub, and return its name for `load`."""
+        self.export(f"export.push={repository}", *arguments)
+        return f"hf://{repository}"
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
@@ -210,6 +221,9 @@ class Run:
 
     # ----
 
+    def _with_own(self, arguments: Sequence[str]) -> list[str]:
+        return [*self._arguments, f"device={self.model.device.type}", f"weights={self.config.weights}", *arguments]
+
     def _inputs(self, images: Any, labels: Any) -> Inputs:
         converted = to_images(images, self.model, self.config.data)
         return Inputs(converted, self._labels(labels, len(converted)))
@@ -230,11 +244,3 @@ class Run:
     def _drawn(self, kind: str, **options: Any) -> Image.Image:
         made = self._view(kind, **options)
         return with_caption(Picture(made.view.draw(), made.caption))
-
-
-def _rows(inputs: Inputs, chunk: range) -> Inputs:
-    return Inputs(inputs.images[chunk.start : chunk.stop], _part(inputs.labels, chunk))
-
-
-def _part(labels: Tensor | None, chunk: range) -> Tensor | None:
-    return None if labels is None else labels[chunk.start : chunk.stop]

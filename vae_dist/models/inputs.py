@@ -20,6 +20,15 @@ class Inputs(NamedTuple):
     images: Tensor  # (n, C, H, W) in [0, 1], on the model's device and of its dtype
     labels: Tensor | None  # (n,) int64, on its device; None if the model is not conditional
 
+    def rows(self, chunk: range) -> "Inputs":
+        """Return those of some of the images."""
+        return Inputs(self.images[chunk.start : chunk.stop], label_rows(self.labels, chunk))
+
+
+def label_rows(labels: Tensor | None, chunk: range) -> Tensor | None:
+    """Return the labels of some of the images; None if there are no labels."""
+    return None if labels is None else labels[chunk.start : chunk.stop]
+
 
 def read_inputs(vae: VAE, source: Source, indices: Indices) -> Inputs:
     """Read images without augmentation, and their labels if the model is conditional."""
