@@ -23,7 +23,7 @@ from torch import Tensor
 import vae_dist
 from tests.conftest import REPOSITORY, opened
 from vae_dist import UserError, api
-from vae_dist.api import codes, fitting, images, loading, records
+from vae_dist.api import codes, fitting, images, loading, records, trained_model
 from vae_dist.api import run as run_module
 from vae_dist.data import datasets
 from vae_dist.data.source import read
@@ -388,7 +388,7 @@ def test_the_package_lists_what_it_exports() -> None:
     assert not commands & set(vae_dist.__all__)
 
 
-@pytest.mark.parametrize("module", [run_module, loading, fitting, images, codes, records, api])
+@pytest.mark.parametrize("module", [run_module, trained_model, loading, fitting, images, codes, records, api])
 def test_examples_in_docstrings_run(module: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/mine").symlink_to(runs["grey"])
@@ -396,7 +396,7 @@ def test_examples_in_docstrings_run(module: Any, runs: Runs, monkeypatch: pytest
     names = {"vae_dist": vae_dist, "torch": torch, "run": vae_dist.load("runs/mine")}
     failed, tried = doctest.testmod(module, extraglobs=names)
     assert failed == 0
-    assert tried >= {run_module: 4, loading: 2}.get(module, 0)
+    assert tried >= {trained_model: 4, run_module: 1, loading: 2}.get(module, 0)
 
 
 def test_the_examples_of_the_page_about_python_run(

@@ -7,6 +7,7 @@ import torch
 from vae_dist import config
 from vae_dist.api.loading import load
 from vae_dist.api.run import Run
+from vae_dist.distributed import environment
 
 
 def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -23,5 +24,6 @@ def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
     """
     from vae_dist.training.loop import train  # which imports W&B and what else a training needs
 
+    environment.restart_clock()
     directory = train(config.load([str(argument) for argument in arguments]))
     return load(directory, device=device)

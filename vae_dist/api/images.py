@@ -30,13 +30,7 @@ def to_images(images: Any, vae: VAE, data: DataConfig) -> Tensor:
     the model's number of channels, except files and PIL images, which are converted. For a run on binary images, they
     are binarised as its test images are: grey levels are cut, or drawn with the same random numbers. Raises UserError.
     """
-    parts = [_converted(image, vae, data) for image in (images if isinstance(images, list | tuple) else [images])]
-    sizes = sorted({tuple(part.shape[2:]) for part in parts})
-    if len(sizes) > 1:
-        raise UserError(f"the images have different sizes, {_text(sizes)}: give images of one size at a time")
-    if sum(map(len, parts)) == 0:
-        raise UserError("there are no images: give at least one")
-    unit = torch.cat(parts)
+    unit = to_unit_images(images, vae, data)
     try:
         vae.latent_shapes(tuple(unit.shape[1:]))
     except ValueError as error:
@@ -49,6 +43,17 @@ def to_images(images: Any, vae: VAE, data: DataConfig) -> Tensor:
     else:
         grey = (grey >= 128).to(torch.uint8) * 255
     return vae.to_input(grey)
+
+
+def to_unit_images(images: Any, vae: VAE, data: DataConfig) -> Tensor:
+    """Convert images as `to_images` does, but to any size and without binarising them."""
+    parts = [_converted(image, vae, data) for image in (images if isinstance(images, list | tuple) else [images])]
+    sizes = sorted({tuple(part.shape[2:]) for part in parts})
+    if len(sizes) > 1:
+        raise UserError(f"the images have different sizes, {_text(sizes)}: give images of one size at a time")
+    if sum(map(len, parts)) == 0:
+        raise UserError("there are no images: give at least one")
+    return torch.cat(parts)
 
 
 def to_labels(labels: Any, count: int, vae: VAE, classes: Sequence[str]) -> Tensor | None:

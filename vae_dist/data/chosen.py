@@ -23,8 +23,7 @@ class Chosen(NamedTuple):
 def choose(config: DataConfig, split: str, folder: str | None, section: str) -> Chosen:
     """Return a split of the run's images, or all images of `folder`; `section.split` and `section.folder` chose them.
 
-    Training images of data.binarize=dynamic are drawn once: an image's random numbers belong to its index. Raises
-    UserError if there are no such images.
+    Raises UserError if there are no such images.
     """
     if folder is not None:
         source = other_images.load(config, folder, f"{section}.folder")
@@ -32,13 +31,19 @@ def choose(config: DataConfig, split: str, folder: str | None, section: str) -> 
         # The hash tells apart two folders of one name.
         file = f"folder_{re.sub(r'[^A-Za-z0-9.-]', '-', name)[:60]}-{source.info.identity[:8]}"
         return Chosen(source, name, "all", file)
+    return Chosen(of_split(config, split, f"use {section}.split=test"), config.name, split, split)
+
+
+def of_split(config: DataConfig, split: str, advice: str) -> Source:
+    """Return the images of a split of a run's. Raises UserError, with an advice, if there are none.
+
+    Training images of data.binarize=dynamic are drawn once: an image's random numbers belong to its index.
+    """
     if split == "test":
-        return Chosen(datasets.load_test(config), config.name, split, split)
+        return datasets.load_test(config)
     training, validation = datasets.load_training(config)
     if split == "train":
-        if config.binarize == "dynamic":
-            training = binarize_once(training, config, DYNAMIC_STEP)
-        return Chosen(training, config.name, split, split)
+        return binarize_once(training, config, DYNAMIC_STEP) if config.binarize == "dynamic" else training
     if validation.info.count == 0:
-        raise UserError(f"this run has no validation images (data.validation_images=0); use {section}.split=test")
-    return Chosen(validation, config.name, split, split)
+        raise UserError(f"this run has no validation images (data.validation_images=0); {advice}")
+    return validation

@@ -10,6 +10,8 @@ import torch
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 
+_started: float | None = None  # in seconds since the epoch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -77,6 +79,12 @@ def make_cuda_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def restart_clock() -> None:
+    """Let `seconds_since_start` count from now: a program or a notebook may train long after its own start."""
+    global _started
+    _started = time.time()
+
+
 def seconds_since_start() -> float:
-    """The age of this process."""
-    return time.time() - psutil.Process().create_time()
+    """The time since `restart_clock`, or else the age of this process."""
+    return time.time() - (_started or psutil.Process().create_time())
