@@ -168,9 +168,15 @@ def _opened(request: _Request) -> ImageSet:
     else:
         _refuse_skipped(pack, found, request)
         images = packed_set(pack)
-        logger.info("%s is packed in %s", request.path, pack.folder)
+        logger.info("%s is packed in %s", _from_here(request.path), _from_here(pack.folder))
     _log_left_out(images.refused)
     return images
+
+
+def _from_here(path: Path) -> Path:
+    """A path inside the current folder without that folder: a message in a notebook then names nobody's home."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _listed(path: Path) -> FolderIndex:

@@ -18,6 +18,10 @@ class Bar:
     def __init__(self) -> None:
         self._shown: Any = None
 
+    @property
+    def is_shown(self) -> bool:
+        return self._shown is not None
+
     def show(self, done: float, text: str) -> None:
         """Show the bar with a part done, from 0 to 1, and a text beside it."""
         from IPython.display import display

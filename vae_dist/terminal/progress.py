@@ -56,6 +56,8 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
 
     try:
         yield advance
+        if cell is not None and cell.is_shown:
+            cell.show(1, f"{subject}, done")  # it may have needed fewer parts
     finally:
         bar.stop()
 

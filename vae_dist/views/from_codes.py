@@ -144,7 +144,7 @@ def traversal(trained: TrainedVAE) -> View:
             decoded,
             len(values),
             left=[f"z{latent}  {trained.kl[latent]:.2f} nats" for latent in order.tolist()],
-            top=[f"{value:.3g}" for value in values.tolist()],
+            top=[f"{round(value, 6) + 0:.3g}" for value in values.tolist()],  # 0, not -1.2e-07
         )
 
     return View(
