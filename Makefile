@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help train eval sample encode compare study report export pack runs test test-all test-browser bench gpu \
-	chaos check format lock clean
+	chaos notebooks check format lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -82,6 +82,9 @@ bench: $(READY) ## measure the speed against other loops (on MNIST in DATA), and
 
 gpu: $(READY) ## on a machine with a GPU: test and measure the trainer, and write docs/gpu.md
 	$(PYTHON) tests/gpu/report.py $(DATA) $(ARGS)
+
+notebooks: $(READY) ## run the notebooks of docs/ (on MNIST in DATA) and keep their outputs; some minutes
+	$(PYTHON) tests/notebooks.py $(DATA) $(ARGS)
 
 check: $(READY) ## lint, formatting and types
 	$(PYTHON) -m ruff check .
