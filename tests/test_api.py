@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from PIL import Image
@@ -419,6 +420,7 @@ def test_the_examples_of_the_page_about_python_run(
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
+    wandb.teardown()  # or its client would stay disabled in this process
     assert names["pictures"].shape == (2, 1, 28, 28)
     assert capsys.readouterr().out.rstrip().endswith(": divide them by 255")
     for call in re.findall(r"run\.([a-z_]+)", page):
