@@ -195,7 +195,7 @@ class Config:
     seed: int = option(0, "seed of weights, batches and noise", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     output: str | None = option(
-        None, "folder for results of evaluation, sampling and encoding; null: the run's directory"
+        None, "folder for results of evaluation, sampling, encoding and export; null: the run's directory"
     )
     weights: Literal["ema", "raw"] = option(
         "ema",

@@ -109,7 +109,7 @@ def _use(subject: Subject) -> str:
     place = f"hf://{subject.repository}" if subject.repository else "PATH/OF/THIS/FOLDER"
     comment = "  # or hf://USER/NAME, where it was uploaded" if subject.repository is None else ""
     shape, latents = ", ".join(map(str, subject.vae.image_shape)), subject.vae.latent_dim
-    text = code("pip install vae_dist") + "\n\n" + code(
+    text = "With `vae_dist` installed:\n\n" + code(
         f'import vae_dist\n\nrun = vae_dist.load("{place}"){comment}\n'
         f"codes = run.encode(images{labels})  # images (N, {shape}) in [0, 1]; codes.mean (N, {latents})\n"
         f"pictures = run.decode(codes.mean{labels})",

@@ -84,8 +84,8 @@ def check_formats(formats: Sequence[str]) -> None:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise UserError(
-                'export.formats=[onnx] needs the extra "export": pip install "vae_dist[export]"; or use '
-                "export.formats=[program]"
+                "export.formats=[onnx] needs the libraries of the extra `export`: pip install onnx onnxruntime "
+                "onnxscript; or use export.formats=[program]"
             ) from error
 
 
