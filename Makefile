@@ -24,11 +24,11 @@ READY := .venv/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval sample encode compare study report export pack runs test test-all test-browser bench gpu \
-	chaos notebooks check format lock clean
+.PHONY: help train eval sample encode compare study report export pack fetch-weights runs test test-all \
+	test-browser bench gpu chaos notebooks check format lock clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 	@echo
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
@@ -58,6 +58,9 @@ export: $(READY) ## export the newest run, or RUN, for others: weights, ONNX, a 
 
 pack: $(READY) ## decode a folder of images once: ARGS="data.path=FOLDER"; a training does so by itself
 	$(PYTHON) vae_dist/pack.py $(CONFIG) $(ARGS)
+
+fetch-weights: $(READY) ## download the published weights of LPIPS and of FID's network; no other command does
+	$(PYTHON) vae_dist/fetch_weights.py $(ARGS)
 
 runs: $(READY) ## browse the runs' W&B records in the terminal, without an account; ARGS="runs_dir=FOLDER"
 	$(PYTHON) $(dir $(lastword $(MAKEFILE_LIST)))vae_dist/browse.py $(CONFIG) $(ARGS)

@@ -17,9 +17,11 @@ import pytest
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.forked import ForkServer, Result
 
-TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK, EXPORT = (
-    str(REPOSITORY / f"vae_dist/{command}.py")
-    for command in ("train", "evaluate", "sample", "encode", "compare", "study", "report", "browse", "pack", "export")
+COMMANDS = (
+    "train", "evaluate", "sample", "encode", "compare", "study", "report", "browse", "pack", "export", "fetch_weights",
+)  # fmt: skip
+TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK, EXPORT, FETCH = (
+    str(REPOSITORY / f"vae_dist/{command}.py") for command in COMMANDS
 )
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -154,12 +156,15 @@ def test_an_error_of_all_processes_is_printed_once_before_they_join(arguments: l
 
 
 @pytest.mark.parametrize(
-    "command", [TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK], ids=lambda path: Path(path).stem
+    "command",
+    [TRAIN, EVALUATE, SAMPLE, ENCODE, COMPARE, STUDY, REPORT, BROWSE, PACK, EXPORT, FETCH],
+    ids=lambda path: Path(path).stem,
 )
 def test_help_needs_no_torch(command: str) -> None:
     helped = run(sys.executable, "-X", "importtime", command, "--help")
     assert helped.returncode == 0 and f"vae_dist/{Path(command).name}" in helped.stdout
-    assert ("\n  data.root=data   [text]\n" if command == PACK else "\n  runs_dir=runs   [text]\n") in helped.stdout
+    keys = {PACK: "\n  data.root=data   [text]\n", FETCH: "\noutput=     folder for NAME.safetensors"}
+    assert keys.get(command, "\n  runs_dir=runs   [text]\n") in helped.stdout
     imported = set(re.findall(r"\| +(\w+)", helped.stderr))
     assert "vae_dist" in imported and not imported & {"torch", "wandb"}
 
@@ -197,7 +202,7 @@ def test_on_a_terminal_one_bar_shows_epoch_step_loss_speed_and_time(smoke_argume
 
 def test_make_lists_its_commands() -> None:
     helped = run("make", "-C", str(REPOSITORY), "help")
-    use = ("train", "eval", "sample", "encode", "compare", "study", "report", "pack", "runs")
+    use = ("train", "eval", "sample", "encode", "compare", "study", "report", "pack", "fetch-weights", "runs")
     for command in (*use, "test", "test-all", "check", "bench", "chaos", "help"):
         assert f"make {command} " in helped.stdout
     for variable in ("CONFIG", "LAUNCH", "RUN", "ARGS", "KILLS", "PYTHON"):

@@ -20,7 +20,7 @@ LIBRARIES = {
     "accelerate": ["distributed", "training/differentiate.py"],
     "wandb": ["runs"],
     "omegaconf": ["config"],
-    "torchvision": ["data/mnist.py"],
+    "torchvision": ["data/mnist.py", "features/lpips.py", "features/inception.py"],
     "matplotlib": ["views/canvas.py", "views/plots.py"],
     "jinja2": ["reports/report.py"],
     "huggingface_hub": ["publishing/hub.py", "publishing/card.py"],
@@ -141,4 +141,7 @@ def test_the_loop_is_short_and_knows_neither_rank_nor_device() -> None:
 def test_nothing_is_unpickled() -> None:
     for path in MODULES:
         source = path.read_text()
+        if path == PACKAGE / "features/published.py":  # files of known digests, by the reader of tensors alone
+            assert source.count("torch.load(") == source.count("weights_only=True)") == 1
+            source = source.replace("torch.load(", "")
         assert "torch.load" not in source and "pickle" not in imports(path), path

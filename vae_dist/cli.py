@@ -27,6 +27,7 @@ COMMANDS = {  # by name, the module of each, whose docstring is its help and who
     "compare": "compare",
     "study": "study",
     "pack": "pack",
+    "fetch-weights": "fetch_weights",
     "runs": "browse",
 }
 _USAGE = """\
@@ -91,5 +92,5 @@ def _run(command: Callable[[list[str]], None], usage: str | None, keys: tuple[st
 def _overview() -> str:
     """The help of `vae-dist`: each command with the first line of its own help."""
     helps = {name: str(import_module(f"vae_dist.{module}").__doc__) for name, module in COMMANDS.items()}
-    titles = [f"  {name:<10}{text.splitlines()[0]}" for name, text in helps.items()]
+    titles = [f"  {name:<15}{text.splitlines()[0]}" for name, text in helps.items()]
     return "\n".join([_USAGE, *titles])

@@ -11,8 +11,9 @@ def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
 
     The meaning of a key of one architecture begins with that architecture's name.
     """
-    lines = [usage.rstrip(), "", "Keys, with their types and defaults:"]
-    for option in (option for option in options() if option.key.startswith(prefixes)):
+    shown = [option for option in options() if option.key.startswith(prefixes)]
+    lines = [usage.rstrip(), *(["", "Keys, with their types and defaults:"] if shown else [])]
+    for option in shown:
         limits = {"at least": option.at_least, "above": option.above, "at most": option.at_most, "below": option.below}
         bounds = ", ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         scope = f"{option.architecture}: " if option.architecture else ""

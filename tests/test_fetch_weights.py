@@ -1,0 +1,224 @@
+"""Weights from the network: a local server, small stand-ins for the published files, and whatever goes wrong."""
+
+import hashlib
+import io
+import pickle
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vae_dist.data import download
+from vae_dist.errors import UserError
+from vae_dist.features.published import WEIGHTS, Published, Weights, fetch
+
+
+class Small(nn.Module):
+    """A stand-in for LPIPS: names as its own, a layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vgg = nn.Sequential(nn.Conv2d(3, 4, 3))
+        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(4))])
+
+
+class Server:
+    """A server of files that breaks off on demand."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, bytes] = {}
+        self.sends: int | None = None  # bytes of a body, at most
+        self.ranges = True
+        self.requests: list[tuple[str, str | None]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                wanted = self.headers.get("Range")
+                outer.requests.append((self.path, wanted))
+                content = outer.contents.get(self.path.removeprefix("/files/"))
+                if content is None:
+                    self.send_error(404)
+                    return
+                start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and outer.ranges else 0
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                self.wfile.write(content[start:][: outer.sends])
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/files/"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+def saved(tensors: Mapping[str, object]) -> bytes:
+    file = io.BytesIO()
+    torch.save(dict(tensors), file)
+    return file.getvalue()
+
+
+def small_tensors() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    backbone = {
+        "features.0.weight": torch.randn(4, 3, 3, 3),
+        "features.0.bias": torch.randn(4),
+        "classifier.0.weight": torch.randn(5, 5),
+    }
+    return backbone, {"lin0.model.1.weight": torch.rand(1, 4, 1, 1)}
+
+
+def table(server: Server, contents: Mapping[str, bytes]) -> dict[str, Weights]:
+    """Serve these files in place of those of LPIPS."""
+    server.contents = dict(contents)
+    files = [
+        Published(server.url, name, len(content), hashlib.sha256(content).hexdigest())
+        for name, content in contents.items()
+    ]
+    return {"lpips_vgg": Weights(files, WEIGHTS["lpips_vgg"].convert, lambda: Small)}
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+def test_the_published_tensors_become_one_safetensors_file(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone, heads = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
+    path = fetch([f"output={tmp_path}/weights"], small)["lpips_vgg"]
+    kept = load_file(path)
+    assert kept.keys() == {"vgg.0.weight", "vgg.0.bias", "heads.0"}
+    assert torch.equal(kept["vgg.0.weight"], backbone["features.0.weight"])
+    assert torch.equal(kept["heads.0"], heads["lin0.model.1.weight"].flatten())
+    assert left(path.parent) == {"lpips_vgg.safetensors"}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert capsys.readouterr().out == f"{path}  sha256 {digest}\n"
+    requests = len(server.requests)
+    fetch(["lpips_vgg", f"--output={tmp_path}/weights"], small)  # is there already
+    assert len(server.requests) == requests and digest in capsys.readouterr().out
+
+
+def test_another_digest_is_refused_and_nothing_stays(server: Server, tmp_path: Path) -> None:
+    backbone, _ = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone)})
+    server.contents["vgg16.pth"] = server.contents["vgg16.pth"][:-1] + b"?"
+    with pytest.raises(UserError, match=r"can't download vgg16.pth \(http://.*/files/vgg16.pth is corrupt: its sha256"):
+        fetch([f"output={tmp_path}"], small)
+    assert left(tmp_path) == set()
+
+
+def test_a_pickle_that_does_more_than_hold_tensors_is_never_run(server: Server, tmp_path: Path) -> None:
+    class Malice:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "run",)
+
+    small = table(server, {"vgg16.pth": saved({"features.0.weight": Malice()})})
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):  # though its digest is expected
+        fetch([f"output={tmp_path}/weights"], small)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensors_of_another_network_are_refused(server: Server, tmp_path: Path) -> None:
+    _, heads = small_tensors()
+    small = table(server, {"heads.pth": saved(heads)})
+    with pytest.raises(UserError, match=r"do not hold the weights of lpips_vgg: vgg.0.bias is missing"):
+        fetch([f"output={tmp_path}"], small)
+    assert "lpips_vgg.safetensors" not in left(tmp_path)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_transfer_that_breaks_off_continues_where_it_was(ranges: bool, server: Server, tmp_path: Path) -> None:
+    backbone, heads = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
+    server.sends, server.ranges = 1000, ranges
+    with pytest.raises(UserError, match=r"it is truncated: 1000 of \d+ bytes came"):
+        fetch([f"output={tmp_path}"], small)
+    server.sends = None
+    path = fetch([f"output={tmp_path}"], small)["lpips_vgg"]
+    assert server.requests[1] == ("/files/vgg16.pth", "bytes=1000-")
+    assert torch.equal(load_file(path)["vgg.0.bias"], backbone["features.0.bias"])
+    assert left(tmp_path) == {"lpips_vgg.safetensors"}
+
+
+def test_a_file_that_came_stays_for_the_next_call(server: Server, tmp_path: Path) -> None:
+    backbone, heads = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
+    content = server.contents.pop("heads.pth")
+    with pytest.raises(UserError, match=r"can't download heads.pth \(.*: 404 .*\); try again, or give mirror=URL"):
+        fetch([f"output={tmp_path}"], small)
+    server.contents["heads.pth"] = content
+    fetch([f"output={tmp_path}"], small)
+    assert [path for path, _ in server.requests].count("/files/vgg16.pth") == 1
+    assert left(tmp_path) == {"lpips_vgg.safetensors"}
+
+
+def test_a_mirror_replaces_the_published_addresses(server: Server, tmp_path: Path) -> None:
+    small = table(server, {f"{name}.pth": saved(part) for name, part in zip("ab", small_tensors(), strict=True)})
+    elsewhere = [file._replace(folder="http://127.0.0.1:9") for file in small["lpips_vgg"].files]
+    moved = {"lpips_vgg": small["lpips_vgg"]._replace(files=elsewhere)}
+    assert fetch([f"output={tmp_path}", f"mirror={server.url.rstrip('/')}"], moved)["lpips_vgg"].exists()
+
+
+def test_a_file_longer_than_published_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = table(server, {"vgg16.pth": saved(small_tensors()[0])})
+    server.contents["vgg16.pth"] += b"more"
+    with pytest.raises(UserError, match=r"it exceeds 3600 s or \d+ bytes"):
+        fetch([f"output={tmp_path}"], small)
+    assert all((tmp_path / name).stat().st_size == 0 for name in left(tmp_path))
+    monkeypatch.setattr(download, "FILE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"takes more than 0\.0 s|exceeds 0\.0 s"):
+        fetch([f"output={tmp_path}"], small)
+
+
+def test_other_arguments_are_refused(tmp_path: Path) -> None:
+    for argument in ("lpips_alex", "outputs=here", "output=", "--help-me"):
+        with pytest.raises(UserError, match="give names out of lpips_vgg, fid_inception, output=FOLDER or mirror=URL"):
+            fetch([argument])
+
+
+def test_the_table_holds_the_digests_that_the_files_names_begin() -> None:
+    for weights in WEIGHTS.values():
+        for file in weights.files:
+            assert len(file.sha256) == 64 and file.folder.startswith("https://")
+            prefix = file.name.removesuffix(".pth").rpartition("-")[2]
+            assert file.sha256.startswith(prefix) or file.name == "vgg.pth"  # which names none
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_published_names_are_the_networks(name: str) -> None:
+    with torch.device("meta"):
+        expected = WEIGHTS[name].network()().state_dict()
+        if name == "lpips_vgg":
+            channels = enumerate((64, 128, 256, 512, 512))
+            names = torchvision.models.vgg16(weights=None, init_weights=False).state_dict()
+            names |= {f"lin{index}.model.1.weight": torch.empty(1, count, 1, 1) for index, count in channels}
+        else:
+            names = torchvision.models.inception_v3(
+                weights=None, num_classes=1008, aux_logits=False, init_weights=False
+            ).state_dict()
+    shapes = {key: tensor.shape for key, tensor in WEIGHTS[name].convert(names).items()}
+    assert shapes == {key: tensor.shape for key, tensor in expected.items()}
