@@ -93,7 +93,7 @@ def test_a_finished_run_is_evaluated_again_to_the_same_metrics(name: str, runs: 
     for metric in ("negative_elbo", "reconstruction", "negative_log_likelihood", "mean_squared_error"):
         assert result[metric] == close(kept[metric])
     assert result["kl_per_latent"] == pytest.approx(kept["kl_per_latent"], rel=0.05)
-    assert result.keys() == kept.keys() | {"latents", "psnr"} and result["step"] == FINISHED[name]
+    assert result.keys() == kept.keys() | {"latents", "psnr", "ssim"} and result["step"] == FINISHED[name]
 
 
 @pytest.mark.parametrize("name", FINISHED)

@@ -104,6 +104,10 @@ class EvaluateConfig:
         None,
         "your own images to evaluate on instead of the run's: a folder, a packed one or an array; all its images",
     )
+    perceptual: str | None = option(
+        None,
+        "file of LPIPS' weights, as `vae-dist fetch-weights` writes it: adds the LPIPS of reconstructions; null: none",
+    )
     importance_samples: int | None = option(
         128, "latents per image for the estimate of the negative log-likelihood; 0 or null: no estimate", at_least=0
     )

@@ -9,7 +9,7 @@ from typing import Any
 from vae_dist.data.chosen import choose
 from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
-from vae_dist.evaluation import per_image, protocol
+from vae_dist.evaluation import per_image, protocol, similarity
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import wandb_identity
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = (
     "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
-    "mean_squared_error", "psnr", "active_units",
+    "mean_squared_error", "psnr", "ssim", "lpips", "active_units",
 )  # fmt: skip
 
 
@@ -48,7 +48,10 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         if config.model.conditional:
             source = with_classes(source, config.data.classes or ())
         warning = protocol.comparison_warning(config)
-        metrics, by_image = measure(vae, source, world, config)
+        perceptual = None
+        if options.perceptual is not None:
+            perceptual = similarity.load(options.perceptual, source.info.image_shape, world)
+        metrics, by_image = measure(vae, source, world, config, perceptual and perceptual.network)
         result = {
             "run": config.name,
             "dataset": dataset,
@@ -68,6 +71,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 split=split,
                 likelihood=vae.likelihood.description,
                 weights=checkpoint.weights(config),
+                perceptual=perceptual and perceptual.sha256,
             ),
         }
         name = _name(result, images.file, raw=checkpoint.has_average and config.weights == "raw")
@@ -99,7 +103,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
 
 def _record(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics as a record of the metrics file."""
-    return {f"{result['split']}/{name}": result[name] for name in _LOGGED if result[name] is not None}
+    return {f"{result['split']}/{name}": result[name] for name in _LOGGED if result.get(name) is not None}
 
 
 def _name(result: Mapping[str, Any], images: str, *, raw: bool) -> str:
@@ -129,11 +133,13 @@ def _show(result: Mapping[str, Any]) -> None:
         "bits_per_dimension": ("bits per dimension", f"from the {'log-likelihood' if samples else 'ELBO'}"),
         "mean_squared_error": ("mean squared error", "per pixel"),
         "psnr": ("PSNR", "dB"),
+        "ssim": ("SSIM", "8-bit values"),
+        "lpips": ("LPIPS", "VGG16, 8-bit values"),
         "active_units": ("active units", f"of {result['latents']} latents"),
     }
     tables.metrics(
         f"{result['run']}, step {result['step']}: {which} {result['dataset']}",
-        [Metric(name, result[key], errors.get(key), remark) for key, (name, remark) in rows.items()],
+        [Metric(name, result.get(key), errors.get(key), remark) for key, (name, remark) in rows.items()],
         "mean over the images ± its standard error\n"
         f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood"
         + (", given each image's label" if conditions.get("conditional") else "")

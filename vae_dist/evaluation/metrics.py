@@ -17,6 +17,8 @@ from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
+from vae_dist.evaluation import similarity
+from vae_dist.features.lpips import LPIPS
 from vae_dist.models.inputs import Inputs, read_inputs
 from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
@@ -57,14 +59,17 @@ class Encodings(NamedTuple):
     squared_error: Tensor  # (N,), of the image decoded from the mean, averaged over its pixel values; white is 1
     kl: Tensor  # (G,), nats, by group of latents, averaged over the images
     variance: Tensor  # (L,), of the posterior's mean over the images
+    similarity: dict[str, Tensor]  # (N,) each, of the image decoded from the mean, as `similarity.names` lists them
 
 
-def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
+def encode(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS | None = None) -> Encodings:
     """Return the encodings of the images of a source, N at least 1. Every process calls this.
 
-    A chunk's latents are summed up before chunks are gathered: those of all images may not fit into memory.
+    Reconstructions are compared by LPIPS too, if it is given. A chunk's latents are summed up before chunks are
+    gathered: those of all images may not fit into memory.
     """
     chunks = world.chunks(source.info.count, config.evaluate.batch_size)
+    names = similarity.names(source.info.image_shape, lpips)
     values, kl_sums, moments = [], [], []
     with torch.inference_mode():
         for chunk in chunks:
@@ -72,17 +77,20 @@ def encode(vae: VAE, source: Source, world: World, config: Config) -> Encodings:
             inference = _one_draw(vae, inputs, chunk)
             terms = torch.stack(objectives.elbo_terms(inference, images), dim=1)
             means = inference.posterior.mean
-            squared_error = (vae.decode(means, labels=labels).mean - images).square().flatten(1).mean(1, keepdim=True)
-            values.append(torch.cat([terms, squared_error], 1).cpu())
+            decoded = vae.decode(means, labels=labels).mean
+            squared_error = (decoded - images).square().flatten(1).mean(1, keepdim=True)
+            alike = similarity.compare(decoded, images, names, lpips)
+            values.append(torch.cat([torch.cat([terms, squared_error], 1).cpu().double(), alike], 1))
             kl_sums.append(inference.kl[0].double().sum(0, keepdim=True))
             moments.append(torch.stack(torch.var_mean(means.double(), 0, correction=0)).unsqueeze(0))
-    *elbo, error = world.gather_rows(chunks, values, source.info.count).double().unbind(1)
+    columns = world.gather_rows(chunks, values, source.info.count).unbind(1)
+    terms_of_all, error = ElboTerms(*columns[:2]), columns[2]
     numbers = [range(number, number + 1) for number in (chunk.start // config.evaluate.batch_size for chunk in chunks)]
     count = -(-source.info.count // config.evaluate.batch_size)
     kl = world.gather_rows(numbers, kl_sums, count).sum(0) / source.info.count
     sizes = [len(chunk) for chunk in every_chunk(source.info.count, config.evaluate.batch_size)]
     variance, _ = joined(sizes, world.gather_rows(numbers, moments, count))
-    return Encodings(ElboTerms(*elbo), error, kl, variance)
+    return Encodings(terms_of_all, error, kl, variance, dict(zip(names, columns[3:], strict=True)))
 
 
 def _one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
@@ -147,18 +155,19 @@ class Measured(NamedTuple):
     by_image: dict[str, Tensor]  # (N,) each, float64, of the metrics that are averages over the images
 
 
-def measure(vae: VAE, source: Source, world: World, config: Config) -> Measured:
-    """Return all metrics of a set of images. Every process calls this.
+def measure(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS | None = None) -> Measured:
+    """Return all metrics of a set of images, with LPIPS if it is given. Every process calls this.
 
     Raises UserError if a metric is not finite.
     """
-    encodings = encode(vae, source, world, config)
+    encodings = encode(vae, source, world, config, lpips)
     by_image = {
         "negative_elbo": encodings.terms.negative_elbo,
         "reconstruction": encodings.terms.reconstruction,
         "kl": encodings.terms.kl,
         "mean_squared_error": encodings.squared_error,
         "psnr": -10 * encodings.squared_error.clamp(min=LEAST_SQUARED_ERROR).log10(),
+        **encodings.similarity,
     }
     _require_finite(by_image)  # before the likelihood, which may take hours
     if config.evaluate.importance_samples:
@@ -174,6 +183,8 @@ def measure(vae: VAE, source: Source, world: World, config: Config) -> Measured:
         "bits_per_dimension": bits if vae.likelihood.is_probability(config.data.binarize) else None,
         "mean_squared_error": means["mean_squared_error"],
         "psnr": means["psnr"],
+        "ssim": means.get("ssim"),
+        **({} if lpips is None else {"lpips": means["lpips"]}),
         "active_units": objectives.active_units(encodings.variance),
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.

@@ -11,19 +11,31 @@ from vae_dist.config import Config
 from vae_dist.data.source import DataInfo
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
+from vae_dist.evaluation import similarity
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
 # Conditions of metrics that latents don't depend on.
-_OF_METRICS = ("likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk")
+_OF_METRICS = (
+    "likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk", "ssim", "lpips", "lpips_sha256",
+)  # fmt: skip
 
 
 def describe(
-    config: Config, info: DataInfo, world: World, *, dataset: str, split: str, likelihood: str, weights: str
+    config: Config,
+    info: DataInfo,
+    world: World,
+    *,
+    dataset: str,
+    split: str,
+    likelihood: str,
+    weights: str,
+    perceptual: str | None = None,
 ) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits.
 
-    `likelihood` is the description of the model's, and `weights` are `ema`, the moving average, or `raw`.
+    `likelihood` is the description of the model's, `weights` are `ema`, the moving average, or `raw`, and `perceptual`
+    is the sha256 of the file of LPIPS.
     """
     return {
         "dataset": dataset,
@@ -37,6 +49,8 @@ def describe(
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,
+        **({"ssim": similarity.SSIM_PROTOCOL} if "ssim" in similarity.names(info.image_shape, None) else {}),
+        **({} if perceptual is None else {"lpips": similarity.LPIPS_PROTOCOL, "lpips_sha256": perceptual}),
         "precision": "fp64" if precision.param_dtype(config.train.precision) == torch.float64 else "fp32",
         "training_precision": config.train.precision,
         "device": world.device.type,

@@ -1,0 +1,155 @@
+"""SSIM and LPIPS of an evaluation."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.conftest import REPOSITORY, MakeConfig, opened
+from tests.forked import ForkServer
+from vae_dist.data import datasets
+from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
+from vae_dist.evaluation import similarity
+from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.features import files
+from vae_dist.features.lpips import LPIPS
+from vae_dist.models.inputs import read_inputs
+from vae_dist.training.loop import train
+
+FEW = ["evaluate.importance_samples=0", "evaluate.batch_size=48", "train.threads=1"]
+
+
+def pictures(*shape: int) -> tuple[Tensor, Tensor]:
+    """Smooth images and noisy copies, partly out of [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(*shape[:2], 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, shape[2:], mode="bicubic")
+    return images + 0.1 * torch.randn(shape, generator=generator), images.clamp(0, 1)
+
+
+def eight_bits(values: Tensor) -> np.ndarray:
+    return np.rint(np.clip(values.double().numpy(), 0, 1) * 255) / 255
+
+
+def ssim_of_one(x: np.ndarray, y: np.ndarray) -> float:
+    """SSIM of images (C, H, W), window by window (Wang et al. 2004, equations 13 to 16)."""
+    distances = np.arange(11) - 5
+    weights = np.exp(-(distances[:, None] ** 2 + distances[None] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for channel in range(x.shape[0]):
+        for row in range(x.shape[1] - 10):
+            for column in range(x.shape[2] - 10):
+                a, b = (image[channel, row : row + 11, column : column + 11] for image in (x, y))
+                mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+                variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+                covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+                values.append(
+                    (2 * mean_a * mean_b + 1e-4)
+                    * (2 * covariance + 9e-4)
+                    / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4))
+                )
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 28, 28), (2, 3, 11, 17), (1, 3, 24, 16)])
+def test_ssim_is_that_of_every_window(shape: tuple[int, ...]) -> None:
+    reconstructions, images = pictures(*shape)
+    values = similarity.ssim(reconstructions, images)
+    expected = [ssim_of_one(x, y) for x, y in zip(eight_bits(reconstructions), eight_bits(images), strict=True)]
+    assert values.dtype == torch.float64
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-10)
+    torch.testing.assert_close(similarity.ssim(images, images), torch.ones(shape[0]).double(), rtol=0, atol=1e-12)
+
+
+def test_ssim_is_that_of_torchmetrics_without_its_mirrored_borders() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    reconstructions, images = pictures(3, 3, 40, 56)
+    _, every_position = torchmetrics.structural_similarity_index_measure(
+        *(torch.from_numpy(eight_bits(values)) for values in (reconstructions, images)),
+        data_range=1.0,
+        reduction="none",
+        return_full_image=True,
+    )
+    expected = every_position[..., 5:-5, 5:-5].mean((1, 2, 3))
+    torch.testing.assert_close(similarity.ssim(reconstructions, images), expected, rtol=1e-9, atol=0)
+
+
+def test_images_are_compared_as_8_bit_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = (torch.arange(256).float() / 255).view(1, 1, 16, 16)
+    assert torch.equal(similarity._rounded(exact), torch.arange(256.0).view(1, 1, 16, 16))
+    shifted = (exact + 0.4 / 255).clamp(max=1)
+    assert similarity.ssim(shifted, exact).item() == pytest.approx(1, abs=1e-12)
+    reconstructions, images = pictures(5, 1, 16, 16)
+    whole = similarity.ssim(reconstructions, images)
+    monkeypatch.setattr(similarity, "VALUES_AT_ONCE", 2 * 16 * 16)
+    torch.testing.assert_close(similarity.ssim(reconstructions, images), whole, rtol=1e-12, atol=0)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
+    save_file(files.random_tensors(LPIPS, seed=0), path)
+    return path
+
+
+@pytest.fixture
+def run_dir(make_config: MakeConfig) -> Path:
+    return train(make_config("name=a", "train.steps=5"))
+
+
+def test_an_evaluation_has_ssim_and_the_lpips_of_a_file(run_dir: Path, weights: Path) -> None:
+    without = evaluate(run_dir, FEW)
+    result = evaluate(run_dir, [*FEW, f"evaluate.perceptual={weights}"])
+    source = opened(run_dir, FEW)
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
+    test = datasets.load_test(source.config.data)
+    images = read_inputs(vae, test, range(test.info.count)).images
+    with torch.no_grad():
+        reconstructions = vae.decode(vae.infer(images).mean).mean
+        network = files.load(LPIPS, weights, "key").network
+        pair = (torch.from_numpy(eight_bits(values)).float() for values in (reconstructions, images))
+        distances = network(*(2 * values.repeat(1, 3, 1, 1) - 1 for values in pair)).double()
+    ssim = similarity.ssim(reconstructions, images)
+    for name, values in {"ssim": ssim, "lpips": distances}.items():
+        assert result[name] == pytest.approx(values.mean().item(), rel=1e-5)
+        assert result["standard_errors"][name] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-4)
+    protocol = result["protocol"]
+    assert protocol["lpips_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "VGG16" in protocol["lpips"] and "8 bits, 11x11 Gaussian window" in protocol["ssim"]
+    assert "lpips" not in without and "lpips" not in without["protocol"]
+    same = without.keys() - {"standard_errors", "protocol"}
+    assert {key: result[key] for key in same} == {key: without[key] for key in same}
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["test/lpips"] == result["lpips"] and records[-1]["test/ssim"] == result["ssim"]
+
+
+@pytest.mark.slow
+def test_similarity_is_bitwise_the_same_on_three_processes(
+    run_dir: Path, weights: Path, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    arguments = [*FEW, f"evaluate.perceptual={weights}"]
+    alone = evaluate(run_dir, arguments)
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([("evaluate", str(run_dir), [*arguments, f"output={tmp_path / 'three'}"])]))
+    ended = fork_server.launch(3, str(REPOSITORY / "tests/worker.py"), str(jobs))
+    assert [process.returncode for process in ended] == [0, 0, 0]
+    assert json.loads((tmp_path / "three/evaluation.json").read_text()) == alone
+
+
+def test_images_that_lpips_or_ssim_can_not_compare(run_dir: Path, weights: Path, tmp_path: Path) -> None:
+    assert similarity.names((1, 10, 28), None) == [] and similarity.names((3, 11, 11), None) == ["ssim"]
+    with pytest.raises(UserError, match=r"evaluate\.perceptual=.*lpips can't be read \(No such file"):
+        evaluate(run_dir, [*FEW, f"evaluate.perceptual={tmp_path}/lpips"])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 28), (4, 32, 32)])
+def test_lpips_is_refused_for_images_that_it_can_not_take(shape: tuple[int, ...], weights: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.perceptual is for grey or colour images of at least 16x16 pixels"):
+        similarity.load(str(weights), shape, World.alone(torch.device("cpu")))

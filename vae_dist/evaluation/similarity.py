@@ -1,0 +1,118 @@
+"""How alike a reconstruction and its image look: SSIM and LPIPS. n images, C, H, W image, white is 1.
+
+Both compare what a picture file would hold: values rounded to 8 bits.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
+from vae_dist.features import files
+from vae_dist.features.files import Loaded
+from vae_dist.features.lpips import LEAST_PIXELS, LPIPS
+
+WINDOW = 11  # pixels on a side; smaller images have no SSIM
+DEVIATION = 1.5
+VALUES_AT_ONCE = 2**20  # of images in one call, to bound memory; part of the protocol's last digits
+SSIM_PROTOCOL = (
+    f"values rounded to 8 bits, {WINDOW}x{WINDOW} Gaussian window of deviation {DEVIATION} inside the image, K1 0.01, "
+    "K2 0.03, range 1, mean over channels"
+)
+LPIPS_PROTOCOL = "VGG16, version 0.1; values rounded to 8 bits; grey images in three equal channels"
+
+
+def load(path: str, image_shape: tuple[int, ...], world: World) -> Loaded[LPIPS]:
+    """Return the LPIPS of the file that `evaluate.perceptual` names. Every process calls this.
+
+    Raises UserError if the file does not fit, differs between processes, or if LPIPS can't take such images.
+    """
+    channels, height, width = image_shape
+    if channels not in (1, 3) or min(height, width) < LEAST_PIXELS:
+        raise UserError(
+            f"evaluate.perceptual is for grey or colour images of at least {LEAST_PIXELS}x{LEAST_PIXELS} pixels, and "
+            f"these are {height}x{width} with {channels} channels; leave it out"
+        )
+    loaded = world.main_first(lambda: files.load(LPIPS, Path(path), "evaluate.perceptual", world.device))
+    world.assert_equal_everywhere(lambda: {"the sha256 of evaluate.perceptual": loaded.sha256})
+    return loaded
+
+
+def names(image_shape: tuple[int, ...], lpips: LPIPS | None) -> list[str]:
+    """Return the metrics that compare images of a shape (C, H, W): `ssim`, unless they are too small, and `lpips`."""
+    return [*(["ssim"] if min(image_shape[1:]) >= WINDOW else []), *(["lpips"] if lpips is not None else [])]
+
+
+def compare(reconstructions: Tensor, images: Tensor, names: Sequence[str], lpips: LPIPS | None) -> Tensor:
+    """Return these metrics of each pair of images `(n, C, H, W)`: `(n, len(names))` float64, on the CPU."""
+    columns = [torch.empty(len(images), 0, dtype=torch.float64)]
+    if "ssim" in names:
+        columns.append(ssim(reconstructions, images).unsqueeze(1))
+    if lpips is not None:
+        columns.append(perceptual_distance(lpips, reconstructions, images).unsqueeze(1))
+    return torch.cat(columns, 1)
+
+
+def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Return the SSIM of each pair of images `(n, C, H, W)`, H and W at least WINDOW: `(n,)` float64, on the CPU.
+
+    As Wang et al. 2004 define it, equation 13, with the window of their section III-C where it lies wholly within the
+    image, averaged over positions and channels.
+    """
+    return _in_parts(_ssim, reconstructions, images)
+
+
+def perceptual_distance(network: LPIPS, reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Return the LPIPS of each pair of images `(n, C, H, W)`, C 1 or 3: `(n,)` float64, on the CPU."""
+
+    def compare(*pair: Tensor) -> Tensor:
+        distances: Tensor = network(*(steps.expand(-1, 3, -1, -1).float() / 127.5 - 1 for steps in pair))
+        return distances
+
+    return _in_parts(compare, reconstructions, images)
+
+
+def _in_parts(compare: Callable[[Tensor, Tensor], Tensor], reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Compare pairs of images as 8-bit values, some at a time. The parts depend on the images' shape alone."""
+    at_once = max(VALUES_AT_ONCE // images[0].numel(), 1)
+    parts = [
+        compare(_rounded(one), _rounded(other))
+        for one, other in zip(reconstructions.split(at_once), images.split(at_once), strict=True)
+    ]
+    return torch.cat([part.cpu().double() for part in parts])
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Round to 8 bits: 0 to 255. Truncation would darken images by half a step, and change values that are exact."""
+    return (values.clamp(0, 1) * 255).round()
+
+
+def _ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
+    if images.device.type == "mps":  # which has no float64
+        reconstructions, images = reconstructions.cpu(), images.cpu()
+    x, y = reconstructions.double() / 255, images.double() / 255
+    rows, columns = (_windows(size).to(x.device) for size in x.shape[2:])
+
+    def mean(values: Tensor) -> Tensor:
+        return rows @ values @ columns.T
+
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x * x) - mean_x * mean_x, mean(y * y) - mean_y * mean_y
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def _windows(size: int) -> Tensor:
+    """Return the weights of every window within `size` pixels, `(size - WINDOW + 1, size)`; each sums to 1."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
+    weights = (-(offsets**2) / (2 * DEVIATION**2)).exp()
+    matrix = torch.zeros(size - WINDOW + 1, size, dtype=torch.float64)
+    for start in range(len(matrix)):
+        matrix[start, start : start + WINDOW] = weights / weights.sum()
+    return matrix
