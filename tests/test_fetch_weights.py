@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vae_dist.data import download
 from vae_dist.errors import UserError
+from vae_dist.features.lpips import LPIPS
 from vae_dist.features.published import WEIGHTS, Published, Weights, fetch
 
 
@@ -222,3 +223,15 @@ def test_the_published_names_are_the_networks(name: str) -> None:
             ).state_dict()
     shapes = {key: tensor.shape for key, tensor in WEIGHTS[name].convert(names).items()}
     assert shapes == {key: tensor.shape for key, tensor in expected.items()}
+
+
+def test_the_published_heads_are_those_that_torchmetrics_ships() -> None:
+    shipped = pytest.importorskip("torchmetrics.functional.image.lpips")
+    path = Path(shipped.__file__).with_name("lpips_models") / "vgg.pth"
+    heads = next(file for file in WEIGHTS["lpips_vgg"].files if file.name == "vgg.pth")
+    assert (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) == (heads.bytes, heads.sha256)
+    converted = WEIGHTS["lpips_vgg"].convert(torch.load(path, map_location="cpu", weights_only=True))
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in LPIPS().state_dict().items() if name.startswith("heads")}
+    assert {name: tensor.shape for name, tensor in converted.items()} == expected
+    assert all(bool((tensor >= 0).all()) for tensor in converted.values())
