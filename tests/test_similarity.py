@@ -12,12 +12,18 @@ from torch import Tensor
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
 from tests.forked import ForkServer
+from vae_dist.config import EvaluateConfig
 from vae_dist.data import datasets
+from vae_dist.data.source import read
+from vae_dist.distributed import processes
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.evaluation import similarity
+from vae_dist.evaluation import frechet, networks, similarity
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.evaluation.metrics import measure
+from vae_dist.evaluation.networks import Networks
 from vae_dist.features import files
+from vae_dist.features.inception import FIDInception
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models.inputs import read_inputs
 from vae_dist.training.loop import train
@@ -104,13 +110,13 @@ def run_dir(make_config: MakeConfig) -> Path:
     return train(make_config("name=a", "train.steps=5"))
 
 
-def test_an_evaluation_has_ssim_and_the_lpips_of_a_file(run_dir: Path, weights: Path) -> None:
-    without = evaluate(run_dir, FEW)
-    result = evaluate(run_dir, [*FEW, f"evaluate.perceptual={weights}"])
-    source = opened(run_dir, FEW)
-    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
-    test = datasets.load_test(source.config.data)
-    images = read_inputs(vae, test, range(test.info.count)).images
+def test_an_evaluation_has_ssim_and_the_lpips_of_a_file(run_dir: Path, weights: Path, tmp_path: Path) -> None:
+    digits = read(datasets.load_test(opened(run_dir, FEW).config.data), range(20))
+    np.save(tmp_path / "images.npy", digits.squeeze(1).numpy())
+    folder = f"evaluate.folder={tmp_path}/images.npy"
+    without, result = (evaluate(run_dir, [*FEW, folder, *more]) for more in ([], [f"evaluate.perceptual={weights}"]))
+    vae = opened(run_dir, FEW).checkpoint.load_vae(opened(run_dir, FEW).config, torch.device("cpu"))
+    images = vae.to_input(digits)
     with torch.no_grad():
         reconstructions = vae.decode(vae.infer(images).mean).mean
         network = files.load(LPIPS, weights, "key").network
@@ -126,8 +132,12 @@ def test_an_evaluation_has_ssim_and_the_lpips_of_a_file(run_dir: Path, weights: 
     assert "lpips" not in without and "lpips" not in without["protocol"]
     same = without.keys() - {"standard_errors", "protocol"}
     assert {key: result[key] for key in same} == {key: without[key] for key in same}
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["test/lpips"] == result["lpips"] and records[-1]["test/ssim"] == result["ssim"]
+
+
+def test_ssim_is_a_metric_of_the_record(run_dir: Path) -> None:
+    result = evaluate(run_dir, FEW)
+    record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["test/ssim"] == result["ssim"] and "test/lpips" not in record
 
 
 @pytest.mark.slow
@@ -151,5 +161,74 @@ def test_images_that_lpips_or_ssim_can_not_compare(run_dir: Path, weights: Path,
 
 @pytest.mark.parametrize("shape", [(1, 8, 28), (4, 32, 32)])
 def test_lpips_is_refused_for_images_that_it_can_not_take(shape: tuple[int, ...], weights: Path) -> None:
+    options = EvaluateConfig(perceptual=str(weights))
     with pytest.raises(UserError, match=r"evaluate\.perceptual is for grey or colour images of at least 16x16 pixels"):
-        similarity.load(str(weights), shape, World.alone(torch.device("cpu")))
+        networks.load(options, shape, World.alone(torch.device("cpu")))
+
+
+def drawn_features(count: int, size: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    mixing = torch.randn(size, size, generator=generator).double()
+    return torch.randn(count, size, generator=generator).double() @ mixing
+
+
+@pytest.mark.parametrize("count", [200, 9])  # with covariances of full rank, and without
+def test_the_frechet_distance_of_a_scaled_and_shifted_set_is_exact(count: int) -> None:
+    features = drawn_features(count)
+    shift, scale = torch.linspace(-1, 2, features.shape[1]).double(), 0.7
+    means = (scale - 1) * features.mean(0) + shift
+    expected = means.square().sum() + (1 - scale) ** 2 * features.T.cov().trace()
+    assert frechet.distance(features, scale * features + shift) == pytest.approx(expected.item(), rel=1e-10)
+    assert frechet.distance(features, features) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_frechet_distance_is_that_of_the_formula_with_a_root() -> None:
+    first, second = drawn_features(300).numpy(), drawn_features(200).numpy()
+    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
+    root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)).sum()
+    means = ((first.mean(0) - second.mean(0)) ** 2).sum()
+    expected = means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
+    distance = frechet.distance(torch.from_numpy(first), torch.from_numpy(second))
+    assert distance == pytest.approx(expected, rel=1e-9)
+
+
+class Averages(torch.nn.Module):
+    """A stand-in for Inception: the averages of four quarters of a colour image of 8-bit values."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2)[:, 0].flatten(1)
+
+
+def test_the_rfid_is_the_distance_of_images_and_reconstructions(run_dir: Path) -> None:
+    source = opened(run_dir, FEW)
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
+    test = datasets.load_test(source.config.data)
+    with processes.join(source.config) as world:
+        metrics, by_image = measure(vae, test, world, source.config, Networks(inception=Averages()))
+        without, _ = measure(vae, test, world, source.config)
+    images = read_inputs(vae, test, range(test.info.count)).images
+    with torch.no_grad():
+        pair = (images, vae.decode(vae.infer(images).mean).mean)
+    quarters = (torch.from_numpy(eight_bits(values) * 255).reshape(-1, 2, 14, 2, 14).mean((2, 4)) for values in pair)
+    expected = frechet.distance(*(values.flatten(1) for values in quarters))
+    assert metrics.pop("rfid") == pytest.approx(expected, rel=1e-3) and expected > 1
+    assert metrics == without and "rfid" not in by_image
+
+
+@pytest.mark.slow
+def test_an_evaluation_has_the_rfid_of_a_file_on_any_number_of_processes(
+    run_dir: Path, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "inception.safetensors"
+    save_file(files.random_tensors(FIDInception, seed=0), path)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8))
+    arguments = [*FEW, "evaluate.batch_size=2", f"evaluate.folder={tmp_path}/images.npy", f"evaluate.inception={path}"]
+    alone = evaluate(run_dir, arguments)
+    assert alone["rfid"] > 0 and alone["protocol"]["rfid_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([("evaluate", str(run_dir), [*arguments, f"output={tmp_path / 'three'}"])]))
+    ended = fork_server.launch(3, str(REPOSITORY / "tests/worker.py"), str(jobs))
+    assert [process.returncode for process in ended] == [0, 0, 0]
+    (kept,) = (tmp_path / "three/evaluations").glob("*.json")
+    assert json.loads(kept.read_text()) == alone

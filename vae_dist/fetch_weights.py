@@ -3,7 +3,7 @@
 vae-dist fetch-weights [NAME ...] [output=FOLDER] [mirror=URL]
 python vae_dist/fetch_weights.py [NAME ...] [output=FOLDER] [mirror=URL]
 
-NAME        lpips_vgg, for evaluate.perceptual, or fid_inception; by default both
+NAME        lpips_vgg, for evaluate.perceptual, or fid_inception, for evaluate.inception; by default both
 output=     folder for NAME.safetensors; by default weights
 mirror=     address of a folder with copies of the published files, instead of their own addresses
 --help      print this and exit

@@ -108,6 +108,11 @@ class EvaluateConfig:
         None,
         "file of LPIPS' weights, as `vae-dist fetch-weights` writes it: adds the LPIPS of reconstructions; null: none",
     )
+    inception: str | None = option(
+        None,
+        "file of the weights of FID's Inception, as `vae-dist fetch-weights` writes it: adds the rFID of "
+        "reconstructions; null: none",
+    )
     importance_samples: int | None = option(
         128, "latents per image for the estimate of the negative log-likelihood; 0 or null: no estimate", at_least=0
     )

@@ -9,7 +9,7 @@ from typing import Any
 from vae_dist.data.chosen import choose
 from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
-from vae_dist.evaluation import per_image, protocol, similarity
+from vae_dist.evaluation import networks, per_image, protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import wandb_identity
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = (
     "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
-    "mean_squared_error", "psnr", "ssim", "lpips", "active_units",
+    "mean_squared_error", "psnr", "ssim", "lpips", "rfid", "active_units",
 )  # fmt: skip
 
 
@@ -48,10 +48,8 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         if config.model.conditional:
             source = with_classes(source, config.data.classes or ())
         warning = protocol.comparison_warning(config)
-        perceptual = None
-        if options.perceptual is not None:
-            perceptual = similarity.load(options.perceptual, source.info.image_shape, world)
-        metrics, by_image = measure(vae, source, world, config, perceptual and perceptual.network)
+        comparing = networks.load(options, source.info.image_shape, world)
+        metrics, by_image = measure(vae, source, world, config, comparing)
         result = {
             "run": config.name,
             "dataset": dataset,
@@ -71,7 +69,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 split=split,
                 likelihood=vae.likelihood.description,
                 weights=checkpoint.weights(config),
-                perceptual=perceptual and perceptual.sha256,
+                networks=comparing,
             ),
         }
         name = _name(result, images.file, raw=checkpoint.has_average and config.weights == "raw")
@@ -135,6 +133,7 @@ def _show(result: Mapping[str, Any]) -> None:
         "psnr": ("PSNR", "dB"),
         "ssim": ("SSIM", "8-bit values"),
         "lpips": ("LPIPS", "VGG16, 8-bit values"),
+        "rfid": ("rFID", f"of {result['images']} images, 8-bit values"),
         "active_units": ("active units", f"of {result['latents']} latents"),
     }
     tables.metrics(

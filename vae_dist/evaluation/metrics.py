@@ -17,8 +17,8 @@ from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
-from vae_dist.evaluation import similarity
-from vae_dist.features.lpips import LPIPS
+from vae_dist.evaluation import frechet, similarity
+from vae_dist.evaluation.networks import NO_NETWORKS, Networks
 from vae_dist.models.inputs import Inputs, read_inputs
 from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
@@ -60,17 +60,18 @@ class Encodings(NamedTuple):
     kl: Tensor  # (G,), nats, by group of latents, averaged over the images
     variance: Tensor  # (L,), of the posterior's mean over the images
     similarity: dict[str, Tensor]  # (N,) each, of the image decoded from the mean, as `similarity.names` lists them
+    features: Tensor | None  # (N, 2, F) float32 for rFID: of the image, and of the one decoded from the mean
 
 
-def encode(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS | None = None) -> Encodings:
+def encode(vae: VAE, source: Source, world: World, config: Config, networks: Networks = NO_NETWORKS) -> Encodings:
     """Return the encodings of the images of a source, N at least 1. Every process calls this.
 
-    Reconstructions are compared by LPIPS too, if it is given. A chunk's latents are summed up before chunks are
+    Reconstructions are compared by the networks that are given. A chunk's latents are summed up before chunks are
     gathered: those of all images may not fit into memory.
     """
     chunks = world.chunks(source.info.count, config.evaluate.batch_size)
-    names = similarity.names(source.info.image_shape, lpips)
-    values, kl_sums, moments = [], [], []
+    names = similarity.names(source.info.image_shape, networks.lpips)
+    values, features, kl_sums, moments = [], [], [], []
     with torch.inference_mode():
         for chunk in chunks:
             images, labels = inputs = read_inputs(vae, source, chunk)
@@ -79,8 +80,11 @@ def encode(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS 
             means = inference.posterior.mean
             decoded = vae.decode(means, labels=labels).mean
             squared_error = (decoded - images).square().flatten(1).mean(1, keepdim=True)
-            alike = similarity.compare(decoded, images, names, lpips)
+            alike = similarity.compare(decoded, images, names, networks.lpips)
             values.append(torch.cat([torch.cat([terms, squared_error], 1).cpu().double(), alike], 1))
+            if (inception := networks.inception) is not None:
+                both = [similarity.features(inception, pictures) for pictures in (images, decoded)]
+                features.append(torch.stack(both, dim=1))
             kl_sums.append(inference.kl[0].double().sum(0, keepdim=True))
             moments.append(torch.stack(torch.var_mean(means.double(), 0, correction=0)).unsqueeze(0))
     columns = world.gather_rows(chunks, values, source.info.count).unbind(1)
@@ -90,7 +94,9 @@ def encode(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS 
     kl = world.gather_rows(numbers, kl_sums, count).sum(0) / source.info.count
     sizes = [len(chunk) for chunk in every_chunk(source.info.count, config.evaluate.batch_size)]
     variance, _ = joined(sizes, world.gather_rows(numbers, moments, count))
-    return Encodings(terms_of_all, error, kl, variance, dict(zip(names, columns[3:], strict=True)))
+    alike_of_all = dict(zip(names, columns[3:], strict=True))
+    features_of_all = None if networks.inception is None else world.gather_rows(chunks, features, source.info.count)
+    return Encodings(terms_of_all, error, kl, variance, alike_of_all, features_of_all)
 
 
 def _one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
@@ -155,12 +161,12 @@ class Measured(NamedTuple):
     by_image: dict[str, Tensor]  # (N,) each, float64, of the metrics that are averages over the images
 
 
-def measure(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS | None = None) -> Measured:
-    """Return all metrics of a set of images, with LPIPS if it is given. Every process calls this.
+def measure(vae: VAE, source: Source, world: World, config: Config, networks: Networks = NO_NETWORKS) -> Measured:
+    """Return all metrics of a set of images, with those of the networks. Every process calls this.
 
     Raises UserError if a metric is not finite.
     """
-    encodings = encode(vae, source, world, config, lpips)
+    encodings = encode(vae, source, world, config, networks)
     by_image = {
         "negative_elbo": encodings.terms.negative_elbo,
         "reconstruction": encodings.terms.reconstruction,
@@ -184,7 +190,8 @@ def measure(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS
         "mean_squared_error": means["mean_squared_error"],
         "psnr": means["psnr"],
         "ssim": means.get("ssim"),
-        **({} if lpips is None else {"lpips": means["lpips"]}),
+        **({} if networks.lpips is None else {"lpips": means["lpips"]}),
+        **({} if encodings.features is None else {"rfid": _rfid(encodings.features, world)}),
         "active_units": objectives.active_units(encodings.variance),
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.
@@ -192,6 +199,11 @@ def measure(vae: VAE, source: Source, world: World, config: Config, lpips: LPIPS
         "standard_errors": {name: _standard_error(values) for name, values in by_image.items()},
     }
     return Measured(metrics, by_image)
+
+
+def _rfid(features: Tensor, world: World) -> float | None:
+    """Return the Frechet distance of images and their reconstructions by features `(N, 2, F)`; None for one image."""
+    return world.on_main(lambda: frechet.distance(*features.unbind(1)), patient=True) if len(features) > 1 else None
 
 
 def _standard_error(values: Tensor) -> float | None:

@@ -12,12 +12,14 @@ from vae_dist.data.source import DataInfo
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
 from vae_dist.evaluation import similarity
+from vae_dist.evaluation.networks import NO_NETWORKS, Networks
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
 
 # Conditions of metrics that latents don't depend on.
 _OF_METRICS = (
     "likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk", "ssim", "lpips", "lpips_sha256",
+    "rfid", "rfid_sha256",
 )  # fmt: skip
 
 
@@ -30,12 +32,12 @@ def describe(
     split: str,
     likelihood: str,
     weights: str,
-    perceptual: str | None = None,
+    networks: Networks = NO_NETWORKS,
 ) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits.
 
-    `likelihood` is the description of the model's, `weights` are `ema`, the moving average, or `raw`, and `perceptual`
-    is the sha256 of the file of LPIPS.
+    `likelihood` is the description of the model's, `weights` are `ema`, the moving average, or `raw`, and `networks`
+    are those that compare images.
     """
     return {
         "dataset": dataset,
@@ -50,7 +52,7 @@ def describe(
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,
         **({"ssim": similarity.SSIM_PROTOCOL} if "ssim" in similarity.names(info.image_shape, None) else {}),
-        **({} if perceptual is None else {"lpips": similarity.LPIPS_PROTOCOL, "lpips_sha256": perceptual}),
+        **networks.protocol(),
         "precision": "fp64" if precision.param_dtype(config.train.precision) == torch.float64 else "fp32",
         "training_precision": config.train.precision,
         "device": world.device.type,

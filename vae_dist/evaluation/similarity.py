@@ -1,44 +1,23 @@
-"""How alike a reconstruction and its image look: SSIM and LPIPS. n images, C, H, W image, white is 1.
+"""How alike a reconstruction and its image look: SSIM, LPIPS, the features of FID. n images, C, H, W image, white is 1.
 
-Both compare what a picture file would hold: values rounded to 8 bits.
+All see what a picture file would hold: values rounded to 8 bits.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vae_dist.distributed.world import World
-from vae_dist.errors import UserError
-from vae_dist.features import files
-from vae_dist.features.files import Loaded
-from vae_dist.features.lpips import LEAST_PIXELS, LPIPS
+from vae_dist.features.lpips import LPIPS
 
 WINDOW = 11  # pixels on a side; smaller images have no SSIM
 DEVIATION = 1.5
 VALUES_AT_ONCE = 2**20  # of images in one call, to bound memory; part of the protocol's last digits
+IMAGES_AT_ONCE = 32  # of 299x299 pixels, whatever size they had
 SSIM_PROTOCOL = (
     f"values rounded to 8 bits, {WINDOW}x{WINDOW} Gaussian window of deviation {DEVIATION} inside the image, K1 0.01, "
     "K2 0.03, range 1, mean over channels"
 )
-LPIPS_PROTOCOL = "VGG16, version 0.1; values rounded to 8 bits; grey images in three equal channels"
-
-
-def load(path: str, image_shape: tuple[int, ...], world: World) -> Loaded[LPIPS]:
-    """Return the LPIPS of the file that `evaluate.perceptual` names. Every process calls this.
-
-    Raises UserError if the file does not fit, differs between processes, or if LPIPS can't take such images.
-    """
-    channels, height, width = image_shape
-    if channels not in (1, 3) or min(height, width) < LEAST_PIXELS:
-        raise UserError(
-            f"evaluate.perceptual is for grey or colour images of at least {LEAST_PIXELS}x{LEAST_PIXELS} pixels, and "
-            f"these are {height}x{width} with {channels} channels; leave it out"
-        )
-    loaded = world.main_first(lambda: files.load(LPIPS, Path(path), "evaluate.perceptual", world.device))
-    world.assert_equal_everywhere(lambda: {"the sha256 of evaluate.perceptual": loaded.sha256})
-    return loaded
 
 
 def names(image_shape: tuple[int, ...], lpips: LPIPS | None) -> list[str]:
@@ -73,6 +52,12 @@ def perceptual_distance(network: LPIPS, reconstructions: Tensor, images: Tensor)
         return distances
 
     return _in_parts(compare, reconstructions, images)
+
+
+def features(inception: nn.Module, images: Tensor) -> Tensor:
+    """Return the features of images `(n, C, H, W)`, C 1 or 3, as 8-bit values: `(n, 2048)` float32, on the CPU."""
+    parts = [_rounded(part).to(torch.uint8).expand(-1, 3, -1, -1) for part in images.split(IMAGES_AT_ONCE)]
+    return torch.cat([inception(part).cpu() for part in parts])
 
 
 def _in_parts(compare: Callable[[Tensor, Tensor], Tensor], reconstructions: Tensor, images: Tensor) -> Tensor:
