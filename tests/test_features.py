@@ -1,7 +1,7 @@
 """Feature networks: LPIPS and the Inception of FID against other implementations of them, on random weights."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,15 @@ from vae_dist.features.lpips import LPIPS
 from vae_dist.models.tensors import ShapeError
 
 Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Images are small: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +50,29 @@ def pairs(count: int = 2, height: int = 16, width: int = 24) -> tuple[Tensor, Te
 
 
 def by_the_paper(tensors: Tensors, first: Tensor, second: Tensor) -> Tensor:
-    """LPIPS by equation 1 of Zhang et al. 2018, for one pair of images at a time, in float64."""
+    """LPIPS by equation 1 of Zhang et al. 2018, for one pair of images at a time."""
+    shift, scale = (
+        torch.tensor(colours).view(3, 1, 1) for colours in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
+    )
     values = []
-    for image in (first.double(), second.double()):
-        x = (image - torch.tensor([-0.030, -0.088, -0.188]).double().view(3, 1, 1)) / torch.tensor(
-            [0.458, 0.448, 0.450]
-        ).double().view(3, 1, 1)
+    for image in (first, second):
+        x = (image - shift) / scale
         convolutions = iter(sorted({int(name.split(".")[1]) for name in tensors if name.startswith("vgg")}))
         features: list[Tensor] = []
         for layers in (2, 2, 3, 3, 3):
             if features:
                 x = functional.max_pool2d(x.unsqueeze(0), 2).squeeze(0)
             for index in itertools.islice(convolutions, layers):
-                weight, bias = (tensors[f"vgg.{index}.{part}"].double() for part in ("weight", "bias"))
+                weight, bias = (tensors[f"vgg.{index}.{part}"] for part in ("weight", "bias"))
                 x = functional.conv2d(x.unsqueeze(0), weight, bias, padding=1).squeeze(0).relu()
             features.append(x / (x.norm(dim=0) + 1e-10))
         values.append(features)
     return sum(
         (
-            (tensors[f"heads.{index}"].double().view(-1, 1, 1) * (one - other) ** 2).sum(0).mean()
+            (tensors[f"heads.{index}"].view(-1, 1, 1) * (one - other) ** 2).sum(0).mean()
             for index, (one, other) in enumerate(zip(*values, strict=True))
         ),
-        torch.zeros(()).double(),
+        torch.zeros(()),
     )
 
 
@@ -83,7 +93,7 @@ def test_lpips_is_the_papers(network: LPIPS, tensors: Tensors) -> None:
 
     values = network(*images)
     assert values.shape == (1,) and values.dtype == torch.float32
-    torch.testing.assert_close(values.double(), expected(*images), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(values, expected(*images), rtol=1e-6, atol=1e-6)
     assert_near(gradients(network, images), gradients(expected, images), 1e-5)
 
 
@@ -230,6 +240,7 @@ def test_a_file_that_does_not_fit_is_refused_by_the_tensors_name(tensors: Tensor
         files.load(LPIPS, path, "evaluate.perceptual")
 
 
+@pytest.mark.slow
 def test_the_inception_of_fid_is_torchvisions_with_other_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = files.random_tensors(FIDInception, seed=0)
     generator = torch.Generator().manual_seed(1)

@@ -111,7 +111,7 @@ def test_help_lists_the_commands_and_needs_no_torch(command: str) -> None:
     helped = subprocess.run([sys.executable, "-X", "importtime", command], capture_output=True, text=True)
     assert helped.returncode == 0
     assert helped.stdout.startswith("Train variational autoencoders, evaluate them and use them.\n\nvae-dist COMMAND [")
-    listed = re.findall(r"^  (\w+) +[A-Z].*\.$", helped.stdout, re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) +[A-Z].*\.$", helped.stdout, re.MULTILINE)
     assert listed == list(COMMANDS)
     imported = set(re.findall(r"\| +(\w+)", helped.stderr))
     assert "vae_dist" in imported and not imported & {"torch", "wandb", "matplotlib"}
