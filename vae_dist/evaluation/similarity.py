@@ -1,8 +1,9 @@
-"""How alike a reconstruction and its image look: SSIM, LPIPS, the features of FID. n images, C, H, W image, white is 1.
+"""How alike a reconstruction and its image look: SSIM, LPIPS, features of FID. n images, C, H, W image, white is 1.
 
 All see what a picture file would hold: values rounded to 8 bits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -79,25 +80,22 @@ def _ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
     if images.device.type == "mps":  # which has no float64
         reconstructions, images = reconstructions.cpu(), images.cpu()
     x, y = reconstructions.double() / 255, images.double() / 255
-    rows, columns = (_windows(size).to(x.device) for size in x.shape[2:])
-
-    def mean(values: Tensor) -> Tensor:
-        return rows @ values @ columns.T
-
-    mean_x, mean_y = mean(x), mean(y)
-    variance_x, variance_y = mean(x * x) - mean_x * mean_x, mean(y * y) - mean_y * mean_y
-    covariance = mean(x * y) - mean_x * mean_y
+    mean_x, mean_y = _averages(x), _averages(y)
+    variance_x, variance_y = _averages(x * x) - mean_x * mean_x, _averages(y * y) - mean_y * mean_y
+    covariance = _averages(x * y) - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (luminance * structure).mean((1, 2, 3))
 
 
-def _windows(size: int) -> Tensor:
-    """Return the weights of every window within `size` pixels, `(size - WINDOW + 1, size)`; each sums to 1."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = (-(offsets**2) / (2 * DEVIATION**2)).exp()
-    matrix = torch.zeros(size - WINDOW + 1, size, dtype=torch.float64)
-    for start in range(len(matrix)):
-        matrix[start, start : start + WINDOW] = weights / weights.sum()
-    return matrix
+def _averages(values: Tensor) -> Tensor:
+    """Return the weighted average of every window in `(n, C, H, W)`: `(n, C, H - WINDOW + 1, W - WINDOW + 1)`."""
+    weights = [math.exp(-((offset - WINDOW // 2) ** 2) / (2 * DEVIATION**2)) for offset in range(WINDOW)]
+    for axis in (2, 3):
+        count = values.shape[axis] - WINDOW + 1
+        averages = torch.zeros_like(values.narrow(axis, 0, count))
+        for offset, weight in enumerate(weights):
+            averages.add_(values.narrow(axis, offset, count), alpha=weight / sum(weights))
+        values = averages
+    return values
