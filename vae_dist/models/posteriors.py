@@ -1,6 +1,7 @@
 """Posteriors q(z|x). K draws, B batch, L latents."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,11 @@ from vae_dist.models.tensors import at_least_float32
 LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in float16 too
 
 
+def soft_bound(raw: Tensor) -> Tensor:
+    """Bound log-variances by a tanh, which is the identity near 0 and, unlike a clamp, has a gradient everywhere."""
+    return LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND)
+
+
 class DiagonalGaussian(NamedTuple):
     """Independent normal latents."""
 
@@ -18,13 +24,10 @@ class DiagonalGaussian(NamedTuple):
     log_variance: Tensor  # (B, L)
 
     @classmethod
-    def from_network(cls, parameters: Tensor) -> "DiagonalGaussian":
-        """Split a network's output `(B, 2 L)` into means and log-variances, the latter softly bounded.
-
-        The bound is a tanh, which is the identity near 0 and, unlike a clamp, has a gradient everywhere.
-        """
+    def from_network(cls, parameters: Tensor, bound: Callable[[Tensor], Tensor] = soft_bound) -> "DiagonalGaussian":
+        """Split a network's output `(B, 2 L)` into means and log-variances, and bound the latter."""
         mean, raw = at_least_float32(parameters).chunk(2, dim=1)
-        return cls(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))
+        return cls(mean, bound(raw))
 
     def sample(self, noise: Tensor) -> Tensor:
         """Reparameterise (Kingma and Welling 2013): latents `(..., B, L)` from standard normal noise `(..., B, L)`."""

@@ -97,6 +97,10 @@ class VAE(nn.Module):
         count, latents = images.shape[0], self._latents(images.shape[1:])  # traced, len() would be a constant
         parameters = self.encoder(images, *self._embedded(labels, count)).flatten(1)
         require_shape(parameters, (count, 2 * latents), "the encoder's output, flat,")
+        return self.posterior(parameters)
+
+    def posterior(self, parameters: Tensor) -> DiagonalGaussian:
+        """Return the posterior of the encoder's output `(B, 2 L)`, flat. A subclass may bound it otherwise."""
         return DiagonalGaussian.from_network(parameters)
 
     def sample(
