@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
+from vae_dist.training.optimizers import trained_parameters
+
 
 class Losses(NamedTuple):
     """What a network's loss is computed from."""
@@ -29,7 +31,7 @@ class Differentiate:
 
     Both take (scale, *inputs, *weights) and return [loss, sums, *outputs, *gradients]: the loss `()` is these images'
     part of the batch mean, sums `(n,)` are those of the values over the images, outputs are detached, gradients are in
-    the weights' order and of the loss times its scale `()`.
+    the order of the weights, which are `trained_parameters`, and of the loss times its scale `()`.
 
     `batch_size` divides the sum over the images. Autocast surrounds the network's forward alone: Accelerate's, or
     `autocast` where a compiler traces it. `sum_dtype` is the type of sums over images.
@@ -47,7 +49,7 @@ class Differentiate:
     ) -> None:
         self._network = network
         self._losses = losses
-        self._names = [name for name, _ in network.named_parameters()]
+        self._names = list(trained_parameters(network))
         self._batch_size = batch_size
         self._autocast = autocast
         self._accelerator = accelerator

@@ -13,11 +13,15 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Ema(Generic[Network]):
-    """The average of the weights that an optimizer updates (Polyak and Juditsky 1992): `network` holds it."""
+    """The average of the weights that an optimizer updates (Polyak and Juditsky 1992): `network` holds it.
+
+    Its frozen weights stay equal to the network's.
+    """
 
     def __init__(self, network: Network, optimizer: Optimizer) -> None:
         self.network = deepcopy(network).requires_grad_(False)
-        self._averages: list[Tensor] = list(self.network.parameters())
+        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
+        self._averages: list[Tensor] = [average for average, weight in pairs if weight.requires_grad]
         if isinstance(optimizer, FlatAdam):  # one tensor too, whose parts are the network's parameters
             flat = optimizer.parameters[0].clone()
             for parameter, part in zip(self._averages, optimizer.split(flat), strict=True):

@@ -8,11 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.adamax import adamax
 
 from vae_dist.config import OptimConfig
+
+
+def trained_parameters(network: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a network by name, without those that are frozen: of `requires_grad` false."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 class Optimizer:
@@ -29,7 +34,9 @@ class Optimizer:
     grad_scale: Tensor | None = None  # the scaler sets it on the instance, and deletes it there
     found_inf: Tensor | None = None
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], options: OptimConfig) -> None:
+    def __init__(
+        self, named_parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], options: OptimConfig
+    ) -> None:
         named = dict(named_parameters)
         self._allocate(list(named), list(named.values()))
         self._beta1, self._beta2 = options.betas
