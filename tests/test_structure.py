@@ -29,6 +29,7 @@ LIBRARIES = {
     "onnxscript": ["publishing/programs.py"],
     "IPython": ["terminal/notebook.py"],
     "pandas": ["api/records.py"],
+    "diffusers": ["models/autoencoder_kl.py"],
 }
 
 

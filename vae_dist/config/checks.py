@@ -38,7 +38,7 @@ def check(config: Config) -> None:
         for item in leaves(values[option.key]):
             _check_value(option, item)
     for key in PATHS:
-        check_path(key, values[key] or "")
+        check_path(key, values.get(key) or "")  # an architecture's own may not apply
     if config.data.image_shape is not None and len(config.data.image_shape) != 3:
         raise UserError(f"data.image_shape must be channels, height and width, not {as_text(config.data.image_shape)}")
     _check_own_images(config.data)
@@ -56,6 +56,11 @@ def check(config: Config) -> None:
             "64 of them"
         )
     config.model.check()
+    if config.train.freeze == "encoder" and getattr(config.model, "init_from", None) is None:
+        raise UserError(
+            "train.freeze=encoder needs model.init_from, a folder with the encoder's weights: those of a new model are "
+            "random"
+        )
     _check_objective(config.objective)
     _check_optim(config.optim)
     _check_size(config)

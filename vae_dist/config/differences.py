@@ -39,7 +39,11 @@ def resume(config: Config, stored: Config) -> Config:
     Raises UserError if the two differ in what is learned.
     """
     merged = replace(
-        config, data=replace(config.data), objective=replace(config.objective), train=replace(config.train)
+        config,
+        data=replace(config.data),
+        model=config.model.resumed(stored.model),
+        objective=replace(config.objective),
+        train=replace(config.train),
     )
     if config.data.name == "auto":
         merged.data.name = stored.data.name

@@ -14,6 +14,9 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 @dataclass
 class TrainConfig:
     recipe: str = option("vae", "what a step does: vae trains one VAE by one objective")
+    freeze: Literal["none", "encoder"] = option(
+        "none", "encoder: its weights stay those of model.init_from, and the latents of an image stay the same"
+    )
     epochs: int = option(5, "passes over the training images", at_least=1)
     steps: int | None = option(None, "optimizer steps; overrides train.epochs", at_least=1)
     batch_size: int = option(100, "images per optimizer step, over all processes", at_least=1)

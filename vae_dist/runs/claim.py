@@ -27,6 +27,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.files import writing
 from vae_dist.models import build_vae, check_names
+from vae_dist.models.diffusers_start import resolve_start
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
@@ -114,6 +115,8 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     datasets.log_sizes(config.data, training, validation)
     _check_sizes(config, training.info.count, validation.info.count)
     config = replace(config, objective=with_sigma(config.objective, likelihood, training))
+    if resumed_from is None:
+        config = resolve_start(config, info.image_shape)
     with torch.device("meta"):
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
     if is_new:

@@ -13,7 +13,7 @@ from vae_dist.distributed.precision import param_dtype
 from vae_dist.distributed.stopping import StopRequests, Watch
 from vae_dist.distributed.world import World
 from vae_dist.files import writing
-from vae_dist.models import build_vae
+from vae_dist.models.diffusers_start import start_vae
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
 from vae_dist.runs.claim import Resolved, claim
@@ -50,7 +50,7 @@ def train(config: Config) -> Path:
         world.assert_equal_everywhere(lambda: images)
         plan = Plan(config.seed, training.info.count, config.train.batch_size)
         cadence = Cadence.of(config, plan)
-        vae = build_vae(config, training.info.image_shape).to(world.device, param_dtype(config.train.precision))
+        vae = start_vae(config, training.info, resumed_from).to(world.device, param_dtype(config.train.precision))
         update = make_update(vae, config, world, cadence.last_step)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= cadence.last_step and not state.validation_pending:

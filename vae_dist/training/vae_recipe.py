@@ -26,7 +26,7 @@ from vae_dist.training.ema import Ema
 from vae_dist.training.flat_adam import FLAT_OPTIMIZERS, FlatAdam
 from vae_dist.training.guard import Guard, clip
 from vae_dist.training.loss_scaler import LossScaler
-from vae_dist.training.optimizers import OPTIMIZERS, Optimizer
+from vae_dist.training.optimizers import OPTIMIZERS, Optimizer, trained_parameters
 
 
 class VAERecipe:
@@ -43,7 +43,9 @@ class VAERecipe:
         self._last_step = last_step
         flat = world.device.type == "cuda" if flat is None else flat
         optimizers = {**OPTIMIZERS, **(FLAT_OPTIMIZERS if flat else {})}
-        self._optimizer = optimizers[config.optim.optimizer](vae.named_parameters(), config.optim)
+        if config.train.freeze == "encoder":
+            vae.encoder.requires_grad_(False)
+        self._optimizer = optimizers[config.optim.optimizer](trained_parameters(vae), config.optim)
         self._calibration = calibration(vae, config, world)
         self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)
         self.noise_shape: tuple[int, ...] = (config.objective.samples, vae.latent_dim)

@@ -1,0 +1,306 @@
+"""Autoencoders to diffusers and from it, and the training of a decoder under a frozen encoder."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load, load_file, save_file
+from torch import Tensor
+
+from tests.conftest import newest_checkpoint, update_of
+from tests.test_autoencoder_kl import KL, SHAPE, batch, make
+from tests.test_conv import DIGITS, tensors
+from vae_dist import config
+from vae_dist.config import AutoencoderKLConfig, Config, ConvConfig
+from vae_dist.data.batches import Batch
+from vae_dist.data.source import in_memory
+from vae_dist.distributed import processes
+from vae_dist.errors import UserError
+from vae_dist.models import build_vae
+from vae_dist.models.autoencoder_kl import AutoencoderKLVAE
+from vae_dist.models.diffusers_files import CONFIG, WEIGHTS, Scaling, diffusers_files, write_diffusers
+from vae_dist.models.diffusers_start import resolve_start, start_vae
+from vae_dist.training.loop import train
+
+# The published autoencoders' options at a small width.
+NARROW = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "sd": {"latent_channels": 4, "sample_size": 512},
+    "sdxl": {"latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "flux": {
+        "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}  # fmt: skip
+
+
+def save(folder: Path, **options: Any) -> Path:
+    """A folder that diffusers writes, with random weights."""
+    torch.manual_seed(1)
+    AutoencoderKL(**{**NARROW, **BLOCKS, **options}).save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, **values: Any) -> Path:
+    """Change keys of a folder's config.json."""
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+def start(folder: Path, *arguments: str, channels: int = 3) -> tuple[Config, AutoencoderKLVAE]:
+    """The config of a run that starts from a folder, and its first weights."""
+    given = config.load([KL, "objective.reconstruction=laplace", f"model.init_from={folder}", *arguments])
+    shape = (channels, 16, 16)
+    resolved = resolve_start(replace(given, data=replace(given.data, image_shape=list(shape))), shape)
+    vae = start_vae(resolved, in_memory("images", torch.zeros(1, *shape, dtype=torch.uint8), None, "").info)
+    assert isinstance(vae, AutoencoderKLVAE)
+    return resolved, vae
+
+
+# ---- To diffusers
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["model.quant_conv=false", "model.channels=[4,8,8]"], ["model.mid_attention=false"]]
+)
+def test_diffusers_reads_a_model_and_computes_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
+    vae = make(SHAPE, *arguments)
+    folder = write_diffusers(vae, tmp_path / "to", Scaling(factor=0.5))
+    theirs, information = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+    assert not any(information.values())  # no weight is missing, unexpected or of another shape
+    images, _ = batch(vae, 3)
+    with torch.no_grad():
+        posterior, read = vae.infer(images), theirs.encode(2 * images - 1).latent_dist
+        assert torch.equal(posterior.mean, read.mean.flatten(1))
+        assert torch.equal(posterior.log_variance, read.logvar.flatten(1))
+        decoded = theirs.decode(posterior.mean.view(read.mean.shape)).sample
+        assert torch.equal(vae.decode(posterior.mean).mean, ((decoded + 1) / 2).clamp(0, 1))
+
+
+def test_config_json_has_the_keys_that_diffusers_writes(tmp_path: Path) -> None:
+    vae = make()
+    written = json.loads(diffusers_files(vae)[CONFIG])
+    again = AutoencoderKL.from_pretrained(write_diffusers(vae, tmp_path / "ours"))
+    again.save_pretrained(tmp_path / "theirs")
+    theirs = json.loads((tmp_path / "theirs" / CONFIG).read_text())
+    theirs.pop("_name_or_path", None)
+    assert written == theirs
+    assert written["sample_size"] == 12 and written["scaling_factor"] is None
+
+
+def test_latents_are_scaled_by_a_factor_or_by_mean_and_deviation() -> None:
+    vae = make()
+
+    def scaling(**given: Any) -> list[Any]:
+        values = json.loads(diffusers_files(vae, Scaling(**given))[CONFIG])
+        return [values[key] for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+
+    assert scaling() == [None, None, None, None]
+    assert scaling(factor=0.2, shift=0.1) == [0.2, 0.1, None, None]
+    # Pipelines multiply latents_std with 1 / scaling_factor, and would multiply with nothing if it were null.
+    assert scaling(mean=[0.0] * 4, std=[2.0] * 4) == [1.0, None, [0.0] * 4, [2.0] * 4]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"factor": 0.2, "mean": [0.0] * 4, "std": [1.0] * 4}, "would scale latents twice"),
+        ({"std": [1.0] * 4}, "given together"),
+        ({"mean": [0.0] * 3, "std": [1.0] * 3}, "a number for each of the 4 latent channels"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(UserError, match=message):
+            diffusers_files(vae, Scaling(**wrong))
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(UserError, match=r"only model.architecture=autoencoder_kl can be exported"):
+        diffusers_files(build_vae(Config(model=ConvConfig()), (1, 28, 28)))
+
+
+# ---- From diffusers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_of_diffusers_comes_back_as_the_same_bytes_of_weights(layout: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / layout, **LAYOUTS[layout])
+    resolved, vae = start(folder)
+    model = resolved.model
+    assert isinstance(model, AutoencoderKLConfig)
+    assert (model.channels, model.blocks, model.norm_groups) == ([8, 16], 1, 4)
+    assert (model.latent_channels, model.quant_conv) == (LAYOUTS[layout]["latent_channels"], layout != "flux")
+    content = (folder / WEIGHTS).read_bytes()
+    assert model.init_sha256 == hashlib.sha256(content).hexdigest()
+    assert diffusers_files(vae)[WEIGHTS] == content
+    theirs = AutoencoderKL.from_pretrained(folder)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(vae.infer(images).mean, theirs.encode(2 * images - 1).latent_dist.mode().flatten(1))
+
+
+def test_a_file_of_the_first_stable_diffusion_has_other_names_and_fewer_options(tmp_path: Path) -> None:
+    folder = save(tmp_path / "sd")
+    state = load_file(folder / WEIGHTS)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, tensor in state.items():
+        for new, before in names.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        old[name] = tensor
+    assert len(old.keys() - state.keys()) == 16
+    save_file(old, folder / WEIGHTS)
+    newer = ["latents_mean", "latents_std", "shift_factor", "use_quant_conv", "use_post_quant_conv"]
+    newer += ["mid_block_add_attention", "force_upcast", "scaling_factor"]
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({key: values[key] for key in values.keys() - set(newer)}))
+    written = load(diffusers_files(start(folder)[1])[WEIGHTS])
+    assert written.keys() == state.keys() and all(torch.equal(written[name], state[name]) for name in state)
+
+
+def test_weights_in_half_precision_are_read(tmp_path: Path) -> None:
+    folder = save(tmp_path / "half")
+    AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(folder)
+    stored = load_file(folder / WEIGHTS)
+    weights = load(diffusers_files(start(folder)[1])[WEIGHTS])
+    assert stored["encoder.conv_in.weight"].dtype == torch.float16
+    assert all(torch.equal(weights[name], stored[name].float()) for name in stored)
+
+
+def _weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    state = load_file(folder / WEIGHTS)
+    edit(state)
+    save_file(state, folder / WEIGHTS)
+
+
+ATTENTION = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+NAME = "encoder.conv_in.weight"
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "level attention": (lambda folder: change(folder, down_block_types=ATTENTION), "has down_block_types=.*Attn"),
+    "activation": (lambda folder: change(folder, act_fn="gelu"), "has act_fn=gelu, but only silu is known here"),
+    "option": (lambda folder: change(folder, dropout=0.1), "describes the option dropout, which"),
+    "class": (lambda folder: change(folder, _class_name="AutoencoderTiny"), "describes a AutoencoderTiny, which"),
+    "one quant_conv": (lambda folder: change(folder, use_quant_conv=False), "has use_post_quant_conv=True, but"),
+    "size": (lambda folder: change(folder, layers_per_block=10**9), "1000000000 where a whole number from 1"),
+    "type": (lambda folder: change(folder, latent_channels="4"), "4 where a whole number from 1"),
+    "list": (lambda folder: change(folder, block_out_channels=[8] * 99), "which must be a list of 1 to 16 numbers"),
+    "groups": (lambda folder: change(folder, norm_num_groups=3), "model.norm_groups=3 does not divide 8"),
+    "shape": (lambda folder: change(folder, latent_channels=3), r"of \[16, 4, 3, 3\], and its config.json of \[16, "),
+    "blocks": (lambda folder: change(folder, layers_per_block=2), "lacks the weight .*, and .* others differ"),
+    "JSON": (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
+    "no object": (lambda folder: (folder / CONFIG).write_text("[]"), "does not hold a JSON object"),
+    "long": (lambda folder: (folder / CONFIG).write_text(" " * 2**21), "Has more than"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "can't read .*config.json"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "can't read .*safetensors"),
+    "pickle": (
+        lambda folder: (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin")),
+        "has its weights in diffusion_pytorch_model.bin alone, a pickle",
+    ),
+    "damaged": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99), "can't be read"),
+    "additional": (
+        lambda folder: _weights(folder, lambda state: state.update(other=torch.zeros(1))),
+        "has, unlike its config.json, the weight other, and 0 others differ",
+    ),
+    "infinite": (
+        lambda folder: _weights(folder, lambda state: state[NAME].fill_(torch.inf)),
+        f"has numbers in {NAME} that are not finite floats",
+    ),
+    "whole": (
+        lambda folder: _weights(folder, lambda state: state.update({NAME: state[NAME].int()})),
+        f"has numbers in {NAME} that are not finite floats",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("saved") / "vae")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_that_is_not_known_is_refused(case: str, saved: Path, tmp_path: Path) -> None:
+    damage, message = REFUSED[case]
+    folder = shutil.copytree(saved, tmp_path / "vae")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        start(folder)
+
+
+def test_options_that_contradict_the_folder_are_refused(saved: Path) -> None:
+    assert start(saved, "model.channels=[8,16]")[0].model == start(saved)[0].model
+    with pytest.raises(UserError, match=r"model.channels=\[8\] contradicts .*config.json, which has \[8, 16\]"):
+        start(saved, "model.channels=[8]")
+    with pytest.raises(UserError, match=r"in_channels=3, but the images have 1: use data.channels"):
+        start(saved, channels=1)
+    with pytest.raises(UserError, match=r"is another file than model.init_sha256 says"):
+        start(saved, f"model.init_sha256={'0' * 64}")
+    with pytest.raises(UserError, match=r"; use model.init_from=.*vae$"):  # the folder of a whole pipeline
+        start(saved.parent)
+
+
+# ---- Runs
+
+
+@pytest.fixture(scope="module")
+def common(smoke_arguments: list[str]) -> list[str]:
+    options = ["train.batch_size=10", "train.log_every=1", "objective.sigma_kind=learned", "ema.decay=0.9"]
+    return [*smoke_arguments[1:], *DIGITS, KL, "objective.reconstruction=laplace", *options, "checkpoint.every=2"]
+
+
+def test_a_run_under_a_frozen_encoder_changes_the_rest_and_resumes_without_the_folder(
+    common: list[str], tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "vae", in_channels=1, out_channels=1)
+    common = [*common, f"runs_dir={tmp_path / 'runs'}", f"model.init_from={folder}", "train.freeze=encoder"]
+    straight = train(config.load([*common, "name=straight", "train.steps=4"]))
+    parts = train(config.load([*common, "name=parts", "train.steps=2"]))
+    stored = load_file(folder / WEIGHTS)
+    shutil.rmtree(folder)
+    train(config.load([*common, "name=parts", "train.steps=4"]))
+    expected, found = tensors(straight), tensors(parts)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    for name, tensor in stored.items():
+        frozen = name.startswith(("encoder.", "quant_conv."))
+        for file in ("model", "ema"):
+            trained = expected[f"{file} {'encoder' if frozen else 'decoder'}.{name}"]
+            assert torch.equal(trained, tensor) == frozen, name
+    moments = {name for name in expected if name.startswith("optimizer ")}
+    assert moments and not [name for name in moments if name.startswith("optimizer encoder.")]
+    with pytest.raises(UserError, match=r"can't be resumed with another train.freeze"):
+        train(config.load([*common, "name=parts", "train.freeze=none", "train.steps=4"]))
+    with pytest.raises(UserError, match=r"can't be resumed with another model.channels"):
+        train(config.load([*common, "name=parts", "model.channels=[8]", "model.norm_groups=4", "train.steps=4"]))
+    checkpoint = newest_checkpoint(parts)
+    assert checkpoint is not None
+    model = config.read(checkpoint / "config.yaml").model
+    assert isinstance(model, AutoencoderKLConfig) and model.channels == [8, 16] and model.init_sha256
+
+
+def test_without_a_frozen_encoder_all_weights_are_trained_from_the_folders(common: list[str], tmp_path: Path) -> None:
+    folder = save(tmp_path / "vae", in_channels=1, out_channels=1)
+    arguments = [f"runs_dir={tmp_path / 'runs'}", f"model.init_from={folder}", "optim.learning_rate=1e-5"]
+    run = train(config.load([*common, *arguments, "name=a", "train.steps=1"]))
+    trained = {name.partition(".")[2]: tensor for name, tensor in tensors(run).items() if name.startswith("model ")}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        assert 0 < (trained[name] - tensor).abs().max() <= 1.1e-5, name
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradients_of_a_frozen_encoder_are_not_in_the_norm_or_in_an_update(flat: bool, saved: Path) -> None:
+    resolved, vae = start(
+        saved, "train.freeze=encoder", "ema.decay=0.5", "train.batch_size=4", "train.precision=fp64", "device=cpu"
+    )
+    vae = vae.double()
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    with processes.join(resolved) as world:
+        update = update_of(resolved, world, (3, 16, 16), flat=flat, vae=vae)
+        pixels = torch.randint(0, 256, (1, 4, 3, 16, 16), dtype=torch.uint8)
+        noise = torch.randn(1, 4, 1, vae.latent_dim, dtype=torch.float64)
+        update(Batch(pixels, noise, torch.empty(1, 0, dtype=torch.int64)), [update.recipe.values(0)])
+    for network in update.recipe.networks.values():
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name

@@ -1,0 +1,148 @@
+"""The KL autoencoder of latent diffusion models (Rombach et al. 2022): the networks of diffusers' AutoencoderKL.
+
+The networks, and the names of their weights, are diffusers' own, so that a model goes to diffusers and comes from it
+without a conversion: see `diffusers_files.py`. B batch, C, H, W image, c, h, w latents.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from vae_dist.config import AutoencoderKLConfig
+from vae_dist.errors import UserError
+from vae_dist.models.likelihoods import LikelihoodKind, LocationScaleKind
+from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.priors import PRIORS
+from vae_dist.models.tensors import Shape, at_least_float32
+from vae_dist.models.vae import VAE
+
+LOG_VARIANCES = -30.0, 20.0  # between which diffusers' DiagonalGaussianDistribution clamps them
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"  # blocks without attention
+
+
+class AutoencoderKLVAE(VAE):
+    """A VAE of images of any size that 2^(number of channels - 1) divides.
+
+    Images are in [0, 1] outside and in [-1, 1] inside.
+    """
+
+    def __init__(
+        self, options: AutoencoderKLConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0
+    ) -> None:
+        """Raises ValueError for a conditional model, and for a likelihood that has no location in [0, 1]."""
+        super().__init__(image_shape, likelihood, classes)
+        if classes:
+            raise ValueError("its networks take no labels; use model.conditional=false")
+        if not isinstance(likelihood, LocationScaleKind) or likelihood.output_shape(image_shape) != image_shape:
+            raise ValueError(
+                f"its decoder gives a location for each pixel, which {likelihood.name} has not; use "
+                "objective.reconstruction=laplace or gaussian"
+            )
+        self.options = options
+        latents = self.latent_dim  # refuses sizes before anything is built
+        network = make_network(network_options(options, image_shape[0]))
+        self.encoder = Encoder(network)
+        self.decoder = Decoder(network)
+        self.p_z = PRIORS[options.prior](latents)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: the modes of diffusers' layers differ by a memory format, and so by rounding."""
+        return super().train(False)
+
+    def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
+        channels, height, width = image_shape
+        if channels != self.image_shape[0]:
+            raise ValueError(f"images for this model have channels={self.image_shape[0]}, not {channels}")
+        factor = 2 ** (len(self.options.channels) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"images of {height} x {width} can't be encoded: use sizes that {factor} divides, or fewer "
+                "model.channels"
+            )
+        return ((self.options.latent_channels, height // factor, width // factor),)
+
+    def posterior(self, parameters: Tensor) -> DiagonalGaussian:
+        # Another bound would make another posterior of the same weights.
+        return DiagonalGaussian.from_network(parameters, lambda raw: raw.clamp(*LOG_VARIANCES))
+
+
+build = AutoencoderKLVAE
+
+
+class Encoder(nn.Module):
+    """Images `(B, C, H, W)` in [0, 1] to the moments of diffusers' posterior `(B, 2 c, h, w)`."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.encoder = network.encoder
+        self.quant_conv = network.quant_conv
+
+    def forward(self, images: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(2 * images - 1)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+
+class Decoder(nn.Module):
+    """Latents `(B, c, h, w)` to the likelihood's locations `(B, C, H, W)`, of which images lie in [0, 1].
+
+    They are not clamped, so that a location outside has a gradient; the likelihood clamps the means that it shows.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = network.post_quant_conv
+        self.decoder = network.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        decoded: Tensor = self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+        return (at_least_float32(decoded) + 1) / 2
+
+
+def network_options(options: AutoencoderKLConfig, channels: int) -> dict[str, Any]:
+    """Return the options by which diffusers builds the network for images of so many channels."""
+    count = len(options.channels)
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": (DOWN,) * count,
+        "up_block_types": (UP,) * count,
+        "block_out_channels": tuple(options.channels),
+        "layers_per_block": options.blocks,
+        "latent_channels": options.latent_channels,
+        "norm_num_groups": options.norm_groups,
+        "mid_block_add_attention": options.mid_attention,
+        "use_quant_conv": options.quant_conv,
+        "use_post_quant_conv": options.quant_conv,
+    }
+
+
+def make_network(options: dict[str, Any]) -> nn.Module:
+    """Return diffusers' AutoencoderKL. Raises UserError if diffusers is not installed."""
+    network: nn.Module = network_class()(**options)
+    return network
+
+
+def network_class() -> Any:
+    """Return the class AutoencoderKL. Raises UserError if diffusers is not installed."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise UserError(
+            'model.architecture=autoencoder_kl needs the extra "diffusers": pip install "vae_dist[diffusers]"'
+        ) from error
+    return AutoencoderKL
+
+
+def diffusers_state(vae: AutoencoderKLVAE) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names: those of the two networks without their first part."""
+    states = vae.encoder.state_dict(), vae.decoder.state_dict()
+    return {name: tensor for state in states for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_diffusers_state(vae: AutoencoderKLVAE, state: dict[str, Tensor]) -> None:
+    """Copy weights under diffusers' names, whose names and shapes must be those of `diffusers_state`."""
+    for name, tensor in diffusers_state(vae).items():
+        tensor.copy_(state[name])
