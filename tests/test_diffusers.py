@@ -14,19 +14,23 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from tests.conftest import newest_checkpoint, update_of
+import vae_dist
+from tests.conftest import REPOSITORY, newest_checkpoint, update_of
+from tests.forked import ForkServer
 from tests.test_autoencoder_kl import KL, SHAPE, batch, make
-from tests.test_conv import DIGITS, tensors
+from tests.test_conv import DIGITS, records, tensors
 from vae_dist import config
 from vae_dist.config import AutoencoderKLConfig, Config, ConvConfig
 from vae_dist.data.batches import Batch
 from vae_dist.data.source import in_memory
 from vae_dist.distributed import processes
+from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
 from vae_dist.models.autoencoder_kl import AutoencoderKLVAE
 from vae_dist.models.diffusers_files import CONFIG, WEIGHTS, Scaling, diffusers_files, write_diffusers
 from vae_dist.models.diffusers_start import resolve_start, start_vae
+from vae_dist.publishing.export import export
 from vae_dist.training.loop import train
 
 # The published autoencoders' options at a small width.
@@ -304,3 +308,57 @@ def test_gradients_of_a_frozen_encoder_are_not_in_the_norm_or_in_an_update(flat:
     for network in update.recipe.networks.values():
         for name, tensor in network.state_dict().items():
             assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_a_folder_and_train_as_one(
+    common: list[str], fork_server: ForkServer, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "vae", in_channels=1, out_channels=1)
+    common = [*common, f"model.init_from={folder}", "train.freeze=encoder", "train.precision=fp64", "train.steps=3"]
+    losses, weights = [], []
+    for count in 1, 2:
+        runs = tmp_path / f"runs{count}"
+        jobs = tmp_path / f"jobs{count}.json"
+        jobs.write_text(json.dumps([("train", "", [*common, f"runs_dir={runs}", "name=a"])]))
+        ended = fork_server.launch(count, str(REPOSITORY / "tests/worker.py"), str(jobs), timeout=200)
+        assert not any(result.returncode for result in ended), "".join(r.stdout + r.stderr for r in ended)[-4000:]
+        losses.append(records(runs / "a", "train/loss"))
+        weights.append(tensors(runs / "a"))
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-9)
+    for name, value in weights[1].items():
+        torch.testing.assert_close(value, weights[0][name], rtol=1e-6, atol=1e-9)
+
+
+# ---- The export of a run
+
+
+def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(common: list[str], tmp_path: Path) -> None:
+    folder = save(tmp_path / "secret" / "vae", in_channels=1, out_channels=1)
+    arguments = [f"runs_dir={tmp_path / 'runs'}", f"model.init_from={folder}", "name=a", "train.steps=1"]
+    run = train(config.load([*common, *arguments]))
+    latents = encode(run, ["encode.split=validation", "train.threads=1"])
+    statistics = json.loads((latents / "index.json").read_text())["statistics"]["latents"]
+    formats = ["export.formats=[diffusers]", f"export.latents={latents}"]
+    exported = export(run, [*formats, f"output={tmp_path / 'out'}"])
+    written = json.loads((exported / CONFIG).read_text())
+    assert written["scaling_factor"] == 1 / statistics["overall_standard_deviation"]
+    assert written["shift_factor"] == statistics["overall_mean"]
+    assert written["latents_mean"] is None and written["sample_size"] == 28
+    theirs, information = AutoencoderKL.from_pretrained(exported, output_loading_info=True)
+    assert not any(information.values())
+    images = torch.rand(2, 1, 28, 28)
+    for ours in vae_dist.load(run), vae_dist.load(exported):  # the moving average
+        with torch.no_grad():
+            mean = theirs.encode(2 * images - 1).latent_dist.mode()
+            assert torch.equal(ours.encode(images).mean.flatten(1), mean.flatten(1))
+    card = (exported / "README.md").read_text()
+    assert "AutoencoderKL.from_pretrained(" in card and "- diffusers" in card
+    assert not [path for path in exported.iterdir() if b"secret" in path.read_bytes()]
+    exported = export(run, [*formats, "export.scaling=channels", f"output={tmp_path / 'out'}"])
+    written = json.loads((exported / CONFIG).read_text())
+    assert written["latents_std"] == statistics["standard_deviation"] and written["scaling_factor"] == 1
+    with pytest.raises(UserError, match=r"index.json is not of this checkpoint's latents: encode images by it first"):
+        export(run, [*formats, "weights=raw"])
+    with pytest.raises(UserError, match=r"export.latents is for export.formats=\[diffusers\]"):
+        export(run, ["export.formats=[]", f"export.latents={latents}"])

@@ -138,6 +138,13 @@ MODELS = {
     "conditional": ["model.conditional=true", "data.classes=[a,b,c]", "model.hidden_dims=[16]"],
     "conditional conv": ["model.architecture=conv", "model.patch=2", "model.conditional=true", "data.classes=[a,b]"],
     "fp64": ["train.precision=fp64", "objective.reconstruction=gaussian", "objective.sigma_kind=learned"],
+    "autoencoder_kl": [
+        "model.architecture=autoencoder_kl",
+        "model.channels=[4,8]",
+        "model.blocks=1",
+        "model.norm_groups=2",
+        "objective.reconstruction=laplace",
+    ],
     "laplace": ["objective.reconstruction=laplace", "model.hidden_dims=[30,20]", "objective.sigma=0.1"],
 }
 
@@ -186,8 +193,10 @@ def test_the_error_is_relative_to_the_largest_value() -> None:
 def test_formats_are_checked_before_anything_is_written(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"unknown format 'onx' in export.formats; choose from onnx, program"):
+    with pytest.raises(UserError, match=r"'onx' in export.formats; choose from onnx, program, diffusers"):
         export(run_dir, [f"output={tmp_path / 'out'}", "export.formats=[onx]"])
+    with pytest.raises(UserError, match=r"formats=\[diffusers\] is for model.architecture=autoencoder_kl.* is mlp"):
+        export(run_dir, [f"output={tmp_path / 'out'}", "export.formats=[diffusers]"])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="the extra `export`: pip install onnx onnxruntime onnxscript"):
         export(run_dir, [f"output={tmp_path / 'out'}"])

@@ -191,7 +191,17 @@ class EncodeConfig:
 class ExportConfig:
     formats: list[str] = option(
         ["onnx", "program"],
-        "onnx: encoder.onnx and decoder.onnx; program: encoder.pt2 and decoder.pt2 of torch.export; []: neither",
+        "onnx: encoder.onnx and decoder.onnx; program: encoder.pt2 and decoder.pt2 of torch.export; diffusers: files "
+        "for AutoencoderKL.from_pretrained, of model.architecture=autoencoder_kl; []: none",
+    )
+    latents: str | None = option(
+        None,
+        "folder of this checkpoint's latents (vae-dist encode), whose statistics give diffusers the scaling to mean 0 "
+        "and deviation 1; null: no scaling is stated",
+    )
+    scaling: Literal["factor", "channels"] = option(
+        "factor",
+        "factor: one scaling_factor and shift_factor; channels: latents_mean and latents_std, as some pipelines read",
     )
     push: str | None = option(None, "repository of the Hugging Face Hub to upload to, such as USER/NAME")
     private: bool = option(True, "make that repository private, if it does not exist yet")

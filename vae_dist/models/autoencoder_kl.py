@@ -94,10 +94,28 @@ class Decoder(nn.Module):
         super().__init__()
         self.post_quant_conv = network.post_quant_conv
         self.decoder = network.decoder
+        for block in self.decoder.up_blocks:
+            if block.upsamplers is not None:
+                block.upsamplers = nn.ModuleList([Upsample(layer.conv) for layer in block.upsamplers])
 
     def forward(self, latents: Tensor) -> Tensor:
         decoded: Tensor = self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
         return (at_least_float32(decoded) + 1) / 2
+
+
+class Upsample(nn.Module):
+    """Repeats pixels and convolves them: `(B, c, h, w)` to `(B, c, 2h, 2w)`.
+
+    It is diffusers' Upsample2D without its branches by the size of a batch, which a traced program can't have.
+    """
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, output_size: None = None) -> Tensor:
+        upsampled: Tensor = self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return upsampled
 
 
 def network_options(options: AutoencoderKLConfig, channels: int) -> dict[str, Any]:

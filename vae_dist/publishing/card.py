@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from vae_dist.config import Config, training_command
 from vae_dist.models.vae import VAE
-from vae_dist.publishing import markdown
+from vae_dist.publishing import autoencoder, markdown
 from vae_dist.publishing.markdown import code, escape, number, table
 from vae_dist.publishing.programs import BATCHES
 from vae_dist.runs.checkpoint import Checkpoint
@@ -79,11 +79,15 @@ def _front_matter(subject: Subject) -> str:
     data = ModelCardData(
         model_name=str(config.name),
         library_name="vae_dist",
-        tags=["vae", "variational-autoencoder", config.model.architecture],
+        tags=["vae", "variational-autoencoder", config.model.architecture, *_diffusers(subject)],
         license=subject.license,
         eval_results=results or None,
     )
     return data.to_yaml().strip()
+
+
+def _diffusers(subject: Subject) -> list[str]:
+    return [autoencoder.FORMAT] if autoencoder.FILES[0] in subject.digests else []
 
 
 def _summary(subject: Subject) -> str:
@@ -115,6 +119,14 @@ def _use(subject: Subject) -> str:
         f"pictures = run.decode(codes.mean{labels})",
         "python",
     )  # fmt: skip
+    if autoencoder.FILES[0] in subject.digests:
+        text += "\n\nWith diffusers:\n\n" + code(
+            "from diffusers import AutoencoderKL\n\n"
+            f'autoencoder = AutoencoderKL.from_pretrained("{subject.repository or place}")\n'
+            f"latents = autoencoder.encode(2 * images - 1).latent_dist.mean  # images (N, {shape}) in [0, 1]\n"
+            "pictures = (autoencoder.decode(latents).sample + 1) / 2",
+            "python",
+        )
     if "encoder.onnx" in subject.digests:
         feeds = ', "labels": labels' if labels else ""
         text += "\n\nWithout vae_dist, with ONNX:\n\n" + code(

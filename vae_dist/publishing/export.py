@@ -19,7 +19,7 @@ from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, NOT_RENAMED, make_folder, sync, write_together, writing
 from vae_dist.models.vae import VAE
-from vae_dist.publishing import card, hub, inference, programs
+from vae_dist.publishing import autoencoder, card, hub, inference, programs
 from vae_dist.runs import manifest
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.picture import Picture, to_png, with_caption
@@ -48,7 +48,8 @@ def export(run: Path | None, arguments: Sequence[str] = ()) -> Path:
 def export_opened(opened: Opened, device: torch.device) -> Path:
     """Export an open checkpoint, by this process alone; see `export`. Pictures are drawn on the device."""
     checkpoint, config, step = opened.checkpoint, opened.config, opened.step
-    programs.check_formats(config.export.formats)
+    programs.check_formats(config.export.formats, others=[autoencoder.FORMAT])
+    autoencoder.check_model(config)
     if config.export.push is not None:
         hub.check_repository(config.export.push)
         hub.check_token()
@@ -59,9 +60,11 @@ def export_opened(opened: Opened, device: torch.device) -> Path:
         raise UserError(f"{target} can't be replaced by its own export; {ELSEWHERE}")
     make_folder(target.parent, ELSEWHERE)
     vae = checkpoint.load_vae(config, device)
-    made = programs.make_programs(vae, config.export.formats)
+    of_diffusers = autoencoder.autoencoder_files(vae, checkpoint, config, weights)
+    made = programs.make_programs(vae, [name for name in config.export.formats if name in programs.FORMATS])
     evaluation = _evaluation(opened, weights)
-    contents = {**inference.inference_files(checkpoint, vae, weights), **made.files, **_pictures(vae, config, step)}
+    contents = {**inference.inference_files(checkpoint, vae, weights), **of_diffusers, **made.files}
+    contents |= _pictures(vae, config, step)
     if evaluation is not None:
         contents[card.EVALUATION] = manifest.to_json(evaluation)
     contents[hub.EXPORT] = _record(contents, made, config, step, weights)

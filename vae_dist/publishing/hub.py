@@ -12,7 +12,7 @@ from pathlib import Path
 import vae_dist
 from vae_dist.errors import UserError
 from vae_dist.files import advice, reason
-from vae_dist.publishing import card, inference
+from vae_dist.publishing import autoencoder, card, inference
 from vae_dist.publishing.programs import FORMATS
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.manifest import MANIFEST
@@ -23,7 +23,7 @@ SCHEME = "hf://"
 CARD, EXPORT = "README.md", "export.json"
 PROGRAMS = tuple(f"{part}{suffix}" for suffix in FORMATS.values() for part in ("encoder", "decoder"))
 DOWNLOADED = (*inference.FILES, card.EVALUATION)
-UPLOADED = (*DOWNLOADED, *PROGRAMS, CARD, EXPORT, card.SAMPLES, card.RECONSTRUCTIONS)
+UPLOADED = (*DOWNLOADED, *PROGRAMS, *autoencoder.FILES, CARD, EXPORT, card.SAMPLES, card.RECONSTRUCTIONS)
 
 MOST_CHARACTERS = 96  # of a repository's name
 

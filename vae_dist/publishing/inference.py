@@ -7,7 +7,16 @@ from pathlib import Path
 from safetensors.torch import save
 
 from vae_dist import config as configs
-from vae_dist.config import CheckpointConfig, Config, DataConfig, EncodeConfig, ExportConfig, TrackingConfig
+from vae_dist.config import (
+    AutoencoderKLConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EncodeConfig,
+    ExportConfig,
+    ModelConfig,
+    TrackingConfig,
+)
 from vae_dist.models.vae import VAE
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import CONFIG, MODEL, STATE, Checkpoint, on_cpu
@@ -37,7 +46,7 @@ def inference_files(checkpoint: Checkpoint, vae: VAE, weights: str) -> Mapping[s
 def scrubbed(config: Config) -> Config:
     """Return a run's config without what belongs to its machine or its owner: folders, addresses, names, accounts.
 
-    Of `data.path` and of a table in `data.group`, the last name stays.
+    Of `data.path`, `model.init_from` and of a table in `data.group`, the last name stays.
     """
     data, usual = config.data, DataConfig()
     is_table = data.group is not None and data.group.endswith(".csv")
@@ -47,6 +56,7 @@ def scrubbed(config: Config) -> Config:
         output=None,
         device=Config().device,
         weights=Config().weights,
+        model=_without_folders(config.model),
         data=replace(
             data,
             root=usual.root,
@@ -61,6 +71,12 @@ def scrubbed(config: Config) -> Config:
         encode=EncodeConfig(),
         export=ExportConfig(),
     )
+
+
+def _without_folders(model: ModelConfig) -> ModelConfig:
+    if isinstance(model, AutoencoderKLConfig):
+        return replace(model, init_from=_last_name(model.init_from))
+    return model
 
 
 def _last_name(path: str | None) -> str | None:

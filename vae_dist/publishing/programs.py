@@ -73,10 +73,11 @@ class Programs(NamedTuple):
     errors: Mapping[str, Mapping[str, float]]  # by file and output: the largest of |a - b| over the largest of |b|
 
 
-def check_formats(formats: Sequence[str]) -> None:
-    """Raise UserError for an unknown format, and for one whose libraries are not installed."""
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise UserError(f"unknown format {unknown[0]!r} in export.formats; choose from {', '.join(FORMATS)}")
+def check_formats(formats: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise UserError for a format that is neither known here nor in `others`, or lacks its libraries."""
+    known = [*FORMATS, *others]
+    if unknown := [name for name in formats if name not in known]:
+        raise UserError(f"unknown format {unknown[0]!r} in export.formats; choose from {', '.join(known)}")
     if "onnx" in formats:
         try:
             import onnx  # noqa: F401
@@ -91,7 +92,8 @@ def check_formats(formats: Sequence[str]) -> None:
 
 def versions(formats: Sequence[str]) -> dict[str, str]:
     """Return the versions of the libraries that make and run programs of these formats."""
-    libraries = ("torch", "onnx", "onnxruntime", "onnxscript") if "onnx" in formats else ("torch",)
+    libraries = ["torch", *(["onnx", "onnxruntime", "onnxscript"] if "onnx" in formats else [])]
+    libraries += [name for name in formats if name not in FORMATS]  # of a format that is a library's name
     return {library: version(library) for library in libraries}
 
 
