@@ -154,3 +154,17 @@ def test_parameters_are_views_of_the_one_tensor() -> None:
         tensors[1].fill_(7.0)
     assert torch.equal(optimizer.weights[1], tensors[1])
     assert all(map(torch.equal, optimizer.weights, tensors))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_in_another_memory_format_gives_the_same_update(name: str) -> None:
+    torch.manual_seed(0)
+    values, gradient = torch.randn(2, 4, 3, 3, 3)
+    updated = []
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        parameter = nn.Parameter(values.clone())
+        optimizer = optimizer_of([parameter], name, OptimConfig())
+        optimizer.step([gradient.contiguous(memory_format=memory_format)], torch.tensor(0.1), torch.tensor(0.0))
+        updated.append(parameter.detach())
+    assert torch.equal(*updated)
+    assert torch.equal((updated[0] - values).sign(), -gradient.sign())

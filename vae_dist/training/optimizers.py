@@ -97,11 +97,19 @@ class Adam(Optimizer):
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
         adam(
-            self.parameters, list(gradients), self._firsts, self._seconds, [], [state[0] for state in self._state],
+            self.parameters, list(map(_laid_out, gradients, self.parameters)), self._firsts, self._seconds, [],
+            [state[0] for state in self._state],
             fused=True, grad_scale=self.grad_scale, found_inf=self.found_inf if skip is None else skip,
             decoupled_weight_decay=self.DECOUPLED, amsgrad=False, beta1=self._beta1, beta2=self._beta2,
             lr=learning_rate, weight_decay=self._weight_decay, eps=self._eps, maximize=False,
         )  # fmt: skip
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient in its parameter's memory format. torch's fused kernel takes both for arrays of one layout."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class AdamW(Adam):
