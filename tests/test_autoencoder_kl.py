@@ -33,7 +33,7 @@ SHAPE = (3, 8, 12)
 def make(shape: Shape = SHAPE, *arguments: str) -> AutoencoderKLVAE:
     vae = build_vae(config.load([*SMALL, *arguments]), shape)
     assert isinstance(vae, AutoencoderKLVAE)
-    return vae
+    return vae.eval()  # as a model is that diffusers has loaded
 
 
 def batch(vae: AutoencoderKLVAE, count: int) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ def start(folder: Path, *arguments: str, channels: int = 3) -> tuple[Config, Aut
     resolved = resolve_start(replace(given, data=replace(given.data, image_shape=list(shape))), shape)
     vae = start_vae(resolved, in_memory("images", torch.zeros(1, *shape, dtype=torch.uint8), None, "").info)
     assert isinstance(vae, AutoencoderKLVAE)
-    return resolved, vae
+    return resolved, vae.eval()
 
 
 # ---- To diffusers

@@ -426,22 +426,36 @@ def gaussian_loss(config: Config, shape: tuple[int, int, int]) -> "tuple[Callabl
     import torch
 
     from vae_dist.models import build_vae
+    from vae_dist.models.autoencoder_kl import make_network, network_options
 
     torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
-    vae, sigma = build_vae(config, shape), config.objective.sigma or 1.0
+    sigma = config.objective.sigma or 1.0
+    if isinstance(config.model, configs.AutoencoderKLConfig):  # diffusers' own, as its trainer calls it
+        network: Any = make_network(network_options(config.model, shape[0]))
+        parameters = list(network.parameters())
+
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            return network.encode(2 * images - 1).latent_dist.parameters
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            return (network.decode(latents).sample + 1) / 2
+    else:
+        vae = build_vae(config, shape)
+        encode, decode = vae.encoder, vae.decoder
+        parameters = [*vae.encoder.parameters(), *vae.decoder.parameters()]
     constant = math.prod(shape) * (math.log(sigma) + 0.5 * math.log(2 * math.pi))
     low = config.train.precision == "bf16"
 
     def loss_of(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            mean, log_variance = vae.encoder(images).chunk(2, dim=1)
-            location = vae.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+            mean, log_variance = encode(images).chunk(2, dim=1)
+            location = decode(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
         location, mean, log_variance = location.float(), mean.float(), log_variance.float()
         reconstruction = 0.5 * ((location - images) / sigma).square().sum()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
         return (reconstruction + kl) / len(images) + constant
 
-    return loss_of, [*vae.encoder.parameters(), *vae.decoder.parameters()]
+    return loss_of, parameters
 
 
 def ours_evaluate(config: Config) -> None:

@@ -4,9 +4,10 @@
 
 FOLDER has a folder per class, as torchvision's ImageFolder needs it. The arguments are those of `vae_dist/train.py`.
 The loops of `contestants.py` take turns, as in `speed.py`: this package from the packed folder; a loop over the folder
-as people write it, with ImageFolder and a DataLoader of 2 workers; and a good loop with the images in memory. All
-train `model.architecture=conv` with Gaussian pixels, horizontal flips and 64 images a step, in fp32 and in bf16. On a
-machine that has other work, `train.threads=1` compares better: the threads of a step wait for one another.
+as people write it, with ImageFolder and a DataLoader of 2 workers; and a good loop with the images in memory. All train
+`model.architecture=conv` with Gaussian pixels, horizontal flips and 64 images a step, in fp32 and in bf16; of
+`model.architecture=autoencoder_kl` the other loops train diffusers' class. On a machine that has other work,
+`train.threads=1` compares better: the threads of a step wait for one another.
 """
 
 import argparse

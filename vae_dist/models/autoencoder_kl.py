@@ -4,7 +4,7 @@ The networks, and the names of their weights, are diffusers' own, so that a mode
 without a conversion: see `diffusers_files.py`. B batch, C, H, W image, c, h, w latents.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"  # blocks without attention
 class AutoencoderKLVAE(VAE):
     """A VAE of images of any size that 2^(number of channels - 1) divides.
 
-    Images are in [0, 1] outside and in [-1, 1] inside.
+    Images are in [0, 1] outside and in [-1, 1] inside. Training and evaluation mode differ in memory formats, and so by
+    rounding. Bitwise equal to diffusers is evaluation mode, in which a model is loaded.
     """
 
     def __init__(
@@ -45,11 +46,6 @@ class AutoencoderKLVAE(VAE):
         self.encoder = Encoder(network)
         self.decoder = Decoder(network)
         self.p_z = PRIORS[options.prior](latents)
-        self.train()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: the modes of diffusers' layers differ by a memory format, and so by rounding."""
-        return super().train(False)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
         channels, height, width = image_shape
@@ -78,6 +74,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.encoder = network.encoder
         self.quant_conv = network.quant_conv
+        self.encoder.mid_block.register_forward_hook(_in_order)
 
     def forward(self, images: Tensor) -> Tensor:
         moments: Tensor = self.encoder(2 * images - 1)
@@ -94,6 +91,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.post_quant_conv = network.post_quant_conv
         self.decoder = network.decoder
+        self.decoder.mid_block.register_forward_hook(_in_order)
         for block in self.decoder.up_blocks:
             if block.upsamplers is not None:
                 block.upsamplers = nn.ModuleList([Upsample(layer.conv) for layer in block.upsamplers])
@@ -101,6 +99,11 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         decoded: Tensor = self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
         return (at_least_float32(decoded) + 1) / 2
+
+
+def _in_order(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Return attention's output in C, H, W order in training, where convolutions in its own order take longer."""
+    return output.contiguous() if module.training else output
 
 
 class Upsample(nn.Module):
