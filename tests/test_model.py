@@ -24,6 +24,13 @@ from vae_dist.objectives import OBJECTIVES
 SMALL = {  # by architecture
     "mlp": ["model.hidden_dims=[16,8]", "model.latent_dim=3"],
     "conv": ["model.channels=[8,16]", "model.latent_channels=2"],
+    "autoencoder_kl": [
+        "model.channels=[8,16]",
+        "model.blocks=1",
+        "model.norm_groups=4",
+        "objective.reconstruction=laplace",
+        "model.mid_attention=false",  # whose bias of the keys has no gradient
+    ],
 }
 CASES = [(name, shape) for name in ARCHITECTURES for shape in ((1, 28, 28), (3, 32, 32), (2, 8, 12))] + [
     ("mlp", (2, 5, 7))
