@@ -13,6 +13,7 @@ from vae_dist.config.arguments import argument, split_run, split_runs
 from vae_dist.config.checks import check
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.differences import READER_KEYS, differing, resume
+from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.help import help_text
 from vae_dist.config.keys import Option, flatten, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
@@ -49,6 +50,7 @@ __all__ = [
     "EncodeConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "FirstStageConfig",
     "MLPConfig",
     "ModelConfig",
     "ObjectiveConfig",

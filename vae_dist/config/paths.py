@@ -9,6 +9,7 @@ from vae_dist.errors import UserError
 PATHS = (  # keys that hold a path
     "runs_dir", "output", "data.root", "data.path", "data.pack_dir", "checkpoint.resume", "evaluate.folder",
     "evaluate.perceptual", "evaluate.inception", "encode.folder", "model.init_from", "export.latents",
+    "first_stage.perceptual",
 )  # fmt: skip
 _MAX_NAME = 255  # bytes between two slashes, on any file system
 

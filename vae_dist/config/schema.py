@@ -6,6 +6,7 @@ from typing import Literal
 from vae_dist.config.architectures import MLPConfig, ModelConfig
 from vae_dist.config.data import DataConfig
 from vae_dist.config.fields import option
+from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -13,7 +14,11 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 
 @dataclass
 class TrainConfig:
-    recipe: str = option("vae", "what a step does: vae trains one VAE by one objective")
+    recipe: str = option(
+        "vae",
+        "what a step does; vae: trains one VAE by one objective; autoencoder: trains the first stage of latent "
+        "diffusion, by the options of first_stage",
+    )
     freeze: Literal["none", "encoder"] = option(
         "none", "encoder: its weights stay those of model.init_from, and the latents of an image stay the same"
     )
@@ -227,6 +232,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=MLPConfig)  # that of the architecture
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -28,6 +28,7 @@ from vae_dist.errors import UserError
 from vae_dist.files import writing
 from vae_dist.models import build_vae, check_names
 from vae_dist.models.diffusers_start import resolve_start
+from vae_dist.models.discriminator import check_size
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
@@ -119,6 +120,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         config = resolve_start(config, info.image_shape)
     with torch.device("meta"):
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
+    check_size(config.first_stage, info.image_shape)
     if is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
@@ -128,6 +130,8 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
         tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
     )
+    if compiled is None and config.train.recipe == "autoencoder":
+        compiled = False
     if compiled is None:
         compiled = _worth_compiling(config, vae, training.info.count, world)
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)

@@ -82,7 +82,7 @@ class TrainingProgress:
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("loss {task.fields[loss]:.2f}"),
+            TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[speed]:,.0f} images/s"),
             TimeRemainingColumn(),
             console=messages,
@@ -90,7 +90,7 @@ class TrainingProgress:
         )
         self._cell = Bar() if is_main and is_notebook() else None
         self._task = self._bar.add_task(
-            "", total=last_step, completed=start, epoch=self._epoch(start), loss=float("nan"), speed=0.0
+            "", total=last_step, completed=start, epoch=self._epoch(start), loss="-", speed=0.0
         )
 
     def __enter__(self) -> "TrainingProgress":
@@ -111,10 +111,11 @@ class TrainingProgress:
         self._last |= record
         epoch = self._epoch(step)
         loss, images_per_second = (record.get(f"train/{name}", float("nan")) for name in ("loss", "images_per_second"))
-        self._bar.update(self._task, completed=step, epoch=epoch, loss=loss, speed=images_per_second)
+        shown = f"{loss:.2f}" if abs(loss) >= 10 else f"{loss:.4g}"  # nats per image, or means per pixel value
+        self._bar.update(self._task, completed=step, epoch=epoch, loss=shown, speed=images_per_second)
         now = time.monotonic()
         seconds = (now - self._started) / max(step - self._first, 1) * (self._last_step - step)
-        state = f"epoch {epoch}, step {step}/{self._last_step}, loss {loss:.2f}, {images_per_second:,.0f} images/s"
+        state = f"epoch {epoch}, step {step}/{self._last_step}, loss {shown}, {images_per_second:,.0f} images/s"
         if self._cell is not None:
             self._cell.show(step / self._last_step, f"{state}, {_minutes(seconds)} left")
         if now >= self._line_due or step == self._last_step:

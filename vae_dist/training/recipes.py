@@ -8,11 +8,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from vae_dist.config import Config
+from vae_dist.config import Config, FirstStageConfig
 from vae_dist.data.batches import Batch
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
+from vae_dist.training.autoencoder_recipe import AutoencoderRecipe, check_options
 from vae_dist.training.guard import COUNTS
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.optimizers import Optimizer
@@ -52,13 +53,20 @@ class Recipe(Protocol):
 
 
 # Name in a config -> the recipe of a VAE, its config, the processes, the loss scaler, and the run's last step.
-RECIPES: dict[str, Callable[[VAE, Config, World, LossScaler, int], Recipe]] = {"vae": VAERecipe}
+RECIPES: dict[str, Callable[[VAE, Config, World, LossScaler, int], Recipe]] = {
+    "autoencoder": AutoencoderRecipe,
+    "vae": VAERecipe,
+}
 
 
 def check_recipe(config: Config) -> None:
-    """Raise UserError if the config names an unknown recipe."""
+    """Raise UserError if the config names an unknown recipe, or has options of another one."""
     if config.train.recipe not in RECIPES:
         raise UserError(f"unknown train.recipe {config.train.recipe!r}; choose from {', '.join(sorted(RECIPES))}")
+    if config.train.recipe == "vae" and config.first_stage != FirstStageConfig():
+        raise UserError("the options of first_stage are for train.recipe=autoencoder: add it, or leave them out")
+    if config.train.recipe == "autoencoder":
+        check_options(config)
 
 
 def totals_of(recipe: Recipe) -> tuple[str, ...]:

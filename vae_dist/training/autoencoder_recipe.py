@@ -1,0 +1,283 @@
+"""The recipe `autoencoder`: the first stage of latent diffusion (Rombach et al. 2022).
+
+One forward serves both networks: the autoencoder's gradients are taken while the discriminator's weights are constants,
+and the discriminator's from the detached reconstructions. Both are averaged over the processes in one exchange, and one
+guard decides over both updates.
+
+b is the size of the shard, L latents, C, H, W image. Losses are means per pixel value, the KL per latent.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vae_dist.config import Config
+from vae_dist.data.batches import Batch
+from vae_dist.distributed import precision
+from vae_dist.distributed.gradients import average_gradients
+from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
+from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, verdict
+from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
+from vae_dist.models.tensors import at_least_float32
+from vae_dist.models.vae import VAE
+from vae_dist.plan import shard
+from vae_dist.training import schedules
+from vae_dist.training.differentiate import Differentiate, Losses
+from vae_dist.training.ema import Ema
+from vae_dist.training.guard import Guard, clip
+from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.optimizers import OPTIMIZERS, Optimizer
+
+SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptive weight
+
+
+class Memory(nn.Module):
+    """What a step takes from the one before, and counts: in a checkpoint, so that a resumed run goes on with it."""
+
+    norms: Tensor  # (2,), at the last layer: of the gradient without the adversarial term, and of that term's
+    spikes: Tensor  # (), updates that were skipped for their norm
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norms", torch.ones(2))
+        self.register_buffer("spikes", torch.zeros(()))
+
+
+class Gradients(NamedTuple):
+    """The part of a process in a step's gradients."""
+
+    loss: Tensor  # (), of both networks
+    sums: Tensor  # (n,), of the image values
+    at_last: list[Tensor]  # of an adaptive weight: at the decoder's last layer, without and of the adversarial term
+    of_weights: list[Tensor]  # the autoencoder's, then the discriminator's
+
+
+class AutoencoderRecipe:
+    """An autoencoder, a discriminator if there is an adversarial weight, and the moving average of the weights."""
+
+    def __init__(self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int) -> None:
+        self._vae = vae
+        self._config = config
+        self._options = config.first_stage
+        self._world = world
+        self._last_step = last_step
+        self._one = torch.ones((), device=world.device)
+        self._latents = vae.latent_dim
+        self._autocast = precision.autocast(config.train.precision, world.device)
+        rule = OPTIMIZERS[config.optim.optimizer]
+        self._optimizer = rule(vae.named_parameters(), config.optim)
+        self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)
+        self.memory = Memory().to(world.device)
+        self.networks: dict[str, nn.Module] = {"model": vae, "memory": self.memory}
+        self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
+        self.frozen: dict[str, nn.Module] = {}
+        if self._ema is not None:
+            self.networks["ema"] = self._ema.network
+        self.discriminator = _discriminator(vae, config, world) if self._options.adversarial_weight else None
+        self._discriminator_optimizer: Optimizer | None = None
+        if self.discriminator is not None:
+            self._discriminator_optimizer = rule(self.discriminator.named_parameters(), config.optim)
+            self.networks["discriminator"] = self.discriminator
+            self.optimizers["discriminator_optimizer"] = self._discriminator_optimizer
+        self.noise_shape: tuple[int, ...] = (1, vae.latent_dim)
+        self.image_values: tuple[str, ...] = ("loss", "reconstruction_error", "kl_per_latent")
+        self._fits_sigma = isinstance(vae.likelihood, LocationScaleKind) and vae.likelihood.scale.is_fitted
+        if self._fits_sigma:
+            self.image_values += ("sigma",)
+        self.norms: tuple[str, ...] = ("grad_norm", "spikes")
+        if self.discriminator is not None:
+            self.image_values += (
+                "adversarial", "discriminator_loss", "logits_real", "logits_fake", "discriminator_accuracy",
+            )  # fmt: skip
+            self.norms += ("discriminator_grad_norm", "adversarial_factor")
+        self._guard = Guard(
+            skip_nonfinite=config.train.nonfinite == "skip",
+            processes=world.size,
+            sum_dtype=precision.sum_dtype(world.device),
+        )
+        self._gradients = self._differentiate(vae, self._losses, scaler)
+        if self.discriminator is not None:
+            self._discriminator_gradients = self._differentiate(self.discriminator, _discriminator_losses, scaler)
+        self._last_layer = [weight for weight in vae.decoder.parameters() if weight.ndim > 1][-1]
+
+    @property
+    def model(self) -> VAE:
+        return self._ema.network if self._ema else self._vae
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        discriminators = self._discriminator_optimizer.tensors if self._discriminator_optimizer else ()
+        averages = self._ema.tensors if self._ema else []
+        return [*self._optimizer.tensors, *self._vae.buffers(), *discriminators, *self.memory.buffers(), *averages]
+
+    def values(self, step: int) -> dict[str, float]:
+        options, config = self._options, self._config
+        values = {"learning_rate": schedules.learning_rate(config.optim, step, self._last_step)}
+        if self.discriminator is not None:
+            felt = max(step + 1 - options.adversarial_start, 0) / max(options.adversarial_ramp, 1)
+            values["adversarial_weight"] = options.adversarial_weight * min(felt, 1.0)
+            values["discriminator_trains"] = float(step >= options.adversarial_start - options.head_start)
+        if self._ema is not None:
+            values["ema_decay"] = schedules.ema_decay(config.ema, step)
+        return values
+
+    # ---- A step, in order
+
+    def step(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
+        """Take both networks' gradients, average them over the processes, guard, update, then the moving average."""
+        named = dict(zip(self.values(0), values.unbind(), strict=True))
+        factor = self._adversarial_factor()
+        own = self.gradients(batch, named.get("adversarial_weight"), factor)
+        averaged, mean_loss = average_gradients([*own.at_last, *own.of_weights], own.loss, self._world)
+        at_last, means = averaged[: len(own.at_last)], averaged[len(own.at_last) :]
+        split = len(self._optimizer.parameters)
+        norm, ours = clip(means[:split], self._config.optim.max_grad_norm)
+        most = self._options.skip_norm
+        spike = torch.zeros_like(norm) if most is None else (norm > most).to(norm.dtype)
+        norms = [norm, spike]
+        if self.discriminator is not None:
+            of_discriminator, others = clip(means[split:], self._config.optim.max_grad_norm)
+            norms += [of_discriminator, factor]
+        healthy = self._guard.healthy([mean_loss, *norms], totals)
+        self._guard.count(totals, healthy, own.sums, norms)
+        skip = torch.maximum(healthy.logical_not().float(), spike.float())
+        learning_rate = named["learning_rate"].float()
+        self._optimizer.step(ours, learning_rate, skip)
+        if self._discriminator_optimizer is not None:
+            waits = torch.maximum(skip, 1 - named["discriminator_trains"].float())
+            self._discriminator_optimizer.step(others, learning_rate * self._options.discriminator_rate, waits)
+        self._remember(at_last, healthy, spike)
+        if self._ema is not None:
+            self._ema.update(named["ema_decay"], skip)
+
+    def _adversarial_factor(self) -> Tensor:
+        """The factor `()` of the adversarial weight, from the gradients of the step before."""
+        if not self._options.adaptive:
+            return self._one
+        others, adversarial = self.memory.norms
+        return (others / (adversarial + SMALLEST_NORM)).clamp(0, self._options.adaptive_most)
+
+    @torch.no_grad()
+    def _remember(self, at_last: Sequence[Tensor], healthy: Tensor, spike: Tensor) -> None:
+        """Keep the norms of the gradients at the last layer, unless they are not finite, and count a spike."""
+        if at_last:
+            norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in at_last]).float()
+            self.memory.norms.copy_(torch.where(healthy, norms, self.memory.norms))
+        self.memory.spikes.add_(torch.where(healthy, spike.float(), 0.0))
+
+    def gradients(self, batch: Batch, weight: Tensor | None, factor: Tensor) -> "Gradients":
+        """Return the gradients of the shard, summed over its micro-batches; `weight` and `factor` are `()`."""
+        totals: list[Tensor] = []
+        count = 2 if self._options.adaptive else 0
+        for number in range(self._config.train.accumulate):
+            rows = shard(len(batch.pixels), number, self._config.train.accumulate)
+            pixels, noise, labels = (tensor[rows.start : rows.stop] for tensor in batch)
+            images = self._vae.to_input(pixels)
+            strength = self._one if weight is None else weight.to(images.dtype) * factor
+            loss, sums, fakes, *results = self._gradients(
+                self._one, images, noise.transpose(0, 1), labels, strength, *self._vae.parameters()
+            )
+            if self.discriminator is not None:
+                weights = self.discriminator.parameters()
+                more, own, *others = self._discriminator_gradients(self._one, 2 * images - 1, fakes, *weights)
+                loss, sums, results = loss + more, torch.cat([sums, own]), [*results, *others]
+            results = [loss, sums, *results]
+            totals = [total.add_(value) for total, value in zip(totals, results, strict=True)] if totals else results
+        return Gradients(totals[0], totals[1], totals[2 : 2 + count], totals[2 + count :])
+
+    def _losses(
+        self, vae: Callable[..., Any], images: Tensor, noise: Tensor, labels: Tensor, strength: Tensor
+    ) -> Losses:
+        """The autoencoder's losses; `strength` `()` weighs the discriminator's verdict."""
+        inference = vae(images, noise, labels)
+        location = at_least_float32(inference.likelihood.location)
+        error = self._error(inference.likelihood, location, images)
+        kl = inference.kl[0].sum(1) / self._latents
+        others = error + self._options.kl_weight * kl
+        values = {"loss": others, "reconstruction_error": error, "kl_per_latent": kl}
+        if self._fits_sigma:
+            values["sigma"] = inference.likelihood.sigma.to(error.dtype).expand(len(images))
+        fakes = 2 * location - 1
+        if self.discriminator is None:
+            return Losses(values, (fakes,))
+        # Constants: no gradient of the discriminator's weights is computed here, and none can leak into its step.
+        constant = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        with self._autocast():
+            logits = functional_call(self.discriminator, constant, fakes)
+        adversarial = verdict(logits)
+        values |= {"loss": others + strength * adversarial, "adversarial": adversarial}
+        if not self._options.adaptive:
+            return Losses(values, (fakes,))
+        scale = self._config.train.batch_size / self._world.size  # as the loss is scaled
+        at_last = [
+            torch.autograd.grad(part.sum() / scale, self._last_layer, retain_graph=True)[0]
+            for part in (others, adversarial)
+        ]
+        return Losses(values, (fakes, *at_last))
+
+    def _error(self, likelihood: Any, location: Tensor, images: Tensor) -> Tensor:
+        """The reconstruction term of each image, a mean per pixel value: `(b,)`."""
+        if self._options.reconstruction == "likelihood":
+            return -likelihood.log_prob(images) / images[0].numel()
+        distance = location - images
+        return (distance.abs() if self._options.reconstruction == "l1" else distance.square()).flatten(1).mean(1)
+
+    def _differentiate(
+        self, network: nn.Module, losses: Callable[..., Losses], scaler: LossScaler
+    ) -> Callable[..., list[Tensor]]:
+        return Differentiate(
+            network,
+            losses,
+            batch_size=self._config.train.batch_size / self._world.size,
+            autocast=self._autocast,
+            accelerator=scaler.accelerator,
+            sum_dtype=precision.sum_dtype(self._world.device),
+        ).eager
+
+
+def _discriminator_losses(discriminator: Callable[..., Tensor], images: Tensor, fakes: Tensor) -> Losses:
+    """The losses of the discriminator on images and detached reconstructions `(b, C, H, W)` in [-1, 1]."""
+    real, fake = discriminator(images), discriminator(fakes)
+    means = {"logits_real": real.flatten(1).mean(1), "logits_fake": fake.flatten(1).mean(1)}
+    return Losses({"loss": hinge(real, fake), **means, "discriminator_accuracy": accuracy(real, fake)})
+
+
+def _discriminator(vae: VAE, config: Config, world: World) -> PatchDiscriminator:
+    """Make the discriminator; its weights depend on the seed alone."""
+    options = config.first_stage
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        discriminator = PatchDiscriminator(
+            vae.image_shape[0], options.discriminator_channels, options.discriminator_layers
+        )
+    return discriminator.to(world.device, vae.dtype)
+
+
+def check_options(config: Config) -> None:
+    """Raise UserError for options that this recipe can't use."""
+    options, objective = config.first_stage, config.objective
+    recipe = "train.recipe=autoencoder"
+    if not isinstance(likelihood_kind(objective), LocationScaleKind):
+        raise UserError(f"{recipe} needs objective.reconstruction=laplace or gaussian, whose decoder gives locations")
+    if config.train.precision == "fp16":
+        raise UserError(f"{recipe} is for fp32, tf32, bf16 and fp64: use train.precision=bf16")
+    if config.train.compile:
+        raise UserError(f"{recipe} is not compiled: leave out train.compile")
+    if objective.bound != "elbo" or objective.samples != 1 or objective.beta != 1 or objective.beta_warmup_steps:
+        raise UserError(
+            f"{recipe} takes one sample of the ELBO and weighs its KL by first_stage.kl_weight: leave out "
+            "objective.bound, samples, beta and beta_warmup_steps"
+        )
+    fittable = ("fixed", "learned") if options.reconstruction == "likelihood" else ("fixed",)
+    if objective.sigma_kind not in fittable:
+        raise UserError(
+            f"{recipe} fits no sigma with first_stage.reconstruction={options.reconstruction} and "
+            f"objective.sigma_kind={objective.sigma_kind}: use first_stage.reconstruction=likelihood with "
+            "objective.sigma_kind=learned, or objective.sigma_kind=fixed"
+        )
+    if options.adaptive and not options.adversarial_weight:
+        raise UserError("first_stage.adaptive needs first_stage.adversarial_weight above 0")
