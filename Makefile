@@ -78,6 +78,7 @@ test-browser: $(READY) ## run the report's tests in a browser; installs Debian's
 chaos: $(READY) ## kill real trainings at KILLS random moments, on 1 and on 3 processes; nothing may be lost
 	$(PYTHON) tests/chaos.py --kills $(KILLS) $(ARGS)
 	$(PYTHON) tests/chaos.py --images --kills $(KILLS) $(ARGS)
+	$(PYTHON) tests/chaos.py --first-stage --kills $(KILLS) $(ARGS)
 
 bench: $(READY) ## measure the speed against other loops (on MNIST in DATA), and on two processes
 	$(PYTHON) tests/benchmarks/speed.py $(DATA)

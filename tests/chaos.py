@@ -1,11 +1,12 @@
 """Kill real trainings at random moments until they are done, and compare them with an undisturbed one.
 
     python tests/chaos.py [--kills 20] [--processes 1 3] [--epochs 40] [--seed 0] [--folder FOLDER]
-        [--two-networks | --images]
+        [--two-networks | --first-stage | --images]
 
---two-networks trains by tests/two_networks.py, with a moving average of the weights. --images trains a convolutional
-VAE with a learned sigma, flips and a moving average on a folder of images, which it draws; a quarter of the kills are
-then aimed at the packing of the folder, and the pack has to be the undisturbed one to the byte.
+--two-networks trains by tests/two_networks.py, with a moving average of the weights. --first-stage trains by the recipe
+autoencoder, with a discriminator, an adaptive weight, spikes that are skipped and a moving average. --images trains a
+convolutional VAE with a learned sigma, flips and a moving average on a folder of images, which it draws; a quarter of
+the kills are then aimed at the packing of the folder, and the pack has to be the undisturbed one to the byte.
 
 Every process of the training gets SIGKILL, its launcher first, so that none can clean up. Half of the moments are drawn
 evenly over a start of the training, from its imports to its end; the others are in the middle of a save. Then the same
@@ -48,6 +49,13 @@ IMAGES = [
     "data.name=folder", "data.size=16", "data.flip=true", "data.workers=1", "model.architecture=conv",
     "model.channels=[8,16]", "objective.reconstruction=gaussian", "objective.sigma_kind=learned", "ema.decay=0.99",
     "train.batch_size=50", "train.compile=false",
+]  # fmt: skip
+FIRST_STAGE = [
+    "data.name=synthetic_digits", "data.synthetic_images=1200", "model.architecture=conv", "model.channels=[8,16]",
+    "model.latent_channels=2", "train.recipe=autoencoder", "objective.reconstruction=laplace", "train.batch_size=50",
+    "train.accumulate=2", "first_stage.adversarial_weight=0.1", "first_stage.adaptive=true",
+    "first_stage.discriminator_channels=8", "first_stage.discriminator_layers=2", "first_stage.adversarial_start=60",
+    "first_stage.head_start=30", "first_stage.skip_norm=1", "ema.decay=0.99",
 ]  # fmt: skip
 DRAWN = 640  # images of the folder
 AIMED = 0.5  # of the kills: while a checkpoint is being written
@@ -229,6 +237,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--folder", type=Path)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--two-networks", action="store_true")
+    which.add_argument("--first-stage", action="store_true")
     which.add_argument("--images", action="store_true")
     options = parser.parse_args(arguments)
     folder = options.folder or Path(tempfile.mkdtemp())
@@ -239,6 +248,7 @@ def main(arguments: list[str]) -> None:
         runs = folder / f"{processes}_processes"
         script = [TWO_NETWORKS, "ema.decay=0.99", "train.accumulate=2"] if options.two_networks else [TRAIN]
         images = [*IMAGES, f"data.path={folder / 'images'}"] if options.images else DIGITS
+        images = FIRST_STAGE if options.first_stage else images
         settings = [*script, *images, f"runs_dir={runs}", f"data.root={folder / 'data'}"]
         settings += [f"train.epochs={options.epochs}"]
         train(processes, [*settings, "name=warm_up", "train.steps=1"])  # draws the digits, or packs the images
