@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ os.environ.update(
 )  # fmt: skip
 for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose programs would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.fsync = lambda fd: None  # slow, and only a power cut would tell
 

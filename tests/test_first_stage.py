@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY, newest_checkpoint
@@ -18,6 +18,8 @@ from vae_dist import config as configs
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
+from vae_dist.features.files import random_tensors
+from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
 from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, least_side
 from vae_dist.models.vae import VAE
@@ -180,6 +182,30 @@ def test_micro_batches_give_the_large_batch(adaptive: bool) -> None:
         assert len(one.at_last) == 2 * adaptive
 
 
+def test_the_perceptual_term_has_a_gradient(tmp_path: Path) -> None:
+    """diffusers' train_autoencoderkl.py at 58eb52c computes LPIPS under no_grad: there it changes the loss alone."""
+    tensors = random_tensors(LPIPS, seed=0)
+    save_file(tensors, tmp_path / "lpips.safetensors")
+    file = f"first_stage.perceptual={tmp_path / 'lpips.safetensors'}"
+    with recipe_of("first_stage.perceptual_weight=0.5", file) as recipe, recipe_of() as without:
+        batch = random_batch(recipe.model)
+        vae = copy.deepcopy(recipe.model)
+        images, fakes, kl = forward(vae, batch)
+        network = LPIPS()
+        network.load_state_dict(tensors)
+        wide = [2 * part.expand(-1, 3, -1, -1) - 1 for part in (fakes, images)]
+        perceptual = network(*wide).mean()
+        loss = (fakes - images).abs().mean() + KL * kl.mean() + 0.5 * perceptual
+        theirs = torch.autograd.grad(loss, list(vae.parameters()))
+        found = recipe.gradients(batch, None, torch.ones(()))
+        assert_close(found.of_weights, theirs, tolerance=1e-4)
+        with pytest.raises(AssertionError):
+            assert_close(found.of_weights, without.gradients(batch, None, torch.ones(())).of_weights, tolerance=0.05)
+        place = recipe.image_values.index("perceptual")
+        assert found.sums[place] / 6 == pytest.approx(perceptual.item(), rel=1e-4)
+        assert recipe.frozen.keys() == {"perceptual"}
+
+
 # ---- The adversarial weight
 
 
@@ -333,6 +359,8 @@ def test_a_run_on_several_processes_resumes_bitwise(
         (["first_stage.adaptive=true"], "first_stage.adaptive needs first_stage.adversarial_weight"),
         (["first_stage.adversarial_weight=1", "first_stage.discriminator_layers=4"], "images of at least 48 x 48"),
         (["train.compile=true"], "not compiled: leave out train.compile"),
+        (["first_stage.perceptual_weight=1"], "needs first_stage.perceptual, the file that"),
+        (["first_stage.perceptual_weight=1", "first_stage.perceptual=no.safetensors"], "no.safetensors can't be read"),
         (["train.recipe=vae"], "are for train.recipe=autoencoder"),
     ],
 )

@@ -17,8 +17,9 @@ READER_KEYS = (
 
 # A resumed run may change these: none changes what is learned. Its length matters to some schedules (`resume`).
 _RESUMABLE_KEYS = (
-    *READER_KEYS, "name", "data.check", "train.epochs", "train.steps", "train.accumulate", "train.precision",
-    "train.compile", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+    *READER_KEYS, "name", "data.check", "first_stage.perceptual", "train.epochs", "train.steps", "train.accumulate",
+    "train.precision", "train.compile", "train.log_every", "train.validate_every", "train.nonfinite",
+    "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
 # Keys of `data` that the start of a run resolves if they are null.

@@ -8,6 +8,7 @@ b is the size of the shard, L latents, C, H, W image. Losses are means per pixel
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from vae_dist.distributed import precision
 from vae_dist.distributed.gradients import average_gradients
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
+from vae_dist.features.files import load
+from vae_dist.features.lpips import LPIPS
 from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, verdict
 from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
 from vae_dist.models.tensors import at_least_float32
@@ -74,7 +77,8 @@ class AutoencoderRecipe:
         self.memory = Memory().to(world.device)
         self.networks: dict[str, nn.Module] = {"model": vae, "memory": self.memory}
         self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
-        self.frozen: dict[str, nn.Module] = {}
+        self._perceptual = _perceptual(config, world.device)
+        self.frozen: dict[str, nn.Module] = {} if self._perceptual is None else {"perceptual": self._perceptual}
         if self._ema is not None:
             self.networks["ema"] = self._ema.network
         self.discriminator = _discriminator(vae, config, world) if self._options.adversarial_weight else None
@@ -88,6 +92,8 @@ class AutoencoderRecipe:
         self._fits_sigma = isinstance(vae.likelihood, LocationScaleKind) and vae.likelihood.scale.is_fitted
         if self._fits_sigma:
             self.image_values += ("sigma",)
+        if self._perceptual is not None:
+            self.image_values += ("perceptual",)
         self.norms: tuple[str, ...] = ("grad_norm", "spikes")
         if self.discriminator is not None:
             self.image_values += (
@@ -202,6 +208,10 @@ class AutoencoderRecipe:
         if self._fits_sigma:
             values["sigma"] = inference.likelihood.sigma.to(error.dtype).expand(len(images))
         fakes = 2 * location - 1
+        if self._perceptual is not None:
+            perceptual = self._perceptual(_coloured(fakes), _coloured(2 * images - 1))
+            others = others + self._options.perceptual_weight * perceptual
+            values |= {"loss": others, "perceptual": perceptual}
         if self.discriminator is None:
             return Losses(values, (fakes,))
         # Constants: no gradient of the discriminator's weights is computed here, and none can leak into its step.
@@ -246,6 +256,24 @@ def _discriminator_losses(discriminator: Callable[..., Tensor], images: Tensor, 
     return Losses({"loss": hinge(real, fake), **means, "discriminator_accuracy": accuracy(real, fake)})
 
 
+def _coloured(images: Tensor) -> Tensor:
+    """Return images with three channels: grey ones three times."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _perceptual(config: Config, device: torch.device) -> LPIPS | None:
+    """Load the network of LPIPS if it has a weight. Raises UserError."""
+    options = config.first_stage
+    if not options.perceptual_weight:
+        return None
+    if options.perceptual is None:
+        raise UserError(
+            "first_stage.perceptual_weight needs first_stage.perceptual, the file that `vae-dist fetch-weights "
+            "lpips_vgg` writes"
+        )
+    return load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
+
+
 def _discriminator(vae: VAE, config: Config, world: World) -> PatchDiscriminator:
     """Make the discriminator; its weights depend on the seed alone."""
     options = config.first_stage
@@ -279,5 +307,6 @@ def check_options(config: Config) -> None:
             f"objective.sigma_kind={objective.sigma_kind}: use first_stage.reconstruction=likelihood with "
             "objective.sigma_kind=learned, or objective.sigma_kind=fixed"
         )
+    _perceptual(config, torch.device("cpu"))
     if options.adaptive and not options.adversarial_weight:
         raise UserError("first_stage.adaptive needs first_stage.adversarial_weight above 0")
