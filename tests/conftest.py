@@ -27,7 +27,7 @@ from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.run import RunDirectory
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.optimizers import OPTIMIZERS
-from vae_dist.training.update import Update
+from vae_dist.training.update import Update, freeze
 from vae_dist.training.vae_recipe import VAERecipe
 
 # Before wandb and huggingface_hub are imported anywhere: no account, no server, nothing reported.
@@ -122,6 +122,7 @@ def update_of(
     """The optimizer steps of a model, by default a new one, as `train` makes them."""
     if vae is None:
         vae = build_vae(config, image_shape).to(world.device, precisions.param_dtype(config.train.precision))
+    freeze(vae, config)
     scaler = LossScaler(config.train.precision, world.device)
     return Update(VAERecipe(vae, config, world, scaler, last_step, flat), config, world, scaler, capture)
 

@@ -24,9 +24,11 @@ from vae_dist.models import build_vae
 from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, least_side
 from vae_dist.models.vae import VAE
 from vae_dist.runs.run import RunDirectory
-from vae_dist.training.autoencoder_recipe import SMALLEST_NORM, AutoencoderRecipe, Gradients
+from vae_dist.training.autoencoder_recipe import AutoencoderRecipe, Gradients
+from vae_dist.training.first_stage import SMALLEST_NORM
 from vae_dist.training.loop import train
 from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.update import freeze
 
 WEIGHT, KL = 0.3, 0.01
 
@@ -204,6 +206,20 @@ def test_the_perceptual_term_has_a_gradient(tmp_path: Path) -> None:
         place = recipe.image_values.index("perceptual")
         assert found.sums[place] / 6 == pytest.approx(perceptual.item(), rel=1e-4)
         assert recipe.frozen.keys() == {"perceptual"}
+
+
+def test_a_frozen_encoder_keeps_its_weights() -> None:
+    config = configs.load([*BASE, *ADVERSARIAL, "ema.decay=0.5"])
+    config.train.freeze = "encoder"
+    with processes.join(config) as world:
+        vae = build_vae(config, (1, 28, 28))
+        freeze(vae, config)
+        recipe = AutoencoderRecipe(vae, config, world, LossScaler("fp32", world.device), 100)
+        before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+        take(recipe, random_batch(vae))
+        for network in vae, recipe.model:
+            for name, tensor in network.state_dict().items():
+                assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name
 
 
 # ---- The adversarial weight

@@ -8,7 +8,6 @@ b is the size of the shard, L latents, C, H, W image. Losses are means per pixel
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,34 +19,25 @@ from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.gradients import average_gradients
 from vae_dist.distributed.world import World
-from vae_dist.errors import UserError
-from vae_dist.features.files import load
-from vae_dist.features.lpips import LPIPS
-from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, verdict
-from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
+from vae_dist.models.discriminator import verdict
+from vae_dist.models.likelihoods import LocationScaleKind
 from vae_dist.models.tensors import at_least_float32
 from vae_dist.models.vae import VAE
 from vae_dist.plan import shard
 from vae_dist.training import schedules
 from vae_dist.training.differentiate import Differentiate, Losses
 from vae_dist.training.ema import Ema
+from vae_dist.training.first_stage import (
+    SMALLEST_NORM,
+    Memory,
+    coloured,
+    discriminator_losses,
+    load_perceptual,
+    make_discriminator,
+)
 from vae_dist.training.guard import Guard, clip
 from vae_dist.training.loss_scaler import LossScaler
-from vae_dist.training.optimizers import OPTIMIZERS, Optimizer
-
-SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptive weight
-
-
-class Memory(nn.Module):
-    """What a step takes from the one before, and counts: in a checkpoint, so that a resumed run goes on with it."""
-
-    norms: Tensor  # (2,), at the last layer: of the gradient without the adversarial term, and of that term's
-    spikes: Tensor  # (), updates that were skipped for their norm
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("norms", torch.ones(2))
-        self.register_buffer("spikes", torch.zeros(()))
+from vae_dist.training.optimizers import OPTIMIZERS, Optimizer, trained_parameters
 
 
 class Gradients(NamedTuple):
@@ -72,16 +62,16 @@ class AutoencoderRecipe:
         self._latents = vae.latent_dim
         self._autocast = precision.autocast(config.train.precision, world.device)
         rule = OPTIMIZERS[config.optim.optimizer]
-        self._optimizer = rule(vae.named_parameters(), config.optim)
+        self._optimizer = rule(trained_parameters(vae), config.optim)
         self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)
         self.memory = Memory().to(world.device)
         self.networks: dict[str, nn.Module] = {"model": vae, "memory": self.memory}
         self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
-        self._perceptual = _perceptual(config, world.device)
+        self._perceptual = load_perceptual(config, world.device)
         self.frozen: dict[str, nn.Module] = {} if self._perceptual is None else {"perceptual": self._perceptual}
         if self._ema is not None:
             self.networks["ema"] = self._ema.network
-        self.discriminator = _discriminator(vae, config, world) if self._options.adversarial_weight else None
+        self.discriminator = make_discriminator(vae, config, world) if self._options.adversarial_weight else None
         self._discriminator_optimizer: Optimizer | None = None
         if self.discriminator is not None:
             self._discriminator_optimizer = rule(self.discriminator.named_parameters(), config.optim)
@@ -107,7 +97,7 @@ class AutoencoderRecipe:
         )
         self._gradients = self._differentiate(vae, self._losses, scaler)
         if self.discriminator is not None:
-            self._discriminator_gradients = self._differentiate(self.discriminator, _discriminator_losses, scaler)
+            self._discriminator_gradients = self._differentiate(self.discriminator, discriminator_losses, scaler)
         self._last_layer = [weight for weight in vae.decoder.parameters() if weight.ndim > 1][-1]
 
     @property
@@ -185,7 +175,7 @@ class AutoencoderRecipe:
             images = self._vae.to_input(pixels)
             strength = self._one if weight is None else weight.to(images.dtype) * factor
             loss, sums, fakes, *results = self._gradients(
-                self._one, images, noise.transpose(0, 1), labels, strength, *self._vae.parameters()
+                self._one, images, noise.transpose(0, 1), labels, strength, *self._optimizer.weights
             )
             if self.discriminator is not None:
                 weights = self.discriminator.parameters()
@@ -209,7 +199,7 @@ class AutoencoderRecipe:
             values["sigma"] = inference.likelihood.sigma.to(error.dtype).expand(len(images))
         fakes = 2 * location - 1
         if self._perceptual is not None:
-            perceptual = self._perceptual(_coloured(fakes), _coloured(2 * images - 1))
+            perceptual = self._perceptual(coloured(fakes), coloured(2 * images - 1))
             others = others + self._options.perceptual_weight * perceptual
             values |= {"loss": others, "perceptual": perceptual}
         if self.discriminator is None:
@@ -247,66 +237,3 @@ class AutoencoderRecipe:
             accelerator=scaler.accelerator,
             sum_dtype=precision.sum_dtype(self._world.device),
         ).eager
-
-
-def _discriminator_losses(discriminator: Callable[..., Tensor], images: Tensor, fakes: Tensor) -> Losses:
-    """The losses of the discriminator on images and detached reconstructions `(b, C, H, W)` in [-1, 1]."""
-    real, fake = discriminator(images), discriminator(fakes)
-    means = {"logits_real": real.flatten(1).mean(1), "logits_fake": fake.flatten(1).mean(1)}
-    return Losses({"loss": hinge(real, fake), **means, "discriminator_accuracy": accuracy(real, fake)})
-
-
-def _coloured(images: Tensor) -> Tensor:
-    """Return images with three channels: grey ones three times."""
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def _perceptual(config: Config, device: torch.device) -> LPIPS | None:
-    """Load the network of LPIPS if it has a weight. Raises UserError."""
-    options = config.first_stage
-    if not options.perceptual_weight:
-        return None
-    if options.perceptual is None:
-        raise UserError(
-            "first_stage.perceptual_weight needs first_stage.perceptual, the file that `vae-dist fetch-weights "
-            "lpips_vgg` writes"
-        )
-    return load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
-
-
-def _discriminator(vae: VAE, config: Config, world: World) -> PatchDiscriminator:
-    """Make the discriminator; its weights depend on the seed alone."""
-    options = config.first_stage
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
-        discriminator = PatchDiscriminator(
-            vae.image_shape[0], options.discriminator_channels, options.discriminator_layers
-        )
-    return discriminator.to(world.device, vae.dtype)
-
-
-def check_options(config: Config) -> None:
-    """Raise UserError for options that this recipe can't use."""
-    options, objective = config.first_stage, config.objective
-    recipe = "train.recipe=autoencoder"
-    if not isinstance(likelihood_kind(objective), LocationScaleKind):
-        raise UserError(f"{recipe} needs objective.reconstruction=laplace or gaussian, whose decoder gives locations")
-    if config.train.precision == "fp16":
-        raise UserError(f"{recipe} is for fp32, tf32, bf16 and fp64: use train.precision=bf16")
-    if config.train.compile:
-        raise UserError(f"{recipe} is not compiled: leave out train.compile")
-    if objective.bound != "elbo" or objective.samples != 1 or objective.beta != 1 or objective.beta_warmup_steps:
-        raise UserError(
-            f"{recipe} takes one sample of the ELBO and weighs its KL by first_stage.kl_weight: leave out "
-            "objective.bound, samples, beta and beta_warmup_steps"
-        )
-    fittable = ("fixed", "learned") if options.reconstruction == "likelihood" else ("fixed",)
-    if objective.sigma_kind not in fittable:
-        raise UserError(
-            f"{recipe} fits no sigma with first_stage.reconstruction={options.reconstruction} and "
-            f"objective.sigma_kind={objective.sigma_kind}: use first_stage.reconstruction=likelihood with "
-            "objective.sigma_kind=learned, or objective.sigma_kind=fixed"
-        )
-    _perceptual(config, torch.device("cpu"))
-    if options.adaptive and not options.adversarial_weight:
-        raise UserError("first_stage.adaptive needs first_stage.adversarial_weight above 0")

@@ -13,7 +13,8 @@ from vae_dist.data.batches import Batch
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
-from vae_dist.training.autoencoder_recipe import AutoencoderRecipe, check_options
+from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
+from vae_dist.training.first_stage import check_options
 from vae_dist.training.guard import COUNTS
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.optimizers import Optimizer

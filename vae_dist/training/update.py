@@ -115,6 +115,13 @@ class Update:
 
 def make_update(vae: VAE, config: Config, world: World, last_step: int) -> Update:
     """Make the config's recipe of a VAE, and its update."""
+    freeze(vae, config)
     scaler = LossScaler(config.train.precision, world.device)
     recipe = RECIPES[config.train.recipe](vae, config, world, scaler, last_step)
     return Update(recipe, config, world, scaler)
+
+
+def freeze(vae: VAE, config: Config) -> None:
+    """Let the weights that `train.freeze` names need no gradient: no optimizer updates them."""
+    if config.train.freeze == "encoder":
+        vae.encoder.requires_grad_(False)

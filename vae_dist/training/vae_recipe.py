@@ -43,8 +43,6 @@ class VAERecipe:
         self._last_step = last_step
         flat = world.device.type == "cuda" if flat is None else flat
         optimizers = {**OPTIMIZERS, **(FLAT_OPTIMIZERS if flat else {})}
-        if config.train.freeze == "encoder":
-            vae.encoder.requires_grad_(False)
         self._optimizer = optimizers[config.optim.optimizer](trained_parameters(vae), config.optim)
         self._calibration = calibration(vae, config, world)
         self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)

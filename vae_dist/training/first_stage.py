@@ -1,0 +1,97 @@
+"""Parts of the recipe `autoencoder`: its options, its other networks, and what it takes from one step to the next.
+
+b is the size of the shard, C, H, W image.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vae_dist.config import Config
+from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
+from vae_dist.features.files import load
+from vae_dist.features.lpips import LPIPS
+from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge
+from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
+from vae_dist.models.vae import VAE
+from vae_dist.training.differentiate import Losses
+
+SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptive weight
+
+
+class Memory(nn.Module):
+    """What a step takes from the one before, and counts: in a checkpoint, so that a resumed run goes on with it."""
+
+    norms: Tensor  # (2,), at the last layer: of the gradient without the adversarial term, and of that term's
+    spikes: Tensor  # (), updates that were skipped for their norm
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norms", torch.ones(2))
+        self.register_buffer("spikes", torch.zeros(()))
+
+
+def discriminator_losses(discriminator: Callable[..., Tensor], images: Tensor, fakes: Tensor) -> Losses:
+    """The losses of the discriminator on images and detached reconstructions `(b, C, H, W)` in [-1, 1]."""
+    real, fake = discriminator(images), discriminator(fakes)
+    means = {"logits_real": real.flatten(1).mean(1), "logits_fake": fake.flatten(1).mean(1)}
+    return Losses({"loss": hinge(real, fake), **means, "discriminator_accuracy": accuracy(real, fake)})
+
+
+def coloured(images: Tensor) -> Tensor:
+    """Return images with three channels: grey ones three times."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def load_perceptual(config: Config, device: torch.device) -> LPIPS | None:
+    """Load the network of LPIPS if it has a weight. Raises UserError."""
+    options = config.first_stage
+    if not options.perceptual_weight:
+        return None
+    if options.perceptual is None:
+        raise UserError(
+            "first_stage.perceptual_weight needs first_stage.perceptual, the file that `vae-dist fetch-weights "
+            "lpips_vgg` writes"
+        )
+    return load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
+
+
+def make_discriminator(vae: VAE, config: Config, world: World) -> PatchDiscriminator:
+    """Make the discriminator; its weights depend on the seed alone."""
+    options = config.first_stage
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        discriminator = PatchDiscriminator(
+            vae.image_shape[0], options.discriminator_channels, options.discriminator_layers
+        )
+    return discriminator.to(world.device, vae.dtype)
+
+
+def check_options(config: Config) -> None:
+    """Raise UserError for options that this recipe can't use."""
+    options, objective = config.first_stage, config.objective
+    recipe = "train.recipe=autoencoder"
+    if not isinstance(likelihood_kind(objective), LocationScaleKind):
+        raise UserError(f"{recipe} needs objective.reconstruction=laplace or gaussian, whose decoder gives locations")
+    if config.train.precision == "fp16":
+        raise UserError(f"{recipe} is for fp32, tf32, bf16 and fp64: use train.precision=bf16")
+    if config.train.compile:
+        raise UserError(f"{recipe} is not compiled: leave out train.compile")
+    if objective.bound != "elbo" or objective.samples != 1 or objective.beta != 1 or objective.beta_warmup_steps:
+        raise UserError(
+            f"{recipe} takes one sample of the ELBO and weighs its KL by first_stage.kl_weight: leave out "
+            "objective.bound, samples, beta and beta_warmup_steps"
+        )
+    fittable = ("fixed", "learned") if options.reconstruction == "likelihood" else ("fixed",)
+    if objective.sigma_kind not in fittable:
+        raise UserError(
+            f"{recipe} fits no sigma with first_stage.reconstruction={options.reconstruction} and "
+            f"objective.sigma_kind={objective.sigma_kind}: use first_stage.reconstruction=likelihood with "
+            "objective.sigma_kind=learned, or objective.sigma_kind=fixed"
+        )
+    load_perceptual(config, torch.device("cpu"))
+    if options.adaptive and not options.adversarial_weight:
+        raise UserError("first_stage.adaptive needs first_stage.adversarial_weight above 0")
