@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vae_dist.config import FirstStageConfig
 from vae_dist.errors import UserError
-from vae_dist.models.conv import norm_groups
+from vae_dist.models.blocks import norm_groups
 from vae_dist.models.tensors import Shape, at_least_float32
 
 MOST_WIDER = 8  # times the first layer's channels

@@ -1,0 +1,107 @@
+"""Layers of convolutional networks: residual blocks, normalisation, initial weights.
+
+B batch, c channels, h, w height and width at a resolution.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MOST_GROUPS = 8  # of GroupNorm
+LEAST_CHANNELS = 4  # of a group: alone, a channel would lose its mean
+FIRST_CONVOLUTION = 2  # of a residual block, among its layers
+OUTPUT_SCALE = 0.1  # of the last layers' initial weights
+
+Norm = Callable[[int], nn.Module]  # of so many channels
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Network(nn.Sequential):
+    """Layers in a row, whose residual blocks also take the embedded labels, if any.
+
+    With `recomputes` the backward pass computes the activations inside a residual block, and of the layers between it
+    and the block before, a second time instead of keeping them (Chen et al. 2016). Neither output nor gradients change.
+    """
+
+    recomputes = False
+
+    def forward(self, input: Tensor, embedded: Tensor | None = None) -> Tensor:
+        layers: list[nn.Module] = []
+        for layer in self:
+            layers.append(layer)
+            if isinstance(layer, ResidualBlock):
+                input = self._segment(layers, input, embedded)
+                layers = []
+        return _run(layers, input, embedded)  # its activations are the first that the backward pass needs
+
+    def _segment(self, layers: list[nn.Module], input: Tensor, embedded: Tensor | None) -> Tensor:
+        run = partial(_run, layers)
+        if self.recomputes and torch.is_grad_enabled():  # no layer draws random numbers
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        output: Tensor = run(input, embedded)
+        return output
+
+
+def _run(layers: list[nn.Module], input: Tensor, embedded: Tensor | None) -> Tensor:
+    for layer in layers:
+        input = layer(input, embedded) if isinstance(layer, ResidualBlock) else layer(input)
+    return input
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return GroupNorm (Wu and He 2018), which normalises each image for itself."""
+    return nn.GroupNorm(norm_groups(channels), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Adds to its input `(B, c, h, w)` what two convolutions make of it, activated before each (He et al. 2016).
+
+    Where the channels change, a 1x1 convolution maps the input. Embedded labels `(B, label)` are added to the channels
+    between the convolutions, as time steps are in Ho et al. (2020).
+    """
+
+    def __init__(self, inputs: int, outputs: int, scale: float, label: int = 0, norm: Norm = group_norm) -> None:
+        """`scale` is that of the last convolution's initial weights."""
+        super().__init__()
+        self.branch = nn.Sequential(
+            norm(inputs), nn.SiLU(), convolution(inputs, outputs),
+            norm(outputs), nn.SiLU(), scaled(convolution(outputs, outputs), scale),
+        )  # fmt: skip
+        self.label = nn.Linear(label, outputs) if label else None
+        self.shortcut = nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else None
+
+    def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
+        branch = x
+        for index, layer in enumerate(self.branch):
+            branch = layer(branch)
+            if index == FIRST_CONVOLUTION and self.label is not None:
+                branch = branch + self.label(embedded)[:, :, None, None]
+        return (x if self.shortcut is None else self.shortcut(x)) + branch
+
+
+def output_layers(channels: int, outputs: int, norm: Norm = group_norm) -> list[nn.Module]:
+    """Return the last layers, whose output starts near 0: a posterior near the prior, pixels near grey."""
+    return [norm(channels), nn.SiLU(), scaled(convolution(channels, outputs), OUTPUT_SCALE)]
+
+
+def norm_groups(channels: int) -> int:
+    """Return the number of GroupNorm's groups: the largest divisor of the channels within the limits above."""
+    most = min(MOST_GROUPS, max(channels // LEAST_CHANNELS, 1))
+    return max(groups for groups in range(1, most + 1) if channels % groups == 0)
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1)
+
+
+@torch.no_grad()
+def scaled(layer: Layer, scale: float) -> Layer:
+    """Multiply a layer's weights and biases in place."""
+    for parameter in layer.parameters():
+        parameter.mul_(scale)
+    return layer
