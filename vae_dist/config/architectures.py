@@ -20,6 +20,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class ModelConfig:
     """The options that every architecture has."""
 
+    RECOMPUTES: ClassVar[bool] = False  # whether train.checkpointing applies
     architecture: str = option("mlp", "networks of encoder and decoder; each architecture has options of its own")
     prior: str = option("standard_normal", "distribution of the latents: standard_normal")
     conditional: bool = option(False, "give the labels to encoder and decoder, so that samples can be drawn by class")
@@ -64,6 +65,7 @@ class MLPConfig(ModelConfig):
 
 @dataclass
 class ConvConfig(ModelConfig):
+    RECOMPUTES: ClassVar[bool] = True
     architecture: str = "conv"
     channels: list[int] = option(
         [32, 64, 128],
@@ -101,6 +103,7 @@ class ConvConfig(ModelConfig):
 
 @dataclass
 class AutoencoderKLConfig(ModelConfig):
+    RECOMPUTES: ClassVar[bool] = True
     SIZES: ClassVar[Sequence[str]] = (
         "channels", "blocks", "latent_channels", "norm_groups", "mid_attention", "quant_conv",
     )  # fmt: skip  # those that the folder in init_from decides

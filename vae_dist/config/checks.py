@@ -61,6 +61,7 @@ def check(config: Config) -> None:
             "train.freeze=encoder needs model.init_from, a folder with the encoder's weights: those of a new model are "
             "random"
         )
+    _check_checkpointing(config)
     _check_objective(config.objective)
     _check_optim(config.optim)
     _check_size(config)
@@ -83,6 +84,22 @@ def _check_value(option: Option, item: Any) -> None:
             raise UserError(f"{option.key} must be below {option.below}, not {as_text(item)}")
     if isinstance(item, int) and abs(item) >= 2**63:
         raise UserError(f"{option.key} must be below 2^63, not {as_text(item)}")
+
+
+def _check_checkpointing(config: Config) -> None:
+    if not config.train.checkpointing:
+        return
+    if not config.model.RECOMPUTES:
+        names = [name for name, model in ARCHITECTURES.items() if model.RECOMPUTES]
+        raise UserError(
+            f"train.checkpointing=true is for model.architecture={', '.join(names[:-1])} or {names[-1]}: "
+            f"{config.model.architecture} keeps few activations"
+        )
+    if config.train.compile:
+        raise UserError(
+            "train.checkpointing=true does not go with train.compile=true: a compiled step takes gradients in another "
+            "way; use one of the two"
+        )
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

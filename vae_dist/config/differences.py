@@ -18,8 +18,8 @@ READER_KEYS = (
 # A resumed run may change these: none changes what is learned. Its length matters to some schedules (`resume`).
 _RESUMABLE_KEYS = (
     *READER_KEYS, "name", "data.check", "first_stage.perceptual", "train.epochs", "train.steps", "train.accumulate",
-    "train.precision", "train.compile", "train.log_every", "train.validate_every", "train.nonfinite",
-    "train.max_skipped", "checkpoint.",
+    "train.precision", "train.compile", "train.checkpointing", "train.log_every", "train.validate_every",
+    "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
 # Keys of `data` that the start of a run resolves if they are null.
@@ -30,7 +30,8 @@ _RESOLVED_KEYS = (
 # A comparison does not tell runs apart by these.
 _SAME_RUN_KEYS = (
     *READER_KEYS, "name", "data.image_shape", "data.check", "data.classes", "train.accumulate", "train.compile",
-    "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
+    "train.checkpointing", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped",
+    "checkpoint.",
 )  # fmt: skip
 
 

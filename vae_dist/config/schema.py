@@ -37,6 +37,11 @@ class TrainConfig:
     compile: bool | None = option(
         None, "compile the step, which takes some seconds; null: on a GPU, and on a CPU if the run is long enough"
     )
+    checkpointing: bool = option(
+        False,
+        "compute activations a second time in the backward pass instead of keeping them: less memory, about a third "
+        "more time; such a step is not compiled",
+    )
     log_every: int = option(100, "optimizer steps between records of training metrics", at_least=1)
     validate_every: int | None = option(
         None, "optimizer steps between validations, with their pictures; null: an epoch", at_least=1

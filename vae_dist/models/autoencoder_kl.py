@@ -4,10 +4,12 @@ The networks, and the names of their weights, are diffusers' own, so that a mode
 without a conversion: see `diffusers_files.py`. B batch, C, H, W image, c, h, w latents.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vae_dist.config import AutoencoderKLConfig
 from vae_dist.errors import UserError
@@ -58,6 +60,12 @@ class AutoencoderKLVAE(VAE):
                 "model.channels"
             )
         return ((self.options.latent_channels, height // factor, width // factor),)
+
+    def recompute_activations(self) -> None:
+        networks: list[Any] = [self.encoder.encoder, self.decoder.decoder]
+        for network in networks:
+            network.gradient_checkpointing = True
+            network._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def posterior(self, parameters: Tensor) -> DiagonalGaussian:
         # Another bound would make another posterior of the same weights.

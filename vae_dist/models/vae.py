@@ -87,6 +87,13 @@ class VAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def recompute_activations(self) -> None:
+        """Compute activations a second time in the backward pass instead of keeping them (Chen et al. 2016).
+
+        Neither outputs nor gradients change. Gradients by `torch.func` are then not possible.
+        """
+        raise NotImplementedError
+
     def to_input(self, pixels: Tensor) -> Tensor:
         """Convert uint8 pixels on any device to images in [0, 1], on this model's device and in its dtype."""
         weight = next(self.parameters())

@@ -130,7 +130,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
         tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
     )
-    if compiled is None and config.train.recipe == "autoencoder":
+    if config.train.checkpointing or (compiled is None and config.train.recipe == "autoencoder"):
         compiled = False
     if compiled is None:
         compiled = _worth_compiling(config, vae, training.info.count, world)

@@ -46,7 +46,8 @@ class Update:
         self, recipe: Recipe, config: Config, world: World, scaler: LossScaler, capture: Capture | None = None
     ) -> None:
         """`capture` captures steps. On one GPU this is the default."""
-        if capture is None and world.device.type == "cuda" and world.size == 1 and config.runtime.cuda_graph:
+        captures = config.runtime.cuda_graph and not config.train.checkpointing  # eager gradients can't be captured
+        if capture is None and world.device.type == "cuda" and world.size == 1 and captures:
             capture = CudaGraphCapture()
         self.recipe = recipe
         self._config = config
@@ -116,6 +117,8 @@ class Update:
 def make_update(vae: VAE, config: Config, world: World, last_step: int) -> Update:
     """Make the config's recipe of a VAE, and its update."""
     freeze(vae, config)
+    if config.train.checkpointing:
+        vae.recompute_activations()
     scaler = LossScaler(config.train.precision, world.device)
     recipe = RECIPES[config.train.recipe](vae, config, world, scaler, last_step)
     return Update(recipe, config, world, scaler)

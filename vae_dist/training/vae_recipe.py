@@ -41,7 +41,8 @@ class VAERecipe:
         self._world = world
         self._scaler = scaler
         self._last_step = last_step
-        flat = world.device.type == "cuda" if flat is None else flat
+        if flat is None:  # recomputed activations have eager gradients alone
+            flat = world.device.type == "cuda" and not config.train.checkpointing
         optimizers = {**OPTIMIZERS, **(FLAT_OPTIMIZERS if flat else {})}
         self._optimizer = optimizers[config.optim.optimizer](trained_parameters(vae), config.optim)
         self._calibration = calibration(vae, config, world)
