@@ -8,7 +8,14 @@ Files and arguments may be untrusted. They hold keys, lists and text, within bou
 OmegaConf's resolvers, which read the environment or import modules, are refused.
 """
 
-from vae_dist.config.architectures import ARCHITECTURES, AutoencoderKLConfig, ConvConfig, MLPConfig, ModelConfig
+from vae_dist.config.architectures import (
+    ARCHITECTURES,
+    AutoencoderKLConfig,
+    ConvConfig,
+    MLPConfig,
+    ModelConfig,
+    ResNetConfig,
+)
 from vae_dist.config.arguments import argument, split_run, split_runs
 from vae_dist.config.checks import check
 from vae_dist.config.data import OWN_IMAGES, DataConfig
@@ -57,6 +64,7 @@ __all__ = [
     "OptimConfig",
     "Option",
     "Precision",
+    "ResNetConfig",
     "RuntimeConfig",
     "SampleConfig",
     "Study",

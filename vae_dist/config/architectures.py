@@ -102,6 +102,54 @@ class ConvConfig(ModelConfig):
 
 
 @dataclass
+class ResNetConfig(ModelConfig):
+    RECOMPUTES: ClassVar[bool] = True
+    architecture: str = "resnet"
+    channels: list[int] = option(
+        [32, 64, 128],
+        "channels at each resolution from the image's to the latents'; each after the first halves height and width",
+        at_least=1,
+    )
+    blocks: int = option(2, "residual blocks at each resolution, one more in the decoder", at_least=1)
+    latent_channels: int = option(4, "channels of the latents", at_least=1)
+    attention: list[int] = option(
+        [],
+        "resolutions with self-attention after each block, by what divides the image's height and width there: 1, 2, 4 "
+        "and so on; [8,16]: where they are divided by 8 and by 16",
+        at_least=1,
+    )
+    mid_attention: bool = option(True, "self-attention between the two blocks in the middle, next to the latents")
+
+    @property
+    def attention_levels(self) -> list[bool]:
+        """Whether there is attention at each resolution, of as many as there are channels."""
+        return [2**level in self.attention for level in range(len(self.channels))]
+
+    def check(self) -> None:
+        if not self.channels:
+            raise UserError("model.channels needs at least one number: the channels at the image's resolution")
+        factors = [2**level for level in range(len(self.channels))]
+        if bad := [factor for factor in self.attention if factor not in factors]:
+            raise UserError(
+                f"model.attention has {bad[0]}, but this model's resolutions are the image's divided by "
+                f"{', '.join(map(str, factors))}: use some of these"
+            )
+
+    def weights_at_least(self, image_shape: Sequence[int]) -> int:
+        # A residual block has two 3x3 convolutions, of which the first may start from fewer channels.
+        ends = 9 * (image_shape[0] * self.channels[0] + self.latent_channels * self.channels[-1])
+        return 2 * (ends + self.blocks * sum(9 * size**2 for size in self.channels))
+
+    def latents(self, image_shape: Sequence[int]) -> int:
+        _, height, width = image_shape
+        factor = 2 ** (len(self.channels) - 1)
+        return self.latent_channels * (height // factor) * (width // factor)
+
+    def summary(self) -> str:
+        return f"resnet {'-'.join(map(str, self.channels))}"
+
+
+@dataclass
 class AutoencoderKLConfig(ModelConfig):
     RECOMPUTES: ClassVar[bool] = True
     SIZES: ClassVar[Sequence[str]] = (
@@ -175,5 +223,6 @@ class AutoencoderKLConfig(ModelConfig):
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "mlp": MLPConfig,
     "conv": ConvConfig,
+    "resnet": ResNetConfig,
     "autoencoder_kl": AutoencoderKLConfig,
 }
