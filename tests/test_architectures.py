@@ -46,10 +46,16 @@ def test_the_last_architecture_wins_wherever_its_options_are_given() -> None:
         ),
         (["model.channels=[8]"], "model.channels does not apply to model.architecture=mlp, which has model.latent_dim"),
         (["name=a${model.blocks}"], "name: model.blocks does not apply to model.architecture=mlp"),
-        (["model.architecture=cnn"], "model.architecture must be one of mlp, conv, autoencoder_kl, not cnn"),
-        (["model.architecture=null"], "model.architecture must be one of mlp, conv, autoencoder_kl, not null"),
-        (["model.architecture=[conv]"], "model.architecture must be one of mlp, conv, autoencoder_kl, not ['conv']"),
-        ([CONV, "model.architecture=[]", CONV], "model.architecture must be one of mlp, conv, autoencoder_kl, not []"),
+        (["model.architecture=cnn"], "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not cnn"),
+        (["model.architecture=null"], "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not null"),
+        (
+            ["model.architecture=[conv]"],
+            "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not ['conv']",
+        ),
+        (
+            [CONV, "model.architecture=[]", CONV],
+            "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not []",
+        ),
         (["model.architecture=${model.architecture}"], "takes a key whose value has no ${...}"),
         (["model.chanels=[8]"], "did you mean model.channels"),
         ([CONV, "model.channels=[]"], "model.channels needs at least one number"),
@@ -91,7 +97,7 @@ def test_a_config_that_was_saved_before_there_were_priors_is_read() -> None:
 
 def test_help_says_which_architecture_a_key_is_for() -> None:
     text = config.help_text("usage")
-    assert "model.architecture=mlp   [one of mlp, conv, autoencoder_kl]" in text
+    assert "model.architecture=mlp   [one of mlp, conv, resnet, autoencoder_kl]" in text
     assert "  mlp: number of latents (at least 1)" in text and "  conv: residual blocks at each" in text
     assert text.index("model.prior=") < text.index("model.hidden_dims=") < text.index("model.channels=")
 

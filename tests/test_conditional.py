@@ -47,6 +47,7 @@ TEN = "data.classes=[zero,one,two,three,four,five,six,seven,eight,nine]"
 SMALL = {
     "mlp": ["model.hidden_dims=[16]", "model.latent_dim=3"],
     "conv": ["model.architecture=conv", "model.channels=[8,8]", "model.latent_channels=2"],
+    "resnet": ["model.architecture=resnet", "model.channels=[4,8]", "model.blocks=1", "model.attention=[2]"],
 }
 
 
