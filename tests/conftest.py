@@ -144,6 +144,15 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None if checkpoint is None else checkpoint.folder
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: on small tensors several ones wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Isolate each test from the folder that the tests are run from and from the user's home."""

@@ -15,6 +15,8 @@ from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = {
     "conv": ["model.channels=[8,16]", "model.blocks=2", "model.patch=2", "model.conditional=true"],
     "resnet": ["model.channels=[8,16]", "model.attention=[2]", "model.conditional=true"],

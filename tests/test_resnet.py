@@ -29,6 +29,8 @@ from vae_dist.models.tensors import Shape
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RESNET = "model.architecture=resnet"
 TINY = [RESNET, "model.channels=[4,8,8]", "model.blocks=1", "model.attention=[4]"]
 SHAPE = (3, 8, 12)
