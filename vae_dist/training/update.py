@@ -46,7 +46,8 @@ class Update:
         self, recipe: Recipe, config: Config, world: World, scaler: LossScaler, capture: Capture | None = None
     ) -> None:
         """`capture` captures steps. On one GPU this is the default."""
-        captures = config.runtime.cuda_graph and not config.train.checkpointing  # eager gradients can't be captured
+        is_eager = config.train.checkpointing or config.train.recipe == "autoencoder"
+        captures = config.runtime.cuda_graph and not is_eager  # autograd's own backward can't be captured
         if capture is None and world.device.type == "cuda" and world.size == 1 and captures:
             capture = CudaGraphCapture()
         self.recipe = recipe
