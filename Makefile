@@ -66,7 +66,7 @@ runs: $(READY) ## browse the runs' W&B records in the terminal, without an accou
 	$(PYTHON) $(dir $(lastword $(MAKEFILE_LIST)))vae_dist/browse.py $(CONFIG) $(ARGS)
 
 test: $(READY) ## run the tests
-	$(PYTHON) -m pytest -q -rs -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -q -rs -m "not slow and not browser" $(ARGS)
 
 test-all: $(READY) ## run the tests, the slow ones included
 	$(PYTHON) -m pytest -q $(ARGS)

@@ -41,7 +41,7 @@ def test_the_images_of_each_split_are_those_that_a_training_and_an_evaluation_us
     assert first.names is None and first.images.shape == (3, 1, 28, 28)
     assert torch.equal(first.images, run.images().images[:3])
     seconds = float(re.search(r"first step is done, (.*) s after the start", capsys.readouterr().err)[1])  # type: ignore[index]
-    assert seconds <= time.monotonic() - started  # of the training, not of this process
+    assert seconds <= time.monotonic() - started + 0.1  # of the training, not of this process; it is rounded
     with pytest.raises(UserError, match="no split 'tests': give train, validation or test"):
         run.images("tests")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="count=0"):

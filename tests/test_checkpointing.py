@@ -91,7 +91,9 @@ ADVERSARIAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", [[], ADVERSARIAL], ids=["vae", "autoencoder"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param([], id="vae", marks=pytest.mark.slow), pytest.param(ADVERSARIAL, id="autoencoder")]
+)
 def test_a_run_may_change_it_and_reaches_the_same_bits(
     recipe: list[str], smoke_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -231,7 +231,8 @@ def test_in_fp32_and_on_a_cpu_the_norm_is_torchs() -> None:
 # ---- Through the whole package
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow  # autoencoder_kl's is quick
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_stopped_run_continues_to_the_same_bits(smoke_arguments: list[str], precision: str, tmp_path: Path) -> None:
     common = [*smoke_arguments[1:], *DIGITS, *TINY, "model.conditional=true", "train.batch_size=10"]
     common += [f"runs_dir={tmp_path}", f"train.precision={precision}", "checkpoint.every=2", "ema.decay=0.9"]
