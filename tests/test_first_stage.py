@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -385,6 +386,13 @@ def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str,
     with pytest.raises(UserError, match=message):
         train(configs.load([*BASE, f"data.root={data_root}", "runs_dir=new", *arguments]))
     assert not Path("new").exists()
+
+
+def test_a_launchers_fp16_is_refused_where_auto_has_become_it() -> None:
+    config = configs.load(BASE)
+    scaler: Any = SimpleNamespace(active=True)
+    with processes.join(config) as world, pytest.raises(UserError, match="is for fp32, tf32, bf16 and fp64"):
+        AutoencoderRecipe(build_vae(config, (1, 28, 28)), config, world, scaler, 1)
 
 
 # ---- The discriminator

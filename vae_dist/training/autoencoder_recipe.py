@@ -19,6 +19,7 @@ from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.gradients import average_gradients
 from vae_dist.distributed.world import World
+from vae_dist.errors import UserError
 from vae_dist.models.discriminator import verdict
 from vae_dist.models.likelihoods import LocationScaleKind
 from vae_dist.models.tensors import at_least_float32
@@ -28,6 +29,7 @@ from vae_dist.training import schedules
 from vae_dist.training.differentiate import Differentiate, Losses
 from vae_dist.training.ema import Ema
 from vae_dist.training.first_stage import (
+    NO_FP16,
     SMALLEST_NORM,
     Memory,
     coloured,
@@ -53,6 +55,8 @@ class AutoencoderRecipe:
     """An autoencoder, a discriminator if there is an adversarial weight, and the moving average of the weights."""
 
     def __init__(self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int) -> None:
+        if scaler.active:  # the launcher's precision, if the config's is auto
+            raise UserError(NO_FP16)
         self._vae = vae
         self._config = config
         self._options = config.first_stage

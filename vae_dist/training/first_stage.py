@@ -19,6 +19,7 @@ from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
 from vae_dist.models.vae import VAE
 from vae_dist.training.differentiate import Losses
 
+NO_FP16 = "train.recipe=autoencoder is for fp32, tf32, bf16 and fp64: use train.precision=bf16"
 SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptive weight
 
 
@@ -77,7 +78,7 @@ def check_options(config: Config) -> None:
     if not isinstance(likelihood_kind(objective), LocationScaleKind):
         raise UserError(f"{recipe} needs objective.reconstruction=laplace or gaussian, whose decoder gives locations")
     if config.train.precision == "fp16":
-        raise UserError(f"{recipe} is for fp32, tf32, bf16 and fp64: use train.precision=bf16")
+        raise UserError(NO_FP16)
     if config.train.compile:
         raise UserError(f"{recipe} is not compiled: leave out train.compile")
     if objective.bound != "elbo" or objective.samples != 1 or objective.beta != 1 or objective.beta_warmup_steps:
