@@ -159,7 +159,7 @@ def network_class() -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise UserError(
-            'model.architecture=autoencoder_kl needs the extra "diffusers": pip install "vae_dist[diffusers]"'
+            "model.architecture=autoencoder_kl needs the library of the extra `diffusers`: pip install diffusers"
         ) from error
     return AutoencoderKL
 
