@@ -13,6 +13,7 @@ from torch import Tensor
 from vae_dist.config import DataConfig
 from vae_dist.config.text import truncate
 from vae_dist.data import pixels
+from vae_dist.data.binarization import cut_pixels
 from vae_dist.data.datasets import to_unit
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
@@ -41,7 +42,7 @@ def to_images(images: Any, vae: VAE, data: DataConfig) -> Tensor:
     if data.binarize == "dynamic":
         grey = bernoulli_pixels(grey.cpu(), FIXED_SEED, TEST_STEP, range(len(grey)))
     else:
-        grey = (grey >= 128).to(torch.uint8) * 255
+        grey = cut_pixels(grey)
     return vae.to_input(grey)
 
 

@@ -33,5 +33,10 @@ def _draw(pixels: Tensor, indices: Tensor, step: int) -> Tensor:
 
 
 def cut(source: Source) -> Source:
-    """Return the source with pixels that are 255 from 128 up, and 0 below."""
-    return process(source, lambda pixels, _: (pixels >= 128).to(torch.uint8) * 255, "binary: 1 from grey 128 of 255 up")
+    """Return the source with pixels that `cut_pixels` has cut."""
+    return process(source, lambda pixels, _: cut_pixels(pixels), "binary: 1 from grey 128 of 255 up")
+
+
+def cut_pixels(pixels: Tensor) -> Tensor:
+    """Return uint8 pixels that are 255 from 128 up, and 0 below."""
+    return (pixels >= 128).to(torch.uint8) * 255
