@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def critic_of(recipe: AutoencoderRecipe) -> PatchDiscriminator:
 
 
 def gradients_of(recipe: AutoencoderRecipe, batch: Batch, weight: float = WEIGHT) -> Gradients:
-    return recipe.gradients(batch, torch.tensor(weight), torch.ones(()))
+    return recipe.gradients(batch, torch.tensor(weight))
 
 
 def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-5) -> None:
@@ -142,6 +143,22 @@ def test_a_public_step_that_leaks_has_other_gradients() -> None:
             assert_close(found[len(ours) :], leaking, tolerance=0.05)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_gradients_as_a_pure_function_are_those_of_autograd(adaptive: bool) -> None:
+    """A compiler traces the former."""
+    learned = ["first_stage.reconstruction=likelihood", "objective.sigma_kind=learned", "objective.sigma=0.3"]
+    with recipe_of(*ADVERSARIAL, *learned, f"first_stage.adaptive={str(adaptive).lower()}") as recipe:
+        recipe.model.double(), critic_of(recipe).double()
+        batch, strength = random_batch(recipe.model), torch.tensor(WEIGHT).double()
+        batch = batch._replace(noise=batch.noise.double())
+        weights = [*recipe.model.parameters(), *critic_of(recipe).parameters()]
+        with torch.no_grad():
+            functional = recipe._functional(*batch, strength, *weights)
+        eager = recipe._eager(*batch, strength, *weights)
+        assert len(eager) == 2 + adaptive + len(weights)
+        assert_close(functional, eager, tolerance=1e-12)
+
+
 def test_without_an_adversarial_weight_the_loss_is_error_and_kl() -> None:
     for kind in ("l1", "l2", "likelihood"):
         sigma = ["objective.sigma=0.2"]
@@ -152,7 +169,7 @@ def test_without_an_adversarial_weight_the_loss_is_error_and_kl() -> None:
             distance = (fakes - images).abs()
             error = {"l1": distance, "l2": distance**2, "likelihood": distance / 0.2 + math.log(0.4)}[kind].mean()
             theirs = torch.autograd.grad(error + KL * kl.mean(), list(vae.parameters()))
-            found = recipe.gradients(batch, None, torch.ones(()))
+            found = gradients_of(recipe, batch)
             assert_close(found.of_weights, theirs)
             loss, reconstruction, per_latent = (found.sums / 6).tolist()
             assert reconstruction == pytest.approx(error.item(), rel=1e-5)
@@ -180,9 +197,9 @@ def test_micro_batches_give_the_large_batch(adaptive: bool) -> None:
         batch = random_batch(whole.model)
         one, other = gradients_of(whole, batch), gradients_of(parts, batch)
         assert_close(other.of_weights, one.of_weights)
-        assert_close(other.at_last, one.at_last)
+        assert_close(other.of_verdict, one.of_verdict)
         torch.testing.assert_close(other.sums, one.sums, rtol=1e-5, atol=1e-6)
-        assert len(one.at_last) == 2 * adaptive
+        assert len(one.of_verdict) == adaptive
 
 
 def test_the_perceptual_term_has_a_gradient(tmp_path: Path) -> None:
@@ -200,10 +217,10 @@ def test_the_perceptual_term_has_a_gradient(tmp_path: Path) -> None:
         perceptual = network(*wide).mean()
         loss = (fakes - images).abs().mean() + KL * kl.mean() + 0.5 * perceptual
         theirs = torch.autograd.grad(loss, list(vae.parameters()))
-        found = recipe.gradients(batch, None, torch.ones(()))
+        found = gradients_of(recipe, batch)
         assert_close(found.of_weights, theirs, tolerance=1e-4)
         with pytest.raises(AssertionError):
-            assert_close(found.of_weights, without.gradients(batch, None, torch.ones(())).of_weights, tolerance=0.05)
+            assert_close(found.of_weights, gradients_of(without, batch).of_weights, tolerance=0.05)
         place = recipe.image_values.index("perceptual")
         assert found.sums[place] / 6 == pytest.approx(perceptual.item(), rel=1e-4)
         assert recipe.frozen.keys() == {"perceptual"}
@@ -240,7 +257,7 @@ def test_the_adaptive_factor_is_the_ratio_of_the_last_steps_norms_at_the_last_la
         assert totals[factor] == pytest.approx(1 / (1 + SMALLEST_NORM))  # nothing is known before the first step
         expected = (others.norm() / (adversarial.norm() + SMALLEST_NORM)).item()
         ours, _ = plain_gradients(recipe.model, critic_of(recipe), second, WEIGHT * expected)
-        found = recipe.gradients(second, torch.tensor(WEIGHT), torch.tensor(expected))
+        found = gradients_of(recipe, second, WEIGHT * expected)
         assert_close(found.of_weights[: len(ours)], ours)
         assert take(recipe, second, 1)[factor] == pytest.approx(expected, rel=1e-4)
 
@@ -368,6 +385,31 @@ def test_a_run_on_several_processes_resumes_bitwise(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_compiled_run_trains_as_an_uncompiled_one(
+    size: int, fork_server: ForkServer, data_root: Path, tmp_path: Path
+) -> None:
+    common = [
+        *(option for option in BASE if not option.startswith("model.")), "model.hidden_dims=[8]", "model.latent_dim=3",
+        *ADVERSARIAL, "first_stage.discriminator_layers=1", "first_stage.adaptive=true", "train.precision=fp64",
+        "train.steps=4", "train.log_every=1", "train.validate_every=4",
+        f"data.root={data_root}", f"runs_dir={tmp_path}",
+    ]  # fmt: skip
+    for compiled in ("false", "true"):
+        command = [str(REPOSITORY / "vae_dist/train.py"), *common, f"name={compiled}", f"train.compile={compiled}"]
+        assert {result.returncode for result in fork_server.launch(size, *command, timeout=400)} == {0}
+    assert "can't be compiled" not in (tmp_path / "true/log.txt").read_text()
+    uncompiled, compiled_rows = (
+        [row for row in RunDirectory(tmp_path / name).metrics if "train/loss" in row] for name in ("false", "true")
+    )
+    assert len(uncompiled) == 4
+    for one, other in zip(compiled_rows, uncompiled, strict=True):
+        for name in ("loss", "adversarial", "discriminator_loss", "adversarial_factor", "grad_norm"):
+            assert one[f"train/{name}"] == pytest.approx(other[f"train/{name}"], rel=1e-9), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -376,7 +418,6 @@ def test_a_run_on_several_processes_resumes_bitwise(
         (["objective.sigma_kind=learned", "objective.sigma=0.1"], "first_stage.reconstruction=likelihood with"),
         (["first_stage.adaptive=true"], "first_stage.adaptive needs first_stage.adversarial_weight"),
         (["first_stage.adversarial_weight=1", "first_stage.discriminator_layers=4"], "images of at least 48 x 48"),
-        (["train.compile=true"], "not compiled: leave out train.compile"),
         (["first_stage.perceptual_weight=1"], "needs first_stage.perceptual, the file that"),
         (["first_stage.perceptual_weight=1", "first_stage.perceptual=no.safetensors"], "no.safetensors can't be read"),
         (["train.recipe=vae"], "are for train.recipe=autoencoder"),

@@ -23,7 +23,7 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.blocks import ResidualBlock
 from vae_dist.models.likelihoods import LIKELIHOODS
-from vae_dist.models.norms import GroupNorm, Keep16Bits
+from vae_dist.models.norms import GroupNorm, Keep16Bits, traced
 from vae_dist.models.resnet import Attention, ResNetVAE
 from vae_dist.models.tensors import Shape
 from vae_dist.training.loop import train
@@ -205,6 +205,31 @@ def test_a_norm_of_16_bits_has_statistics_in_fp32(dtype: torch.dtype, offset: fl
 
     gradients, _ = grad_and_value(loss, argnums=(0, 1, 2))(x, weight, bias)
     assert all(torch.equal(found, tensor.grad) for found, tensor in zip(gradients, given, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_the_norm_that_a_compiler_traces_is_torchs(dtype: torch.dtype, offset: float) -> None:
+    torch.manual_seed(0)
+    weight, bias = 1 + 0.1 * torch.randn(16), torch.randn(16)
+    for shape in (BATCH, 16, 9, 5), (BATCH, 16, 7):
+        x = (torch.randn(shape) + offset).to(dtype)
+        for laid_out in [x, *([x.to(memory_format=torch.channels_last)] if x.ndim == 4 else [])]:
+            given, exact = laid_out.clone().requires_grad_(), x.double().requires_grad_()
+            output, expected = (
+                traced(given, weight, bias, 4, 1e-5),
+                group_norm(exact, 4, weight.double(), bias.double()),
+            )
+            assert output.dtype == dtype and output.stride() == laid_out.stride()
+            rounding = max(torch.finfo(dtype).eps, 1e-6)
+            torch.testing.assert_close(output.double(), expected, rtol=rounding, atol=30 * 1e-6)
+            by_output = torch.randn(shape).to(dtype)
+            gradients = [
+                torch.autograd.grad(o, i, by_output.to(o.dtype))[0] for o, i in ((output, given), (expected, exact))
+            ]
+            torch.testing.assert_close(
+                gradients[0].double(), gradients[1], rtol=rounding, atol=1e-4 if offset else 1e-5
+            )
 
 
 def test_on_a_gpu_autocast_leaves_the_norm_in_16_bits() -> None:

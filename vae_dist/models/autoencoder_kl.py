@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vae_dist.config import AutoencoderKLConfig
 from vae_dist.errors import UserError
 from vae_dist.models.likelihoods import LikelihoodKind, LocationScaleKind
+from vae_dist.models.norms import with_own_norms
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import PRIORS
 from vae_dist.models.tensors import Shape, at_least_float32
@@ -44,7 +45,7 @@ class AutoencoderKLVAE(VAE):
             )
         self.options = options
         latents = self.latent_dim  # refuses sizes before anything is built
-        network = make_network(network_options(options, image_shape[0]))
+        network = with_own_norms(make_network(network_options(options, image_shape[0])))
         self.encoder = Encoder(network)
         self.decoder = Decoder(network)
         self.p_z = PRIORS[options.prior](latents)

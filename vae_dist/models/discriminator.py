@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vae_dist.config import FirstStageConfig
 from vae_dist.errors import UserError
-from vae_dist.models.blocks import norm_groups
+from vae_dist.models.norms import group_norm
 from vae_dist.models.tensors import Shape, at_least_float32
 
 MOST_WIDER = 8  # times the first layer's channels
@@ -30,7 +30,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if number < layers else 1
             modules += [
                 nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(norm_groups(after), after),
+                group_norm(after),
                 nn.LeakyReLU(SLOPE),
             ]
         self.layers = nn.Sequential(*modules, nn.Conv2d(sizes[-1], 1, 4, padding=1))

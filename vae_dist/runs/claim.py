@@ -130,7 +130,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         train=replace(config.train, precision=precision, threads=threads or torch.get_num_threads()),
         tracking=replace(config.tracking, id=identity or new_id(), owner=owner(run.directory)),
     )
-    if config.train.checkpointing or (compiled is None and config.train.recipe == "autoencoder"):
+    if config.train.checkpointing:
         compiled = False
     if compiled is None:
         compiled = _worth_compiling(config, vae, training.info.count, world)
@@ -160,7 +160,7 @@ def _worth_compiling(config: Config, vae: VAE, image_count: int, world: World) -
         return find_spec("triton") is not None and _has_compiler("CC", "cc", "gcc", "clang")
     if world.device.type != "cpu":
         return False
-    if not vae.worth_compiling:
+    if not vae.worth_compiling or config.train.recipe == "autoencoder":
         return False
     weights = sum(weight.numel() for weight in vae.parameters())
     plan = Plan(config.seed, image_count, config.train.batch_size)

@@ -8,32 +8,29 @@ b is the size of the shard, L latents, C, H, W image. Losses are means per pixel
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.gradients import average_gradients
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.models.discriminator import verdict
-from vae_dist.models.likelihoods import LocationScaleKind
-from vae_dist.models.tensors import at_least_float32
 from vae_dist.models.vae import VAE
 from vae_dist.plan import shard
-from vae_dist.training import schedules
-from vae_dist.training.differentiate import Differentiate, Losses
+from vae_dist.training import programs, schedules
+from vae_dist.training.autoencoder_losses import AutoencoderLosses, discriminator_losses
+from vae_dist.training.differentiate import Differentiate
 from vae_dist.training.ema import Ema
 from vae_dist.training.first_stage import (
     NO_FP16,
     SMALLEST_NORM,
     Memory,
-    coloured,
-    discriminator_losses,
     load_perceptual,
     make_discriminator,
 )
@@ -47,7 +44,7 @@ class Gradients(NamedTuple):
 
     loss: Tensor  # (), of both networks
     sums: Tensor  # (n,), of the image values
-    at_last: list[Tensor]  # of an adaptive weight: at the decoder's last layer, without and of the adversarial term
+    of_verdict: list[Tensor]  # of an adaptive weight: of the verdict alone, at the decoder's last layer
     of_weights: list[Tensor]  # the autoencoder's, then the discriminator's
 
 
@@ -62,47 +59,52 @@ class AutoencoderRecipe:
         self._options = config.first_stage
         self._world = world
         self._last_step = last_step
-        self._one = torch.ones((), device=world.device)
-        self._latents = vae.latent_dim
-        self._autocast = precision.autocast(config.train.precision, world.device)
         rule = OPTIMIZERS[config.optim.optimizer]
         self._optimizer = rule(trained_parameters(vae), config.optim)
         self._ema = None if config.ema.decay is None else Ema(vae, self._optimizer)
         self.memory = Memory().to(world.device)
         self.networks: dict[str, nn.Module] = {"model": vae, "memory": self.memory}
         self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
-        self._perceptual = load_perceptual(config, world.device)
-        self.frozen: dict[str, nn.Module] = {} if self._perceptual is None else {"perceptual": self._perceptual}
+        perceptual = load_perceptual(config, world.device)
+        self.frozen: dict[str, nn.Module] = {} if perceptual is None else {"perceptual": perceptual}
         if self._ema is not None:
             self.networks["ema"] = self._ema.network
         self.discriminator = make_discriminator(vae, config, world) if self._options.adversarial_weight else None
         self._discriminator_optimizer: Optimizer | None = None
+        autocast = precision.autocast(config.train.precision, world.device)
+        losses = AutoencoderLosses(vae, self._options, perceptual, self.discriminator, autocast)
+        self.noise_shape: tuple[int, ...] = (1, vae.latent_dim)
+        self.image_values = losses.names
+        self.norms: tuple[str, ...] = ("grad_norm", "spikes")
         if self.discriminator is not None:
             self._discriminator_optimizer = rule(self.discriminator.named_parameters(), config.optim)
             self.networks["discriminator"] = self.discriminator
             self.optimizers["discriminator_optimizer"] = self._discriminator_optimizer
-        self.noise_shape: tuple[int, ...] = (1, vae.latent_dim)
-        self.image_values: tuple[str, ...] = ("loss", "reconstruction_error", "kl_per_latent")
-        self._fits_sigma = isinstance(vae.likelihood, LocationScaleKind) and vae.likelihood.scale.is_fitted
-        if self._fits_sigma:
-            self.image_values += ("sigma",)
-        if self._perceptual is not None:
-            self.image_values += ("perceptual",)
-        self.norms: tuple[str, ...] = ("grad_norm", "spikes")
-        if self.discriminator is not None:
-            self.image_values += (
-                "adversarial", "discriminator_loss", "logits_real", "logits_fake", "discriminator_accuracy",
-            )  # fmt: skip
+            self.image_values += ("discriminator_loss", "logits_real", "logits_fake", "discriminator_accuracy")
             self.norms += ("discriminator_grad_norm", "adversarial_factor")
         self._guard = Guard(
             skip_nonfinite=config.train.nonfinite == "skip",
             processes=world.size,
             sum_dtype=precision.sum_dtype(world.device),
         )
-        self._gradients = self._differentiate(vae, self._losses, scaler)
+        last = [name for name, weight in vae.decoder.named_parameters(prefix="decoder") if weight.ndim > 1][-1]
+        self._last = self._optimizer.names.index(last)
+        differentiate = partial(
+            Differentiate,
+            batch_size=config.train.batch_size / world.size,
+            autocast=autocast,
+            accelerator=scaler.accelerator,
+            sum_dtype=precision.sum_dtype(world.device),
+        )
+        self._of_autoencoder = differentiate(vae, losses, probed=self._last)
+        self._of_discriminator: Differentiate | None = None
         if self.discriminator is not None:
-            self._discriminator_gradients = self._differentiate(self.discriminator, discriminator_losses, scaler)
-        self._last_layer = [weight for weight in vae.decoder.parameters() if weight.ndim > 1][-1]
+            self._of_discriminator = differentiate(self.discriminator, discriminator_losses)
+        self._gradients: Function = self._eager
+        self._not_agreed_on: list[Compiled] = []
+        if config.train.compile:
+            self._gradients = program = Compiled(self._functional, self._eager, warns=world.size == 1)
+            self._not_agreed_on = [program] if world.size > 1 else []
 
     @property
     def model(self) -> VAE:
@@ -131,9 +133,10 @@ class AutoencoderRecipe:
         """Take both networks' gradients, average them over the processes, guard, update, then the moving average."""
         named = dict(zip(self.values(0), values.unbind(), strict=True))
         factor = self._adversarial_factor()
-        own = self.gradients(batch, named.get("adversarial_weight"), factor)
-        averaged, mean_loss = average_gradients([*own.at_last, *own.of_weights], own.loss, self._world)
-        at_last, means = averaged[: len(own.at_last)], averaged[len(own.at_last) :]
+        strength = (named.get("adversarial_weight", factor) * factor).to(self._vae.dtype)
+        if self._not_agreed_on:
+            self._agree_on_programs(batch, strength)
+        of_verdict, means, mean_loss, sums = self._averaged(batch, strength)
         split = len(self._optimizer.parameters)
         norm, ours = clip(means[:split], self._config.optim.max_grad_norm)
         most = self._options.skip_norm
@@ -143,101 +146,82 @@ class AutoencoderRecipe:
             of_discriminator, others = clip(means[split:], self._config.optim.max_grad_norm)
             norms += [of_discriminator, factor]
         healthy = self._guard.healthy([mean_loss, *norms], totals)
-        self._guard.count(totals, healthy, own.sums, norms)
+        self._guard.count(totals, healthy, sums, norms)
         skip = torch.maximum(healthy.logical_not().float(), spike.float())
         learning_rate = named["learning_rate"].float()
         self._optimizer.step(ours, learning_rate, skip)
         if self._discriminator_optimizer is not None:
             waits = torch.maximum(skip, 1 - named["discriminator_trains"].float())
             self._discriminator_optimizer.step(others, learning_rate * self._options.discriminator_rate, waits)
-        self._remember(at_last, healthy, spike)
+        self._remember([(means[self._last] - strength * part, part) for part in of_verdict], healthy, spike)
         if self._ema is not None:
             self._ema.update(named["ema_decay"], skip)
 
     def _adversarial_factor(self) -> Tensor:
         """The factor `()` of the adversarial weight, from the gradients of the step before."""
         if not self._options.adaptive:
-            return self._one
+            return torch.ones_like(self.memory.spikes)
         others, adversarial = self.memory.norms
         return (others / (adversarial + SMALLEST_NORM)).clamp(0, self._options.adaptive_most)
 
     @torch.no_grad()
-    def _remember(self, at_last: Sequence[Tensor], healthy: Tensor, spike: Tensor) -> None:
-        """Keep the norms of the gradients at the last layer, unless they are not finite, and count a spike."""
-        if at_last:
-            norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in at_last]).float()
+    def _remember(self, at_last: Sequence[tuple[Tensor, Tensor]], healthy: Tensor, spike: Tensor) -> None:
+        """Keep the norms of the gradients at the last layer, unless they are not finite, and count a spike.
+
+        They are those of all other terms, and of the verdict.
+        """
+        for parts in at_last:
+            norms = torch.stack([torch.linalg.vector_norm(part) for part in parts]).float()
             self.memory.norms.copy_(torch.where(healthy, norms, self.memory.norms))
         self.memory.spikes.add_(torch.where(healthy, spike.float(), 0.0))
 
-    def gradients(self, batch: Batch, weight: Tensor | None, factor: Tensor) -> "Gradients":
-        """Return the gradients of the shard, summed over its micro-batches; `weight` and `factor` are `()`."""
-        totals: list[Tensor] = []
-        count = 2 if self._options.adaptive else 0
+    def _averaged(self, batch: Batch, strength: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]:
+        """Return the gradients of the verdict and of the weights, the mean loss, and the sums of this process."""
+        own = self.gradients(batch, strength)
+        means, mean_loss = average_gradients([*own.of_verdict, *own.of_weights], own.loss, self._world)
+        count = len(own.of_verdict)
+        return means[:count], means[count:], mean_loss, own.sums
+
+    def gradients(self, batch: Batch, strength: Tensor) -> Gradients:
+        """Return the gradients of the shard, summed over its micro-batches; `strength` `()` weighs the verdict."""
+        totals: Sequence[Tensor] = []
+        weights = [*self._optimizer.weights, *(self.discriminator.parameters() if self.discriminator else ())]
         for number in range(self._config.train.accumulate):
             rows = shard(len(batch.pixels), number, self._config.train.accumulate)
-            pixels, noise, labels = (tensor[rows.start : rows.stop] for tensor in batch)
-            images = self._vae.to_input(pixels)
-            strength = self._one if weight is None else weight.to(images.dtype) * factor
-            loss, sums, fakes, *results = self._gradients(
-                self._one, images, noise.transpose(0, 1), labels, strength, *self._optimizer.weights
-            )
-            if self.discriminator is not None:
-                weights = self.discriminator.parameters()
-                more, own, *others = self._discriminator_gradients(self._one, 2 * images - 1, fakes, *weights)
-                loss, sums, results = loss + more, torch.cat([sums, own]), [*results, *others]
-            results = [loss, sums, *results]
+            results = self._gradients(*(tensor[rows.start : rows.stop] for tensor in batch), strength, *weights)
             totals = [total.add_(value) for total, value in zip(totals, results, strict=True)] if totals else results
-        return Gradients(totals[0], totals[1], totals[2 : 2 + count], totals[2 + count :])
+        loss, sums, *gradients = totals
+        count = int(self._options.adaptive)
+        return Gradients(loss, sums, gradients[:count], gradients[count:])
 
-    def _losses(
-        self, vae: Callable[..., Any], images: Tensor, noise: Tensor, labels: Tensor, strength: Tensor
-    ) -> Losses:
-        """The autoencoder's losses; `strength` `()` weighs the discriminator's verdict."""
-        inference = vae(images, noise, labels)
-        location = at_least_float32(inference.likelihood.location)
-        error = self._error(inference.likelihood, location, images)
-        kl = inference.kl[0].sum(1) / self._latents
-        others = error + self._options.kl_weight * kl
-        values = {"loss": others, "reconstruction_error": error, "kl_per_latent": kl}
-        if self._fits_sigma:
-            values["sigma"] = inference.likelihood.sigma.to(error.dtype).expand(len(images))
-        fakes = 2 * location - 1
-        if self._perceptual is not None:
-            perceptual = self._perceptual(coloured(fakes), coloured(2 * images - 1))
-            others = others + self._options.perceptual_weight * perceptual
-            values |= {"loss": others, "perceptual": perceptual}
-        if self.discriminator is None:
-            return Losses(values, (fakes,))
-        # Constants: no gradient of the discriminator's weights is computed here, and none can leak into its step.
-        constant = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        with self._autocast():
-            logits = functional_call(self.discriminator, constant, fakes)
-        adversarial = verdict(logits)
-        values |= {"loss": others + strength * adversarial, "adversarial": adversarial}
-        if not self._options.adaptive:
-            return Losses(values, (fakes,))
-        scale = self._config.train.batch_size / self._world.size  # as the loss is scaled
-        at_last = [
-            torch.autograd.grad(part.sum() / scale, self._last_layer, retain_graph=True)[0]
-            for part in (others, adversarial)
-        ]
-        return Losses(values, (fakes, *at_last))
+    def _eager(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return self._of_images(Differentiate.eager, *tensors)
 
-    def _error(self, likelihood: Any, location: Tensor, images: Tensor) -> Tensor:
-        """The reconstruction term of each image, a mean per pixel value: `(b,)`."""
-        if self._options.reconstruction == "likelihood":
-            return -likelihood.log_prob(images) / images[0].numel()
-        distance = location - images
-        return (distance.abs() if self._options.reconstruction == "l1" else distance.square()).flatten(1).mean(1)
+    def _functional(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return self._of_images(Differentiate.functional, *tensors)
 
-    def _differentiate(
-        self, network: nn.Module, losses: Callable[..., Losses], scaler: LossScaler
-    ) -> Callable[..., list[Tensor]]:
-        return Differentiate(
-            network,
-            losses,
-            batch_size=self._config.train.batch_size / self._world.size,
-            autocast=self._autocast,
-            accelerator=scaler.accelerator,
-            sum_dtype=precision.sum_dtype(self._world.device),
-        ).eager
+    def _of_images(
+        self,
+        take: Callable[..., list[Tensor]],
+        pixels: Tensor,
+        noise: Tensor,
+        labels: Tensor,
+        strength: Tensor,
+        *weights: Tensor,
+    ) -> Sequence[Tensor]:
+        """Return [loss, sums, *of_verdict, *of_weights] of uint8 pixels; the weights are both networks'."""
+        images, one = self._vae.to_input(pixels), torch.ones_like(strength)
+        split = len(self._optimizer.weights)
+        own, others = weights[:split], weights[split:]
+        inputs = images, noise.transpose(0, 1), labels, strength, *others
+        loss, sums, fakes, *gradients = take(self._of_autoencoder, one, *inputs, *own)
+        if self._of_discriminator is None:
+            return [loss, sums, *gradients]
+        more, more_sums, *of_discriminator = take(self._of_discriminator, one, 2 * images - 1, fakes, *others)
+        return [loss + more, torch.cat([sums, more_sums]), *gradients, *of_discriminator]
+
+    def _agree_on_programs(self, batch: Batch, strength: Tensor) -> None:
+        """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""
+        of_verdict, means, mean_loss, _ = self._averaged(batch, strength)
+        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_verdict, *means, mean_loss])
+        self._not_agreed_on = []

@@ -1,9 +1,5 @@
-"""Parts of the recipe `autoencoder`: its options, its other networks, and what it takes from one step to the next.
+"""Parts of the recipe `autoencoder`: its options, its other networks, and what it takes from one step to the next."""
 
-b is the size of the shard, C, H, W image.
-"""
-
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +10,9 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.features.files import load
 from vae_dist.features.lpips import LPIPS
-from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge
+from vae_dist.models.discriminator import PatchDiscriminator
 from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
 from vae_dist.models.vae import VAE
-from vae_dist.training.differentiate import Losses
 
 NO_FP16 = "train.recipe=autoencoder is for fp32, tf32, bf16 and fp64: use train.precision=bf16"
 SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptive weight
@@ -35,18 +30,6 @@ class Memory(nn.Module):
         self.register_buffer("spikes", torch.zeros(()))
 
 
-def discriminator_losses(discriminator: Callable[..., Tensor], images: Tensor, fakes: Tensor) -> Losses:
-    """The losses of the discriminator on images and detached reconstructions `(b, C, H, W)` in [-1, 1]."""
-    real, fake = discriminator(images), discriminator(fakes)
-    means = {"logits_real": real.flatten(1).mean(1), "logits_fake": fake.flatten(1).mean(1)}
-    return Losses({"loss": hinge(real, fake), **means, "discriminator_accuracy": accuracy(real, fake)})
-
-
-def coloured(images: Tensor) -> Tensor:
-    """Return images with three channels: grey ones three times."""
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
 def load_perceptual(config: Config, device: torch.device) -> LPIPS | None:
     """Load the network of LPIPS if it has a weight. Raises UserError."""
     options = config.first_stage
@@ -57,6 +40,9 @@ def load_perceptual(config: Config, device: torch.device) -> LPIPS | None:
             "first_stage.perceptual_weight needs first_stage.perceptual, the file that `vae-dist fetch-weights "
             "lpips_vgg` writes"
         )
+    if device.type == "cuda" and config.train.precision == "bf16":
+        # LPIPS is float32, where TF32 is still more exact than the bf16 of the reconstructions that it compares.
+        torch.backends.cudnn.allow_tf32 = True
     return load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
 
 
@@ -79,8 +65,6 @@ def check_options(config: Config) -> None:
         raise UserError(f"{recipe} needs objective.reconstruction=laplace or gaussian, whose decoder gives locations")
     if config.train.precision == "fp16":
         raise UserError(NO_FP16)
-    if config.train.compile:
-        raise UserError(f"{recipe} is not compiled: leave out train.compile")
     if objective.bound != "elbo" or objective.samples != 1 or objective.beta != 1 or objective.beta_warmup_steps:
         raise UserError(
             f"{recipe} takes one sample of the ELBO and weighs its KL by first_stage.kl_weight: leave out "
