@@ -1,7 +1,7 @@
 """Images per second and memory of a first stage on one GPU: kl-f8 at 256 x 256 in bf16, with LPIPS and a discriminator.
 
     python tests/gpu/first_stage.py RESULT.json [LOOP ...] [--config configs/kl_f8.yaml] [--steps 40] [--batch 16]
-                                    [--side 256] [--device cpu]
+                                    [--side 256] [--device cpu] [--wait]
 
 The loops, one after the other, each in a process of its own:
 
@@ -9,7 +9,8 @@ The loops, one after the other, each in a process of its own:
 - plain: diffusers' AutoencoderKL, torchvision's VGG16 and a discriminator of the same size in a loop of torch, all
   under autocast, with fused Adam.
 
-All weights are random. A rate is the median over the second half of the steps.
+All weights are random. A rate is the median over the second half of the steps. With --wait, the first loop stops after
+its first step, when all is compiled, until a line on stdin: other work can go on in the meantime.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--wait", action="store_true")
     parser.add_argument("--alone", action="store_true", help="run the one loop in this process")
     options = parser.parse_args()
     if options.alone:
@@ -52,6 +54,7 @@ def main() -> None:
             f"--config={options.config}",
             *(f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "side", "device")),
         ]
+        command += ["--wait"] if options.wait and not results else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         last = (done.stdout.strip().splitlines() or [""])[-1]
         results[loop] = json.loads(last) if done.returncode == 0 else None
@@ -73,8 +76,19 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from vae_dist.features.lpips import LPIPS
     from vae_dist.runs.run import RunDirectory
     from vae_dist.training.loop import train
+    from vae_dist.training.update import Update
 
     (loop,) = options.loops
+    take, taken = Update.__call__, []
+
+    def paced(self: Update, *given: Any) -> None:
+        take(self, *given)
+        taken.append(time.perf_counter())
+        if len(taken) == 1 and options.wait:
+            self.totals.tolist()  # all is done by then
+            sys.stdin.readline()
+
+    Update.__call__ = paced  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         images, weights = Path(folder) / "images.npy", Path(folder) / "lpips.safetensors"
         shape = IMAGES, options.side, options.side, 3

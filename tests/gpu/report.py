@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ TESTS = {
 }
 SIDE_BY_SIDE = 8  # of the tests: they wait for compilers more than for the card
 TEST_SECONDS = 180  # of all tests
+FIRST_STAGE_SECONDS = 240
 READY_SECONDS, TURN_SECONDS = 110, 30  # for all loops to compile side by side; for the turns of one batch size
 
 
@@ -138,6 +140,30 @@ def turns(size: int, process: subprocess.Popen[str], folder: Path) -> dict[str, 
     return {"ok": process.returncode == 0 and None not in rates.values(), "images_per_second": rates}
 
 
+def first_stage(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]:
+    """Images per second and memory of a first stage, whose `process` has compiled its step by now."""
+    began = time.monotonic()
+    try:
+        process.communicate(b"\n", timeout=FIRST_STAGE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the loop that it waits for
+        process.wait()
+    result = folder / "first_stage.json"
+    loops = json.loads(result.read_text()) if result.exists() else {}
+    print(f"first stage: {loops}", flush=True)
+    said = outcome(folder / "first_stage.log", process.returncode, time.monotonic() - began)
+    return {**said, "ok": said["ok"] and None not in loops.values(), "loops": loops}
+
+
+def first_stage_process(folder: Path) -> subprocess.Popen[bytes]:
+    """A process that compiles a first stage's step and waits for its turn."""
+    command = [sys.executable, "tests/gpu/first_stage.py", str(folder / "first_stage.json"), "--wait"]
+    with (folder / "first_stage.log").open("w") as log:
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 def guarded(part: Callable[..., dict[Any, Any]], *arguments: Any) -> dict[Any, Any]:
     try:
         return part(*arguments)
@@ -182,9 +208,30 @@ def page(results: dict[str, Any]) -> str:
         text += ["## From `accelerate launch` to the first step", ""]
         starts = results["start"].get("seconds_to_first_step", {})
         text += markdown(["", "seconds"], [[name, f"{seconds}"] for name, seconds in starts.items()])
+    if "first_stage" in results:
+        text += first_stages(results["first_stage"].get("loops", {}))
     if results["speed"]:
         text += speeds({size: part.get("images_per_second", {}) for size, part in results["speed"].items()})
     return "\n".join(text) + "\n"
+
+
+def first_stages(loops: dict[str, dict[str, float] | None]) -> list[str]:
+    titles = {
+        "compiled": "this package",
+        "uncompiled": "this package, `train.compile=false`",
+        "checkpointed": "this package, `train.checkpointing=true`",
+        "plain": "a loop of torch under autocast, not compiled",
+    }
+    rows = [
+        [title, *(f"{loops[loop][name]:.1f}" for name in ("images_per_second", "GiB", "seconds_before"))]  # type: ignore[index]
+        for loop, title in titles.items()
+        if loops.get(loop)
+    ]
+    return [
+        "## A first stage", "",
+        "kl-f8 at 256 x 256, batch 16, bf16, with LPIPS and an adaptive discriminator; weights are random.", "",
+        *markdown(["", "images/s", "GiB", "seconds for all else"], rows),
+    ]  # fmt: skip
 
 
 def speeds(rates: dict[int, dict[str, float | None]]) -> list[str]:
@@ -217,7 +264,7 @@ def speeds(rates: dict[int, dict[str, float | None]]) -> list[str]:
 
 
 def main() -> None:
-    parts = [*TESTS, *(f"speed_{size}" for size in STEPS), "start"]
+    parts = [*TESTS, "first_stage", *(f"speed_{size}" for size in STEPS), "start"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="data", type=Path)
     parser.add_argument("--output", default="build/gpu", type=Path)
@@ -242,7 +289,10 @@ def main() -> None:
         (folder / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
         (folder / "gpu.md").write_text(page(results))
 
+    waiting = first_stage_process(folder) if "first_stage" in options.only else None
     note("tests", None, tests(folder, [part for part in TESTS if part in options.only]))
+    if waiting is not None:
+        note("first_stage", None, guarded(first_stage, waiting, folder))
     sizes = [size for size in STEPS if f"speed_{size}" in options.only]
     if sizes:
         outcomes = guarded(speed, sizes, folder, settings)
@@ -253,7 +303,7 @@ def main() -> None:
         (REPOSITORY / "docs/gpu.md").write_text(page(results))
     print("\n" + page(results))
     every = [*results["tests"].values(), *results["speed"].values()]
-    every += [results["start"]] if "start" in results else []
+    every += [results[part] for part in ("first_stage", "start") if part in results]
     sys.exit(0 if all(part["ok"] for part in every) else 1)
 
 
