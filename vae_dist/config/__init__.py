@@ -20,6 +20,7 @@ from vae_dist.config.arguments import argument, split_run, split_runs
 from vae_dist.config.checks import check
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.differences import READER_KEYS, differing, resume
+from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.help import help_text
 from vae_dist.config.keys import Option, flatten, options
@@ -32,7 +33,6 @@ from vae_dist.config.schema import (
     CheckpointConfig,
     Config,
     EncodeConfig,
-    EvaluateConfig,
     ExportConfig,
     Precision,
     RuntimeConfig,
