@@ -261,6 +261,8 @@ def test_of_paths_to_own_images_the_last_name_stays() -> None:
     own = config.load(["data.name=folder", "data.path=/home/me/cats", "data.group=/home/me/groups.csv"])
     data = inference.scrubbed(own).data
     assert (data.path, data.group) == ("cats", "groups.csv")
+    network = config.load(["evaluate.inception=/home/me/inception", "evaluate.perceptual=/b", "evaluate.fid_samples=9"])
+    assert inference.scrubbed(network).evaluate == config.load([]).evaluate
     expression = replace(own, data=replace(own.data, group="^(.*)/", path="/"))
     assert inference.scrubbed(expression).data.group == "^(.*)/"
     config.check(inference.scrubbed(expression))

@@ -1,4 +1,4 @@
-"""SSIM and LPIPS of an evaluation."""
+"""SSIM, LPIPS, rFID and FID of an evaluation."""
 
 import hashlib
 import json
@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
 from tests.forked import ForkServer
+from vae_dist import config
 from vae_dist.config import EvaluateConfig
 from vae_dist.data import datasets
 from vae_dist.data.source import read
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.evaluation import frechet, networks, similarity
+from vae_dist.evaluation import fid, frechet, networks, similarity
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import measure
 from vae_dist.evaluation.networks import Networks
@@ -27,6 +28,7 @@ from vae_dist.features.inception import FIDInception
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models.inputs import read_inputs
 from vae_dist.training.loop import train
+from vae_dist.views.sampling import sample
 
 FEW = ["evaluate.importance_samples=0", "evaluate.batch_size=48", "train.threads=1"]
 
@@ -200,6 +202,11 @@ class Averages(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2)[:, 0].flatten(1)
 
 
+def averages(images: Tensor) -> Tensor:
+    """The features of `Averages` in float64: `(N, 4)`."""
+    return torch.from_numpy(eight_bits(images) * 255).reshape(-1, 2, 14, 2, 14).mean((2, 4)).flatten(1)
+
+
 def test_the_rfid_is_the_distance_of_images_and_reconstructions(run_dir: Path) -> None:
     source = opened(run_dir, FEW)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
@@ -210,25 +217,77 @@ def test_the_rfid_is_the_distance_of_images_and_reconstructions(run_dir: Path) -
     images = read_inputs(vae, test, range(test.info.count)).images
     with torch.no_grad():
         pair = (images, vae.decode(vae.infer(images).mean).mean)
-    quarters = (torch.from_numpy(eight_bits(values) * 255).reshape(-1, 2, 14, 2, 14).mean((2, 4)) for values in pair)
-    expected = frechet.distance(*(values.flatten(1) for values in quarters))
+    expected = frechet.distance(*map(averages, pair))
     assert metrics.pop("rfid") == pytest.approx(expected, rel=1e-3) and expected > 1
     assert metrics == without and "rfid" not in by_image
 
 
+@pytest.mark.parametrize("conditional", ["false", "true"])
+def test_the_fid_is_the_distance_of_images_and_samples(conditional: str, make_config: MakeConfig) -> None:
+    """The oracle: the samples that `vae-dist sample` writes, of a conditional model with all classes in turn."""
+    run_dir = train(make_config("name=a", "train.steps=5", f"model.conditional={conditional}"))
+    source = opened(run_dir, [*FEW, "evaluate.fid_samples=101", "evaluate.inception=unused"])
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
+    test = datasets.load_test(source.config.data)
+    with processes.join(source.config) as world:
+        metrics, _ = measure(vae, test, world, source.config, Networks(inception=Averages()))
+        reference = torch.ones(1, 4)
+        assert fid.fid(vae, Averages(), reference, world, source.config) is None
+    samples = load_file(sample(run_dir, ["sample.count=101"]) / "samples.safetensors")["images"]
+    images = read_inputs(vae, test, range(test.info.count)).images
+    expected = frechet.distance(averages(images), averages(samples))
+    assert metrics["fid"] == pytest.approx(expected, rel=1e-3) and metrics["fid_samples"] == 101
+    assert expected > 1
+
+
+def test_samples_that_are_not_finite_end_an_evaluation(run_dir: Path) -> None:
+    source = opened(run_dir, [*FEW, "evaluate.fid_samples=50", "evaluate.inception=unused"])
+    vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
+
+    class Prior(type(vae.p_z)):  # type: ignore[misc]
+        def forward(self, noise: Tensor) -> Tensor:
+            return noise.masked_fill(noise[:, :1] > 1, torch.nan)
+
+    vae.p_z.__class__ = Prior
+    with (
+        processes.join(source.config) as world,
+        pytest.raises(
+            UserError, match=r"^([2-9]|1\d) of 50 samples from the prior are not finite; .*earlier checkpoint"
+        ),
+    ):
+        fid.fid(vae, Averages(), torch.ones(2, 4), world, source.config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evaluate.fid_samples=100"], "fid_samples needs evaluate.inception, the file of the weights"),
+        (["evaluate.fid_samples=1", "evaluate.inception=a"], "fid_samples must be at least 2, not 1"),
+    ],
+)
+def test_a_fid_that_can_not_be_is_refused(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=f"^evaluate.{expected}"):
+        config.load(arguments)
+
+
 @pytest.mark.slow
-def test_an_evaluation_has_the_rfid_of_a_file_on_any_number_of_processes(
+def test_an_evaluation_has_the_rfid_and_the_fid_of_a_file_on_any_number_of_processes(
     run_dir: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     path = tmp_path / "inception.safetensors"
     save_file(files.random_tensors(FIDInception, seed=0), path)
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8))
     arguments = [*FEW, "evaluate.batch_size=2", f"evaluate.folder={tmp_path}/images.npy", f"evaluate.inception={path}"]
+    arguments += ["evaluate.fid_samples=5"]
     alone = evaluate(run_dir, arguments)
     assert alone["rfid"] > 0 and alone["protocol"]["rfid_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert alone["fid"] > 0 and alone["fid_samples"] == alone["protocol"]["fid_samples"] == 5
+    assert alone["protocol"]["fid"].startswith("5 means of p(x|z), z from the prior p(z), the same draws")
+    assert "the reference are the 7 images" in alone["protocol"]["fid"]
     jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([("evaluate", str(run_dir), [*arguments, f"output={tmp_path / 'three'}"])]))
-    ended = fork_server.launch(3, str(REPOSITORY / "tests/worker.py"), str(jobs))
-    assert [process.returncode for process in ended] == [0, 0, 0]
-    (kept,) = (tmp_path / "three/evaluations").glob("*.json")
-    assert json.loads(kept.read_text()) == alone
+    for size in (2, 3):
+        jobs.write_text(json.dumps([("evaluate", str(run_dir), [*arguments, f"output={tmp_path / str(size)}"])]))
+        ended = fork_server.launch(size, str(REPOSITORY / "tests/worker.py"), str(jobs))
+        assert [process.returncode for process in ended] == [0] * size
+        (kept,) = (tmp_path / str(size) / "evaluations").glob("*.json")
+        assert json.loads(kept.read_text()) == alone

@@ -79,7 +79,7 @@ class TrainedModel:
 
     def prior(self, count: int, seed: int = 0) -> Tensor:
         """Draw codes from the prior p(z): `(count, L)` float32. The first ones are the same for every count."""
-        return prior_draws(self.model, seed, count).to(self.model.device, copy=True)
+        return prior_draws(self.model, seed, range(count)).to(self.model.device, copy=True)
 
     def sample(
         self, count: int = 16, seed: int = 0, *, labels: Any = None, sampler: Literal["prior", "mixture"] = "prior"

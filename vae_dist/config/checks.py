@@ -61,6 +61,11 @@ def check(config: Config) -> None:
             "train.freeze=encoder needs model.init_from, a folder with the encoder's weights: those of a new model are "
             "random"
         )
+    if config.evaluate.fid_samples is not None and config.evaluate.inception is None:
+        raise UserError(
+            "evaluate.fid_samples needs evaluate.inception, the file of the weights of FID's Inception: name it, or "
+            "leave out evaluate.fid_samples"
+        )
     _check_checkpointing(config)
     _check_objective(config.objective)
     _check_optim(config.optim)

@@ -23,6 +23,12 @@ class EvaluateConfig:
         "file of the weights of FID's Inception, as `vae-dist fetch-weights` writes it: adds the rFID of "
         "reconstructions; null: none",
     )
+    fid_samples: int | None = option(
+        None,
+        "samples from the prior for their FID to the images, of which papers draw 50000; needs evaluate.inception; "
+        "null: none",
+        at_least=2,
+    )
     importance_samples: int | None = option(
         128, "latents per image for the estimate of the negative log-likelihood; 0 or null: no estimate", at_least=0
     )

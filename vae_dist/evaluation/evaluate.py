@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = (
     "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
-    "mean_squared_error", "psnr", "ssim", "lpips", "rfid", "active_units",
+    "mean_squared_error", "psnr", "ssim", "lpips", "rfid", "fid", "active_units",
 )  # fmt: skip
 
 
@@ -134,6 +134,7 @@ def _show(result: Mapping[str, Any]) -> None:
         "ssim": ("SSIM", "8-bit values"),
         "lpips": ("LPIPS", "VGG16, 8-bit values"),
         "rfid": ("rFID", f"of {result['images']} images, 8-bit values"),
+        "fid": ("FID", f"of {result.get('fid_samples')} samples from the prior, 8-bit values"),
         "active_units": ("active units", f"of {result['latents']} latents"),
     }
     tables.metrics(

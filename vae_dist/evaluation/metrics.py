@@ -17,7 +17,7 @@ from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
-from vae_dist.evaluation import frechet, similarity
+from vae_dist.evaluation import fid, similarity
 from vae_dist.evaluation.networks import NO_NETWORKS, Networks
 from vae_dist.models.inputs import Inputs, read_inputs
 from vae_dist.models.vae import VAE, Inference
@@ -176,6 +176,12 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         **encodings.similarity,
     }
     _require_finite(by_image)  # before the likelihood, which may take hours
+    distances: dict[str, float | int | None] = {}
+    if networks.inception is not None and (features := encodings.features) is not None:
+        distances["rfid"] = fid.rfid(features, world)
+        if (count := config.evaluate.fid_samples) is not None:
+            distances["fid"] = fid.fid(vae, networks.inception, features[:, 0], world, config)
+            distances["fid_samples"] = count
     if config.evaluate.importance_samples:
         by_image["negative_log_likelihood"] = negative_log_likelihood(vae, source, world, config)
         _require_finite(by_image)
@@ -191,7 +197,7 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "psnr": means["psnr"],
         "ssim": means.get("ssim"),
         **({} if networks.lpips is None else {"lpips": means["lpips"]}),
-        **({} if encodings.features is None else {"rfid": _rfid(encodings.features, world)}),
+        **distances,
         "active_units": objectives.active_units(encodings.variance),
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.
@@ -199,11 +205,6 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "standard_errors": {name: _standard_error(values) for name, values in by_image.items()},
     }
     return Measured(metrics, by_image)
-
-
-def _rfid(features: Tensor, world: World) -> float | None:
-    """Return the Frechet distance of images and their reconstructions by features `(N, 2, F)`; None for one image."""
-    return world.on_main(lambda: frechet.distance(*features.unbind(1)), patient=True) if len(features) > 1 else None
 
 
 def _standard_error(values: Tensor) -> float | None:

@@ -11,7 +11,7 @@ from vae_dist.config import Config
 from vae_dist.data.source import DataInfo
 from vae_dist.distributed import precision
 from vae_dist.distributed.world import World
-from vae_dist.evaluation import similarity
+from vae_dist.evaluation import fid, similarity
 from vae_dist.evaluation.networks import NO_NETWORKS, Networks
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.plan import FIXED_SEED
@@ -19,7 +19,7 @@ from vae_dist.plan import FIXED_SEED
 # Conditions of metrics that latents don't depend on.
 _OF_METRICS = (
     "likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk", "ssim", "lpips", "lpips_sha256",
-    "rfid", "rfid_sha256",
+    "rfid", "rfid_sha256", "fid", "fid_samples",
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def describe(
         "noise_seed": FIXED_SEED,
         **({"ssim": similarity.SSIM_PROTOCOL} if "ssim" in similarity.names(info.image_shape, None) else {}),
         **networks.protocol(),
+        **(fid.protocol(config, info) if networks.inception is not None else {}),
         "precision": "fp64" if precision.param_dtype(config.train.precision) == torch.float64 else "fp32",
         "training_precision": config.train.precision,
         "device": world.device.type,

@@ -38,6 +38,11 @@ class LabelEmbedding(nn.Module):
         return labels.unsqueeze(1) == torch.arange(self.classes, device=labels.device)
 
 
+def in_turn(classes: int, rows: range, device: torch.device) -> Tensor | None:
+    """Return the labels of these rows where the classes take turns: `(len(rows),)` int64; None without classes."""
+    return torch.arange(rows.start, rows.stop, device=device) % classes if classes else None
+
+
 def require_in_range(labels: Tensor, classes: int) -> None:
     """Raise ShapeError unless labels are int64 from 0 to `classes` - 1."""
     if labels.dtype != torch.int64:

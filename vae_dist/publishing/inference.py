@@ -67,7 +67,7 @@ def scrubbed(config: Config) -> Config:
         ),
         checkpoint=CheckpointConfig(),
         tracking=TrackingConfig(wandb="disabled"),  # the folder has no page in Weights & Biases
-        evaluate=replace(config.evaluate, folder=None),
+        evaluate=replace(config.evaluate, folder=None, perceptual=None, inception=None, fid_samples=None),
         encode=EncodeConfig(),
         export=ExportConfig(),
     )

@@ -39,7 +39,7 @@ def prior(trained: TrainedVAE) -> View:
             )
     tensors: dict[str, Tensor] = {}
     if options.sampler == "prior":
-        latents = prior_draws(trained.vae, options.seed, options.count)
+        latents = prior_draws(trained.vae, options.seed, range(options.count))
         description = "samples from the prior"
     else:
         mixture = trained.fit_mixture(options.mixture_components)

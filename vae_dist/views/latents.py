@@ -37,9 +37,9 @@ def origin(vae: VAE) -> Tensor:
         return vae.prior(torch.zeros(1, vae.prior_numbers, device=vae.device, dtype=vae.dtype))[0].float().cpu()
 
 
-def prior_draws(vae: VAE, seed: int, count: int) -> Tensor:
-    """Draw codes from the prior, the same in every run: `(count, L)`, float32, on the CPU."""
-    noise = standard_normal(seed, Stream.PRIOR, 0, range(count), vae.prior_numbers)
+def prior_draws(vae: VAE, seed: int, rows: range) -> Tensor:
+    """Draw codes from the prior, the same in every run: `(len(rows), L)`, float32, on the CPU."""
+    noise = standard_normal(seed, Stream.PRIOR, 0, rows, vae.prior_numbers)
     with torch.inference_mode():
         return vae.prior(noise.to(vae.device, vae.dtype)).float().cpu()
 
