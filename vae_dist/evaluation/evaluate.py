@@ -9,7 +9,7 @@ from typing import Any
 from vae_dist.data.chosen import choose
 from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
-from vae_dist.evaluation import networks, per_image, protocol
+from vae_dist.evaluation import constants, networks, per_image, protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import wandb_identity
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = (
     "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
-    "mean_squared_error", "psnr", "ssim", "lpips", "rfid", "fid", "active_units",
+    "mean_squared_error", "psnr", "ssim", "lpips", "rfid", "fid", "constant_grid", "constant_border", "active_units",
 )  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 likelihood=vae.likelihood.description,
                 weights=checkpoint.weights(config),
                 networks=comparing,
+                constants=constants.protocol(vae, config),
             ),
         }
         name = _name(result, images.file, raw=checkpoint.has_average and config.weights == "raw")
@@ -135,6 +136,8 @@ def _show(result: Mapping[str, Any]) -> None:
         "lpips": ("LPIPS", "VGG16, 8-bit values"),
         "rfid": ("rFID", f"of {result['images']} images, 8-bit values"),
         "fid": ("FID", f"of {result.get('fid_samples')} samples from the prior, 8-bit values"),
+        "constant_grid": ("grid", "8-bit levels, in images of one colour"),
+        "constant_border": ("border", "8-bit levels, in images of one colour"),
         "active_units": ("active units", f"of {result['latents']} latents"),
     }
     tables.metrics(

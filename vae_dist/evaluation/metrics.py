@@ -17,7 +17,7 @@ from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed.world import World, every_chunk
 from vae_dist.errors import UserError
-from vae_dist.evaluation import fid, similarity
+from vae_dist.evaluation import constants, fid, similarity
 from vae_dist.evaluation.networks import NO_NETWORKS, Networks
 from vae_dist.models.inputs import Inputs, read_inputs
 from vae_dist.models.vae import VAE, Inference
@@ -175,7 +175,8 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "psnr": -10 * encodings.squared_error.clamp(min=LEAST_SQUARED_ERROR).log10(),
         **encodings.similarity,
     }
-    _require_finite(by_image)  # before the likelihood, which may take hours
+    constant = constants.measure(vae, world, config)
+    _require_finite(by_image | constant)  # before the likelihood, which may take hours
     distances: dict[str, float | int | None] = {}
     if networks.inception is not None and (features := encodings.features) is not None:
         distances["rfid"] = fid.rfid(features, world)
@@ -198,6 +199,7 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "ssim": means.get("ssim"),
         **({} if networks.lpips is None else {"lpips": means["lpips"]}),
         **distances,
+        **{name: values.mean().item() for name, values in constant.items()},
         "active_units": objectives.active_units(encodings.variance),
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.

@@ -1,6 +1,8 @@
 """The protocol of an evaluation: the conditions of its metrics, and their comparability."""
 
 import platform
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,11 +35,12 @@ def describe(
     likelihood: str,
     weights: str,
     networks: Networks = NO_NETWORKS,
+    constants: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the conditions that two comparable evaluations share, and those that move only the last digits.
 
     `likelihood` is the description of the model's, `weights` are `ema`, the moving average, or `raw`, and `networks`
-    are those that compare images.
+    are those that compare images. `constants` are the conditions of images of one colour.
     """
     return {
         "dataset": dataset,
@@ -54,6 +57,7 @@ def describe(
         **({"ssim": similarity.SSIM_PROTOCOL} if "ssim" in similarity.names(info.image_shape, None) else {}),
         **networks.protocol(),
         **(fid.protocol(config, info) if networks.inception is not None else {}),
+        **constants,
         "precision": "fp64" if precision.param_dtype(config.train.precision) == torch.float64 else "fp32",
         "training_precision": config.train.precision,
         "device": world.device.type,
