@@ -256,7 +256,7 @@ def common(smoke_arguments: list[str]) -> list[str]:
 
 
 def test_a_run_under_a_frozen_encoder_changes_the_rest_and_resumes_without_the_folder(
-    common: list[str], tmp_path: Path
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(tmp_path / "vae", in_channels=1, out_channels=1)
     common = [*common, f"runs_dir={tmp_path / 'runs'}", f"model.init_from={folder}", "train.freeze=encoder"]
@@ -272,6 +272,10 @@ def test_a_run_under_a_frozen_encoder_changes_the_rest_and_resumes_without_the_f
         for file in ("model", "ema"):
             trained = expected[f"{file} {'encoder' if frozen else 'decoder'}.{name}"]
             assert torch.equal(trained, tensor) == frozen, name
+    exported = load_file(export(parts, ["export.formats=[diffusers]", f"output={tmp_path / 'out'}"]) / WEIGHTS)
+    unchanged = {name for name, tensor in stored.items() if torch.equal(exported[name], tensor)}
+    assert unchanged == {name for name in stored if name.startswith(("encoder.", "quant_conv."))}
+    assert "scaling_factor: the frozen encoder's latents keep that of model.init_from" in capsys.readouterr().err
     moments = {name for name in expected if name.startswith("optimizer ")}
     assert moments and not [name for name in moments if name.startswith("optimizer encoder.")]
     with pytest.raises(UserError, match=r"can't be resumed with another train.freeze"):
@@ -333,7 +337,9 @@ def test_two_processes_start_from_a_folder_and_train_as_one(
 # ---- The export of a run
 
 
-def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(common: list[str], tmp_path: Path) -> None:
+def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save(tmp_path / "secret" / "vae", in_channels=1, out_channels=1)
     arguments = [f"runs_dir={tmp_path / 'runs'}", f"model.init_from={folder}", "name=a", "train.steps=1"]
     run = train(config.load([*common, *arguments]))
@@ -358,6 +364,8 @@ def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(commo
     exported = export(run, [*formats, "export.scaling=channels", f"output={tmp_path / 'out'}"])
     written = json.loads((exported / CONFIG).read_text())
     assert written["latents_std"] == statistics["standard_deviation"] and written["scaling_factor"] == 1
+    export(run, ["export.formats=[diffusers]", f"output={tmp_path / 'out'}"])
+    assert "config.json has no scaling_factor: `vae-dist encode` computes it" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"index.json is not of this checkpoint's latents: encode images by it first"):
         export(run, [*formats, "weights=raw"])
     with pytest.raises(UserError, match=r"export.latents is for export.formats=\[diffusers\]"):

@@ -1,5 +1,6 @@
 """The files that make an export a model of diffusers, with the scaling of its latents from their statistics."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from vae_dist.models.diffusers_files import CONFIG, WEIGHTS, Scaling, diffusers_
 from vae_dist.models.vae import VAE
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.metrics import is_number
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "diffusers"
 FILES = (CONFIG, WEIGHTS)
@@ -42,8 +45,21 @@ def autoencoder_files(vae: VAE, checkpoint: Checkpoint, config: Config, weights:
 
 def _scaling(config: Config, checkpoint: Checkpoint, weights: str) -> Scaling:
     """Return the scaling to mean 0 and deviation 1 that the statistics in `export.latents` give."""
+    frozen = config.train.freeze == "encoder"
     if config.export.latents is None:
+        remedy = (
+            "the frozen encoder's latents keep that of model.init_from"
+            if frozen
+            else "`vae-dist encode` computes it, and export.latents names the folder that it writes"
+        )
+        logger.info("%s has no scaling_factor: %s", CONFIG, remedy)
         return Scaling()
+    if frozen:
+        logger.warning(
+            "the scaling in %s is that of these images; a diffusion model that was trained on latents of "
+            "model.init_from needs the scaling there: leave out export.latents",
+            CONFIG,
+        )
     path = Path(config.export.latents) / index.INDEX
     values = index.read(path.parent) or {}
     request, latents = (_at(values, *keys) for keys in (["request"], ["statistics", "latents"]))
