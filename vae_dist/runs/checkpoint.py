@@ -165,7 +165,10 @@ class Checkpoint:
         state = self.state
         for name, network in trained.frozen.items():
             if self.manifest.frozen.get(name) != hash_of(network):
-                raise BadCheckpointError(f"{self.folder} is of a run with other weights of the frozen network {name!r}")
+                raise BadCheckpointError(
+                    f"{self.folder} is of a run with other weights of the frozen network {name!r}: name the file that "
+                    "the run started with"
+                )
         loaded = [
             (part, self._tensors(f"{name}.safetensors", part.state_dict()))
             for name, part in [*trained.networks.items(), *trained.optimizers.items()]
