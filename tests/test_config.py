@@ -10,6 +10,7 @@ from tests.conftest import REPOSITORY
 from vae_dist import config
 from vae_dist.config import Config, yaml_text
 from vae_dist.errors import UserError
+from vae_dist.training.first_stage import check_options
 
 CONFIGS = sorted(set((REPOSITORY / "configs").glob("*.yaml")) - set((REPOSITORY / "configs").glob("sweep_*.yaml")))
 
@@ -31,11 +32,21 @@ def test_no_arguments_give_the_tutorials_config() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_loads_and_opens_with_its_command(path: Path) -> None:
-    named = "resnet", "images", "first_stage"
+    named = "resnet", "images", "first_stage", "fine_tune_decoder"
     own = ["data.path=pictures"] if path.stem in named or path.stem.startswith("kl_") else []
+    if path.stem == "fine_tune_decoder":
+        own.append("model.init_from=sd-vae")
     config.load([str(path), *own])
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("#") and "make train" in path.read_text()
+
+
+def test_the_recipe_of_a_first_stage_goes_on_top_of_every_network() -> None:
+    for name in "kl_f4", "kl_f8", "kl_f8_16ch", "kl_f16":
+        alone = config.load([f"configs/{name}.yaml", "data.path=pictures"])
+        loaded = config.load([f"configs/{name}.yaml", "configs/first_stage_recipe.yaml", "data.path=pictures"])
+        assert (loaded.model, loaded.data, loaded.train.recipe) == (alone.model, alone.data, "autoencoder")
+        check_options(loaded)
 
 
 def test_the_packages_configs_are_found_by_name_from_any_folder() -> None:
