@@ -13,8 +13,8 @@ PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))
 }
 MOST_WORDS = 1400
-SECTIONS = "data|model|objective|optim|train|checkpoint|tracking|runtime|evaluate|sample|encode"
-SUFFIXES = {"npy", "py", "safetensors"}  # train.npy, train.py and model.safetensors are no options
+SECTIONS = "data|model|objective|first_stage|optim|ema|train|checkpoint|tracking|runtime|evaluate|sample|encode|export"
+SUFFIXES = {"json", "md", "npy", "py", "safetensors"}  # train.npy, train.py and model.safetensors are no options
 
 
 def code(page: str) -> str:
