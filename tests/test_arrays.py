@@ -457,7 +457,9 @@ def test_a_run_on_an_array_trains_resumes_and_is_evaluated_image_by_image(
     held_out = list(every_name(datasets.load_test(asked(path))) or ())
     table = rows(run_dir / "evaluations/step_00000006_test_k2.csv")
     assert sorted(int(row["name"]) for row in table) == sorted(map(int, held_out))
-    for metric in ("mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl"):
+    metrics = ["mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl", "ssim"]
+    assert list(table[0]) == ["name", "label", *metrics]
+    for metric in metrics:
         assert np.mean([float(row[metric]) for row in table]) == pytest.approx(result[metric], rel=1e-12)
     errors = [float(row["mean_squared_error"]) for row in table]
     assert errors == sorted(errors, reverse=True)

@@ -1,5 +1,6 @@
 """SSIM, LPIPS, rFID and FID of an evaluation."""
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -128,6 +129,12 @@ def test_an_evaluation_has_ssim_and_the_lpips_of_a_file(run_dir: Path, weights: 
     for name, values in {"ssim": ssim, "lpips": distances}.items():
         assert result[name] == pytest.approx(values.mean().item(), rel=1e-5)
         assert result["standard_errors"][name] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-4)
+    [table] = (run_dir / "evaluations").glob("*.csv")  # of the last evaluation
+    rows = {int(row["name"]): row for row in csv.DictReader(table.read_text().splitlines())}
+    for name, values in {"ssim": ssim, "lpips": distances}.items():
+        torch.testing.assert_close(
+            [float(rows[index][name]) for index in range(20)], values.tolist(), rtol=1e-5, atol=0
+        )
     protocol = result["protocol"]
     assert protocol["lpips_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert "VGG16" in protocol["lpips"] and "8 bits, 11x11 Gaussian window" in protocol["ssim"]

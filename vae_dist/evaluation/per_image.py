@@ -9,24 +9,26 @@ from torch import Tensor
 from vae_dist.data.source import Source, every_label, every_name
 
 METRICS = ("mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl")
+MEASURED = ("ssim", "lpips")  # if the images are large enough, and if a network was given
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of texts that a spreadsheet would compute
 
 
 def to_csv(source: Source, by_image: Mapping[str, Tensor]) -> bytes | None:
-    """Return the metrics `(N,)` of METRICS by image as CSV, those with the largest mean squared error first.
+    """Return the metrics `(N,)` of METRICS, and those of MEASURED that there are, by image as CSV.
 
-    None if the images have no names. A name or label that a spreadsheet would take for a formula begins with an
-    apostrophe. Numbers are exact.
+    Images with the largest mean squared error come first. None if the images have no names. A name or label that a
+    spreadsheet would take for a formula begins with an apostrophe. Numbers are exact.
     """
     names = every_name(source)
     if names is None:
         return None
     labels = label_names(source)
-    columns = [by_image[name].tolist() for name in METRICS]
+    metrics = [*METRICS, *(name for name in MEASURED if name in by_image)]
+    columns = [by_image[name].tolist() for name in metrics]
     file = StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("name", "label", *METRICS))
+    writer.writerow(("name", "label", *metrics))
     for index in _worst_first(by_image):
         texts = map(harmless, (names[index], labels[index] if labels else ""))
         writer.writerow((*texts, *(repr(column[index]) for column in columns)))
