@@ -845,6 +845,29 @@ def test_pointer_and_keys_read_all_charts_at_the_same_step(browser: Browser, fla
 
 
 @needs_browser
+def test_a_chart_of_other_lines_has_its_own_key_and_is_read_as_all_charts(
+    browser: Browser, flat: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(flat, tmp_path / "flat"))
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        for step, real, fake in (20, 0.5, -0.5), (40, 1.5, -1.5):
+            file.write(json.dumps({"step": step, "train/logits_real": real, "train/logits_fake": fake}) + "\n")
+    browser.open(report(run_dir), 1440, 900)
+    chart = "document.querySelector('.chart:has(path.fake)')"
+    with quiet(browser):
+        assert browser.evaluate(f"{chart}.querySelector('.key').textContent") == "realfake"
+        colours = f"[...{chart}.querySelectorAll('.key line, path')].map((one) => getComputedStyle(one).stroke)"
+        real, fake, *lines = browser.evaluate(colours)
+        assert lines == [real, fake] and real != fake
+        reading = f"{chart}.querySelector('.reading').textContent"
+        assert browser.evaluate(reading) == "step 40: real 1.50, fake -1.50"
+        browser.evaluate("document.querySelector('.chart svg').focus()")
+        for _ in range(4):
+            browser.press("ArrowLeft")
+        assert browser.evaluate(reading) == "step 20: real 0.5, fake -0.5"
+
+
+@needs_browser
 def test_a_slider_shows_the_pictures_of_a_step(browser: Browser, flat: Path) -> None:
     browser.open(flat / "report.html", 1440, 900)
     visible = (

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from vae_dist.reports.text import format_number
 
+KEY = ("training", "validation")  # names of the curves that most charts have
 CANVAS = 1000  # units of a path's own coordinates, along both sides of the chart
 _DOTS = 60  # a curve of more points is drawn without them
 _SLOTS = 12  # fewer bars are drawn no wider
@@ -17,7 +18,7 @@ _CHARACTERS = 144  # of all names below the bars
 
 
 class Curve(NamedTuple):
-    """A curve's name, which is its CSS class too, and its points."""
+    """A curve's name, which is its CSS class too (`training`, `validation`, `real`, `fake`), and its points."""
 
     name: str
     points: Sequence[tuple[int, float]]  # step and value, ordered by step
@@ -69,6 +70,11 @@ class Chart(NamedTuple):
     shown: int  # index of the reading that is shown while no pointer is over the chart
     is_narrow: bool
     canvas: int = CANVAS
+
+    @property
+    def names(self) -> list[str]:
+        """The names of lines that the key of all charts lacks."""
+        return [line.name for line in self.lines if line.name not in KEY]
 
     @property
     def places(self) -> str:

@@ -1,37 +1,28 @@
-"""The metrics of a run as its report shows them: those of an evaluation, and curves over the training."""
+"""The metrics of an evaluation as the report of its run shows them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vae_dist.reports.charts import Chart, Curve, line_chart
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import format_number, format_value
 from vae_dist.runs.metrics import is_number
 from vae_dist.runs.run import RunDirectory
 
-MOST_POINTS = 1000  # of a curve
-
-# Title, unit, and the metric's name after `train/` and `validation/`.
-_CURVES = (
-    ("Negative ELBO", "nats per image", "negative_elbo"),
-    ("Reconstruction", "nats per image", "reconstruction"),
-    ("KL", "nats per image", "kl"),
-    ("Training loss", "nats per image", "loss"),
-    ("Sigma", "of the likelihood, white is 1", "sigma"),
-    ("Gradient norm", "before clipping", "grad_norm"),
-    ("Learning rate", "Adam's", "learning_rate"),
-    ("Beta", "weight of the KL in the loss", "beta"),
-    ("Speed", "images per second", "images_per_second"),
-)
-# Key in evaluation.json, name and unit. The headline is the first one that an evaluation has.
-_METRICS = (
-    ("negative_log_likelihood", "negative log-likelihood", "nats, at most"),
-    ("negative_elbo", "negative ELBO", "nats"),
-    ("reconstruction", "reconstruction", "nats"),
-    ("kl", "KL", "nats"),
-    ("bits_per_dimension", "bits per dimension", "bits"),
-    ("mean_squared_error", "mean squared error", "per pixel"),
-)
+# Name and unit of each metric, by its key in evaluation.json. The number of samples in a name is the one of _SAMPLES.
+_METRICS = {
+    "negative_log_likelihood": ("negative log-likelihood, {} importance samples", "nats, at most"),
+    "negative_elbo": ("negative ELBO", "nats"),
+    "reconstruction": ("reconstruction", "nats"),
+    "kl": ("KL", "nats"),
+    "bits_per_dimension": ("bits per dimension", "bits"),
+    "mean_squared_error": ("mean squared error", "per pixel"),
+    "psnr": ("PSNR", "dB"),
+    "ssim": ("SSIM", "1 if equal"),
+    "lpips": ("LPIPS", "0 if equal"),
+    "rfid": ("rFID", "0 if equal"),
+    "fid": ("FID of {} samples", "0 if equal"),
+}
+_SAMPLES = {"negative_log_likelihood": "importance_samples", "fid": "fid_samples"}
 
 
 class Metric(NamedTuple):
@@ -54,26 +45,24 @@ class Evaluation(NamedTuple):
     is_of_this_step: bool
 
 
-class Curves(NamedTuple):
-    """Charts of the training, which draw every `every`-th point of the longest curve."""
-
-    charts: list[Chart]
-    every: int
-
-
 def evaluation(subject: Subject, latent_dim: int) -> Evaluation | None:
     """The evaluation of a run whose model has `latent_dim` latents; None if it has none."""
     result = subject.evaluation
-    present = [entry for entry in _METRICS if is_number(result.get(entry[0]))]
+    # The headline is the first metric that is there. The recipe autoencoder weighs its KL far below the ELBO's 1, and
+    # the sigma of the ELBO is no part of its l1 or l2: it does not minimise the ELBO.
+    first = ("psnr",) if subject.config.train.recipe == "autoencoder" else ()
+    present = [key for key in dict.fromkeys((*first, *_METRICS)) if is_number(result.get(key))]
     if not present:
         return None
     protocol, errors = (
         value if isinstance(value := result.get(key), dict) else {} for key in ("protocol", "standard_errors")
     )
-    headline, *others = (_metric(name, result[key], errors.get(key), unit) for key, name, unit in present)
-    if present[0][0] == "negative_log_likelihood":
-        samples = format_value(result.get("importance_samples"))
-        headline = headline._replace(name=f"{headline.name}, {samples} importance samples")
+    metrics = []
+    for key in present:
+        name, unit = _METRICS[key]
+        samples = format_value(result.get(_SAMPLES.get(key, "")))
+        metrics.append(_metric(name.format(samples), result[key], errors.get(key), unit))
+    headline, *others = metrics
     if is_number(active := result.get("active_units")):
         others.append(Metric("active units", f"{active:g}", "", f"of {latent_dim:,}"))
     warning = result.get("warning")
@@ -119,27 +108,3 @@ def _flatten(protocol: Mapping[str, Any]) -> dict[str, str]:
     for group, members in protocol.items():
         flat |= {f"{group}: {key}": value for key, value in members.items()} if isinstance(members, dict) else {}
     return {key: format_value(value) for key, value in flat.items()}
-
-
-def curves(run: RunDirectory) -> Curves:
-    """The curves of all metrics that were logged.
-
-    With beta at 1 the loss is the negative ELBO: then neither the loss nor beta has a chart of its own.
-    """
-    charts: list[Chart] = []
-    drawn: list[list[str]] = []
-    every = 1
-    for title, unit, name in _CURVES:
-        lines = []
-        for group, prefix in (("training", "train"), ("validation", "validation")):
-            points = run.points(f"{prefix}/{name}")
-            stride = -(-len(points) // MOST_POINTS)
-            every = max(every, stride)
-            if points:
-                lines.append(Curve(group, points[(len(points) - 1) % stride :: stride]))  # includes the last point
-        values = [format_number(value) for line in lines for _, value in line.points if line.name == "training"]
-        is_redundant = (name == "loss" and values in drawn) or (name == "beta" and set(values) == {"1.00"})
-        if lines and not is_redundant:
-            charts.append(line_chart(title, unit, lines))
-            drawn.append(values)
-    return Curves(charts, every)

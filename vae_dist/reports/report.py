@@ -20,6 +20,7 @@ from vae_dist.distributed import processes
 from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.models.vae import VAE
 from vae_dist.reports import facts, metrics, plane
+from vae_dist.reports.curves import curves
 from vae_dist.reports.pictures import validation_pictures
 from vae_dist.reports.subject import Subject, subject_of
 from vae_dist.reports.text import count, format_number, format_percent, printable
@@ -79,7 +80,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             subtitle=facts.subtitle(subject.config, vae),
             evaluation=metrics.evaluation(subject, vae.latent_dim),
             last_validation=metrics.last_validation(subject.run),
-            curves=metrics.curves(subject.run),
+            curves=curves(subject.run, subject.config),
             metrics_file=METRICS,
             pictures=validation_pictures(subject),
             plane=latent_plane,

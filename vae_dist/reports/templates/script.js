@@ -11,7 +11,7 @@ const place = (event, svg) => {
 // Charts: all charts of a group show the reading of the same step.
 const readers = new Map();
 for (const chart of document.querySelectorAll(".chart")) {
-  const svg = chart.querySelector("svg"), cursor = svg.querySelector(".cursor");
+  const svg = chart.querySelector(":scope > svg"), cursor = svg.querySelector(".cursor");
   const reading = chart.querySelector(".reading");
   const at = chart.dataset.at.split(" ").map(Number), says = chart.dataset.says.split("\n");
   const first = Number(chart.dataset.shown);
