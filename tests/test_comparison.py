@@ -201,13 +201,17 @@ def test_a_comparison_holds_the_metrics_of_the_evaluations(pair: list[Path]) -> 
     }  # fmt: skip
     table = (folder / "table.md").read_text().splitlines()
     assert "NOT COMPARABLE" not in (folder / "table.md").read_text()
-    assert "| latent_dim | step | negative ELBO | reconstruction | KL | active units | NLL (K=2) | run |" in table
+    header = (
+        "latent_dim | step | negative ELBO | reconstruction | KL | PSNR in dB | SSIM | active units | NLL (K=2) | run"
+    )
+    assert f"| {header} |" in table
     for run, entry, size in zip(pair, compared(folder), (2, 4), strict=True):
         evaluation = json.loads((run / "evaluations/step_00000010_test_k2.json").read_text())
         assert entry["evaluation"] == evaluation == evaluate(run, ["evaluate.batch_size=64"])
         assert entry["label"] == f"latent_dim={size}" and entry["settings"] == {"model.latent_dim": size}
         *bound, nll = (f"{evaluation[name]:.2f}" for name in METRICS)
-        cells = [str(size), "10", *bound, str(evaluation["active_units"]), nll, run.name]
+        alike = f"{evaluation['psnr']:.2f}", f"{evaluation['ssim']:.4f}"
+        cells = [str(size), "10", *bound, *alike, str(evaluation["active_units"]), nll, run.name]
         assert f"| {' | '.join(cells)} |" in table
     picture = reconstructions([opened(run) for run in pair], CPU)
     assert np.array_equal(np.asarray(Image.open(folder / "reconstructions.png")), np.asarray(with_caption(picture)))
@@ -255,8 +259,8 @@ def test_the_newest_evaluation_counts_and_missing_metrics_are_omitted(pair: list
     folder = compare(pair)
     assert [entry["evaluation"]["importance_samples"] for entry in compared(folder)] == [2, 0]
     table = (folder / "table.md").read_text()
-    assert "| KL | active units | NLL (K=2) | run |" in table and "| 4 |  | run_4 |" in table
-    assert "| KL | active units | run |" in (compare(pair[1:]) / "table.md").read_text()
+    assert "| SSIM | active units | NLL (K=2) | run |" in table and "| 4 |  | run_4 |" in table
+    assert "| SSIM | active units | run |" in (compare(pair[1:]) / "table.md").read_text()
     bounds = [evaluate(run, [f"evaluate.importance_samples={count}"]) for count, run in enumerate(pair, start=3)]
     table = (compare(pair) / "table.md").read_text()
     for count, result in enumerate(bounds, start=3):
@@ -287,20 +291,40 @@ def test_unprintable_text_of_an_untrusted_file_is_not_printed(pair: list[Path]) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "difference"),
+    ("arguments", "metrics", "difference"),
     [
-        (["data.binarize=threshold"], "data.binarize (none, threshold)"),
-        (["objective.reconstruction=gaussian"], "objective.reconstruction (bernoulli, gaussian)"),
-        (["data.synthetic_images=600"], "data.synthetic_images (1200, 600)"),
+        (["data.binarize=threshold"], "METRICS", "data.binarize (none, threshold)"),
+        (["objective.reconstruction=gaussian"], "METRICS IN NATS", "objective.reconstruction (bernoulli, gaussian)"),
+        (["data.synthetic_images=600"], "METRICS", "data.synthetic_images (1200, 600)"),
     ],
 )
 def test_incomparable_metrics_come_with_a_warning(
-    arguments: list[str], difference: str, make_run: MakeRun, pair: list[Path], capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    metrics: str,
+    difference: str,
+    make_run: MakeRun,
+    pair: list[Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = compare([*pair, make_run("name=odd", *arguments)])
-    warning = f"THE METRICS OF THESE RUNS ARE NOT COMPARABLE: they differ in {difference}"
+    warning = f"THE {metrics} OF THESE RUNS ARE NOT COMPARABLE: they differ in {difference}"
     assert json.loads((folder / "comparison.json").read_text())["warning"] == warning
     assert warning in (folder / "table.md").read_text() and warning in capsys.readouterr().out
+
+
+def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
+    runs = [opened(run) for run in pair]
+    first: dict[str, Any] = {"lpips": 0.12345, "rfid": 12.3456, "fid": 45.678, "fid_samples": 5000}
+    first["protocol"] = {"lpips_sha256": "a", "rfid_sha256": "b"}
+    table = make_table(runs, [], [first, {"lpips": None}])
+    assert table.header[1:] == ["LPIPS", "rFID", "FID of samples (N=5000)", "run"]
+    assert [row[1:-1] for row in table.rows] == [["0.1235", "12.35", "45.68"], ["", "", ""]]
+    assert table.notes == []
+
+    second = first | {"fid_samples": 50, "protocol": {"lpips_sha256": "a", "rfid_sha256": "c"}}
+    table = make_table(runs, [], [first, second])
+    assert [row[3] for row in table.rows] == ["45.68 (N=5000)", "45.68 (N=50)"]
+    assert table.notes == ["THE rFID OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights"]
 
 
 def test_runs_tested_on_other_images_have_their_own_originals(make_run: MakeRun, pair: list[Path]) -> None:

@@ -258,3 +258,21 @@ def test_one_process_prints_its_error_and_the_others_learn_the_reason(fork_serve
         assert ended.returncode == 2
         assert ended.stderr.count("\n") == 1
         assert ended.stderr.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")
+
+
+def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams.results, "_width", 80)
+    names = [f"metric {number}" for number in range(12)]
+    values = [[f"{run}.{number:04d}" for number in range(12)] for run in range(20)]
+
+    def printed(columns: int, rows: int) -> list[list[str]]:
+        tables.columns("title", names[:columns], [row[:columns] for row in values[:rows]])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        return [[cell.strip() for cell in line.strip("\u2502").split("\u2502")] for line in lines if "\u2502" in line]
+
+    assert printed(5, 20) == [row[:5] for row in values]
+    assert printed(12, 3) == [[name, *column] for name, *column in zip(names, *values[:3], strict=True)]
+    assert len(printed(12, 20)[0]) == 12  # too wide in both ways

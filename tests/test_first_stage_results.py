@@ -1,4 +1,4 @@
-"""The results of the recipe `autoencoder` where people read them."""
+"""The results of the recipe `autoencoder` where people read them: report, comparison, terminal and Python API."""
 
 import json
 import shutil
@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 
+import vae_dist
+from tests.conftest import opened
 from tests.test_first_stage import ADVERSARIAL, BASE
 from tests.test_report import Page, page_of
 from vae_dist import config
+from vae_dist.api import records
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.reports.comparison import curves
 from vae_dist.reports.text import format_number
 from vae_dist.training.loop import train
+from vae_dist.views import plots
 
 START, HEAD_START, EVERY = 8, 4, 2
 SETTINGS = [
@@ -94,3 +99,34 @@ def test_the_headline_of_a_first_stage_is_its_psnr(run_dir: Path) -> None:
         assert text in values, text
     for name in "PSNR", "SSIM", "LPIPS", "rFID", "FID of 5,000 samples", "negative ELBO":
         assert [text for path, text in page.texts if text == name], name
+
+
+def test_curves_of_first_stages_are_of_what_they_share(trained: Path, run_dir: Path) -> None:
+    run = opened(trained)
+
+    def axis(*changes: str) -> tuple[str, list[list[float]]]:
+        changed = {change.partition("=")[0] for change in changes}
+        arguments = [argument for argument in SETTINGS if argument.partition("=")[0] not in changed]
+        other = run._replace(config=config.load([*arguments, "name=other", *changes]))
+        drawn, (_, name) = curves([run, other])
+        return name, drawn[0].points.tolist()
+
+    def points(key: str) -> list[list[float]]:
+        rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+        return [[row["step"], row[key]] for row in rows if key in row]
+
+    assert axis() == ("training loss, weighted sum of its terms", points("train/loss"))
+    assert axis("first_stage.adaptive=false") == (
+        "training mean absolute error per pixel value", points("train/reconstruction_error"),
+    )  # fmt: skip
+    nats = ("validation negative ELBO, nats per image", points("validation/negative_elbo"))
+    assert axis("first_stage.reconstruction=l2") == nats and nats[1]
+
+
+def test_the_api_draws_no_nats_beside_means(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(plots, "lines", lambda curves, axes: seen.append(([curve.name for curve in curves], axes[1])))
+    run = vae_dist.load(trained)
+    run.show_curves()
+    assert seen == [(list(records.FIRST_STAGE_CURVES), "means per pixel value")]
+    assert run.evaluation is not None and run.evaluation["psnr"] > 0 and run.evaluation["ssim"] is not None

@@ -12,6 +12,7 @@ from vae_dist.runs.run import RunDirectory
 from vae_dist.views import plots
 
 DEFAULT_CURVES = ("train/loss", "validation/negative_elbo")
+FIRST_STAGE_CURVES = ("train/loss", "train/reconstruction_error")  # of the recipe autoencoder, in units of their own
 
 
 def table(records: Sequence[dict[str, float]]) -> Any:
@@ -30,12 +31,18 @@ def table(records: Sequence[dict[str, float]]) -> Any:
 
 
 def curves(run: RunDirectory, names: Sequence[str] = ()) -> Image.Image:
-    """Plot metrics by step; by default those of DEFAULT_CURVES that the run has. Raises UserError for unknown ones."""
+    """Plot metrics by step; by default those of DEFAULT_CURVES that the run has, or FIRST_STAGE_CURVES.
+
+    Raises UserError for unknown ones.
+    """
     known = sorted({name for record in run.metrics for name in record} - {"step"})
     if not known:
         raise UserError(f"{run.directory} has no metrics")
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"{run.directory} has no metric {truncate(repr(unknown[0]))}; it has {', '.join(known)}")
-    chosen = names or [name for name in DEFAULT_CURVES if name in known]
+    usual, unit = DEFAULT_CURVES, "nats per image"
+    if FIRST_STAGE_CURVES[1] in known:
+        usual, unit = FIRST_STAGE_CURVES, "means per pixel value"
+    chosen = names or [name for name in usual if name in known]
     drawn = [plots.Curve(name, torch.tensor(run.points(name), dtype=torch.float64)) for name in chosen]
-    return plots.lines(drawn, ("optimizer step", "nats per image" if not names else ""))
+    return plots.lines(drawn, ("optimizer step", unit if not names else ""))

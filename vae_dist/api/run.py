@@ -77,7 +77,8 @@ class Run(TrainedModel):
     def metrics(self) -> Any:
         """Return the logged metrics by step: a pandas DataFrame, or without pandas a list of dictionaries.
 
-        Losses are in nats per image: `train/loss`, `validation/negative_elbo` and so on.
+        Losses are in nats per image: `train/loss`, `validation/negative_elbo` and so on. Training losses of the recipe
+        `autoencoder` are means per pixel value.
         """
         return records.table(RunDirectory(self.directory).metrics)
 
@@ -121,7 +122,10 @@ class Run(TrainedModel):
         return self._drawn("scatter")
 
     def show_curves(self, *names: str) -> Image.Image:
-        """Plot metrics by step; by default the training loss and the negative ELBO of the validation images."""
+        """Plot metrics by step; by default the training loss and the negative ELBO of the validation images.
+
+        Of the recipe `autoencoder`, by default the training loss and its reconstruction error.
+        """
         return records.curves(RunDirectory(self.directory), names)
 
     def show_images(

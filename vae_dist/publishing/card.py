@@ -22,6 +22,10 @@ _METRICS = {
     "bits_per_dimension": ("bits per dimension", ""),
     "mean_squared_error": ("mean squared error", "per pixel"),
     "psnr": ("PSNR", "dB"),
+    "ssim": ("SSIM", "1 if equal"),
+    "lpips": ("LPIPS", "0 if equal"),
+    "rfid": ("rFID", "of all images, 0 if equal"),
+    "fid": ("FID of samples", "0 if equal"),
     "active_units": ("active units", "latents"),
 }
 _SAFETY = """The weights are safetensors. `vae_dist.load` opens `model.safetensors`, `config.yaml`, `state.json` and

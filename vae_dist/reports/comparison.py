@@ -4,17 +4,19 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vae_dist import config as configs
-from vae_dist.config import ObjectiveConfig
+from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
+from vae_dist.reports.curves import error_unit, loss_unit
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.table import incomparable, make_table
@@ -70,26 +72,41 @@ def curves(opened: Sequence[Opened]) -> tuple[list[Curve], tuple[str, str]]:
     """The training curves of runs up to their checkpoints, from their metrics files, and the names of the axes.
 
     If the batch sizes differ, the first axis counts images instead of steps. If the losses are of several bounds or
-    weigh their terms differently, the curves are of the negative ELBO.
+    weigh their terms differently, the curves are of a metric that has the same meaning in all runs.
     """
-    objectives = {_loss(run.config.objective) for run in opened}
-    metric, name = ("loss", "training loss") if len(objectives) == 1 else ("negative_elbo", "training negative ELBO")
+    metric, axis = _metric([run.config for run in opened])
     batch_sizes = [run.config.train.batch_size for run in opened]
     same_size = len(set(batch_sizes)) == 1
     result = []
     for run, label, batch_size in zip(opened, labels(opened), batch_sizes, strict=True):
-        points = [point for point in run.run.points(f"train/{metric}") if point[0] <= run.step]
+        points = [point for point in run.run.points(metric) if point[0] <= run.step]
         if points:
             scale = torch.tensor([1 if same_size else batch_size, 1])
             result.append(Curve(label, torch.tensor(points, dtype=torch.float64) * scale))
         else:
             path = run.run.directory / METRICS
-            logger.warning("%s has no training metrics up to step %d: its curve is left out", path, run.step)
-    return result, ("optimizer steps" if same_size else "training images seen", f"{name}, nats per image")
+            logger.warning("%s has no %s up to step %d: its curve is left out", path, metric, run.step)
+    return result, ("optimizer steps" if same_size else "training images seen", axis)
 
 
-def _loss(objective: ObjectiveConfig) -> tuple[object, ...]:
+def _metric(compared: Sequence[Config]) -> tuple[str, str]:
+    """The metric that the curves of these runs are of, and the name of its axis."""
+    first = compared[0]
+    recipes = {config.train.recipe for config in compared}
+    if len({_loss(config) for config in compared}) == 1:
+        return "train/loss", f"training loss, {loss_unit(first)}"
+    if recipes == {"vae"}:
+        return "train/negative_elbo", "training negative ELBO, nats per image"
+    if len(recipes) == 1 and len({config.first_stage.reconstruction for config in compared}) == 1:
+        return "train/reconstruction_error", f"training {error_unit(first)}"
+    return "validation/negative_elbo", "validation negative ELBO, nats per image"
+
+
+def _loss(config: Config) -> tuple[object, ...]:
     """The settings that decide what a training loss is an estimate of."""
+    if config.train.recipe == "autoencoder":
+        return astuple(config.first_stage)
+    objective = config.objective
     samples = objective.samples if objective.bound == "iwae" else None  # an ELBO is the same with any number
     return objective.bound, samples, objective.beta, objective.beta_warmup_steps
 

@@ -8,15 +8,21 @@ from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.labels import held_out_set, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
 
-# The metrics of the table: the key of each in `evaluation.json`, and its column's header.
+# The metrics of the table: the key of each in `evaluation.json`, its column's header, and its decimals.
 _METRICS = {
-    "negative_elbo": "negative ELBO",
-    "reconstruction": "reconstruction",
-    "kl": "KL",
-    "negative_log_likelihood": "NLL",
-    "importance_samples": "K",
-    "active_units": "active units",
+    "negative_elbo": ("negative ELBO", 2),
+    "reconstruction": ("reconstruction", 2),
+    "kl": ("KL", 2),
+    "psnr": ("PSNR in dB", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "rfid": ("rFID", 2),
+    "fid": ("FID of samples", 2),
+    "active_units": ("active units", 0),
+    "negative_log_likelihood": ("NLL", 2),
 }
+# The number of samples that a metric is of: its key, and its name in a header.
+_SAMPLES = {"negative_log_likelihood": ("importance_samples", "K"), "fid": ("fid_samples", "N")}
 
 
 class Table(NamedTuple):
@@ -56,43 +62,71 @@ def make_table(opened: Sequence[Opened], keys: Sequence[str], evaluations: Seque
         title=f"{subject(opened)}, nats per image",
         header=list(columns),
         rows=rows,
-        notes=[warning] if warning else _notes(evaluations),
+        notes=([warning] if warning else _notes(evaluations)) + _several_networks(evaluations),
         names_are_redundant=bool(keys) and len({tuple(row[: len(keys)]) for row in rows}) == len(rows),
     )
 
 
 def incomparable(opened: Sequence[Opened]) -> str | None:
     """A warning that the metrics of these runs are not comparable, with the reason; None if they are."""
-    facts = [held_out_set(run.config) | _likelihood(run.config) for run in opened]
-    keys = dict.fromkeys(key for fact in facts for key in fact)
-    values = {key: dict.fromkeys(str(fact[key]) for fact in facts if key in fact) for key in keys}
-    differing = [f"{key} ({', '.join(several)})" for key, several in values.items() if len(several) > 1]
+    images = _differing([held_out_set(run.config) for run in opened])
+    differing = images + _differing([_likelihood(run.config) for run in opened])
     if not differing:
         return None
-    return f"THE METRICS OF THESE RUNS ARE NOT COMPARABLE: they differ in {' and '.join(differing)}"
+    which = "METRICS" if images else "METRICS IN NATS"  # those of pictures depend on no likelihood
+    return f"THE {which} OF THESE RUNS ARE NOT COMPARABLE: they differ in {' and '.join(differing)}"
+
+
+def _differing(facts: Sequence[Mapping[str, object]]) -> list[str]:
+    """The keys of which several values are there, with these."""
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    values = {key: dict.fromkeys(str(fact[key]) for fact in facts if key in fact) for key in keys}
+    return [f"{key} ({', '.join(several)})" for key, several in values.items() if len(several) > 1]
 
 
 def _metric_columns(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The columns of metrics that at least one evaluation has."""
-    columns = {header: [_cell(evaluation.get(key)) for evaluation in evaluations] for key, header in _METRICS.items()}
-    pairs = list(zip(columns.pop("NLL"), columns.pop("K"), strict=True))
-    counts = {count for nll, count in pairs if nll}
-    if len(counts) == 1:
-        columns[f"NLL (K={counts.pop()})"] = [nll for nll, _ in pairs]
-    else:
-        columns["NLL"] = [nll and f"{nll} (K={count})" for nll, count in pairs]
-    return {header: column for header, column in columns.items() if any(column)}
+    """The columns of metrics that at least one evaluation has.
+
+    The header states the number of samples that a metric is of; if the evaluations have several, each value does.
+    """
+    columns = {}
+    for key, (header, decimals) in _METRICS.items():
+        column = [_cell(evaluation.get(key), decimals) for evaluation in evaluations]
+        if not any(column):
+            continue
+        if key in _SAMPLES:
+            samples, name = _SAMPLES[key]
+            counts = [f"{name}={_cell(evaluation.get(samples), 0)}" for evaluation in evaluations]
+            several = {count for value, count in zip(column, counts, strict=True) if value}
+            if len(several) == 1:
+                header = f"{header} ({several.pop()})"
+            else:
+                column = [value and f"{value} ({count})" for value, count in zip(column, counts, strict=True)]
+        columns[header] = column
+    return columns
 
 
-def _cell(value: object) -> str:
-    """A metric with two decimals, which columns of it share, or a count; empty for anything else."""
-    return f"{value:.2f}" if type(value) is float else str(value) if type(value) is int else ""
+def _cell(value: object, decimals: int) -> str:
+    """A metric, or a count; empty for anything else."""
+    return f"{value:.{decimals}f}" if type(value) is float else str(value) if type(value) is int else ""
 
 
 def _notes(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """The warnings that the evaluations hold. Their files may be untrusted: only printable text is kept."""
     warnings = [evaluation.get("warning") for evaluation in evaluations]
     return list(dict.fromkeys(note for note in warnings if isinstance(note, str) and note.isprintable()))
+
+
+def _several_networks(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning for each metric that was measured by networks of several weights."""
+    result = []
+    for key in "lpips", "rfid":
+        protocols = [evaluation.get("protocol") for evaluation in evaluations if type(evaluation.get(key)) is float]
+        digests = {str(protocol.get(f"{key}_sha256")) for protocol in protocols if isinstance(protocol, dict)}
+        if len(digests) > 1:
+            header, _ = _METRICS[key]
+            result.append(f"THE {header} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights")
+    return result
 
 
 def _likelihood(config: Config) -> dict[str, object]:

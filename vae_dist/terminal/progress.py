@@ -131,7 +131,10 @@ class TrainingProgress:
     def table(self, title: str) -> None:
         """Print the run's last metrics."""
         if self._is_main:
-            table(f"{title} (nats per image)", self._last)
+            units = "nats per image"
+            if "train/reconstruction_error" in self._last:  # of the recipe autoencoder
+                units = "training: means per pixel value; validation: nats per image"
+            table(f"{title} ({units})", self._last)
 
     def _epoch(self, step: int) -> str:
         epochs = -(-self._last_step // self._steps_per_epoch)

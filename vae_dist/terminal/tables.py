@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from vae_dist.terminal.streams import plain, results
+
+UNLIMITED = 10_000  # columns of a console
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:
@@ -42,15 +45,29 @@ def metrics(title: str, rows: Sequence[Metric], protocol: str, warning: str | No
 
 
 def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """Print results in columns, then notes about them."""
+    """Print results in columns, then notes about them.
+
+    Rows and columns change places if only that makes the table narrow enough for the console.
+    """
     result = Table(title=plain(title), title_justify="left")
     for name in names:
         result.add_column(plain(name).replace(" ", "\n"), justify="right", overflow="fold")
     for row in rows:
         result.add_row(*map(plain, row))
-    results.print(result)
+    turned = Table(title=plain(title), title_justify="left", show_header=False)
+    turned.add_column()
+    for _ in rows:
+        turned.add_column(justify="right", overflow="fold")
+    for name, *values in zip(names, *rows, strict=True):
+        turned.add_row(plain(name), *map(plain, values))
+    results.print(turned if _width(turned) <= results.width < _width(result) else result)
     for note in notes:
         results.print(Text(plain(note), style="bold yellow"))
+
+
+def _width(table: Table) -> int:
+    """The columns of the console that a table takes if nothing in it is folded."""
+    return Measurement.get(results, results.options.update(width=UNLIMITED), table).maximum
 
 
 def format_number(value: object) -> str:
