@@ -89,15 +89,22 @@ def test_a_mean_per_pixel_value_is_not_in_nats(page: Page) -> None:
 
 def test_the_headline_of_a_first_stage_is_its_psnr(run_dir: Path) -> None:
     result: dict[str, Any] = json.loads((run_dir / "evaluation.json").read_text())
-    result |= {"lpips": 0.12345, "rfid": 12.3456, "fid": 45.678, "fid_samples": 5000}
+    result |= {"lpips": 0.12345, "rfid": 12.3456, "fid": 45.678, "fid_samples": 5000, "constant_grid": 0.7654}
     result["standard_errors"] |= {"psnr": 0.2001, "ssim": 0.0123, "lpips": 0.0041}
     (run_dir / "evaluation.json").write_text(json.dumps(result))
     page = page_of(run_dir)
     assert [text for path, text in page.texts if "/p/b" in path] == [f"{result['psnr']:.2f}", " ± 0.20"]
     values = [text.strip() for path, text in page.texts if path.split("/")[-3:-1] == ["dl", "div"] or "/dd" in path]
-    for text in format_number(result["ssim"]), "0.123", "12.35", "45.68", format_number(result["negative_elbo"]):
+    for text in (
+        format_number(result["ssim"]),
+        "0.123",
+        "12.35",
+        "45.68",
+        "0.765",
+        format_number(result["negative_elbo"]),
+    ):
         assert text in values, text
-    for name in "PSNR", "SSIM", "LPIPS", "rFID", "FID of 5,000 samples", "negative ELBO":
+    for name in "PSNR", "SSIM", "LPIPS", "rFID", "FID of 5,000 samples", "grid on one colour":
         assert [text for path, text in page.texts if text == name], name
 
 

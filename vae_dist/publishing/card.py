@@ -26,6 +26,8 @@ _METRICS = {
     "lpips": ("LPIPS", "0 if equal"),
     "rfid": ("rFID", "of all images, 0 if equal"),
     "fid": ("FID of samples", "0 if equal"),
+    "constant_grid": ("grid on images of one colour", "8-bit levels"),
+    "constant_border": ("border on images of one colour", "8-bit levels"),
     "active_units": ("active units", "latents"),
 }
 _SAFETY = """The weights are safetensors. `vae_dist.load` opens `model.safetensors`, `config.yaml`, `state.json` and

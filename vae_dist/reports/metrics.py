@@ -21,6 +21,8 @@ _METRICS = {
     "lpips": ("LPIPS", "0 if equal"),
     "rfid": ("rFID", "0 if equal"),
     "fid": ("FID of {} samples", "0 if equal"),
+    "constant_grid": ("grid on one colour", "8-bit levels"),
+    "constant_border": ("border on one colour", "8-bit levels"),
 }
 _SAMPLES = {"negative_log_likelihood": "importance_samples", "fid": "fid_samples"}
 

@@ -18,6 +18,8 @@ _METRICS = {
     "lpips": ("LPIPS", 4),
     "rfid": ("rFID", 2),
     "fid": ("FID of samples", 2),
+    "constant_grid": ("grid", 2),
+    "constant_border": ("border", 2),
     "active_units": ("active units", 0),
     "negative_log_likelihood": ("NLL", 2),
 }
