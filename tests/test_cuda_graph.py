@@ -90,14 +90,14 @@ def test_a_scaler_s_state_moves_once_during_the_capture() -> None:
     assert scale == {"scale": 32.0} and not captured.failed
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("flat", "optimizer"), [(False, "adam"), (True, "adam"), (True, "adamax")])
 def test_a_run_of_steps_launched_at_once_is_bitwise_the_run(
-    flat: bool, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    flat: bool, optimizer: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The capture knows all that a step changes, and metrics, validations and checkpoints come after the same steps."""
     arguments = [
         "optim.warmup_steps=5", "objective.beta_warmup_steps=9", "optim.max_grad_norm=20", "train.accumulate=2",
-        "train.log_every=7", "train.validate_every=11", "checkpoint.every=9",
+        "train.log_every=7", "train.validate_every=11", "checkpoint.every=9", f"optim.optimizer={optimizer}",
     ]  # fmt: skip
     monkeypatch.setitem(RECIPES, "vae", partial(VAERecipe, flat=flat))
     plain = train(make_config(*arguments, "name=plain"))

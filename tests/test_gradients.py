@@ -72,6 +72,14 @@ def test_the_gradients_are_those_of_the_loss(likelihood: str, scaled: bool) -> N
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
+def test_functional_gradients_are_not_recorded_by_autograd() -> None:
+    """Otherwise totals, which they are added to, would need a gradient, and keep every step's graph."""
+    vae, differentiate = made()
+    given = inputs(vae)
+    assert given[-1].requires_grad
+    assert not any(tensor.requires_grad for tensor in differentiate.functional(*given))
+
+
 def test_gradients_of_uneven_shards_average_to_the_batchs() -> None:
     vae, differentiate = made()
     scale, images, noise, beta, *weights = inputs(vae)

@@ -76,7 +76,9 @@ class Differentiate:
 
         The gradient of a probe is a backward pass of its own, of which a compiler keeps what that gradient needs.
         """
-        inputs, weights = self._inputs_and_weights(tensors)
+        inputs, parameters = self._inputs_and_weights(tensors)
+        # Of the parameters themselves autograd would record the results too, and a step's totals with them.
+        weights = [parameter.detach() for parameter in parameters]
 
         def losses_of(*weights: Tensor) -> tuple[tuple[Tensor, ...], Any]:
             named = dict(zip(self._names, weights, strict=True))
