@@ -18,6 +18,7 @@ from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch, Batches, place
+from vae_dist.distributed import environment, launcher, processes
 from vae_dist.distributed import world as worlds
 from vae_dist.distributed.world import World
 from vae_dist.evaluation import metrics
@@ -41,9 +42,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield world_of(1)
 
 
+def state_of(size: int) -> Any:
+    return SimpleNamespace(process_index=0, num_processes=size, device=torch.device("cuda"), is_main_process=True)
+
+
 def world_of(size: int) -> World:
-    state: Any = SimpleNamespace(process_index=0, num_processes=size, device=torch.device("cuda"), is_main_process=True)
-    return World(state)
+    return World(state_of(size))
 
 
 def config_of(*arguments: str) -> Config:
@@ -62,6 +66,17 @@ def vae(card: World) -> VAE:
 
 def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
     assert card.device == CARD == torch.zeros(1, device="cuda").device
+
+
+def test_fp32_is_fp32_in_every_command(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation or an encoding makes no Accelerator, and torch's convolutions would be in TF32."""
+    monkeypatch.setattr(environment, "choose_device", lambda device: "cuda")
+    monkeypatch.setattr(launcher, "connect", lambda device, timeout: state_of(1))
+    torch_default = torch.backends.cudnn.allow_tf32
+    with processes.join(config_of()) as world:
+        assert world.device == CARD
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == torch_default
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])

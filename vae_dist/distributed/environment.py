@@ -79,6 +79,15 @@ def make_cuda_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def compute_in_fp32() -> None:
+    """Let fp32 on a GPU mean fp32: by default torch's convolutions round their inputs to TF32 there.
+
+    `precision.accelerator` allows TF32 for a training in tf32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def restart_clock() -> None:
     """Let `seconds_since_start` count from now: a program or a notebook may train long after its own start."""
     global _started

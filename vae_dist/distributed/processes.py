@@ -29,6 +29,7 @@ def join(config: Config) -> Iterator[World]:
             os.environ.update(launcher.process_variables())
         if device == "cuda":
             environment.make_cuda_deterministic()
+            environment.compute_in_fp32()
         environment.set_threads(config)
         state = launcher.connect(device, config.runtime.start_timeout)
         expected = launcher.expected_size()
