@@ -32,7 +32,11 @@ PYTEST = [
     sys.executable, "-m", "pytest", "-q", "--no-header", "-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu",
     "--confcutdir", "tests/gpu",
 ]  # fmt: skip
-TESTS = {
+ARCHITECTURES = "mlp", "conv", "resnet", "autoencoder_kl"
+TESTS = {  # those that compile most begin first
+    "first_stage_bf16": ["tests/gpu/test_first_stage.py", "-k", "compiled and bf16"],
+    "first_stage_fp32": ["tests/gpu/test_first_stage.py", "-k", "compiled and fp32"],
+    **{name: ["tests/gpu/test_networks.py", "-k", name] for name in ARCHITECTURES},
     **{
         precision: ["tests/gpu/test_training.py", "-k", precision]
         for precision in ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -40,9 +44,12 @@ TESTS = {
     "paths": ["tests/gpu/test_training.py", "-k", "not fp32 and not tf32 and not bf16 and not fp16 and not fp64"],
     "results": ["tests/gpu/test_results.py"],
     "processes": ["tests/gpu/test_processes.py"],
+    "networks": ["tests/gpu/test_networks.py", "-k", " and ".join(f"not {name}" for name in ARCHITECTURES)],
+    "first_stage": ["tests/gpu/test_first_stage.py", "-k", "not compiled"],
+    "uses": ["tests/gpu/test_uses.py"],
 }
-SIDE_BY_SIDE = 8  # of the tests: they wait for compilers more than for the card
-TEST_SECONDS = 180  # of all tests
+SIDE_BY_SIDE = 16  # of the tests: they wait for compilers more than for the card
+TEST_SECONDS = 240  # of all tests
 FIRST_STAGE_SECONDS = 240
 READY_SECONDS, TURN_SECONDS = 110, 30  # for all loops to compile side by side; for the turns of one batch size
 
