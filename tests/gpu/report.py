@@ -155,17 +155,17 @@ def first_stage(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the loop that it waits for
         process.wait()
-    result = folder / "first_stage.json"
+    result = folder / "speed_first_stage.json"
     loops = json.loads(result.read_text()) if result.exists() else {}
     print(f"first stage: {loops}", flush=True)
-    said = outcome(folder / "first_stage.log", process.returncode, time.monotonic() - began)
+    said = outcome(folder / "speed_first_stage.log", process.returncode, time.monotonic() - began)
     return {**said, "ok": said["ok"] and None not in loops.values(), "loops": loops}
 
 
 def first_stage_process(folder: Path) -> subprocess.Popen[bytes]:
     """A process that compiles a first stage's step and waits for its turn."""
-    command = [sys.executable, "tests/gpu/first_stage.py", str(folder / "first_stage.json"), "--wait"]
-    with (folder / "first_stage.log").open("w") as log:
+    command = [sys.executable, "tests/gpu/first_stage.py", str(folder / "speed_first_stage.json"), "--wait"]
+    with (folder / "speed_first_stage.log").open("w") as log:
         return subprocess.Popen(
             command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -271,7 +271,7 @@ def speeds(rates: dict[int, dict[str, float | None]]) -> list[str]:
 
 
 def main() -> None:
-    parts = [*TESTS, "first_stage", *(f"speed_{size}" for size in STEPS), "start"]
+    parts = [*TESTS, "speed_first_stage", *(f"speed_{size}" for size in STEPS), "start"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="data", type=Path)
     parser.add_argument("--output", default="build/gpu", type=Path)
@@ -296,7 +296,7 @@ def main() -> None:
         (folder / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
         (folder / "gpu.md").write_text(page(results))
 
-    waiting = first_stage_process(folder) if "first_stage" in options.only else None
+    waiting = first_stage_process(folder) if "speed_first_stage" in options.only else None
     note("tests", None, tests(folder, [part for part in TESTS if part in options.only]))
     if waiting is not None:
         note("first_stage", None, guarded(first_stage, waiting, folder))
