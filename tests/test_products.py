@@ -49,7 +49,7 @@ class Counted:
 
 
 products._matmul_kernel = Counted()
-layers = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+layers = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3), torch.nn.Linear(3, 2))
 names = [name for name, _ in layers.named_parameters()]
 
 
@@ -66,7 +66,7 @@ with torch.no_grad():
         gradients, fullgraph=True, options={"post_grad_custom_pre_pass": products.SmallProducts()}
     )(images, *layers.parameters())
 torch.testing.assert_close(compiled, gradients(images, *layers.parameters()), rtol=1e-5, atol=1e-5)
-assert len(calls) == 5, calls  # two forward, and the gradients of two weights and of one hidden layer
+assert len(calls) == 8, calls  # three forward, and the gradients of three weights and of two hidden layers
 print("equal")
 """
 

@@ -63,8 +63,8 @@ def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
             part = waiting.pop(0)
             log = (folder / f"{part}.log").open("w")
             command = [*PYTEST, *TESTS[part], "--basetemp", str(folder / f"tmp_{part}")]
-            # Otherwise each would start as many processes as there are cores, to compile.
-            environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            # Otherwise each would start as many processes and threads as there are cores.
+            environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
             process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
             running[part] = process, time.monotonic()
         time.sleep(0.2)

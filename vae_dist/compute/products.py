@@ -114,6 +114,7 @@ def _replace(graph: Graph, node: Node, a: Node, b: Node, bias: Node | None = Non
             result = graph.call_function(torch.ops.prims.convert_element_type.default, (result, dtype))
         if bias is not None:
             result = graph.call_function(torch.ops.aten.add.Tensor, (result, bias))
+    result.meta["val"] = node.meta["val"]  # which may be a factor of another product
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 
