@@ -4,6 +4,7 @@ The networks, and the names of their weights, are diffusers' own, so that a mode
 without a conversion: see `diffusers_files.py`. B batch, C, H, W image, c, h, w latents.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vae_dist.config import AutoencoderKLConfig
 from vae_dist.errors import UserError
+from vae_dist.models.blocks import Upsample
 from vae_dist.models.likelihoods import LikelihoodKind, LocationScaleKind
 from vae_dist.models.norms import with_own_norms
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import PRIORS
-from vae_dist.models.tensors import Shape, at_least_float32
+from vae_dist.models.tensors import Shape, at_least_float32, in_gpu_order, traced_on_gpu
 from vae_dist.models.vae import VAE
 
 LOG_VARIANCES = -30.0, 20.0  # between which diffusers' DiagonalGaussianDistribution clamps them
@@ -45,7 +47,13 @@ class AutoencoderKLVAE(VAE):
             )
         self.options = options
         latents = self.latent_dim  # refuses sizes before anything is built
-        network = with_own_norms(make_network(network_options(options, image_shape[0])))
+        network: Any = with_own_norms(make_network(network_options(options, image_shape[0])))
+        for module in network.modules():
+            if getattr(module, "conv_shortcut", None) is not None:  # before which diffusers orders C, H, W
+                module.conv_shortcut.register_forward_pre_hook(_in_gpu_order)
+        for attention in (*network.encoder.mid_block.attentions, *network.decoder.mid_block.attentions):
+            if attention is not None and attention.heads == 1:
+                attention.set_processor(OneWideHead(attention.processor))
         self.encoder = Encoder(network)
         self.decoder = Decoder(network)
         self.p_z = PRIORS[options.prior](latents)
@@ -103,7 +111,7 @@ class Decoder(nn.Module):
         self.decoder.mid_block.register_forward_hook(_in_order)
         for block in self.decoder.up_blocks:
             if block.upsamplers is not None:
-                block.upsamplers = nn.ModuleList([Upsample(layer.conv) for layer in block.upsamplers])
+                block.upsamplers = nn.ModuleList([ConvolvedUpsample(layer.conv) for layer in block.upsamplers])
 
     def forward(self, latents: Tensor) -> Tensor:
         decoded: Tensor = self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
@@ -112,11 +120,15 @@ class Decoder(nn.Module):
 
 def _in_order(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """Return attention's output in C, H, W order in training, where convolutions in its own order take longer."""
-    return output.contiguous() if module.training else output
+    return output.contiguous() if module.training and not traced_on_gpu(output) else output
 
 
-class Upsample(nn.Module):
-    """Repeats pixels and convolves them: `(B, c, h, w)` to `(B, c, 2h, 2w)`.
+def _in_gpu_order(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (in_gpu_order(inputs[0]),) if traced_on_gpu(inputs[0]) else inputs
+
+
+class ConvolvedUpsample(Upsample):
+    """Repeats pixels and convolves them: `(B, c, h, w)` to `(B, c, 2 h, 2 w)`.
 
     It is diffusers' Upsample2D without its branches by the size of a batch, which a traced program can't have.
     """
@@ -126,8 +138,44 @@ class Upsample(nn.Module):
         self.conv = conv
 
     def forward(self, x: Tensor, output_size: None = None) -> Tensor:
-        upsampled: Tensor = self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        upsampled: Tensor = self.conv(super().forward(x))
         return upsampled
+
+
+class OneWideHead:
+    """Computes an attention of one head in matrix products where a compiler traces for a GPU; elsewhere diffusers does.
+
+    Its 512 channels are too many for the fast kernels of attention. The one that is left took 7% of a step of kl-f8.
+    """
+
+    def __init__(self, theirs: Callable[..., Tensor]) -> None:
+        self._theirs = theirs
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """The names of the arguments are those by which diffusers gives them."""
+        if not traced_on_gpu(hidden_states):
+            return self._theirs(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return attended(attn, hidden_states)
+
+
+def attended(attention: Any, x: Tensor) -> Tensor:
+    """Return what diffusers' attention of one head makes of `(B, c, h, w)`. Logits and weights are fp32 at least."""
+    tokens = attention.group_norm(x).flatten(2).transpose(1, 2)  # (B, h w, c)
+    query, key, value = attention.to_q(tokens), attention.to_k(tokens), attention.to_v(tokens)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = at_least_float32(query) @ at_least_float32(key).transpose(1, 2)
+        weights = torch.softmax(logits * query.shape[2] ** -0.5, 2)
+        mixed = weights.to(value.dtype) @ value
+    output = attention.to_out[0](mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+    result: Tensor = (x + output) / attention.rescale_output_factor
+    return result
 
 
 def network_options(options: AutoencoderKLConfig, channels: int) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vae_dist.models.tensors import traced_on_gpu
+
 MOST_GROUPS = 8  # of GroupNorm
 LEAST_CHANNELS = 4  # of a group: alone, a channel would lose its mean
 FIRST_CONVOLUTION = 2  # of a residual block, among its layers
@@ -93,6 +95,23 @@ def norm_groups(channels: int) -> int:
     """Return the number of GroupNorm's groups: the largest divisor of the channels within the limits above."""
     most = min(MOST_GROUPS, max(channels // LEAST_CHANNELS, 1))
     return max(groups for groups in range(1, most + 1) if channels % groups == 0)
+
+
+class Upsample(nn.Module):
+    """Repeats each pixel in a square: `(B, c, h, w)` to `(B, c, 2 h, 2 w)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return repeated(x) if traced_on_gpu(x) else nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def repeated(x: Tensor) -> Tensor:
+    """Repeat each pixel by a broadcast, whose backward pass is a sum.
+
+    A compiler makes of interpolate's one an addition by indices, which took 30% of a step of kl-f8.
+    """
+    count, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return rows.reshape(count, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import nn
 
 from vae_dist.config import ConvConfig
-from vae_dist.models.blocks import Network, ResidualBlock, convolution, output_layers
+from vae_dist.models.blocks import Network, ResidualBlock, Upsample, convolution, output_layers
 from vae_dist.models.grid import GridVAE
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
@@ -66,7 +66,7 @@ def decoder(inputs: int, channels: list[int], blocks: int, outputs: int, label: 
     depth = len(channels)
     layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, depth, label)]
     for before, after in pairwise(channels):
-        layers += [nn.Upsample(scale_factor=2), convolution(before, after)]
+        layers += [Upsample(), convolution(before, after)]
         layers += residual_blocks(after, blocks, depth, label)
     return Network(*layers, *output_layers(channels[-1], outputs))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.models.blocks import norm_groups
-from vae_dist.models.tensors import at_least_float32
+from vae_dist.models.tensors import at_least_float32, in_gpu_order, traced_on_gpu
 
 
 class GroupNorm(nn.GroupNorm):
@@ -19,7 +19,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda and torch.compiler.is_compiling():
+        if traced_on_gpu(input):
             return traced(input, self.weight, self.bias, self.num_groups, self.eps)
         if input.dtype not in (torch.bfloat16, torch.float16) or input.device.type == "cpu":
             return super().forward(input)
@@ -42,7 +42,7 @@ def traced(input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     slope = reciprocal * weight.unflatten(0, (groups, -1))
     offset = bias.unflatten(0, (groups, -1)) - mean * slope
     output = values * slope.flatten(1).unsqueeze(2) + offset.flatten(1).unsqueeze(2)
-    return output.to(input.dtype).view(input.shape)
+    return in_gpu_order(output.to(input.dtype).view(input.shape))
 
 
 class Keep16Bits(torch.autograd.Function):

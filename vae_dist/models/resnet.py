@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vae_dist.config import ResNetConfig
-from vae_dist.models.blocks import Network, ResidualBlock, convolution, output_layers, scaled
+from vae_dist.models.blocks import Network, ResidualBlock, Upsample, convolution, output_layers, scaled
 from vae_dist.models.grid import GridVAE
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
@@ -70,7 +70,7 @@ def decoder(options: ResNetConfig, inputs: int, outputs: int, label: int = 0) ->
     layers: list[nn.Module] = [convolution(inputs, channels[0]), *parts.middle(channels[0], options.mid_attention)]
     for level, (before, after) in enumerate(pairwise([channels[0], *channels])):
         if level:
-            layers += [nn.Upsample(scale_factor=2), convolution(before, before)]
+            layers += [Upsample(), convolution(before, before)]
         layers += parts.resolution(before, after, attention[level])
     return Network(*layers, *output_layers(channels[-1], outputs, group_norm))
 

@@ -19,3 +19,17 @@ def require_shape(tensor: Tensor, expected: Shape, what: str) -> None:
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert to float32 if the type is smaller: a sum over 784 pixels in bfloat16 is off by half a nat."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def traced_on_gpu(x: Tensor) -> bool:
+    """Return whether a compiler traces a program for a GPU from this tensor: what is slow there can be written anew."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+def in_gpu_order(x: Tensor) -> Tensor:
+    """Return images, or a convolution's weights, with their channels next to each other in memory if on a GPU.
+
+    A GPU's convolutions compute in that order. A compiler keeps the order in which their backward passes were traced,
+    and in another one each of their tensors is copied twice.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and x.is_cuda else x

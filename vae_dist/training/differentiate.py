@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
+from vae_dist.models.tensors import in_gpu_order
 from vae_dist.training.optimizers import trained_parameters
 
 
@@ -76,9 +77,8 @@ class Differentiate:
 
         The gradient of a probe is a backward pass of its own, of which a compiler keeps what that gradient needs.
         """
-        inputs, parameters = self._inputs_and_weights(tensors)
         # Of the parameters themselves autograd would record the results too, and a step's totals with them.
-        weights = [parameter.detach() for parameter in parameters]
+        inputs, weights = self._inputs_and_weights([in_gpu_order(tensor.detach()) for tensor in tensors])
 
         def losses_of(*weights: Tensor) -> tuple[tuple[Tensor, ...], Any]:
             named = dict(zip(self._names, weights, strict=True))
