@@ -13,9 +13,14 @@ Tables in markdown are printed.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +187,7 @@ def networks(repeats: int) -> None:
     for name, architecture, forward in (
         ("`resnet`, GroupNorm as autocast has it", "resnet", nn.GroupNorm.forward),
         ("`resnet`", "resnet", GroupNorm.forward),
+        ("`autoencoder_kl`, GroupNorm as autocast has it", "autoencoder_kl", nn.GroupNorm.forward),
         ("`autoencoder_kl`", "autoencoder_kl", GroupNorm.forward),
     ):
         arguments = [f"model.architecture={architecture}", *F8]
