@@ -4,15 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from vae_dist import config
 from vae_dist.distributed import processes
-from vae_dist.models import autoencoder_kl, blocks, build_vae, norms
+from vae_dist.models import autoencoder_kl, blocks, build_vae, norms, tensors
 from vae_dist.models.autoencoder_kl import OneWideHead, attended
 from vae_dist.models.blocks import repeated
-from vae_dist.training import differentiate
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
 from vae_dist.training.loss_scaler import LossScaler
 
@@ -55,14 +53,8 @@ def test_attention_in_matrix_products_is_diffusers() -> None:
 @pytest.mark.slow
 def test_a_step_traced_for_a_gpu_has_its_order_and_no_addition_by_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card ran a step of kl-f8 of which a third was the latter, and a tenth copies from one order to the other."""
-
-    def in_order(x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-    for module in (autoencoder_kl, blocks, norms):
+    for module in (autoencoder_kl, blocks, norms, tensors):
         monkeypatch.setattr(module, "traced_on_gpu", lambda x: torch.compiler.is_compiling())
-    for module in (autoencoder_kl, norms, differentiate):
-        monkeypatch.setattr(module, "in_gpu_order", in_order)
     graphs: list[Any] = []
 
     def keep(graph: Any, inputs: Any) -> Any:
@@ -88,6 +80,6 @@ def test_a_step_traced_for_a_gpu_has_its_order_and_no_addition_by_indices(monkey
     names = {str(node.target) for node in graph.nodes}
     assert not [name for name in names if "index_put" in name or "attention" in name or "upsample" in name]
     backward = [node for node in graph.nodes if node.target is torch.ops.aten.convolution_backward.default]
-    tensors = [node.args[place].meta["val"] for node in backward for place in range(3)]
-    large = [tensor for tensor in tensors if min(tensor.shape[:2]) > 1 and tensor.shape[1] > 8]
+    kept = [node.args[place].meta["val"] for node in backward for place in range(3)]
+    large = [tensor for tensor in kept if min(tensor.shape[:2]) > 1 and tensor.shape[1] > 8]
     assert len(large) > 50 and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in large)

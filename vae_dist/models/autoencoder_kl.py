@@ -124,7 +124,7 @@ def _in_order(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def _in_gpu_order(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (in_gpu_order(inputs[0]),) if traced_on_gpu(inputs[0]) else inputs
+    return (in_gpu_order(inputs[0]),)
 
 
 class ConvolvedUpsample(Upsample):

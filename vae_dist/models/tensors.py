@@ -27,9 +27,9 @@ def traced_on_gpu(x: Tensor) -> bool:
 
 
 def in_gpu_order(x: Tensor) -> Tensor:
-    """Return images, or a convolution's weights, with their channels next to each other in memory if on a GPU.
+    """Return images, or a convolution's weights, with their channels next to each other in memory if traced for a GPU.
 
     A GPU's convolutions compute in that order. A compiler keeps the order in which their backward passes were traced,
     and in another one each of their tensors is copied twice.
     """
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and x.is_cuda else x
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and traced_on_gpu(x) else x

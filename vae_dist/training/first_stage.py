@@ -43,8 +43,7 @@ def load_perceptual(config: Config, device: torch.device) -> LPIPS | None:
     if device.type == "cuda" and config.train.precision == "bf16":
         # LPIPS is float32, where TF32 is still more exact than the bf16 of the reconstructions that it compares.
         torch.backends.cudnn.allow_tf32 = True
-    network = load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+    return load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
 
 
 def make_discriminator(vae: VAE, config: Config, world: World) -> PatchDiscriminator:
