@@ -26,7 +26,7 @@ from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find, open_checkpoint
 from vae_dist.runs.manifest import BadCheckpointError
 from vae_dist.runs.run import RunDirectory
-from vae_dist.runs.state import Best, TrainingState
+from vae_dist.runs.state import Best, TrainingState, parse_state
 from vae_dist.training.meter import Meter
 from vae_dist.training.optimizers import Adam
 
@@ -595,3 +595,11 @@ def test_an_untrusted_run_redirects_no_write(make_config: MakeConfig, tmp_path: 
         opened(run_dir, [f"output={tmp_path / 'out'}"])  # read, with the files elsewhere
         (run_dir / name).unlink()
     assert not list(mine.iterdir())
+
+
+def test_the_best_validation_of_an_earlier_version_is_read() -> None:
+    written = json.dumps({"step": 7, "best": {"step": 3, "negative_elbo": 101.5}}).encode()
+    assert parse_state(written, Path("state.json")).best == Best(3, 101.5, "negative_elbo")
+    for best in {"negative_elbo": 1.0}, {"step": 3, "value": 1.0, "metric": 5}, {"step": 3, "value": "1"}:
+        with pytest.raises(BadCheckpointError, match="is not a training's state"):
+            parse_state(json.dumps({"step": 7, "best": best}).encode(), Path("state.json"))

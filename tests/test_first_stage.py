@@ -344,6 +344,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(data_root: Path, tmp_pat
     whole, cut = (RunDirectory(tmp_path / name).metrics[-1] for name in ("whole", "cut"))
     drop = {"train/images_per_second"}
     assert {k: v for k, v in whole.items() if k not in drop} == {k: v for k, v in cut.items() if k not in drop}
+    errors = dict(RunDirectory(tmp_path / "whole").points("validation/reconstruction"))
+    best = RunDirectory(tmp_path / "whole").best()
+    assert best is not None and len(errors) == 8 and errors[best.step] == min(errors.values())
+    assert whole["validation/best_reconstruction"] == min(errors.values())
 
 
 def moments(run: Path) -> dict[str, Tensor]:

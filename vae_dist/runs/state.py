@@ -14,7 +14,8 @@ class Best:
     """The best validation so far."""
 
     step: int
-    negative_elbo: float  # nats per image
+    value: float  # of the metric, nats per image
+    metric: str = "negative_elbo"  # the recipe's criterion
 
 
 @dataclass
@@ -36,17 +37,20 @@ def parse_state(content: bytes, path: Path) -> TrainingState:
     values = manifest.parse(content, path)
     try:
         best = values.get("best")
+        if isinstance(best, dict) and "negative_elbo" in best:  # of an earlier version
+            best = {"step": best["step"], "value": best["negative_elbo"]}
         state = TrainingState(**{**values, "best": None if best is None else Best(**best)})
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise BadCheckpointError(f"{path} is not a training's state ({error})") from error
     counts = [state.step, state.world_size, state.skipped_updates, *([state.best.step] if state.best else [])]
     if not isinstance(state.window, list) or not all(isinstance(sums, dict) for sums in state.window):
         raise BadCheckpointError(f"{path} is not a training's state")
     numbers = [number for sums in state.window for number in sums.values()]
-    numbers += [state.best.negative_elbo] if state.best else []
+    numbers += [state.best.value] if state.best else []
     if (
         not all(type(count) is int and 0 <= count < 2**63 for count in counts)
         or not all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers)
+        or not isinstance(state.best.metric if state.best else "", str)
         or type(state.validation_pending) is not bool
         or not isinstance(state.features, dict)
         or not isinstance(state.loss_scale, dict | None)

@@ -51,6 +51,8 @@ class Gradients(NamedTuple):
 class AutoencoderRecipe:
     """An autoencoder, a discriminator if there is an adversarial weight, and the moving average of the weights."""
 
+    criterion = "reconstruction"  # the ELBO would count the KL fully
+
     def __init__(self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int) -> None:
         if scaler.active:  # the launcher's precision, if the config's is auto
             raise UserError(NO_FP16)

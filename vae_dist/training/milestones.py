@@ -100,12 +100,13 @@ class Milestones:
         with self._meter.paused():
             terms = score(self._recipe.model, self._validation, self._world, self._config, self._watch.check_stop)
             metrics = terms.metrics("validation")
-            value = metrics.get("validation/negative_elbo", math.nan)
-            improved = math.isfinite(value) and (self._best is None or value < self._best.negative_elbo)
+            criterion, best = self._recipe.criterion, self._best
+            value = metrics.get(f"validation/{criterion}", math.nan)
+            improved = math.isfinite(value) and (best is None or best.metric != criterion or value < best.value)
             if improved:
-                self._best = Best(step, value)
-            if self._best is not None:  # tables of runs are sorted by it
-                metrics["validation/best_negative_elbo"] = self._best.negative_elbo
+                self._best = best = Best(step, value, criterion)
+            if best is not None:  # tables of runs are sorted by it
+                metrics[f"validation/best_{best.metric}"] = best.value
             self._world.on_main(partial(self._tracker.scalars, step, metrics))
             self._world.on_main(partial(self._tracker.pictures, step, partial(self._pictures, step)))
             self._progress.note(step, metrics)

@@ -34,6 +34,7 @@ class Recipe(Protocol):
     noise_shape: tuple[int, ...]  # standard normal numbers per image
     image_values: tuple[str, ...]  # names of values that are summed over images
     norms: tuple[str, ...]  # names of values that are equal on every process
+    criterion: str  # the metric of a validation by which a checkpoint is the best
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -32,6 +32,8 @@ from vae_dist.training.optimizers import OPTIMIZERS, Optimizer, trained_paramete
 class VAERecipe:
     """One VAE, one objective, one optimizer, and the moving average of the weights if the config asks for one."""
 
+    criterion = "negative_elbo"
+
     def __init__(
         self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int, flat: bool | None = None
     ) -> None:
