@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY, newest_checkpoint
 from tests.forked import ForkServer
+from tests.test_distributed import torchrun
 from vae_dist import config as configs
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import processes
@@ -392,9 +393,7 @@ def test_a_run_on_several_processes_resumes_bitwise(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile a step with")
-def test_a_compiled_run_on_two_processes_trains_as_an_uncompiled_one(
-    fork_server: ForkServer, data_root: Path, tmp_path: Path
-) -> None:
+def test_a_compiled_run_on_two_processes_trains_as_an_uncompiled_one(data_root: Path, tmp_path: Path) -> None:
     common = [
         *(option for option in BASE if not option.startswith("model.")), "model.hidden_dims=[8]", "model.latent_dim=3",
         *ADVERSARIAL, "first_stage.discriminator_layers=1", "first_stage.adaptive=true", "train.precision=fp64",
@@ -403,7 +402,8 @@ def test_a_compiled_run_on_two_processes_trains_as_an_uncompiled_one(
     ]  # fmt: skip
     for compiled in ("false", "true"):
         command = [str(REPOSITORY / "vae_dist/train.py"), *common, f"name={compiled}", f"train.compile={compiled}"]
-        assert {result.returncode for result in fork_server.launch(2, *command, timeout=800)} == {0}
+        result = torchrun(2, *command)
+        assert result.returncode == 0, result.stderr
     assert "can't be compiled" not in (tmp_path / "true/log.txt").read_text()
     uncompiled, compiled_rows = (
         [row for row in RunDirectory(tmp_path / name).metrics if "train/loss" in row] for name in ("false", "true")
