@@ -9,6 +9,7 @@ run. DATA_ROOT contains MNIST; without it the embedded digits are used. The exit
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -296,7 +297,10 @@ def main() -> None:
         (folder / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
         (folder / "gpu.md").write_text(page(results))
 
-    waiting = first_stage_process(folder) if "speed_first_stage" in options.only else None
+    times_first_stage = "speed_first_stage" in options.only and importlib.util.find_spec("diffusers") is not None
+    if "speed_first_stage" in options.only and not times_first_stage:
+        print("the first stage is not measured: diffusers is not installed", flush=True)
+    waiting = first_stage_process(folder) if times_first_stage else None
     note("tests", None, tests(folder, [part for part in TESTS if part in options.only]))
     if waiting is not None:
         note("first_stage", None, guarded(first_stage, waiting, folder))
