@@ -28,6 +28,7 @@ from vae_dist.reports.subject import subject_of
 from vae_dist.runs import saving
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
+from vae_dist.terminal import invocation
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -325,10 +326,10 @@ def test_a_run_is_trained_and_read_under_a_path_of_any_characters(
     compare([run], [*readable, f"output={odd}/out"])
     assert evaluate(run, [*readable, f"output={odd}/out"])["step"] == 10
     assert str(run_dir / "report.html") == str(report(run, readable))
-    page = subject_of(opened(run_dir))
-    shown = subprocess.run(
-        f"make -n -C {REPOSITORY} PYTHON=true eval RUN={page.path}", shell=True, capture_output=True, text=True
-    )
+    typed = invocation.command("eval", subject_of(opened(run_dir)).path)  # as the report shows it
+    assert typed.startswith("make ")
+    dry = f"make -n -C {REPOSITORY} PYTHON=true {typed.removeprefix('make ')}"
+    shown = subprocess.run(dry, shell=True, capture_output=True, text=True)
     command = shlex.split(shown.stdout.splitlines()[-2 if "Leaving" in shown.stdout else -1])
     assert command[2:] == [str(run_dir)]
     branch = train(config.load([smoke_arguments[0], *smoke_arguments[1:], "name=b", "train.steps=15",
