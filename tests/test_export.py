@@ -263,6 +263,7 @@ def test_of_paths_to_own_images_the_last_name_stays() -> None:
     assert (data.path, data.group) == ("cats", "groups.csv")
     network = config.load(["evaluate.inception=/home/me/inception", "evaluate.perceptual=/b", "evaluate.fid_samples=9"])
     assert inference.scrubbed(network).evaluate == config.load([]).evaluate
+    assert inference.scrubbed(config.load(["first_stage.perceptual=/home/me/vgg"])).first_stage.perceptual == "vgg"
     expression = replace(own, data=replace(own.data, group="^(.*)/", path="/"))
     assert inference.scrubbed(expression).data.group == "^(.*)/"
     config.check(inference.scrubbed(expression))

@@ -46,7 +46,7 @@ def inference_files(checkpoint: Checkpoint, vae: VAE, weights: str) -> Mapping[s
 def scrubbed(config: Config) -> Config:
     """Return a run's config without what belongs to its machine or its owner: folders, addresses, names, accounts.
 
-    Of `data.path`, `model.init_from` and of a table in `data.group`, the last name stays.
+    Of `data.path`, `model.init_from`, `first_stage.perceptual` and of a table in `data.group`, the last name stays.
     """
     data, usual = config.data, DataConfig()
     is_table = data.group is not None and data.group.endswith(".csv")
@@ -65,6 +65,7 @@ def scrubbed(config: Config) -> Config:
             path=_last_name(data.path),
             group=_last_name(data.group) if is_table else data.group,
         ),
+        first_stage=replace(config.first_stage, perceptual=_last_name(config.first_stage.perceptual)),
         checkpoint=CheckpointConfig(),
         tracking=TrackingConfig(wandb="disabled"),  # the folder has no page in Weights & Biases
         evaluate=replace(config.evaluate, folder=None, perceptual=None, inception=None, fid_samples=None),
