@@ -39,8 +39,11 @@ os.environ.update(
 for name in ("WANDB_API_KEY", "WANDB_MODE", "OMP_NUM_THREADS", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose programs would ignore it too
+# A shell's background job ignores SIGINT and a job of nohup SIGHUP, and the programs under test would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.fsync = lambda fd: None  # slow, and only a power cut would tell
 
