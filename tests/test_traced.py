@@ -13,6 +13,7 @@ from vae_dist.models.autoencoder_kl import OneWideHead, attended
 from vae_dist.models.blocks import repeated
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
 from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.vae_recipe import VAERecipe
 
 NETWORK = [
     "model.architecture=autoencoder_kl", "model.channels=[8,16]", "model.norm_groups=4",
@@ -48,6 +49,38 @@ def test_attention_in_matrix_products_is_diffusers() -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [["model.architecture=conv"], ["model.architecture=resnet", "model.blocks=1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["objective.reconstruction=bernoulli"], ["objective.reconstruction=gaussian", "objective.sigma_kind=optimal"],
+        ["objective.reconstruction=gaussian", "objective.sigma_kind=learned", "objective.bound=iwae"],
+        ["objective.reconstruction=laplace", "model.conditional=true"],
+    ],
+)  # fmt: skip
+def test_gradients_traced_for_a_gpu_are_those_of_autograd(
+    network: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing relies on the order of images in memory, which is another one there."""
+    for module in (autoencoder_kl, blocks, norms, tensors):
+        monkeypatch.setattr(module, "traced_on_gpu", lambda x: torch.compiler.is_compiling())
+    given = [*network, *options, "model.channels=[4,8]", "data.name=synthetic_digits", "train.batch_size=2"]
+    settings = config.load([*given, "device=cpu", "train.threads=1", "objective.samples=3"])
+    settings.data.classes = ["a", "b"]
+    with processes.join(settings) as world:
+        vae = build_vae(settings, (1, 16, 16))
+        gradients = VAERecipe(vae, settings, world, LossScaler("fp32", world.device), 1, flat=False)._differentiate
+        labels = torch.tensor([0, 1]) if vae.classes else torch.empty(0, dtype=torch.int64)
+        images, noise, values = torch.rand(2, 1, 16, 16), torch.randn(3, 2, vae.latent_dim), torch.tensor([0.1, 1, 0.3])
+        inputs = [torch.ones(()), images, noise, labels, values.double(), *vae.parameters()]
+        backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward)
+        with torch.no_grad():
+            results = torch.compile(gradients.functional, fullgraph=True, backend=backend)(*inputs)
+        for found, wanted in zip(results, gradients.eager(*inputs), strict=True):
+            assert (found - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
 
 
 @pytest.mark.slow
