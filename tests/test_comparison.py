@@ -324,7 +324,10 @@ def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
     second = first | {"fid_samples": 50, "protocol": {"lpips_sha256": "a", "rfid_sha256": "c"}}
     table = make_table(runs, [], [first, second])
     assert [row[3] for row in table.rows] == ["45.68 (N=5000)", "45.68 (N=50)"]
-    assert table.notes == ["THE rFID OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights"]
+    assert table.notes == [
+        f"THE {metric} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights"
+        for metric in ("rFID", "FID of samples")
+    ]
 
 
 def test_runs_tested_on_other_images_have_their_own_originals(make_run: MakeRun, pair: list[Path]) -> None:

@@ -122,9 +122,9 @@ def _notes(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 def _several_networks(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning for each metric that was measured by networks of several weights."""
     result = []
-    for key in "lpips", "rfid":
+    for key, digest in {"lpips": "lpips_sha256", "rfid": "rfid_sha256", "fid": "rfid_sha256"}.items():
         protocols = [evaluation.get("protocol") for evaluation in evaluations if type(evaluation.get(key)) is float]
-        digests = {str(protocol.get(f"{key}_sha256")) for protocol in protocols if isinstance(protocol, dict)}
+        digests = {str(protocol.get(digest)) for protocol in protocols if isinstance(protocol, dict)}
         if len(digests) > 1:
             header, _ = _METRICS[key]
             result.append(f"THE {header} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights")
