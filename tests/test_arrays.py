@@ -354,6 +354,7 @@ def test_nothing_in_a_file_is_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mapped_file_costs_no_memory(fork_server: ForkServer, tmp_path: Path) -> None:
     path = tmp_path / "large.npy"
     count = 2**31 // 4096

@@ -143,9 +143,8 @@ MODELS = {
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    "model", [name if name == "conv" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_the_programs_of_each_kind_of_model_equal_it_at_any_batch(model: str) -> None:
     settings = config.load(MODELS[model])
     vae = build_vae(settings, SHAPE).eval().requires_grad_(False)

@@ -231,7 +231,8 @@ def test_a_compiled_step_equals_the_eager_step(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_the_optimum_is_that_of_the_batch_on_several_processes(
     size: int, make_config: MakeConfig, smoke_arguments: list[str], fork_server: ForkServer, tmp_path: Path
 ) -> None:

@@ -672,10 +672,8 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
     check_that_all_arrived(run_dir, server.runs["abc"])
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["hang", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("forbidden", "error", "reset", "refuse"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["hang", "forbidden", "error", "reset", "refuse"])
 @pytest.mark.usefixtures("upload_soon")
 def test_a_server_lost_during_a_run_costs_no_record_and_no_time(
     fault: Fault, make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
