@@ -79,16 +79,16 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from vae_dist.training.update import Update
 
     (loop,) = options.loops
-    take, taken = Update.__call__, []
+    take = Update.__call__
 
-    def paced(self: Update, *given: Any) -> None:
+    def take_and_wait(self: Update, *given: Any) -> None:
         take(self, *given)
-        taken.append(time.perf_counter())
-        if len(taken) == 1 and options.wait:
-            self.totals.tolist()  # all is done by then
-            sys.stdin.readline()
+        self.totals.tolist()  # all is done by then
+        Update.__call__ = take  # type: ignore[method-assign]
+        sys.stdin.readline()
 
-    Update.__call__ = paced  # type: ignore[method-assign, assignment]
+    if options.wait:
+        Update.__call__ = take_and_wait  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         images, weights = Path(folder) / "images.npy", Path(folder) / "lpips.safetensors"
         shape = IMAGES, options.side, options.side, 3

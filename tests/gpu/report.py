@@ -2,7 +2,7 @@
 
     python tests/gpu/report.py [DATA_ROOT] [--output FOLDER] [--only PART ...]
 
-Each part is a process of its own with a time limit; if one fails, the others continue. The whole takes 10 to 15
+Each part is a process of its own with a time limit; if one fails, the others continue. The whole should take 10 to 15
 minutes, most of them to compile. FOLDER gets gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest
 run. DATA_ROOT contains MNIST; without it the embedded digits are used. The exit code is 1 if a part has failed.
 """

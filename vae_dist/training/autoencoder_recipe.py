@@ -40,12 +40,12 @@ from vae_dist.training.optimizers import OPTIMIZERS, Optimizer, trained_paramete
 
 
 class Gradients(NamedTuple):
-    """The part of a process in a step's gradients."""
+    """A step's gradients: a process's part, or their means over the processes."""
 
     loss: Tensor  # (), of both networks
-    sums: Tensor  # (n,), of the image values
-    of_verdict: list[Tensor]  # of an adaptive weight: of the verdict alone, at the decoder's last layer
-    of_weights: list[Tensor]  # the autoencoder's, then the discriminator's
+    sums: Tensor  # (n,), of the image values of this process
+    of_verdict: Sequence[Tensor]  # of an adaptive weight: of the verdict alone, at the decoder's last layer
+    of_weights: Sequence[Tensor]  # the autoencoder's, then the discriminator's
 
 
 class AutoencoderRecipe:
@@ -135,10 +135,10 @@ class AutoencoderRecipe:
         """Take both networks' gradients, average them over the processes, guard, update, then the moving average."""
         named = dict(zip(self.values(0), values.unbind(), strict=True))
         factor = self._adversarial_factor()
-        strength = (named.get("adversarial_weight", factor) * factor).to(self._vae.dtype)
+        strength = (named.get("adversarial_weight", 0) * factor).to(self._vae.dtype)
         if self._not_agreed_on:
             self._agree_on_programs(batch, strength)
-        of_verdict, means, mean_loss, sums = self._averaged(batch, strength)
+        loss, sums, of_verdict, means = self._averaged(batch, strength)
         split = len(self._optimizer.parameters)
         norm, ours = clip(means[:split], self._config.optim.max_grad_norm)
         most = self._options.skip_norm
@@ -147,7 +147,7 @@ class AutoencoderRecipe:
         if self.discriminator is not None:
             of_discriminator, others = clip(means[split:], self._config.optim.max_grad_norm)
             norms += [of_discriminator, factor]
-        healthy = self._guard.healthy([mean_loss, *norms], totals)
+        healthy = self._guard.healthy([loss, *norms], totals)
         self._guard.count(totals, healthy, sums, norms)
         skip = torch.maximum(healthy.logical_not().float(), spike.float())
         learning_rate = named["learning_rate"].float()
@@ -177,12 +177,12 @@ class AutoencoderRecipe:
             self.memory.norms.copy_(torch.where(healthy, norms, self.memory.norms))
         self.memory.spikes.add_(torch.where(healthy, spike.float(), 0.0))
 
-    def _averaged(self, batch: Batch, strength: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]:
-        """Return the gradients of the verdict and of the weights, the mean loss, and the sums of this process."""
+    def _averaged(self, batch: Batch, strength: Tensor) -> Gradients:
+        """Return the means of the gradients and of the loss over the processes."""
         own = self.gradients(batch, strength)
-        means, mean_loss = average_gradients([*own.of_verdict, *own.of_weights], own.loss, self._world)
+        means, loss = average_gradients([*own.of_verdict, *own.of_weights], own.loss, self._world)
         count = len(own.of_verdict)
-        return means[:count], means[count:], mean_loss, own.sums
+        return Gradients(loss, own.sums, means[:count], means[count:])
 
     def gradients(self, batch: Batch, strength: Tensor) -> Gradients:
         """Return the gradients of the shard, summed over its micro-batches; `strength` `()` weighs the verdict."""
@@ -224,6 +224,6 @@ class AutoencoderRecipe:
 
     def _agree_on_programs(self, batch: Batch, strength: Tensor) -> None:
         """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""
-        of_verdict, means, mean_loss, _ = self._averaged(batch, strength)
-        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_verdict, *means, mean_loss])
+        loss, _, of_verdict, means = self._averaged(batch, strength)
+        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_verdict, *means, loss])
         self._not_agreed_on = []
