@@ -29,8 +29,8 @@ from vae_dist.data.source import InMemory, in_memory
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
-from vae_dist.models.blocks import norm_groups
 from vae_dist.models.conv import ConvVAE
+from vae_dist.models.norms import norm_groups
 from vae_dist.models.tensors import Shape
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report

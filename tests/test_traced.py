@@ -116,3 +116,8 @@ def test_a_step_traced_for_a_gpu_has_its_order_and_no_addition_by_indices(monkey
     kept = [node.args[place].meta["val"] for node in backward for place in range(3)]
     large = [tensor for tensor in kept if min(tensor.shape[:2]) > 1 and tensor.shape[1] > 8]
     assert len(large) > 50 and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in large)
+    # Flattened pixels are written in C, H, W order, and then once more in that of the next convolution.
+    views = [node for node in graph.nodes if node.target is torch.ops.aten.view.default]
+    shapes = [(node.args[0].meta["val"].shape, node.meta["val"].shape) for node in views]
+    flattened = [before[2:] for before, after in shapes if len(before) == 4 and before[3] > 1 and len(after) == 3]
+    assert set(flattened) == {(8, 8)}, "more than the attention at 8 x 8 flattens pixels"

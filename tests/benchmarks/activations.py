@@ -184,12 +184,12 @@ def network_mib(arguments: Sequence[str], size: int, *, is_bf16: bool, recompute
 def networks(repeats: int) -> None:
     print("| f8 at 256 x 256, MiB per image | fp32 | bf16 | bf16, train.checkpointing |")
     print("| --- | ---: | ---: | ---: |")
-    for name, architecture, forward in (
-        ("`resnet`, GroupNorm as autocast has it", "resnet", nn.GroupNorm.forward),
-        ("`resnet`", "resnet", GroupNorm.forward),
-        ("`autoencoder_kl`, GroupNorm as autocast has it", "autoencoder_kl", nn.GroupNorm.forward),
-        ("`autoencoder_kl`", "autoencoder_kl", GroupNorm.forward),
-    ):
+    rows = [
+        (f"`{architecture}`{title}", architecture, forward)
+        for architecture in ("conv", "resnet", "autoencoder_kl")
+        for title, forward in ((" with GroupNorm as autocast has it", nn.GroupNorm.forward), ("", GroupNorm.forward))
+    ]
+    for name, architecture, forward in rows:
         arguments = [f"model.architecture={architecture}", *F8]
         usual, GroupNorm.forward = GroupNorm.forward, forward  # type: ignore[method-assign]
         try:

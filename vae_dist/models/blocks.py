@@ -3,7 +3,6 @@
 B batch, c channels, h, w height and width at a resolution.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -11,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vae_dist.models.norms import group_norm
 from vae_dist.models.tensors import traced_on_gpu
 
-MOST_GROUPS = 8  # of GroupNorm
-LEAST_CHANNELS = 4  # of a group: alone, a channel would lose its mean
 FIRST_CONVOLUTION = 2  # of a residual block, among its layers
 OUTPUT_SCALE = 0.1  # of the last layers' initial weights
-
-Norm = Callable[[int], nn.Module]  # of so many channels
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -55,11 +51,6 @@ def _run(layers: list[nn.Module], input: Tensor, embedded: Tensor | None) -> Ten
     return input
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return GroupNorm (Wu and He 2018), which normalises each image for itself."""
-    return nn.GroupNorm(norm_groups(channels), channels)
-
-
 class ResidualBlock(nn.Module):
     """Adds to its input `(B, c, h, w)` what two convolutions make of it, activated before each (He et al. 2016).
 
@@ -67,12 +58,12 @@ class ResidualBlock(nn.Module):
     between the convolutions, as time steps are in Ho et al. (2020).
     """
 
-    def __init__(self, inputs: int, outputs: int, scale: float, label: int = 0, norm: Norm = group_norm) -> None:
+    def __init__(self, inputs: int, outputs: int, scale: float, label: int = 0) -> None:
         """`scale` is that of the last convolution's initial weights."""
         super().__init__()
         self.branch = nn.Sequential(
-            norm(inputs), nn.SiLU(), convolution(inputs, outputs),
-            norm(outputs), nn.SiLU(), scaled(convolution(outputs, outputs), scale),
+            group_norm(inputs), nn.SiLU(), convolution(inputs, outputs),
+            group_norm(outputs), nn.SiLU(), scaled(convolution(outputs, outputs), scale),
         )  # fmt: skip
         self.label = nn.Linear(label, outputs) if label else None
         self.shortcut = nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else None
@@ -86,15 +77,9 @@ class ResidualBlock(nn.Module):
         return (x if self.shortcut is None else self.shortcut(x)) + branch
 
 
-def output_layers(channels: int, outputs: int, norm: Norm = group_norm) -> list[nn.Module]:
+def output_layers(channels: int, outputs: int) -> list[nn.Module]:
     """Return the last layers, whose output starts near 0: a posterior near the prior, pixels near grey."""
-    return [norm(channels), nn.SiLU(), scaled(convolution(channels, outputs), OUTPUT_SCALE)]
-
-
-def norm_groups(channels: int) -> int:
-    """Return the number of GroupNorm's groups: the largest divisor of the channels within the limits above."""
-    most = min(MOST_GROUPS, max(channels // LEAST_CHANNELS, 1))
-    return max(groups for groups in range(1, most + 1) if channels % groups == 0)
+    return [group_norm(channels), nn.SiLU(), scaled(convolution(channels, outputs), OUTPUT_SCALE)]
 
 
 class Upsample(nn.Module):

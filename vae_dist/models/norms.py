@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_dist.models.blocks import norm_groups
 from vae_dist.models.tensors import at_least_float32, in_gpu_order, traced_on_gpu
+
+MOST_GROUPS = 8
+LEAST_CHANNELS = 4  # of a group: alone, a channel would lose its mean
 
 
 class GroupNorm(nn.GroupNorm):
@@ -33,16 +35,17 @@ def traced(input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     Moments are of each channel first, whose values lie in rows in either order of memory, and then of a group, by the
     rule for the variance of a union (Chan, Golub and LeVeque 1979). They are in float32 at least.
     """
-    values = at_least_float32(input).flatten(2)
-    variances, means = torch.var_mean(values, 2, correction=0)
+    values, pixels = at_least_float32(input), tuple(range(2, input.ndim))
+    variances, means = torch.var_mean(values, pixels, correction=0)
     means_of_group, variances_of_channel = means.unflatten(1, (groups, -1)), variances.unflatten(1, (groups, -1))
+    each = *input.shape[:2], *(1 for _ in pixels)
     mean = means_of_group.mean(2, keepdim=True)
     variance = (variances_of_channel + (means_of_group - mean).square()).mean(2, keepdim=True)
     reciprocal = torch.rsqrt(variance + eps)
     slope = reciprocal * weight.unflatten(0, (groups, -1))
     offset = bias.unflatten(0, (groups, -1)) - mean * slope
-    output = values * slope.flatten(1).unsqueeze(2) + offset.flatten(1).unsqueeze(2)
-    return in_gpu_order(output.to(input.dtype).view(input.shape))
+    output = values * slope.view(each) + offset.view(each)
+    return in_gpu_order(output.to(input.dtype))
 
 
 class Keep16Bits(torch.autograd.Function):
@@ -84,6 +87,12 @@ def _sizes(input: Tensor) -> tuple[int, int, int]:
 def group_norm(channels: int) -> GroupNorm:
     """Return GroupNorm (Wu and He 2018), which normalises each image for itself."""
     return GroupNorm(norm_groups(channels), channels)
+
+
+def norm_groups(channels: int) -> int:
+    """Return the number of groups: the largest divisor of the channels within the limits above."""
+    most = min(MOST_GROUPS, max(channels // LEAST_CHANNELS, 1))
+    return max(groups for groups in range(1, most + 1) if channels % groups == 0)
 
 
 def with_own_norms(network: nn.Module) -> nn.Module:

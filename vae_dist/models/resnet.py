@@ -57,7 +57,7 @@ def encoder(options: ResNetConfig, inputs: int, outputs: int, label: int = 0) ->
             layers += [convolution(before, before, stride=2)]
         layers += parts.resolution(before, after, attention[level])
     layers += parts.middle(channels[-1], options.mid_attention)
-    return Network(*layers, *output_layers(channels[-1], outputs, group_norm))
+    return Network(*layers, *output_layers(channels[-1], outputs))
 
 
 def decoder(options: ResNetConfig, inputs: int, outputs: int, label: int = 0) -> Network:
@@ -72,7 +72,7 @@ def decoder(options: ResNetConfig, inputs: int, outputs: int, label: int = 0) ->
         if level:
             layers += [Upsample(), convolution(before, before)]
         layers += parts.resolution(before, after, attention[level])
-    return Network(*layers, *output_layers(channels[-1], outputs, group_norm))
+    return Network(*layers, *output_layers(channels[-1], outputs))
 
 
 class Parts:
@@ -101,7 +101,7 @@ class Parts:
         return [self._block(channels, channels), *self._attention(channels, attends), self._block(channels, channels)]
 
     def _block(self, inputs: int, outputs: int) -> nn.Module:
-        return ResidualBlock(inputs, outputs, self._scale, self._label, group_norm)
+        return ResidualBlock(inputs, outputs, self._scale, self._label)
 
     def _attention(self, channels: int, attends: bool) -> list[nn.Module]:
         return [Attention(channels, self._scale)] if attends else []
