@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Laplace, Normal, kl_divergence
@@ -20,7 +21,7 @@ from vae_dist import config
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
-from vae_dist.models.autoencoder_kl import AutoencoderKLVAE, diffusers_state, network_options
+from vae_dist.models.autoencoder_kl import AutoencoderKLVAE, OneWideHead, diffusers_state, network_options
 from vae_dist.models.tensors import Shape
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
@@ -61,6 +62,8 @@ def loss(vae: AutoencoderKLVAE, images: Tensor, noise: Tensor) -> Tensor:
         [],
         ["model.quant_conv=false", "model.latent_channels=16"],
         ["model.mid_attention=false", "model.channels=[4,8,8]", "model.blocks=2"],
+        ["model.attention=[1,4]", "model.channels=[4,8,8]", "model.blocks=2"],
+        ["model.attention=[2]", "model.mid_attention=false"],
     ],
 )
 def test_posterior_and_decoded_images_are_bitwise_those_of_diffusers(arguments: list[str]) -> None:
@@ -101,9 +104,9 @@ def test_the_elbo_is_that_of_torchs_distributions() -> None:
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 8)])
-def test_all_weights_take_part_and_no_random_number_is_drawn(shape: Shape) -> None:
-    vae = make(shape, "objective.sigma_kind=learned").train()
+@pytest.mark.parametrize(("shape", "attention"), [((1, 28, 28), "[]"), ((3, 16, 8), "[2,1]")])
+def test_all_weights_take_part_and_no_random_number_is_drawn(shape: Shape, attention: str) -> None:
+    vae = make(shape, "objective.sigma_kind=learned", f"model.attention={attention}").train()
     images, noise = batch(vae, 2)
     assert vae.latent_dim == config.load(SMALL).model.latents(shape) == math.prod(vae.latent_shapes(shape)[0])
     assert config.load(SMALL).model.weights_at_least(shape) <= sum(weight.numel() for weight in vae.parameters())
@@ -192,6 +195,7 @@ def test_what_the_network_lacks_is_refused(arguments: list[str], message: str) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["model.attention=[4]"], "model.attention has 4, but this model's resolutions are"),
         (["model.norm_groups=5"], "model.norm_groups=5 does not divide 8 of model.channels"),
         (["model.channels=[]"], "model.channels needs at least one number"),
         (["model.patch=2"], "model.patch does not apply to model.architecture=autoencoder_kl"),
@@ -214,7 +218,7 @@ def test_without_diffusers_the_message_names_the_extra(monkeypatch: pytest.Monke
 PRESETS = {  # millions of weights, and latents of 256 x 256 pixels: those of the published autoencoders
     "kl_f4": (55.3, (3, 64, 64)),
     "kl_f8": (83.65, (4, 32, 32)),
-    "kl_f16": (64.35, (16, 16, 16)),
+    "kl_f16": (69.61, (16, 16, 16)),
     "kl_f8_16ch": (83.82, (16, 32, 32)),
     "kl_small": (0.877, (4, 64, 64)),
 }
@@ -229,6 +233,78 @@ def test_the_presets_have_the_sizes_of_the_published_autoencoders(name: str) -> 
     networks = sum(weight.numel() for weight in [*vae.encoder.parameters(), *vae.decoder.parameters()])
     assert networks / 1e6 == pytest.approx(millions, rel=2e-3)
     assert vae.latent_shapes((3, 256, 256)) == (latents,)
+
+
+def published_f16() -> dict[str, Shape]:
+    """The shapes of the published f16 autoencoder under diffusers' names, by hand.
+
+    Its options are those of configs/autoencoder/autoencoder_kl_16x16x16.yaml in CompVis/latent-diffusion, its layers
+    those of ldm/modules/diffusionmodules/model.py there, at 1dbf39c. A block of `down` or `up` with attention has one
+    after each residual block.
+    """
+    shapes: dict[str, Shape] = {}
+
+    def layer(name: str, *weight: int) -> None:
+        shapes.update({f"{name}.weight": weight, f"{name}.bias": weight[:1]})
+
+    def residual(name: str, before: int, after: int) -> None:
+        layer(f"{name}.norm1", before)
+        layer(f"{name}.conv1", after, before, 3, 3)
+        layer(f"{name}.norm2", after)
+        layer(f"{name}.conv2", after, after, 3, 3)
+        if before != after:  # nin_shortcut
+            layer(f"{name}.conv_shortcut", after, before, 1, 1)
+
+    def attention(name: str, channels: int) -> None:
+        layer(f"{name}.group_norm", channels)  # norm; q, k, v and proj_out, 1x1 convolutions there, matrices here
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            layer(f"{name}.{part}", channels, channels)
+
+    ch, ch_mult, num_res_blocks, z_channels, embed_dim = 128, (1, 1, 2, 2, 4), 2, 16, 16
+    attn_resolutions, resolution = (16,), 256
+    widths = [ch * factor for factor in ch_mult]
+    for half, sampled, ends in ("encoder", "downsamplers", (3, 2 * z_channels)), ("decoder", "upsamplers", (16, 3)):
+        is_encoder = half == "encoder"
+        order = list(range(5)) if is_encoder else [4, 3, 2, 1, 0]
+        channels = widths[order[0]]
+        layer(f"{half}.conv_in", channels, ends[0], 3, 3)
+        for place, level in enumerate(order):
+            block = f"{half}.{'down' if is_encoder else 'up'}_blocks.{place}"
+            for number in range(num_res_blocks if is_encoder else num_res_blocks + 1):
+                residual(f"{block}.resnets.{number}", channels, widths[level])
+                channels = widths[level]
+                if resolution // 2**level in attn_resolutions:
+                    attention(f"{block}.attentions.{number}", channels)
+            if level != order[-1]:
+                layer(f"{block}.{sampled}.0.conv", channels, channels, 3, 3)
+        for number in range(2):
+            residual(f"{half}.mid_block.resnets.{number}", widths[-1], widths[-1])
+        attention(f"{half}.mid_block.attentions.0", widths[-1])
+        layer(f"{half}.conv_norm_out", channels)
+        layer(f"{half}.conv_out", ends[1], channels, 3, 3)
+    layer("quant_conv", 2 * embed_dim, 2 * z_channels, 1, 1)
+    layer("post_quant_conv", z_channels, embed_dim, 1, 1)
+    return shapes
+
+
+def test_the_f16_preset_has_the_layers_of_the_published_autoencoder() -> None:
+    loaded = config.load([str(REPOSITORY / "configs/kl_f16.yaml"), "data.path=pictures"])
+    with torch.device("meta"):
+        vae = build_vae(loaded, (3, 256, 256))
+    assert isinstance(vae, AutoencoderKLVAE)
+    assert {name: tuple(tensor.shape) for name, tensor in diffusers_state(vae).items()} == published_f16()
+
+
+def test_attention_is_at_the_named_resolutions_and_in_the_middle() -> None:
+    vae = make((1, 16, 24), "model.channels=[4,8,8]", "model.blocks=2", "model.attention=[2]")
+    seen: list[Shape] = []
+    for module in vae.modules():
+        if isinstance(module, Attention):
+            assert module.heads == 1 and isinstance(module.processor, OneWideHead)
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    vae(torch.rand(3, 1, 16, 24), torch.randn(1, 3, vae.latent_dim))
+    level, middle = (3, 8, 8, 12), (3, 8, 4, 6)
+    assert seen == [level, level, middle, middle, level, level, level]  # one block more in the decoder
 
 
 # ---- Through the whole package

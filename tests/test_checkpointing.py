@@ -20,8 +20,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = {
     "conv": ["model.channels=[8,16]", "model.blocks=2", "model.patch=2", "model.conditional=true"],
     "resnet": ["model.channels=[8,16]", "model.attention=[2]", "model.conditional=true"],
-    "autoencoder_kl": ["model.channels=[8,16]", "model.norm_groups=4", "objective.reconstruction=laplace"],
-}
+    "autoencoder_kl": [
+        "model.channels=[8,16]", "model.norm_groups=4", "objective.reconstruction=laplace", "model.attention=[2]",
+    ],
+}  # fmt: skip
 TWO_CLASSES = ["data.classes=[a,b]"]
 
 

@@ -43,6 +43,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
         "use_post_quant_conv": False,
     },
+    "f16": {
+        "latent_channels": 16, "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    },
 }  # fmt: skip
 
 
@@ -74,8 +78,12 @@ def start(folder: Path, *arguments: str, channels: int = 3) -> tuple[Config, Aut
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["model.quant_conv=false", "model.channels=[4,8,8]"], ["model.mid_attention=false"]]
-)
+    "arguments",
+    [
+        [], ["model.quant_conv=false", "model.channels=[4,8,8]"], ["model.mid_attention=false"],
+        ["model.attention=[2]", "model.channels=[4,8,8]"],
+    ],
+)  # fmt: skip
 def test_diffusers_reads_a_model_and_computes_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
     vae = make(SHAPE, *arguments)
     folder = write_diffusers(vae, tmp_path / "to", Scaling(factor=0.5))
@@ -138,6 +146,7 @@ def test_a_folder_of_diffusers_comes_back_as_the_same_bytes_of_weights(layout: s
     assert isinstance(model, AutoencoderKLConfig)
     assert (model.channels, model.blocks, model.norm_groups) == ([8, 16], 1, 4)
     assert (model.latent_channels, model.quant_conv) == (LAYOUTS[layout]["latent_channels"], layout != "flux")
+    assert model.attention == ([2] if layout == "f16" else [])
     content = (folder / WEIGHTS).read_bytes()
     assert model.init_sha256 == hashlib.sha256(content).hexdigest()
     assert diffusers_files(vae)[WEIGHTS] == content
@@ -147,16 +156,17 @@ def test_a_folder_of_diffusers_comes_back_as_the_same_bytes_of_weights(layout: s
         assert torch.equal(vae.infer(images).mean, theirs.encode(2 * images - 1).latent_dist.mode().flatten(1))
 
 
-def test_a_file_of_the_first_stable_diffusion_has_other_names_and_fewer_options(tmp_path: Path) -> None:
-    folder = save(tmp_path / "sd")
+@pytest.mark.parametrize(("layout", "renamed"), [("sd", 16), ("f16", 40)])
+def test_a_file_of_old_versions_has_other_names_and_fewer_options(layout: str, renamed: int, tmp_path: Path) -> None:
+    folder = save(tmp_path / "old", **LAYOUTS[layout])
     state = load_file(folder / WEIGHTS)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
     for name, tensor in state.items():
         for new, before in names.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+            name = name.replace(f".{new}.", f".{before}.")
         old[name] = tensor
-    assert len(old.keys() - state.keys()) == 16
+    assert len(old.keys() - state.keys()) == renamed
     save_file(old, folder / WEIGHTS)
     newer = ["latents_mean", "latents_std", "shift_factor", "use_quant_conv", "use_post_quant_conv"]
     newer += ["mid_block_add_attention", "force_upcast", "scaling_factor"]
@@ -181,10 +191,26 @@ def _weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     save_file(state, folder / WEIGHTS)
 
 
-ATTENTION = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+ATTENTION, WRONG = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ["AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D"]
 NAME = "encoder.conv_in.weight"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "level attention": (lambda folder: change(folder, down_block_types=ATTENTION), "has down_block_types=.*Attn"),
+    "attention of the encoder alone": (
+        lambda folder: change(folder, down_block_types=ATTENTION),
+        r"has up_block_types=.*'UpDecoderBlock2D'\], .* that would be AttnUpDecoderBlock2D, UpDecoderBlock2D$",
+    ),
+    "attention at two places": (
+        lambda folder: change(folder, down_block_types=ATTENTION, up_block_types=WRONG),
+        "has up_block_types=.* that would be AttnUpDecoderBlock2D, UpDecoderBlock2D$",
+    ),
+    "block": (
+        lambda folder: change(folder, down_block_types=["DownBlock2D", "DownEncoderBlock2D"]),
+        "has down_block_types=.*DownBlock2D.*, but only DownEncoderBlock2D and AttnDownEncoderBlock2D are known",
+    ),
+    "blocks without channels": (
+        lambda folder: change(folder, down_block_types=[*ATTENTION, *ATTENTION]),
+        "has down_block_types=.* are known here, one for each of block_out_channels",
+    ),
+    "text for blocks": (lambda folder: change(folder, down_block_types="Attn"), "has down_block_types=Attn, but only"),
     "activation": (lambda folder: change(folder, act_fn="gelu"), "has act_fn=gelu, but only silu is known here"),
     "option": (lambda folder: change(folder, dropout=0.1), "describes the option dropout, which"),
     "class": (lambda folder: change(folder, _class_name="AutoencoderTiny"), "describes a AutoencoderTiny, which"),
@@ -238,6 +264,8 @@ def test_options_that_contradict_the_folder_are_refused(saved: Path) -> None:
     assert start(saved, "model.channels=[8,16]")[0].model == start(saved)[0].model
     with pytest.raises(UserError, match=r"model.channels=\[8\] contradicts .*config.json, which has \[8, 16\]"):
         start(saved, "model.channels=[8]")
+    with pytest.raises(UserError, match=r"model.attention=\[16\] contradicts .*config.json, which has \[\]"):
+        start(saved, "model.attention=[16]")
     with pytest.raises(UserError, match=r"in_channels=3, but the images have 1: use data.channels"):
         start(saved, channels=1)
     with pytest.raises(UserError, match=r"is another file than model.init_sha256 says"):
@@ -340,7 +368,7 @@ def test_two_processes_start_from_a_folder_and_train_as_one(
 def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(
     common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = save(tmp_path / "secret" / "vae", in_channels=1, out_channels=1)
+    folder = save(tmp_path / "secret" / "vae", in_channels=1, out_channels=1, **LAYOUTS["f16"])
     arguments = [f"runs_dir={tmp_path / 'runs'}", f"model.init_from={folder}", "name=a", "train.steps=1"]
     run = train(config.load([*common, *arguments]))
     latents = encode(run, ["encode.split=validation", "train.threads=1"])

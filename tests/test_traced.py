@@ -16,7 +16,7 @@ from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.vae_recipe import VAERecipe
 
 NETWORK = [
-    "model.architecture=autoencoder_kl", "model.channels=[8,16]", "model.norm_groups=4",
+    "model.architecture=autoencoder_kl", "model.channels=[8,16]", "model.norm_groups=4", "model.attention=[2]",
     "objective.reconstruction=laplace",
 ]  # fmt: skip
 

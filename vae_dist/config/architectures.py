@@ -101,8 +101,35 @@ class ConvConfig(ModelConfig):
         return f"conv {channels}" if self.patch == 1 else f"conv {self.patch}x{self.patch} {channels}"
 
 
+_ATTENTION = (
+    "resolutions with self-attention after each block, by what divides the image's height and width there: 1, 2, 4 and "
+    "so on; [8,16]: where they are divided by 8 and by 16"
+)
+
+
+class _Attends:
+    """Options with self-attention at the resolutions that `attention` names."""
+
+    channels: list[int]
+    attention: list[int]
+
+    @property
+    def attention_levels(self) -> list[bool]:
+        """Whether there is attention at each resolution, of as many as there are channels."""
+        return [2**level in self.attention for level in range(len(self.channels))]
+
+    def check_attention(self) -> None:
+        """Raise UserError for a resolution that the model does not have."""
+        factors = [2**level for level in range(len(self.channels))]
+        if bad := [factor for factor in self.attention if factor not in factors]:
+            raise UserError(
+                f"model.attention has {bad[0]}, but this model's resolutions are the image's divided by "
+                f"{', '.join(map(str, factors))}: use some of these"
+            )
+
+
 @dataclass
-class ResNetConfig(ModelConfig):
+class ResNetConfig(_Attends, ModelConfig):
     RECOMPUTES: ClassVar[bool] = True
     architecture: str = "resnet"
     channels: list[int] = option(
@@ -112,28 +139,13 @@ class ResNetConfig(ModelConfig):
     )
     blocks: int = option(2, "residual blocks at each resolution, one more in the decoder", at_least=1)
     latent_channels: int = option(4, "channels of the latents", at_least=1)
-    attention: list[int] = option(
-        [],
-        "resolutions with self-attention after each block, by what divides the image's height and width there: 1, 2, 4 "
-        "and so on; [8,16]: where they are divided by 8 and by 16",
-        at_least=1,
-    )
+    attention: list[int] = option([], _ATTENTION, at_least=1)
     mid_attention: bool = option(True, "self-attention between the two blocks in the middle, next to the latents")
-
-    @property
-    def attention_levels(self) -> list[bool]:
-        """Whether there is attention at each resolution, of as many as there are channels."""
-        return [2**level in self.attention for level in range(len(self.channels))]
 
     def check(self) -> None:
         if not self.channels:
             raise UserError("model.channels needs at least one number: the channels at the image's resolution")
-        factors = [2**level for level in range(len(self.channels))]
-        if bad := [factor for factor in self.attention if factor not in factors]:
-            raise UserError(
-                f"model.attention has {bad[0]}, but this model's resolutions are the image's divided by "
-                f"{', '.join(map(str, factors))}: use some of these"
-            )
+        self.check_attention()
 
     def weights_at_least(self, image_shape: Sequence[int]) -> int:
         # A residual block has two 3x3 convolutions, of which the first may start from fewer channels.
@@ -150,10 +162,10 @@ class ResNetConfig(ModelConfig):
 
 
 @dataclass
-class AutoencoderKLConfig(ModelConfig):
+class AutoencoderKLConfig(_Attends, ModelConfig):
     RECOMPUTES: ClassVar[bool] = True
     SIZES: ClassVar[Sequence[str]] = (
-        "channels", "blocks", "latent_channels", "norm_groups", "mid_attention", "quant_conv",
+        "channels", "blocks", "latent_channels", "norm_groups", "attention", "mid_attention", "quant_conv",
     )  # fmt: skip  # those that the folder in init_from decides
     architecture: str = "autoencoder_kl"
     channels: list[int] = option(
@@ -168,8 +180,13 @@ class AutoencoderKLConfig(ModelConfig):
     )
     latent_channels: int = option(4, "channels of the latents", at_least=1, at_most=2**16)
     norm_groups: int = option(32, "groups of each GroupNorm (norm_num_groups)", at_least=1)
+    attention: list[int] = option(
+        [], f"{_ATTENTION} (AttnDownEncoderBlock2D, AttnUpDecoderBlock2D)", at_least=1, at_most=2**16
+    )
     mid_attention: bool = option(
-        True, "attention at the lowest resolution of encoder and decoder (mid_block_add_attention)"
+        True,
+        "attention between the two blocks in the middle, at the lowest resolution of encoder and decoder "
+        "(mid_block_add_attention)",
     )
     quant_conv: bool = option(
         True,
@@ -195,13 +212,13 @@ class AutoencoderKLConfig(ModelConfig):
     def check(self) -> None:
         if not self.channels:
             raise UserError("model.channels needs at least one number: the channels at the image's resolution")
-        # Those of a folder are checked when it has been read.
-        bad = [size for size in self.channels if size % self.norm_groups]
-        if bad and (self.init_from is None or self.init_sha256 is not None):
-            raise UserError(
-                f"model.norm_groups={self.norm_groups} does not divide {bad[0]} of model.channels: use a number that "
-                "divides all of them"
-            )
+        if self.init_from is None or self.init_sha256 is not None:  # a folder's sizes are checked when it has been read
+            self.check_attention()
+            if bad := [size for size in self.channels if size % self.norm_groups]:
+                raise UserError(
+                    f"model.norm_groups={self.norm_groups} does not divide {bad[0]} of model.channels: use a number "
+                    "that divides all of them"
+                )
         if self.init_sha256 is not None and (self.init_from is None or not _SHA256.fullmatch(self.init_sha256)):
             raise UserError("model.init_sha256 is the sha256 of weights in model.init_from: 64 digits of 0-9 and a-f")
 

@@ -23,7 +23,9 @@ from vae_dist.models.tensors import Shape, at_least_float32, in_gpu_order, trace
 from vae_dist.models.vae import VAE
 
 LOG_VARIANCES = -30.0, 20.0  # between which diffusers' DiagonalGaussianDistribution clamps them
-DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"  # blocks without attention
+# diffusers' blocks of a resolution, without attention and with it.
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
+ATTENDING_DOWN, ATTENDING_UP = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
 
 
 class AutoencoderKLVAE(VAE):
@@ -51,9 +53,13 @@ class AutoencoderKLVAE(VAE):
         for module in network.modules():
             if getattr(module, "conv_shortcut", None) is not None:  # before which diffusers orders C, H, W
                 module.conv_shortcut.register_forward_pre_hook(_in_gpu_order)
-        for attention in (*network.encoder.mid_block.attentions, *network.decoder.mid_block.attentions):
-            if attention is not None and attention.heads == 1:
-                attention.set_processor(OneWideHead(attention.processor))
+        for block in (*network.encoder.down_blocks, *network.decoder.up_blocks):
+            for attention in _attentions(block):
+                attention.register_forward_hook(_in_order)
+        for module in network.modules():
+            for attention in _attentions(module):
+                if attention.heads == 1:
+                    attention.set_processor(OneWideHead(attention.processor))
         self.encoder = Encoder(network)
         self.decoder = Decoder(network)
         self.p_z = PRIORS[options.prior](latents)
@@ -118,6 +124,11 @@ class Decoder(nn.Module):
         return (at_least_float32(decoded) + 1) / 2
 
 
+def _attentions(block: Any) -> list[Any]:
+    """Return the attentions of one of diffusers' blocks."""
+    return [attention for attention in getattr(block, "attentions", ()) if attention is not None]
+
+
 def _in_order(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """Return attention's output in C, H, W order in training, where convolutions in its own order take longer."""
     return output.contiguous() if module.training and not traced_on_gpu(output) else output
@@ -180,12 +191,12 @@ def attended(attention: Any, x: Tensor) -> Tensor:
 
 def network_options(options: AutoencoderKLConfig, channels: int) -> dict[str, Any]:
     """Return the options by which diffusers builds the network for images of so many channels."""
-    count = len(options.channels)
+    levels = options.attention_levels
     return {
         "in_channels": channels,
         "out_channels": channels,
-        "down_block_types": (DOWN,) * count,
-        "up_block_types": (UP,) * count,
+        "down_block_types": tuple(ATTENDING_DOWN if attends else DOWN for attends in levels),
+        "up_block_types": tuple(ATTENDING_UP if attends else UP for attends in reversed(levels)),
         "block_out_channels": tuple(options.channels),
         "layers_per_block": options.blocks,
         "latent_channels": options.latent_channels,

@@ -22,6 +22,8 @@ from vae_dist.errors import UserError
 from vae_dist.files import read_bounded, reason
 from vae_dist.models import build_vae
 from vae_dist.models.autoencoder_kl import (
+    ATTENDING_DOWN,
+    ATTENDING_UP,
     DOWN,
     UP,
     AutoencoderKLVAE,
@@ -101,11 +103,13 @@ def _stored_options(folder: Path, channels: int) -> dict[str, Any]:
         what = f"the option {unknown[0]}" if unknown else f"a {values['_class_name']}"
         raise UserError(f"{path} describes {what[:200]}, which model.architecture=autoencoder_kl does not have")
     try:
+        sizes = [_whole(size) for size in _listed(values["block_out_channels"])]
         options = AutoencoderKLConfig(
-            channels=[_whole(size) for size in _listed(values["block_out_channels"])],
+            channels=sizes,
             blocks=_whole(values["layers_per_block"]),
             latent_channels=_whole(values["latent_channels"]),
             norm_groups=_whole(values["norm_num_groups"]),
+            attention=_attending(values["down_block_types"], len(sizes)),
             mid_attention=_truth(values["mid_block_add_attention"]),
             quant_conv=_truth(values["use_quant_conv"]),
         )
@@ -126,8 +130,13 @@ def _stored_options(folder: Path, channels: int) -> dict[str, Any]:
 def _remedy(key: str, value: Any) -> str:
     if key in ("in_channels", "out_channels"):
         return f"but the images have {value}: use data.channels, or another autoencoder"
-    if key in ("down_block_types", "up_block_types"):
-        return f"but only {DOWN} and {UP}, one for each of block_out_channels, are known here"
+    if key == "down_block_types":
+        return f"but only {DOWN} and {ATTENDING_DOWN} are known here, one for each of block_out_channels"
+    if key == "up_block_types":
+        return (
+            f"but only {UP} and, at the resolutions where down_block_types has {ATTENDING_DOWN}, {ATTENDING_UP} are "
+            f"known here: that would be {', '.join(value)}"
+        )
     return f"but only {value} is known here"
 
 
@@ -135,6 +144,12 @@ def _listed(value: Any) -> Sequence[Any]:
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= 16:
         raise TypeError(f"block_out_channels={str(value)[:200]}, which must be a list of 1 to 16 numbers")
     return value
+
+
+def _attending(blocks: Any, count: int) -> list[int]:
+    """Return `model.attention` of a list of blocks; `_stored_options` refuses what else it holds."""
+    listed = blocks[:count] if isinstance(blocks, list | tuple) else ()
+    return [2**level for level, block in enumerate(listed) if block == ATTENDING_DOWN]
 
 
 def _whole(value: Any) -> int:
