@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -265,7 +266,7 @@ def test_a_killed_encoding_continues_to_the_same_bytes(
     (folder / f".{first.name}.0123456789abcdef").write_bytes(b"half of a shard")
     (folder / "notes.txt").write_text("mine")
     before = first.stat().st_ino
-    assert encode(run_dir, arguments) == folder
+    assert encode(run_dir, [value for value in arguments if value != "train.threads=1"]) == folder  # that of the file
     assert contents(folder) == contents(undisturbed) | {"notes.txt": b"mine"}
     assert first.stat().st_ino == before  # it was not written again
 
@@ -307,6 +308,46 @@ def test_a_finished_encoding_is_checked_and_not_written_again(
     assert "5 of 5 files were there already, and are whole" in capsys.readouterr().err
     assert {path: path.stat().st_ino for path in finished.iterdir()} == before
     assert index_of(finished)["protocol"]["threads"] == 1  # of the command that computed them
+
+
+def test_the_index_names_the_threads_that_computed_the_files(run_dir: Path, finished: Path) -> None:
+    arguments = [*SMALL, f"output={finished.parents[1]}"]
+    paths = sorted(finished.glob("*.safetensors"))
+    (finished / "index.json").unlink()
+    paths[0].unlink()
+    assert encode(run_dir, [*arguments, "train.threads=2"]) == finished
+    assert index_of(finished)["protocol"]["threads"] == [1, 2]
+    assert [shards.threads_of(finished / "none"), shards.threads_of(finished)] == [[], [1, 2]]
+
+
+def state_no_threads(path: Path) -> None:
+    """Make a shard one of an old version, which did not state the threads."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()[shards.METADATA])
+    assert about.pop("threads") == 1
+    save_file(load_file(path), path, {shards.METADATA: json.dumps(about, sort_keys=True)})
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_folder_of_an_old_version_is_continued(
+    is_whole: bool, run_dir: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(finished.glob("*.safetensors"))
+    index = index_of(finished)
+    index["protocol"]["threads"] = 3
+    for path, file in zip(paths, index["files"], strict=True):
+        state_no_threads(path)
+        content = path.read_bytes()
+        file |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (finished / "index.json").write_text(json.dumps(index))
+    if not is_whole:
+        paths[0].unlink()
+        (finished / "index.json").unlink()
+    kept = {path: path.stat().st_ino for path in paths[0 if is_whole else 1 :]}
+    assert encode(run_dir, [*SMALL, f"output={finished.parents[1]}"]) == finished
+    assert f"{len(kept)} of 5 files were there already, and are whole" in capsys.readouterr().err
+    assert {path: path.stat().st_ino for path in kept} == kept
+    assert index_of(finished)["protocol"]["threads"] == (3 if is_whole else 1)
 
 
 # ---- Folders that hold something else

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from vae_dist.config import Config
@@ -54,14 +55,18 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         request = make_request(config, checkpoint, vae, source.info)
         world.assert_equal_everywhere(lambda: request.values)
         target = output / "latents" / folder_name(config, checkpoint, images)
-        conditions = protocol.of_latents(
-            config, source.info, world, dataset=images.dataset, split=images.split, weights=checkpoint.weights(config)
-        )
         with folder.held(target, request, world):
-            done = _write_shards(vae, source, config, request, target, world)
+            threads = _settle_threads(config, target, world)
+            conditions = protocol.of_latents(
+                config, source.info, world, dataset=images.dataset, split=images.split,
+                weights=checkpoint.weights(config),
+            )  # fmt: skip
+            done = _write_shards(vae, source, config, request, target, threads, world)
             summary = statistics.summary(request, done.moments)
             shapes = [list(shape) for shape in vae.latent_shapes(vae.image_shape)]
             facts = {"run": config.name, "step": checkpoint.step, "latent_shapes": shapes, **index.of_source(source)}
+            if threads is not None:
+                conditions["threads"] = world.on_main(lambda: _threads_named(target, threads))
             content = index.make(request, facts, done.files, summary, conditions)
             world.on_main(lambda: index.write(target, content, source))
         if world.is_main:
@@ -69,7 +74,28 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     return target
 
 
-def _write_shards(vae: VAE, source: Source, config: Config, request: Request, target: Path, world: World) -> _Done:
+def _settle_threads(config: Config, target: Path, world: World) -> int | None:
+    """Return the number of threads that this process computes with; None on a GPU, whose digits don't depend on it.
+
+    A command that leaves it open continues with the number of the files that are there, as a resumed training does.
+    """
+    if world.device.type != "cpu":
+        return None
+    there = world.on_main(lambda: shards.threads_of(target))
+    if config.train.threads is None and there:
+        torch.set_num_threads(there[0])
+    return torch.get_num_threads()
+
+
+def _threads_named(target: Path, threads: int) -> int | list[int]:
+    """Return the number of threads that the index names: that of the files, or each number if they differ."""
+    numbers = shards.threads_of(target) or [threads]  # files of old versions state none
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _write_shards(
+    vae: VAE, source: Source, config: Config, request: Request, target: Path, threads: int | None, world: World
+) -> _Done:
     """Write the shards that are missing, each by the process that computes it; return those of all processes."""
     names, parts = shards.file_names(request), request.shards
     mine = range(world.rank, len(parts), world.size)
@@ -78,7 +104,7 @@ def _write_shards(vae: VAE, source: Source, config: Config, request: Request, ta
         for number in mine:
             # In a function of its own, which lets go of a shard's latents before the next one's are made.
             file, of_shard, was_whole = _write_shard(
-                vae, source, config, request, target / names[number], parts[number], advance
+                vae, source, config, request, target / names[number], parts[number], threads, advance
             )
             files.append(file)
             moments.append(of_shard.unsqueeze(0))
@@ -94,14 +120,21 @@ def _write_shards(vae: VAE, source: Source, config: Config, request: Request, ta
 
 
 def _write_shard(
-    vae: VAE, source: Source, config: Config, request: Request, path: Path, shard: range, advance: Callable[[int], None]
+    vae: VAE,
+    source: Source,
+    config: Config,
+    request: Request,
+    path: Path,
+    shard: range,
+    threads: int | None,
+    advance: Callable[[int], None],
 ) -> tuple[File, Tensor, bool]:
     """Write a shard unless it is whole already; return it, its moments, and whether it was."""
     tensors = shards.read(path, request, shard)
     was_whole = tensors is not None
     if tensors is None:
         tensors = encode_images(vae, source, config, request, shard, advance)
-        file = shards.write(path, tensors, request, shard)
+        file = shards.write(path, tensors, request, shard, threads)
     else:
         file = shards.describe(path, shard)
         advance(len(shard))

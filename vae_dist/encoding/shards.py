@@ -25,8 +25,10 @@ from vae_dist.files import ELSEWHERE, open_bounded, reason, write_atomically, wr
 logger = logging.getLogger(__name__)
 
 METADATA = "vae_dist"  # one key: safetensors writes several in an order that changes
+THREADS = "threads"  # entry of the metadata; shards of a GPU and of old versions have none
 HEADER_BYTES = 2**16  # of a shard, at most
 ANY_SIZE = 2**62
+MOST_THREADS = 1024  # as for train.threads
 PATTERN = "latents-*.safetensors"
 TEMPORARY = re.compile(r"\.(latents-\d{5,}-of-\d{5,}\.safetensors|index\.json|images\.csv)\.[0-9a-f]{16}")
 
@@ -48,9 +50,10 @@ def file_names(request: Request) -> list[str]:
     return [f"latents-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], request: Request, shard: range) -> File:
-    """Write a shard atomically. Raises UserError if that fails."""
-    content = save(dict(tensors), {METADATA: json.dumps(_about(tensors, request, shard), sort_keys=True)})
+def write(path: Path, tensors: Mapping[str, Tensor], request: Request, shard: range, threads: int | None) -> File:
+    """Write a shard atomically, with the number of CPU threads that computed it. Raises UserError if that fails."""
+    about = _about(tensors, request, shard) | ({} if threads is None else {THREADS: threads})
+    content = save(dict(tensors), {METADATA: json.dumps(about, sort_keys=True)})
     with writing(path, ELSEWHERE):
         write_atomically(path, content)
     return File(path.name, shard.start, len(shard), len(content), hashlib.sha256(content).hexdigest())
@@ -69,7 +72,8 @@ def read(path: Path, request: Request, shard: range) -> dict[str, Tensor] | None
         logger.warning("%s is damaged (%s); it is made again", path, problem)
         return None
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if found == expected and about == _about(tensors, request, shard):
+    threads = {} if (number := _threads(about)) is None else {THREADS: number}
+    if found == expected and about == _about(tensors, request, shard) | threads:
         return tensors
     logger.warning("%s is damaged (its content is not what it was written with); it is made again", path)
     return None
@@ -84,12 +88,27 @@ def describe(path: Path, shard: range) -> File:
 
 def request_of(path: Path) -> dict[str, Any] | None:
     """Return the values of the request that a shard states; None if it can't be read."""
-    try:
-        about, _ = _load(path, ANY_SIZE, with_tensors=False)
-    except Exception:  # as in `read`
-        return None
+    about = _stated(path)
     values = about.get("request") if isinstance(about, dict) else None
     return values if isinstance(values, dict) else None
+
+
+def threads_of(folder: Path) -> list[int]:
+    """Return the numbers of CPU threads that a folder's shards state, without repetitions."""
+    stated = (_threads(_stated(path)) for path in folder.glob(PATTERN))
+    return sorted({number for number in stated if number is not None})
+
+
+def _stated(path: Path) -> Any:
+    try:
+        return _load(path, ANY_SIZE, with_tensors=False)[0]
+    except Exception:  # as in `read`
+        return None
+
+
+def _threads(about: Any) -> int | None:
+    number = about.get(THREADS) if isinstance(about, dict) else None
+    return number if type(number) is int and 1 <= number <= MOST_THREADS else None
 
 
 def _load(path: Path, limit: int, *, with_tensors: bool = True) -> tuple[Any, dict[str, Tensor]]:

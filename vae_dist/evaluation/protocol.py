@@ -78,7 +78,8 @@ def of_latents(
 ) -> dict[str, Any]:
     """Return the conditions on which latents depend; the arguments are those of `describe`."""
     described = describe(config, info, world, dataset=dataset, split=split, likelihood="", weights=weights)
-    return {name: value for name, value in described.items() if name not in _OF_METRICS}
+    others = _OF_METRICS if world.device.type == "cpu" else (*_OF_METRICS, "threads")
+    return {name: value for name, value in described.items() if name not in others}
 
 
 def comparison_warning(config: Config) -> str | None:
