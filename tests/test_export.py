@@ -1,11 +1,14 @@
 """The export of a run: a folder that every command opens, programs that equal the model, and a card of its facts."""
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import pickle
 import re
 import shutil
+import signal
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -13,6 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import numpy as np
 import onnxruntime
@@ -25,7 +29,8 @@ from torch import Tensor, nn
 
 import vae_dist
 from tests.conftest import MakeConfig, opened
-from vae_dist import config
+from tests.forked import ForkServer
+from vae_dist import config, locks
 from vae_dist.data import datasets
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
@@ -300,6 +305,59 @@ def test_an_export_replaces_an_older_one_whole_or_not_at_all(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     with pytest.raises(UserError, match="can't be replaced by its own export"):
         export(folder, arguments)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vae_dist.publishing import export
+
+target, moment = Path(sys.argv[1]), int(sys.argv[2])
+rename, renamed = Path.rename, []
+
+def until_killed(path, to):
+    if len(renamed) == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+    renamed.append(to)
+    return rename(path, to)
+
+Path.rename = until_killed
+export._publish(target, {"weights": b"new"})
+"""
+
+
+def test_an_export_removes_what_killed_ones_have_left(tmp_path: Path, fork_server: ForkServer) -> None:
+    folder, program = tmp_path / "export", tmp_path / "killed.py"
+    program.write_text(KILLED)
+    kept, lost, fresh = (folder / f"step_0000000{number}" for number in range(3))
+    for target in kept, lost:
+        target.mkdir(parents=True)
+        (target / "weights").write_bytes(b"old")
+    others = {".notes", ".writing-notes", ".writing-step_00000001"}  # none of ours
+    for name in others:
+        (folder / name).mkdir()
+    for target, moment in (kept, 0), (lost, 1):
+        assert fork_server.run(str(program), str(target), str(moment)).returncode == -signal.SIGKILL
+        assert [path for path in folder.glob(f".writing-{target.name}-*") if (path / "weights").exists()]
+    assert not lost.exists() and (kept / "weights").read_bytes() == b"old"
+    exports._publish(fresh, {"weights": b"new"})
+    assert {path.name for path in folder.iterdir()} == others | {kept.name, lost.name, fresh.name}
+    assert [(target / "weights").read_bytes() for target in (kept, lost, fresh)] == [b"old", b"old", b"new"]
+
+
+def test_an_export_leaves_alone_what_a_live_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "export/step_00000001"
+    live = tmp_path / "export/.writing-step_00000001-0123abcd"
+    live.mkdir(parents=True)
+    with locks.locked(tmp_path / ".export.lock", 0, ""), monkeypatch.context() as patch:
+        patch.setattr(exports, "LOCK_SECONDS", 0)
+        with pytest.raises(UserError, match=r"another command writes an export to .*export \(.*; wait for its end"):
+            exports._publish(target, {"weights": b"new"})
+        assert live.exists() and not target.exists()
+    with monkeypatch.context() as patch:  # a file system without locks
+        patch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOTSUP, "Operation not supported")))
+        exports._publish(target, {"weights": b"new"})
+    assert live.exists() and target.exists()
 
 
 def test_without_the_test_images_there_are_no_reconstructions(

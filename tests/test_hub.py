@@ -59,7 +59,10 @@ def test_what_is_pushed_is_what_is_fetched(
     assert stored == {".gitattributes": b"", **{path.name: path.read_bytes() for path in exported.iterdir()}}
 
     use(server.url, tmp_path / "another", monkeypatch)
+    killed = Path(huggingface_hub.cached_assets_path("vae_dist", "models", NAME.replace("/", "--"))) / ".writing-0123"
+    killed.mkdir()
     folder = hub.fetch(f"hf://{NAME}")
+    assert folder.parent == killed.parent and list(killed.parent.iterdir()) == [folder]
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert not [path for path in folder.iterdir() if path.is_symlink()]
     assert all((folder / name).read_bytes() == (exported / name).read_bytes() for name in FILES)

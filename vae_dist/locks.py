@@ -13,13 +13,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from vae_dist.files import read_bounded
+from vae_dist.errors import UserError
+from vae_dist.files import ELSEWHERE, read_bounded, writing
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,24 @@ def locked(path: Path, seconds: float, subject: str) -> Iterator[OSError | None]
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_alone(folder: Path, seconds: float, subject: str, otherwise: str = ELSEWHERE) -> Iterator[bool]:
+    """Hold a folder for one command that writes to it, by a lock next to the folder.
+
+    Yields whether all that is half written there was left by killed commands; on a file system without locks it may be
+    a live one's. Raises UserError if the lock can't be made, or if another command holds it for more than `seconds`:
+    `subject` says what the other one does, `otherwise` what the user can do.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    with ExitStack() as stack:
+        try:
+            with writing(lock, otherwise):
+                problem = stack.enter_context(locked(lock, seconds, subject))
+        except InUseError as error:
+            raise UserError(f"{subject} ({error}); wait for its end, or {otherwise}") from None
+        yield problem is None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from vae_dist.encoding import index, shards
 from vae_dist.encoding.request import Request
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, writing
-from vae_dist.locks import InUseError, locked
+from vae_dist.locks import writing_alone
 
 LOCK_SECONDS = 10.0  # for processes of a killed command to end
 
@@ -27,16 +27,10 @@ def held(folder: Path, request: Request, world: World) -> Iterator[None]:
 
 def _prepare(folder: Path, request: Request, stack: ExitStack) -> None:
     make_folder(folder, ELSEWHERE)
-    lock = folder.with_name(f".{folder.name}.lock")
-    subject = f"another command encodes into {folder}"
-    try:
-        with writing(lock, ELSEWHERE):
-            without_locks = stack.enter_context(locked(lock, LOCK_SECONDS, subject))
-    except InUseError as error:
-        raise UserError(f"{subject} ({error}); wait for its end, or {ELSEWHERE}") from None
+    is_alone = stack.enter_context(writing_alone(folder, LOCK_SECONDS, f"another command encodes into {folder}"))
     with writing(folder, ELSEWHERE):
         _require_own(folder, request)
-        for path in folder.iterdir() if without_locks is None else ():
+        for path in folder.iterdir() if is_alone else ():
             if shards.TEMPORARY.fullmatch(path.name):  # of a killed command
                 path.unlink()
 

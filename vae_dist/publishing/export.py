@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, NOT_RENAMED, make_folder, sync, write_together, writing
+from vae_dist.locks import writing_alone
 from vae_dist.models.vae import VAE
 from vae_dist.publishing import autoencoder, card, hub, inference, programs
 from vae_dist.runs import manifest
@@ -30,6 +32,9 @@ from vae_dist.views import pictures
 logger = logging.getLogger(__name__)
 
 EXPORTS = "export"  # folder of a run's exports
+LOCK_SECONDS = 60.0  # for another command to write its export
+
+_LEFTOVER = re.compile(r"\.(?P<word>writing|replaced)-(?P<name>step_\d{8,}(_raw)?)-[0-9a-f]{8}")
 
 
 def export(run: Path | None, arguments: Sequence[str] = ()) -> Path:
@@ -141,6 +146,24 @@ def _digests(contents: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
 
 def _publish(target: Path, contents: Mapping[str, bytes]) -> None:
     """Write a folder whole, in the place of an older one."""
+    folder = target.parent
+    with writing_alone(folder, LOCK_SECONDS, f"another command writes an export to {folder}") as is_alone:
+        if is_alone:
+            _clean(folder)
+        _write(target, contents)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what killed commands have left. An export that was set aside, and not replaced, gets its name back."""
+    found = [(match, path) for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))]
+    for match, path in found:
+        if match["word"] == "replaced" and not (folder / match["name"]).exists():
+            path.rename(folder / match["name"])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(target: Path, contents: Mapping[str, bytes]) -> None:
     mark = secrets.token_hex(4)
     temporary, old = (target.with_name(f".{word}-{target.name}-{mark}") for word in ("writing", "replaced"))
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import vae_dist
 from vae_dist.errors import UserError
 from vae_dist.files import advice, reason
+from vae_dist.locks import writing_alone
 from vae_dist.publishing import autoencoder, card, inference
 from vae_dist.publishing.programs import FORMATS
 from vae_dist.runs.checkpoint import Checkpoint
@@ -26,6 +27,9 @@ DOWNLOADED = (*inference.FILES, card.EVALUATION)
 UPLOADED = (*DOWNLOADED, *PROGRAMS, *autoencoder.FILES, CARD, EXPORT, card.SAMPLES, card.RECONSTRUCTIONS)
 
 MOST_CHARACTERS = 96  # of a repository's name
+LOCK_SECONDS = 60.0  # for another process to make a folder of a snapshot
+
+_OTHER_CACHE = "set HF_HOME to a folder that can be written to"
 
 _REPOSITORY = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 _REVISION = re.compile(r"[\w][\w./-]*", re.ASCII)
@@ -112,6 +116,16 @@ def _plain_files(snapshot: Path, target: Path) -> Path:
     """
     if (target / MANIFEST).exists():
         return target
+    folder = target.parent
+    with writing_alone(folder, LOCK_SECONDS, f"another process makes {target}", _OTHER_CACHE) as is_alone:
+        for leftover in folder.glob(".writing-*") if is_alone else ():  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not (target / MANIFEST).exists():
+            _link_or_copy(snapshot, target)
+    return target
+
+
+def _link_or_copy(snapshot: Path, target: Path) -> None:
     temporary = target.with_name(f".writing-{secrets.token_hex(8)}")
     temporary.mkdir()
     try:
@@ -125,7 +139,6 @@ def _plain_files(snapshot: Path, target: Path) -> Path:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 @contextmanager
@@ -153,7 +166,7 @@ def _explained(problem: str) -> Iterator[None]:
             f"{problem}: the Hugging Face Hub can't be reached, and it was not downloaded before; check the network"
         ) from error
     except OSError as error:
-        remedy = advice(error, "set HF_HOME to a folder that can be written to")
+        remedy = advice(error, _OTHER_CACHE)
         raise UserError(f"{problem} ({_without_token(reason(error))}); {remedy}") from error
     except Exception as error:  # of the client's HTTP library, which differs from version to version
         line = _without_token(str(error).strip().partition("\n")[0][:200])
