@@ -94,6 +94,7 @@ def test_without_data_and_network_the_embedded_digits_are_used(
         (TRAIN, "model.latnt_dim=3", "did you mean model.latent_dim"),
         (TRAIN, "--help-me", "give a YAML file, or key=value"),
         (EVALUATE, "nowhere", "there is no run at nowhere"),
+        (EVALUATE, "hf://me/digits", "commands don't download hf://me/digits: get it by `hf download"),
         (EVALUATE, "model.latent_dim=3", "there is no trained run in runs"),
         (SAMPLE, "--seed", "unknown option --seed"),
         (ENCODE, "nowhere", "there is no run at nowhere"),

@@ -34,6 +34,11 @@ def split_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     paths, rest = separate(arguments)
     for path in paths:
         require_text(path, "a run's path")
+        if path.startswith("hf://"):
+            raise UserError(
+                f"commands don't download {truncate(path)}: get it by `hf download USER/NAME --local-dir FOLDER`, and "
+                "give FOLDER (in Python vae_dist.load takes hf://USER/NAME)"
+            )
         if path.startswith("-") and not is_path(path):
             raise UserError(
                 f"unknown option {truncate(path)}; give a run's directory and key=value (--help lists them)"
