@@ -12,6 +12,7 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed import environment
+from vae_dist.distributed.contention import Contention
 from vae_dist.distributed.stopping import Watch
 from vae_dist.distributed.world import World
 from vae_dist.errors import RunError, StoppedError
@@ -65,6 +66,7 @@ class Milestones:
         self._first_step = self._step = self._saved_step = state.step
         self._best = state.best
         self._validation_pending = state.validation_pending
+        self._contention: Contention | None = None  # from the first step on, until there is a warning
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
@@ -92,6 +94,7 @@ class Milestones:
             record["train/skipped_updates"] = skipped
         self._world.on_main(partial(self._tracker.scalars, step, record))
         self._progress.show(step, record)
+        self._warn_of_contention()
 
     def validate(self, step: int) -> bool:
         """Evaluate the validation images, draw the pictures, and return whether this validation is the best so far."""
@@ -137,7 +140,13 @@ class Milestones:
             logger.info("the first step is done, %.1f s after the start", environment.seconds_since_start())
             self._meter.restart_clock()
             self._progress.restart_clock(step)
+            self._contention = Contention() if self._world.is_main and self._world.device.type == "cpu" else None
         self._watch.check_stop_after(step)
+
+    def _warn_of_contention(self) -> None:
+        if self._contention is not None and (warning := self._contention.warning(self._config.train.threads or 1)):
+            logger.warning("%s", warning)
+            self._contention = None
 
     def _publish(self, state: TrainingState) -> Path:
         self._tracker.flush()  # a checkpoint is never ahead of the records

@@ -1,0 +1,45 @@
+"""Notice that other programs use the CPU cores of a training. Its threads wait for the slowest one at every operation.
+
+With two threads on two busy cores a small step takes 5 to 50 times as long as with one: a waiting thread spins, and
+keeps the other one from its core.
+"""
+
+import time
+from typing import NamedTuple
+
+import psutil
+
+_MIN_SECONDS = 2  # of a measurement
+_MIN_SHARE = 0.75  # of the time of its threads. Threads that are not disturbed compute or spin all the time: 1
+_MIN_PREEMPTIONS = 30  # a second. About 5 on cores of its own, about 125 if they are shared; waiting for data adds none
+
+
+class _Counters(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+    preemptions: int  # of the main thread
+
+    @classmethod
+    def now(cls) -> "_Counters":
+        return cls(time.perf_counter(), time.process_time(), psutil.Process().num_ctx_switches().involuntary)
+
+
+class Contention:
+    """The CPU time that this process gets from its construction on."""
+
+    def __init__(self) -> None:
+        self._before = _Counters.now()
+
+    def warning(self, threads: int) -> str | None:
+        """Return a warning if this process's threads are often kept from the cores, None if not or not known so far."""
+        seconds, cpu_seconds, preemptions = (
+            now - before for now, before in zip(_Counters.now(), self._before, strict=True)
+        )
+        if seconds < _MIN_SECONDS or threads == 1:
+            return None
+        if cpu_seconds > _MIN_SHARE * threads * seconds or preemptions < _MIN_PREEMPTIONS * seconds:
+            return None
+        return (
+            f"the CPU cores are busy with other programs, or limited: {threads} threads get the time of "
+            f"{cpu_seconds / seconds:.1f}, and wait for one another. train.threads=1 may be several times as fast"
+        )
