@@ -351,6 +351,19 @@ def test_only_the_main_process_shows_the_progress_of_long_work(
     assert work(is_main=False) == ""
 
 
+@pytest.mark.parametrize(("steps", "left"), [(60, "0:59"), (3600, "59:59"), (3601, "1:00:00"), (100_001, "27:46:40")])
+def test_the_time_that_is_left_has_hours_if_it_is_longer_than_one(
+    steps: int, left: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    training = progress.TrainingProgress(is_main=True, start=0, last_step=steps, steps_per_epoch=10)
+    now = 1.0  # for the first step
+    with caplog.at_level("INFO", "vae_dist.progress"):
+        training.show(1, {"train/loss": 1.0})
+    assert caplog.messages[0].endswith(f", {left} left")
+
+
 @pytest.mark.parametrize("kind", [[], ["sample.codes=[[0,0,0,0,0,0,0,0],[1,1,1,1,1,1,1,1]]"]])
 def test_pixels_are_drawn_from_the_likelihood_of_the_same_latents(kind: list[str], run_dir: Path) -> None:
     means = tensors(run_dir, *kind)

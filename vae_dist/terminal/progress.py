@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vae_dist.terminal.notebook import Bar, is_notebook
 from vae_dist.terminal.streams import messages, plain
@@ -47,7 +48,7 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
         now = time.monotonic()
         if now > started + BAR_SECONDS:
             bar.start()
-        left = _minutes((now - started) / done * (total - done))
+        left = _duration((now - started) / done * (total - done))
         if cell is not None and now > started + BAR_SECONDS:
             cell.show(done / total, f"{subject}, {left} left")
         if is_main and now > line_due:
@@ -62,8 +63,10 @@ def progress(subject: str, total: int, *, is_main: bool) -> Iterator[Callable[[i
         bar.stop()
 
 
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def _duration(seconds: float) -> str:
+    """Write a time as m:ss, or as h:mm:ss from an hour up."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 class TrainingProgress:
@@ -80,11 +83,10 @@ class TrainingProgress:
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
-            TaskProgressColumn(),
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),  # a narrow terminal cuts what comes last
             TextColumn("{task.fields[speed]:,.0f} images/s"),
-            TimeRemainingColumn(),
             console=messages,
             disable=not (is_main and messages.is_terminal),
         )
@@ -117,10 +119,10 @@ class TrainingProgress:
         seconds = (now - self._started) / max(step - self._first, 1) * (self._last_step - step)
         state = f"epoch {epoch}, step {step}/{self._last_step}, loss {shown}, {images_per_second:,.0f} images/s"
         if self._cell is not None:
-            self._cell.show(step / self._last_step, f"{state}, {_minutes(seconds)} left")
+            self._cell.show(step / self._last_step, f"{state}, {_duration(seconds)} left")
         if now >= self._line_due or step == self._last_step:
             self._line_due = now + LINE_SECONDS
-            progress_logger.info("%s, %s left", state, _minutes(seconds))
+            progress_logger.info("%s, %s left", state, _duration(seconds))
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log a line about a validation."""
