@@ -263,6 +263,8 @@ def test_a_runs_path_must_be_printable() -> None:
         ("tracking.tags=[a", "not valid YAML"),
         ("sample.codes=[0,1]", "sample.codes"),
         ("nonsense", "give a YAML file, or key=value"),
+        ("train.steps", "give a YAML file, or train.steps=VALUE"),
+        ("--train.steps", "give a YAML file, or train.steps=VALUE"),
         ("nowhere.yaml", "can't read the config file nowhere.yaml: No such file"),
     ],
 )
@@ -365,7 +367,7 @@ def test_options_that_change_learning_may_not_change_on_resume(change: str) -> N
 
 @pytest.mark.parametrize("schedule", ["optim.schedule=cosine", "optim.schedule=linear"])
 def test_a_longer_run_is_refused_if_its_schedule_depends_on_its_length(schedule: str) -> None:
-    with pytest.raises(UserError, match=r"train.epochs \(was 5, now 9\)"):
+    with pytest.raises(UserError, match=rf"train.epochs \(was 5, now 9\), since {schedule} falls to 0 at the length"):
         resumed([schedule], [schedule, "train.epochs=9"])
     for fixed in "optim.decay_steps=100", "optim.stages=[[0,0.1]]":
         resumed([schedule, fixed], [schedule, fixed, "train.epochs=9"])

@@ -203,11 +203,14 @@ def test_all_images_of_another_folder_have_the_runs_shape(pictures: Path, tmp_pa
 # ---- What can't be used
 
 
-def test_paths_that_are_no_folder_are_refused(tmp_path: Path) -> None:
+def test_paths_that_are_no_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file.npy").touch()
-    for name, message in ("none", "does not exist"), ("file.npy", "is not a folder; data.name=array reads a file"):
+    for name, message in ("none", "does not exist$"), ("file.npy", "is not a folder; data.name=array reads a file"):
         with pytest.raises(UserError, match=message):
             datasets.load_test(of_folder(tmp_path / name))
+    monkeypatch.chdir(tmp_path)  # a run that was trained with a relative path, used in another folder
+    with pytest.raises(UserError, match=f"data.path=pictures does not exist in {tmp_path}"):
+        datasets.load_test(of_folder(Path("pictures")))
 
 
 @pytest.mark.parametrize("arguments", [[], ["data.pack=never", "data.check=decode"]], ids=["packed", "decoded"])

@@ -59,9 +59,12 @@ def resume(config: Config, stored: Config) -> Config:
     now, before = flatten(merged), flatten(stored)
     shared = [key for key in now if key in before]  # the others are another architecture's, which is named
     keys = [key for key in shared if now[key] != before[key] and not key.startswith(_RESUMABLE_KEYS)]
-    optim = stored.optim
-    if optim.schedule != "constant" and optim.stages is None and optim.decay_steps is None:
-        keys += [key for key in ("train.epochs", "train.steps") if now[key] != before[key]]
+    optim, because = stored.optim, ""
+    falls_at_the_end = optim.schedule != "constant" and optim.stages is None and optim.decay_steps is None
+    length = [key for key in ("train.epochs", "train.steps") if now[key] != before[key]]
+    if falls_at_the_end and length:
+        keys += length
+        because = f", since optim.schedule={optim.schedule} falls to 0 at the length that the run was started with"
     if keys:
         changes = ", ".join(f"{key} (was {as_text(before[key])}, now {as_text(now[key])})" for key in keys)
         if config.checkpoint.resume in ("auto", "never"):
@@ -71,7 +74,7 @@ def resume(config: Config, stored: Config) -> Config:
                 f"leave {', '.join(keys)} as it was, or leave out checkpoint.resume={config.checkpoint.resume} and "
                 "choose a new name to train from the start"
             )
-        raise UserError(f"run {config.name} can't be resumed with another {changes}; {remedy}")
+        raise UserError(f"run {config.name} can't be resumed with another {changes}{because}; {remedy}")
     return merged
 
 

@@ -132,9 +132,8 @@ def _parse_settings(arguments: Sequence[str]) -> list[Setting]:
 def _read_settings(path: Path, if_missing: str = "") -> list[Setting]:
     require_text(str(path), "a file's name")
     if path.suffix not in YAML:
-        raise UserError(
-            f"can't use {truncate(repr(str(path)))}: give a YAML file, or key=value (--help lists the keys)"
-        )
+        value = f"{str(path).lstrip('-')}=VALUE" if str(path).lstrip("-") in by_key() else "key=value"
+        raise UserError(f"can't use {truncate(repr(str(path)))}: give a YAML file, or {value} (--help lists the keys)")
     settings = list(_flat_settings(yaml_text.read(path, if_missing), f"{path}: "))
     if twice := [key for key, count in Counter(setting.key for setting in settings).items() if count > 1]:
         raise UserError(f"{path}: {twice[0]} is given twice")

@@ -129,7 +129,8 @@ def _folder(config: DataConfig) -> Path:
     assert config.path is not None  # checked with the config
     path = Path(expand(config.path, "data.path"))
     if not path.is_dir():
-        problem = "is not a folder; data.name=array reads a file" if path.exists() else "does not exist"
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"  # a run may be used in another folder than trained in
+        problem = "is not a folder; data.name=array reads a file" if path.exists() else f"does not exist{where}"
         raise UserError(f"data.path={as_text(config.path)} {problem}")
     return path
 
