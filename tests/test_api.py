@@ -28,6 +28,7 @@ from vae_dist.api import codes, fitting, images, loading, records, trained_model
 from vae_dist.api import run as run_module
 from vae_dist.data import datasets
 from vae_dist.data.source import read
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.views.sampling import sample
@@ -210,11 +211,25 @@ def test_a_damaged_image_file_is_named(runs: Runs, tmp_path: Path) -> None:
         ("zero", "can't be decoded"),
         (torch.zeros(0, 2), r"latents must be \(N, 2\), not \(0, 2\)"),
         (torch.zeros(1, 1, 2), "latents must be"),
+        ([torch.zeros(2), torch.zeros(3)], "can't be decoded"),
+        (DiagonalGaussian(torch.zeros(3, 2), torch.zeros(3, 2)), "^these are posteriors.*codes.mean"),
+        (DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1, 1)), "^these are posteriors"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(runs: Runs, latents: Any, message: str) -> None:
+    run = vae_dist.load(runs["grey"])
     with pytest.raises(UserError, match=message):
-        vae_dist.load(runs["grey"]).decode(latents)
+        run.decode(latents)
+    if isinstance(latents, DiagonalGaussian):
+        with pytest.raises(UserError, match=message):
+            run.show_codes(latents)
+
+
+def test_a_list_of_latents_is_as_good_as_a_tensor_of_them(runs: Runs) -> None:
+    run = vae_dist.load(runs["grey"])
+    latents = run.prior(3)
+    assert torch.equal(run.decode(list(latents)), run.decode(latents))
+    assert run.show_codes(list(latents)).tobytes() == run.show_codes(latents).tobytes()
 
 
 def test_samples_are_those_of_the_command(runs: Runs, tmp_path: Path) -> None:

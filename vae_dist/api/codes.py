@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vae_dist.config import text_of
 from vae_dist.errors import UserError
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 
 
@@ -17,10 +18,10 @@ def to_codes(latents: Any, vae: VAE, image_shape: tuple[int, ...]) -> Tensor:
     They are one code or N, flat or in the shape of the network's latents. Raises UserError for others, and for numbers
     that are not finite.
     """
+    codes = as_tensor(latents).detach().to(vae.device, vae.dtype)
     try:
-        codes = torch.as_tensor(latents).detach().to(vae.device, vae.dtype)
         shapes = vae.latent_shapes(image_shape)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"these latents can't be decoded: {error}") from error
     size = sum(torch.Size(shape).numel() for shape in shapes)
     allowed = [(size,), *shapes] if len(shapes) == 1 else [(size,)]
@@ -34,6 +35,18 @@ def to_codes(latents: Any, vae: VAE, image_shape: tuple[int, ...]) -> Tensor:
     return codes.flatten(1)
 
 
+def as_tensor(latents: Any) -> Tensor:
+    """Convert latents, also a list of tensors, to one tensor. Raises UserError for posteriors."""
+    if isinstance(latents, DiagonalGaussian):
+        raise UserError("these are posteriors, not latents: give their mean, as codes.mean")
+    try:
+        if isinstance(latents, list | tuple) and latents and all(isinstance(code, Tensor) for code in latents):
+            return torch.stack([code.detach() for code in latents])
+        return torch.as_tensor(latents)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"these latents can't be decoded: {error}") from error
+
+
 def option_text(key: str, value: Any) -> str:
     """Return the value of the option `sample.<key>` as an argument has it."""
     if key == "labels":
@@ -41,4 +54,4 @@ def option_text(key: str, value: Any) -> str:
         return json.dumps([str(label.item() if isinstance(label, Tensor) else label) for label in given])
     if isinstance(value, str | bool | int | float):
         return text_of(value)
-    return json.dumps(torch.as_tensor(value).tolist())
+    return json.dumps((as_tensor(value) if key == "codes" else torch.as_tensor(value)).tolist())

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vae_dist.api import records
@@ -99,7 +98,7 @@ class Run(TrainedModel):
 
     def show_codes(self, codes: Any, labels: Any = None) -> Image.Image:
         """Draw decoded codes `(N, L)` with the codes below them."""
-        return self._drawn("codes", codes=torch.as_tensor(codes).tolist(), labels=labels)
+        return self._drawn("codes", codes=codes, labels=labels)
 
     def show_traversal(self, **options: Any) -> Image.Image:
         """Draw a row for each latent, from -3 to 3. `options` are those of `sample`: rows, steps, codes, images."""
