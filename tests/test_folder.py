@@ -224,7 +224,7 @@ def test_damaged_files_are_refused_or_left_out(
     with caplog.at_level("INFO", "vae_dist"):
         images = everything(of_folder(pictures, *arguments, "data.skip_damaged=true"))
     assert sorted(name for part in images for name in names(part)) == sorted(NAMES)
-    assert "1 damaged files are left out: x.jpg (cut off" in caplog.text and "1 .heic (export them" in caplog.text
+    assert "1 damaged file is left out: x.jpg (cut off" in caplog.text and "1 .heic (export them" in caplog.text
     with pytest.raises(UserError, match=r"1 of 61 images .* x\.jpg"):
         datasets.load_test(of_folder(pictures, *arguments))
 

@@ -360,7 +360,7 @@ def test_a_directory_deleted_during_the_run_is_named(make_config: MakeConfig, mo
         (["train.precision=tf32"], "tf32 needs a CUDA GPU"),
         (["device=cuda"], "device=cuda can't be used"),
         (["device=tpu"], "unknown device 'tpu'"),
-        (["train.batch_size=2000"], "is more than the 1000 training images"),
+        (["train.batch_size=2000"], "the 1000 training images that data.validation_images=200 leaves of 1200; set"),
         (["train.batch_size=2", "train.accumulate=3"], "it must be at least 3"),
         (["data.validation_images=1200"], "data.validation_images=1200 leaves nothing of 1200"),
         (["data.image_shape=[3,32,32]"], "but the images of synthetic_digits are"),

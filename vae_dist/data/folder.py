@@ -203,7 +203,8 @@ def _log_left_out(refused: Sequence[tuple[str, str]]) -> None:
     if refused:
         named = ", ".join(f"{name} ({reason})" for name, reason in refused[:SHOWN])
         more = "" if len(refused) <= SHOWN else ", ..."
-        logger.warning("%d damaged files are left out: %s%s", len(refused), named, more)
+        left_out = "1 damaged file is" if len(refused) == 1 else f"{len(refused)} damaged files are"
+        logger.warning("%s left out: %s%s", left_out, named, more)
 
 
 def _open_pack(request: _Request) -> Pack:

@@ -195,8 +195,11 @@ def _resolved_data(config: Config, info: DataInfo) -> DataConfig:
 def _check_sizes(config: Config, training: int, validation: int) -> None:
     if config.train.batch_size > training:
         held_out = config.data.validation_images
-        left = "" if held_out is None else f" that data.validation_images={held_out} leaves of {training + validation}"
-        raise UserError(f"train.batch_size={config.train.batch_size} is more than the {training} training images{left}")
+        left = "" if not held_out else f" that data.validation_images={held_out} leaves of {training + validation}"
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is more than the {training} training images{left}; "
+            f"set train.batch_size={training}, or less"
+        )
 
 
 def _name(config: Config) -> str:
