@@ -326,7 +326,10 @@ def test_a_run_is_trained_and_read_under_a_path_of_any_characters(
     compare([run], [*readable, f"output={odd}/out"])
     assert evaluate(run, [*readable, f"output={odd}/out"])["step"] == 10
     assert str(run_dir / "report.html") == str(report(run, readable))
-    typed = invocation.command("eval", subject_of(opened(run_dir)).path)  # as the report shows it
+    shown_path = subject_of(opened(run_dir)).path  # as the report shows it
+    with monkeypatch.context() as patched:
+        patched.chdir(REPOSITORY)
+        typed = invocation.command("eval", shown_path)
     assert typed.startswith("make ")
     dry = f"make -n -C {REPOSITORY} PYTHON=true {typed.removeprefix('make ')}"
     shown = subprocess.run(dry, shell=True, capture_output=True, text=True)

@@ -341,9 +341,10 @@ def test_long_runs_are_thinned_and_their_last_step_is_shown(run_dir: Path) -> No
 # ---- Missing and malformed files
 
 
-def test_the_report_gives_the_command_for_what_is_missing(run_dir: Path) -> None:
+def test_the_report_gives_the_command_for_what_is_missing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_dir / "evaluation.json").unlink()
     shutil.rmtree(run_dir / "evaluations")
+    monkeypatch.chdir(REPOSITORY)  # where there is a Makefile
     page = page_of(run_dir)
     assert "has not been evaluated yet" in page.text and "negative ELBO on validation images, step 40" in page.text
     last = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -351,6 +352,9 @@ def test_the_report_gives_the_command_for_what_is_missing(run_dir: Path) -> None
     assert format_number(validation["validation/negative_elbo"]) in page.text
     commands = [text for path, text in page.texts if path.endswith("p/code")]
     assert commands == [f"make eval RUN={named(run_dir)}"]
+    monkeypatch.chdir(run_dir.parent)
+    commands = [text for path, text in page_of(run_dir).texts if path.endswith("p/code")]
+    assert commands == [f"vae-dist eval {named(run_dir)}"]
 
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "log.txt").unlink()
@@ -400,7 +404,7 @@ def test_the_report_states_that_a_run_trains_or_was_stopped(run_dir: Path) -> No
         fcntl.flock(lock, fcntl.LOCK_EX)
         page = page_of(run_dir)
     assert "Still training, at step 40 of 100." in page.text
-    assert [text for path, text in page.texts if path.endswith("p/code")] == [f"make report RUN={named(run_dir)}"]
+    assert [text for path, text in page.texts if path.endswith("p/code")] == [f"vae-dist report {named(run_dir)}"]
 
 
 def named(run_dir: Path) -> Path:

@@ -1,15 +1,23 @@
-"""The commands that messages and reports name: with `make` in a checkout, with `vae-dist` where it is installed."""
+"""The commands that messages and reports name: with `make` for who is in a checkout, with `vae-dist` anywhere else."""
 
 import shlex
 from pathlib import Path
 
-_HAS_MAKE = (Path(__file__).parents[2] / "Makefile").is_file()
+_CHECKOUT = Path(__file__).parents[2]
+_HAS_MAKE = (_CHECKOUT / "Makefile").is_file()
+
+
+def _make_works() -> bool:
+    try:
+        return _HAS_MAKE and _CHECKOUT.samefile(Path.cwd())
+    except OSError:  # the current folder was removed
+        return False
 
 
 def command(name: str, run: str = "") -> str:
     """What a user types for a command, on the run at a path if one is given, quoted for a shell."""
     quoted = shlex.quote(run) if run else ""
-    if not _HAS_MAKE:
+    if not _make_works():
         return f"vae-dist {name} {quoted}".rstrip()
     if quoted != run:  # it is quoted for the shell of a recipe; now for make and for the shell that starts it
         quoted = shlex.quote(quoted.replace("$", "$$"))
