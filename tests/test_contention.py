@@ -1,4 +1,4 @@
-"""A training says so when other programs keep its threads from the CPU cores."""
+"""A training says so when other work keeps its threads from the CPU cores."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ print(contention.warning(1))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processes that can be bound to a core")
-def test_threads_that_other_programs_keep_from_the_cores_are_reported_and_threads_that_wait_for_data_are_not() -> None:
+def test_threads_that_other_work_keeps_from_the_cores_are_reported_and_threads_that_wait_for_data_are_not() -> None:
     waiting = Contention()
     with subprocess.Popen([sys.executable, "-c", SHARED_CORE], stdout=subprocess.PIPE, text=True) as process:
         time.sleep(2.5)

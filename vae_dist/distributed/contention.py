@@ -1,4 +1,4 @@
-"""Notice that other programs use the CPU cores of a training. Its threads wait for the slowest one at every operation.
+"""Notice that other work takes the CPU cores of a training. Its threads wait for the slowest one at every operation.
 
 With two threads on two busy cores a small step takes 5 to 50 times as long as with one: a waiting thread spins, and
 keeps the other one from its core.
@@ -40,6 +40,6 @@ class Contention:
         if cpu_seconds > _MIN_SHARE * threads * seconds or preemptions < _MIN_PREEMPTIONS * seconds:
             return None
         return (
-            f"the CPU cores are busy with other programs, or limited: {threads} threads get the time of "
+            f"the CPU cores are busy with other work, or limited: {threads} threads get the time of "
             f"{cpu_seconds / seconds:.1f}, and wait for one another. train.threads=1 may be several times as fast"
         )
