@@ -51,6 +51,14 @@ def test_attention_in_matrix_products_is_diffusers() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_of_many_pixels_is_left_to_the_kernel_that_keeps_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder_kl, "traced_on_gpu", lambda x: True)
+    monkeypatch.setattr(autoencoder_kl, "attended", lambda attention, x: "products")
+    processor = OneWideHead(lambda *given: "kernel")  # type: ignore[arg-type]
+    sizes = {size: processor(None, torch.empty(1, 4, *size)) for size in ((32, 32), (64, 64), (64, 65), (128, 128))}
+    assert list(sizes.values()) == ["products", "products", "kernel", "kernel"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [["model.architecture=conv"], ["model.architecture=resnet", "model.blocks=1"]])
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from vae_dist.models.tensors import Shape, at_least_float32, in_gpu_order, trace
 from vae_dist.models.vae import VAE
 
 LOG_VARIANCES = -30.0, 20.0  # between which diffusers' DiagonalGaussianDistribution clamps them
+MOST_TOKENS = 64 * 64  # whose weights, of all pairs, are 64 MiB in fp32
 # diffusers' blocks of a resolution, without attention and with it.
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 ATTENDING_DOWN, ATTENDING_UP = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
@@ -156,7 +157,8 @@ class ConvolvedUpsample(Upsample):
 class OneWideHead:
     """Computes an attention of one head in matrix products where a compiler traces for a GPU; elsewhere diffusers does.
 
-    Its 512 channels are too many for the fast kernels of attention. The one that is left took 7% of a step of kl-f8.
+    Its 512 channels are too many for the fast kernels of attention. The one that is left took 7% of a step of kl-f8,
+    but does not keep the weights of all pairs of pixels: many pixels are left to it.
     """
 
     def __init__(self, theirs: Callable[..., Tensor]) -> None:
@@ -171,7 +173,7 @@ class OneWideHead:
         temb: Tensor | None = None,
     ) -> Tensor:
         """The names of the arguments are those by which diffusers gives them."""
-        if not traced_on_gpu(hidden_states):
+        if not traced_on_gpu(hidden_states) or hidden_states.shape[2:].numel() > MOST_TOKENS:
             return self._theirs(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return attended(attn, hidden_states)
 
