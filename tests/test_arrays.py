@@ -458,7 +458,7 @@ def test_a_run_on_an_array_trains_resumes_and_is_evaluated_image_by_image(
     held_out = list(every_name(datasets.load_test(asked(path))) or ())
     table = rows(run_dir / "evaluations/step_00000006_test_k2.csv")
     assert sorted(int(row["name"]) for row in table) == sorted(map(int, held_out))
-    metrics = ["mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl", "ssim"]
+    metrics = ["mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl", "ssim", "negative_log_likelihood"]
     assert list(table[0]) == ["name", "label", *metrics]
     for metric in metrics:
         assert np.mean([float(row[metric]) for row in table]) == pytest.approx(result[metric], rel=1e-12)
@@ -580,7 +580,7 @@ def test_a_spreadsheet_computes_no_name_or_label() -> None:
     pixels = torch.zeros(6, 1, 1, 1, dtype=torch.uint8)
     info = DataInfo("own", 6, (1, 1, 1), 2, "grey", "", ("=cmd", "fine"))
     source = InMemory(info, pixels, torch.tensor([0, 1] * 3), names)
-    by_image = dict.fromkeys(per_image.METRICS, torch.tensor([6.0, 5, 4, 3, 2, 2], dtype=torch.float64) / 3)
+    by_image = dict.fromkeys((*per_image.FIRST, "kl"), torch.tensor([6.0, 5, 4, 3, 2, 2], dtype=torch.float64) / 3)
     table = list(csv.DictReader((per_image.to_csv(source, by_image) or b"").decode().splitlines()))
     assert [row["name"] for row in table] == ["'=1+1.png", "'+a", "'-b", "'@c", 'd,"e"', "f"]
     assert [row["label"] for row in table] == ["'=cmd", "fine"] * 3

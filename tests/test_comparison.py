@@ -202,7 +202,8 @@ def test_a_comparison_holds_the_metrics_of_the_evaluations(pair: list[Path]) -> 
     table = (folder / "table.md").read_text().splitlines()
     assert "NOT COMPARABLE" not in (folder / "table.md").read_text()
     header = (
-        "latent_dim | step | negative ELBO | reconstruction | KL | PSNR in dB | SSIM | active units | NLL (K=2) | run"
+        "latent_dim | step | negative log-likelihood (K=2) ↓ | negative ELBO ↓ | reconstruction | KL | PSNR in dB ↑ | "
+        "SSIM ↑ | active units | run"
     )
     assert f"| {header} |" in table
     for run, entry, size in zip(pair, compared(folder), (2, 4), strict=True):
@@ -211,7 +212,7 @@ def test_a_comparison_holds_the_metrics_of_the_evaluations(pair: list[Path]) -> 
         assert entry["label"] == f"latent_dim={size}" and entry["settings"] == {"model.latent_dim": size}
         *bound, nll = (f"{evaluation[name]:.2f}" for name in METRICS)
         alike = f"{evaluation['psnr']:.2f}", f"{evaluation['ssim']:.4f}"
-        cells = [str(size), "10", *bound, *alike, str(evaluation["active_units"]), nll, run.name]
+        cells = [str(size), "10", nll, *bound, *alike, str(evaluation["active_units"]), run.name]
         assert f"| {' | '.join(cells)} |" in table
     picture = reconstructions([opened(run) for run in pair], CPU)
     assert np.array_equal(np.asarray(Image.open(folder / "reconstructions.png")), np.asarray(with_caption(picture)))
@@ -259,8 +260,8 @@ def test_the_newest_evaluation_counts_and_missing_metrics_are_omitted(pair: list
     folder = compare(pair)
     assert [entry["evaluation"]["importance_samples"] for entry in compared(folder)] == [2, 0]
     table = (folder / "table.md").read_text()
-    assert "| SSIM | active units | NLL (K=2) | run |" in table and "| 4 |  | run_4 |" in table
-    assert "| SSIM | active units | run |" in (compare(pair[1:]) / "table.md").read_text()
+    assert "| step | negative log-likelihood (K=2) ↓ | negative ELBO ↓ |" in table and "| 4 | 10 |  | " in table
+    assert "| step | negative ELBO ↓ |" in (compare(pair[1:]) / "table.md").read_text()
     bounds = [evaluate(run, [f"evaluate.importance_samples={count}"]) for count, run in enumerate(pair, start=3)]
     table = (compare(pair) / "table.md").read_text()
     for count, result in enumerate(bounds, start=3):
@@ -317,7 +318,7 @@ def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
     first: dict[str, Any] = {"lpips": 0.12345, "rfid": 12.3456, "fid": 45.678, "fid_samples": 5000}
     first["protocol"] = {"lpips_sha256": "a", "rfid_sha256": "b"}
     table = make_table(runs, [], [first, {"lpips": None}])
-    assert table.header[1:] == ["LPIPS", "rFID", "FID of samples (N=5000)", "run"]
+    assert table.header[1:] == ["LPIPS ↓", "rFID ↓", "FID (N=5000) ↓", "run"]
     assert [row[1:-1] for row in table.rows] == [["0.1235", "12.35", "45.68"], ["", "", ""]]
     assert table.notes == []
 
@@ -326,7 +327,7 @@ def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
     assert [row[3] for row in table.rows] == ["45.68 (N=5000)", "45.68 (N=50)"]
     assert table.notes == [
         f"THE {metric} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights"
-        for metric in ("rFID", "FID of samples")
+        for metric in ("rFID", "FID")
     ]
 
 

@@ -196,7 +196,7 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
     headline = [text for path, text in page.texts if "/p/b" in path]
     assert headline == ["90.13", " ± 0.71"]
     for sentence in (
-        "negative log-likelihood, 64 importance samples", "pixels: grey, 0 to 1; likelihood: bernoulli; step 40",
+        "negative log-likelihood", "nats, at most; 64 samples", "pixels: grey, 0 to 1; likelihood: bernoulli; step 40",
         "Not to be compared.", "0.0412", " ± 0.0001", "versions: torch", "9.9",
     ):  # fmt: skip
         assert sentence in page.text

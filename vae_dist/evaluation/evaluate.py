@@ -9,7 +9,7 @@ from typing import Any
 from vae_dist.data.chosen import choose
 from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
-from vae_dist.evaluation import constants, networks, per_image, protocol
+from vae_dist.evaluation import constants, metric_table, networks, per_image, protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.runs import wandb_identity
@@ -22,11 +22,6 @@ from vae_dist.terminal.tables import Metric
 from vae_dist.views import pictures
 
 logger = logging.getLogger(__name__)
-
-_LOGGED = (
-    "negative_elbo", "reconstruction", "kl", "negative_log_likelihood", "importance_samples", "bits_per_dimension",
-    "mean_squared_error", "psnr", "ssim", "lpips", "rfid", "fid", "constant_grid", "constant_border", "active_units",
-)  # fmt: skip
 
 
 def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -102,7 +97,10 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
 
 def _record(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics as a record of the metrics file."""
-    return {f"{result['split']}/{name}": result[name] for name in _LOGGED if result.get(name) is not None}
+    logged = {"importance_samples", *(metric.key for metric in metric_table.METRICS)}
+    return {
+        f"{result['split']}/{name}": value for name, value in result.items() if name in logged and value is not None
+    }
 
 
 def _name(result: Mapping[str, Any], images: str, *, raw: bool) -> str:
@@ -121,28 +119,15 @@ def _write(output: Path, result: Mapping[str, Any], names: Sequence[str], files:
 
 def _show(result: Mapping[str, Any]) -> None:
     """Print the metrics with standard errors, then the protocol and any warning."""
-    conditions, errors, samples = result["protocol"], result["standard_errors"], result["importance_samples"]
+    conditions = result["protocol"]
     split = "" if result["split"] == "all" else f"{result['split']} "
     which = f"{result['images']} {split}images of"
-    rows = {
-        "negative_log_likelihood": ("negative log-likelihood", f"nats, at most; {samples} samples"),
-        "negative_elbo": ("negative ELBO", "nats"),
-        "reconstruction": ("  reconstruction", "nats, the distortion"),
-        "kl": ("  KL", "nats, the rate"),
-        "bits_per_dimension": ("bits per dimension", f"from the {'log-likelihood' if samples else 'ELBO'}"),
-        "mean_squared_error": ("mean squared error", "per pixel"),
-        "psnr": ("PSNR", "dB"),
-        "ssim": ("SSIM", "8-bit values"),
-        "lpips": ("LPIPS", "VGG16, 8-bit values"),
-        "rfid": ("rFID", f"of {result['images']} images, 8-bit values"),
-        "fid": ("FID", f"of {result.get('fid_samples')} samples from the prior, 8-bit values"),
-        "constant_grid": ("grid", "8-bit levels, in images of one colour"),
-        "constant_border": ("border", "8-bit levels, in images of one colour"),
-        "active_units": ("active units", f"of {result['latents']} latents"),
-    }
     tables.metrics(
         f"{result['run']}, step {result['step']}: {which} {result['dataset']}",
-        [Metric(name, result.get(key), errors.get(key), remark) for key, (name, remark) in rows.items()],
+        [
+            Metric("  " * metric.is_term + metric.title, value, error, unit)
+            for metric, value, error, unit in metric_table.measurements(result)
+        ],
         "mean over the images ± its standard error\n"
         f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood"
         + (", given each image's label" if conditions.get("conditional") else "")

@@ -197,7 +197,7 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "mean_squared_error": means["mean_squared_error"],
         "psnr": means["psnr"],
         "ssim": means.get("ssim"),
-        **({} if networks.lpips is None else {"lpips": means["lpips"]}),
+        **means,  # those that are not named here too
         **distances,
         **{name: values.mean().item() for name, values in constant.items()},
         "active_units": objectives.active_units(encodings.variance),

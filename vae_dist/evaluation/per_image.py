@@ -8,14 +8,13 @@ from torch import Tensor
 
 from vae_dist.data.source import Source, every_label, every_name
 
-METRICS = ("mean_squared_error", "psnr", "negative_elbo", "reconstruction", "kl")
-MEASURED = ("ssim", "lpips")  # if the images are large enough, and if a network was given
+FIRST = ("mean_squared_error", "psnr")
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of texts that a spreadsheet would compute
 
 
 def to_csv(source: Source, by_image: Mapping[str, Tensor]) -> bytes | None:
-    """Return the metrics `(N,)` of METRICS, and those of MEASURED that there are, by image as CSV.
+    """Return metrics `(N,)` by image as CSV, those of FIRST in the first columns.
 
     Images with the largest mean squared error come first. None if the images have no names. A name or label that a
     spreadsheet would take for a formula begins with an apostrophe. Numbers are exact.
@@ -24,7 +23,7 @@ def to_csv(source: Source, by_image: Mapping[str, Tensor]) -> bytes | None:
     if names is None:
         return None
     labels = label_names(source)
-    metrics = [*METRICS, *(name for name in MEASURED if name in by_image)]
+    metrics = list(dict.fromkeys((*FIRST, *by_image)))
     columns = [by_image[name].tolist() for name in metrics]
     file = StringIO()
     writer = csv.writer(file, lineterminator="\n")

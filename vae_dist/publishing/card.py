@@ -4,32 +4,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vae_dist.config import Config, training_command
+from vae_dist.evaluation.metric_table import measurements
 from vae_dist.models.vae import VAE
 from vae_dist.publishing import autoencoder, markdown
 from vae_dist.publishing.markdown import code, escape, number, table
 from vae_dist.publishing.programs import BATCHES
 from vae_dist.runs.checkpoint import Checkpoint
-from vae_dist.runs.metrics import is_number
 from vae_dist.terminal import invocation
 
 SAMPLES, RECONSTRUCTIONS, EVALUATION = "samples.png", "reconstructions.png", "evaluation.json"
 
-_METRICS = {
-    "negative_log_likelihood": ("negative log-likelihood", "nats per image, at most"),
-    "negative_elbo": ("negative ELBO", "nats per image"),
-    "reconstruction": ("reconstruction", "nats per image, the distortion"),
-    "kl": ("KL", "nats per image, the rate"),
-    "bits_per_dimension": ("bits per dimension", ""),
-    "mean_squared_error": ("mean squared error", "per pixel"),
-    "psnr": ("PSNR", "dB"),
-    "ssim": ("SSIM", "1 if equal"),
-    "lpips": ("LPIPS", "0 if equal"),
-    "rfid": ("rFID", "of all images, 0 if equal"),
-    "fid": ("FID of samples", "0 if equal"),
-    "constant_grid": ("grid on images of one colour", "8-bit levels"),
-    "constant_border": ("border on images of one colour", "8-bit levels"),
-    "active_units": ("active units", "latents"),
-}
 _SAFETY = """The weights are safetensors. `vae_dist.load` opens `model.safetensors`, `config.yaml`, `state.json` and
 `manifest.json`, checks their sha256, and runs nothing that they hold. It never opens a `.pt2` file: such a file can run
 code when it is loaded. Load one only if you trust where it comes from."""
@@ -75,12 +59,11 @@ def _front_matter(subject: Subject) -> str:
             dataset_type=config.data.name,
             dataset_name=title,
             dataset_split=str(evaluation.get("split")),
-            metric_type=key,
-            metric_name=f"{metric}, {unit}".rstrip(", "),
-            metric_value=evaluation[key],
+            metric_type=metric.key,
+            metric_name=f"{metric.title}, {unit}".rstrip(", "),
+            metric_value=value,
         )
-        for key, (metric, unit) in _METRICS.items()
-        if is_number(evaluation.get(key))
+        for metric, value, _, unit in measurements(evaluation)
     ]
     data = ModelCardData(
         model_name=str(config.name),
@@ -161,11 +144,8 @@ def _metrics(subject: Subject) -> str:
             f"This checkpoint (step {step:,}) was not evaluated before the export. To do so:\n\n"
             + code("vae-dist eval PATH/OF/THIS/FOLDER")
         )  # fmt: skip
-    errors, protocol = (_dict(evaluation.get(key)) for key in ("standard_errors", "protocol"))
     rows = [
-        [metric, number(evaluation[key]), number(errors.get(key)), unit]
-        for key, (metric, unit) in _METRICS.items()
-        if is_number(evaluation.get(key))
+        [metric.title, number(value), number(error), unit] for metric, value, error, unit in measurements(evaluation)
     ]
     text = (
         f"Of {escape(evaluation.get('images'))} {escape(evaluation.get('split'))} images of "
@@ -174,6 +154,7 @@ def _metrics(subject: Subject) -> str:
     )  # fmt: skip
     if evaluation.get("warning"):
         text += f"\n\n> **Not comparable with published likelihoods:** {escape(evaluation['warning'])}."
+    protocol = value if isinstance(value := evaluation.get("protocol"), dict) else {}
     conditions = {escape(key).replace(r"\_", " "): value for key, value in protocol.items() if key != "versions"}
     return f"{text}\n\nThe protocol of the evaluation:\n\n{markdown.facts(conditions)}"
 
@@ -216,7 +197,3 @@ def _files(subject: Subject) -> str:
         "difference over the largest value:\n\n"
         + table(["program", "output", "error"], compared, right=2)
     )  # fmt: skip
-
-
-def _dict(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

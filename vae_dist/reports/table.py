@@ -4,27 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vae_dist.config import Config
+from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.labels import held_out_set, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
 
-# The metrics of the table: the key of each in `evaluation.json`, its column's header, and its decimals.
-_METRICS = {
-    "negative_elbo": ("negative ELBO", 2),
-    "reconstruction": ("reconstruction", 2),
-    "kl": ("KL", 2),
-    "psnr": ("PSNR in dB", 2),
-    "ssim": ("SSIM", 4),
-    "lpips": ("LPIPS", 4),
-    "rfid": ("rFID", 2),
-    "fid": ("FID of samples", 2),
-    "constant_grid": ("grid", 2),
-    "constant_border": ("border", 2),
-    "active_units": ("active units", 0),
-    "negative_log_likelihood": ("NLL", 2),
-}
-# The number of samples that a metric is of: its key, and its name in a header.
-_SAMPLES = {"negative_log_likelihood": ("importance_samples", "K"), "fid": ("fid_samples", "N")}
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}  # towards better values
 
 
 class Table(NamedTuple):
@@ -92,19 +77,22 @@ def _metric_columns(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[
     The header states the number of samples that a metric is of; if the evaluations have several, each value does.
     """
     columns = {}
-    for key, (header, decimals) in _METRICS.items():
-        column = [_cell(evaluation.get(key), decimals) for evaluation in evaluations]
+    for metric in metric_table.METRICS:
+        if metric.digits is None:
+            continue
+        column = [_cell(evaluation.get(metric.key), metric.digits) for evaluation in evaluations]
         if not any(column):
             continue
-        if key in _SAMPLES:
-            samples, name = _SAMPLES[key]
-            counts = [f"{name}={_cell(evaluation.get(samples), 0)}" for evaluation in evaluations]
+        header = metric.title if metric.unit in ("", "nats") else f"{metric.title} in {metric.unit}"
+        if metric.samples is not None:
+            samples, symbol = metric.samples
+            counts = [f"{symbol}={_cell(evaluation.get(samples), 0)}" for evaluation in evaluations]
             several = {count for value, count in zip(column, counts, strict=True) if value}
             if len(several) == 1:
                 header = f"{header} ({several.pop()})"
             else:
                 column = [value and f"{value} ({count})" for value, count in zip(column, counts, strict=True)]
-        columns[header] = column
+        columns[header + _ARROWS[metric.better]] = column
     return columns
 
 
@@ -122,12 +110,11 @@ def _notes(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 def _several_networks(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning for each metric that was measured by networks of several weights."""
     result = []
-    for key, digest in {"lpips": "lpips_sha256", "rfid": "rfid_sha256", "fid": "rfid_sha256"}.items():
+    for key, title, digest in ((one.key, one.title, one.network) for one in metric_table.METRICS if one.network):
         protocols = [evaluation.get("protocol") for evaluation in evaluations if type(evaluation.get(key)) is float]
         digests = {str(protocol.get(digest)) for protocol in protocols if isinstance(protocol, dict)}
         if len(digests) > 1:
-            header, _ = _METRICS[key]
-            result.append(f"THE {header} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights")
+            result.append(f"THE {title} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights")
     return result
 
 

@@ -21,10 +21,10 @@ def table(title: str, rows: Mapping[str, object]) -> None:
 
 
 class Metric(NamedTuple):
-    """One metric of an evaluation. It is not printed if it has no value."""
+    """One metric of an evaluation."""
 
     name: str
-    value: float | None
+    value: float
     standard_error: float | None = None
     remark: str = ""
 
@@ -35,9 +35,8 @@ def metrics(title: str, rows: Sequence[Metric], protocol: str, warning: str | No
     for justify in ("left", "right", "left", "left"):
         result.add_column(justify=justify)
     for row in rows:
-        if row.value is not None:
-            error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
-            result.add_row(plain(row.name), format_number(row.value), error, plain(row.remark))
+        error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
+        result.add_row(plain(row.name), format_number(row.value), error, plain(row.remark))
     results.print(result)
     results.print(plain(protocol))
     if warning is not None:
