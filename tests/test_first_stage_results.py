@@ -114,6 +114,9 @@ def test_the_headline_of_a_first_stage_is_its_psnr(run_dir: Path) -> None:
         "grid",
     ):
         assert [text for path, text in page.texts if text == name], name
+    # The warning is of likelihoods: it stands below the metrics in nats, and not below the PSNR.
+    places = [page.text.index(text) for text in ("negative ELBO", "active units", "For the metrics in nats: A Laplace")]
+    assert places == sorted(places) and page.text.count("a density, of which sigma decides") == 1
 
 
 def test_curves_of_first_stages_are_of_what_they_share(trained: Path, run_dir: Path) -> None:

@@ -25,7 +25,8 @@ class Evaluation(NamedTuple):
     others: list[Metric]
     conditions: str
     protocol: dict[str, str]
-    warning: str | None
+    warning: str | None  # of the metrics in nats
+    warns_of_headline: bool
     is_of_this_step: bool
 
 
@@ -40,13 +41,14 @@ def evaluation(subject: Subject, latent_dim: int) -> Evaluation | None:
         return None
     headline, *others = sorted(measured, key=lambda one: one.metric.key != first)
     protocol = value if isinstance(value := result.get("protocol"), dict) else {}
-    warning = result.get("warning")
+    warning = result.get("warning") if any(one.metric.unit == "nats" for one in measured) else None
     return Evaluation(
         headline=_formatted(headline),
         others=list(map(_formatted, others)),
         conditions=_conditions(result, protocol),
         protocol=_flatten(protocol),
         warning=warning[:1].upper() + warning[1:].rstrip(".") + "." if isinstance(warning, str) else None,
+        warns_of_headline=headline.metric.unit == "nats",
         is_of_this_step=result.get("step") == subject.step,
     )
 
