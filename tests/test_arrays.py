@@ -454,7 +454,7 @@ def test_a_run_on_an_array_trains_resumes_and_is_evaluated_image_by_image(
     run_dir = train(make_config("name=own", *own_arguments(path)))
     assert train(make_config("name=own", *own_arguments(path), "train.steps=6")) == run_dir
     result = evaluate(run_dir, ["evaluate.importance_samples=2"])
-    assert (result["dataset"], result["split"], result["images"]) == ("array", "test", 6)
+    assert (result["dataset"], result["split"], result["images"]) == ("own.npz", "test", 6)
     held_out = list(every_name(datasets.load_test(asked(path))) or ())
     table = rows(run_dir / "evaluations/step_00000006_test_k2.csv")
     assert sorted(int(row["name"]) for row in table) == sorted(map(int, held_out))

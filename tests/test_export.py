@@ -310,6 +310,7 @@ def test_an_export_replaces_an_older_one_whole_or_not_at_all(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[3])
 from vae_dist.publishing import export
 
 target, moment = Path(sys.argv[1]), int(sys.argv[2])
@@ -329,6 +330,7 @@ export._publish(target, {"weights": b"new"})
 def test_an_export_removes_what_killed_ones_have_left(tmp_path: Path, fork_server: ForkServer) -> None:
     folder, program = tmp_path / "export", tmp_path / "killed.py"
     program.write_text(KILLED)
+    repository = str(Path(__file__).parents[1])
     kept, lost, fresh = (folder / f"step_0000000{number}" for number in range(3))
     for target in kept, lost:
         target.mkdir(parents=True)
@@ -337,7 +339,7 @@ def test_an_export_removes_what_killed_ones_have_left(tmp_path: Path, fork_serve
     for name in others:
         (folder / name).mkdir()
     for target, moment in (kept, 0), (lost, 1):
-        assert fork_server.run(str(program), str(target), str(moment)).returncode == -signal.SIGKILL
+        assert fork_server.run(str(program), str(target), str(moment), repository).returncode == -signal.SIGKILL
         assert [path for path in folder.glob(f".writing-{target.name}-*") if (path / "weights").exists()]
     assert not lost.exists() and (kept / "weights").read_bytes() == b"old"
     exports._publish(fresh, {"weights": b"new"})

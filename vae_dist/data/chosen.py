@@ -15,7 +15,7 @@ class Chosen(NamedTuple):
     """The images of a command, without augmentation."""
 
     source: Source
-    dataset: str
+    dataset: str  # its name in captions
     split: str  # "train", "validation", "test", or "all" of a set that is not the run's
     file: str  # part of the name of files about these images
 
@@ -31,7 +31,7 @@ def choose(config: DataConfig, split: str, folder: str | None, section: str) -> 
         # The hash tells apart two folders of one name.
         file = f"folder_{re.sub(r'[^A-Za-z0-9.-]', '-', name)[:60]}-{source.info.identity[:8]}"
         return Chosen(source, name, "all", file)
-    return Chosen(of_split(config, split, f"use {section}.split=test"), config.name, split, split)
+    return Chosen(of_split(config, split, f"use {section}.split=test"), config.title, split, split)
 
 
 def of_split(config: DataConfig, split: str, advice: str) -> Source:

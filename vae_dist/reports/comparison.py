@@ -174,10 +174,11 @@ def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
         kept = [evaluation for evaluation in kept if _modified(evaluation.path) >= saved]
         for path, values in sorted(kept, key=lambda evaluation: _modified(evaluation.path), reverse=True):
             metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
-            facts = [values.get(name) for name in ("step", "split", "dataset")]
+            facts = [values.get(name) for name in ("step", "split")]
+            names = run.config.data.title, run.config.data.name  # those of earlier versions have the latter
             if _weights(values) != run.checkpoint.weights(run.config):
                 continue
-            if facts == [run.step, split, run.config.data.name] and all(map(is_number, metrics)):
+            if facts == [run.step, split] and values.get("dataset") in names and all(map(is_number, metrics)):
                 return values
             logger.warning("skipping an evaluation: %s is not of %s", path, run.checkpoint.folder)
     return None

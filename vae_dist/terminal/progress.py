@@ -133,10 +133,11 @@ class TrainingProgress:
     def table(self, title: str) -> None:
         """Print the run's last metrics."""
         if self._is_main:
-            units = "nats per image"
+            units = "losses in nats per image"
             if "train/reconstruction_error" in self._last:  # of the recipe autoencoder
-                units = "training: means per pixel value; validation: nats per image"
-            table(f"{title} ({units})", self._last)
+                units = "losses of training as means per pixel value, of validation in nats per image"
+            in_parts = sorted(self._last.items(), key=lambda item: item[0].partition("/")[0])  # also after a resume
+            table(f"{title} ({units})", dict(in_parts))
 
     def _epoch(self, step: int) -> str:
         epochs = -(-self._last_step // self._steps_per_epoch)
