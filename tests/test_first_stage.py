@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -412,6 +413,20 @@ def test_a_compiled_run_on_two_processes_trains_as_an_uncompiled_one(data_root: 
     for one, other in zip(compiled_rows, uncompiled, strict=True):
         for name in ("loss", "adversarial", "discriminator_loss", "adversarial_factor", "grad_norm"):
             assert one[f"train/{name}"] == pytest.approx(other[f"train/{name}"], rel=1e-9), name
+
+
+def test_images_that_lpips_can_not_take_are_refused_before_a_run_begins(tmp_path: Path) -> None:
+    pixels = torch.zeros(20, 12, 12, 3, dtype=torch.uint8).numpy()
+    np.save(tmp_path / "small.npy", pixels)
+    save_file(random_tensors(LPIPS, seed=0), tmp_path / "lpips.safetensors")
+    arguments = [
+        *(option for option in BASE if not option.startswith("data.")), "data.name=array",
+        f"data.path={tmp_path / 'small.npy'}", f"first_stage.perceptual={tmp_path / 'lpips.safetensors'}",
+        "first_stage.perceptual_weight=1", f"runs_dir={tmp_path / 'new'}",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="images of at least 16 x 16, and these are 12 x 12"):
+        train(configs.load(arguments))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from vae_dist.models.tensors import ShapeError
+from vae_dist.config import FirstStageConfig
+from vae_dist.errors import UserError
+from vae_dist.models.tensors import Shape, ShapeError
 
 LEAST_PIXELS = 16  # of height and width, which the network halves four times
 
@@ -64,6 +66,15 @@ class LPIPS(nn.Module):
             if index in _AFTER_RELU:
                 features.append(values / (values.square().sum(1, keepdim=True) + _EPSILON).sqrt())
         return features
+
+
+def check_size(options: FirstStageConfig, image_shape: Shape) -> None:
+    """Raise UserError for images `(C, H, W)` that the config's LPIPS, if it has one, can't take."""
+    if options.perceptual_weight and min(image_shape[1:]) < LEAST_PIXELS:
+        raise UserError(
+            f"first_stage.perceptual_weight is for images of at least {LEAST_PIXELS} x {LEAST_PIXELS}, and these are "
+            f"{image_shape[1]} x {image_shape[2]}: use larger ones, or leave it out"
+        )
 
 
 def require_images(reconstructions: Tensor, images: Tensor) -> None:

@@ -25,10 +25,10 @@ from vae_dist.data.splits import default_held_out
 from vae_dist.distributed.precision import resolve_precision
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
+from vae_dist.features import lpips
 from vae_dist.files import writing
-from vae_dist.models import build_vae, check_names
+from vae_dist.models import build_vae, check_names, discriminator
 from vae_dist.models.diffusers_start import resolve_start
-from vae_dist.models.discriminator import check_size
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
@@ -120,7 +120,8 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         config = resolve_start(config, info.image_shape)
     with torch.device("meta"):
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
-    check_size(config.first_stage, info.image_shape)
+    discriminator.check_size(config.first_stage, info.image_shape)
+    lpips.check_size(config.first_stage, info.image_shape)
     if is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
