@@ -312,6 +312,16 @@ def test_a_spike_changes_nothing_and_is_counted() -> None:
         assert recipe.memory.spikes == 0
 
 
+@pytest.mark.parametrize(("before", "skip_norm", "kept"), [(0.1, 1e-6, True), (100, 1e-6, False), (0.1, 1e6, False)])
+def test_a_spike_does_not_raise_the_adaptive_weight(before: float, skip_norm: float, kept: bool) -> None:
+    """It may lower it: a weight that is too large, and not the images, may be what makes a norm large."""
+    with recipe_of(*ADVERSARIAL, "first_stage.adaptive=true", f"first_stage.skip_norm={skip_norm}") as recipe:
+        recipe.memory.norms.copy_(torch.tensor([before, 1.0]))
+        take(recipe, random_batch(recipe.model))
+        others, adversarial = recipe.memory.norms.tolist()
+        assert [others, adversarial] == pytest.approx([before, 1]) if kept else 0.2 < others / adversarial < 50
+
+
 def test_a_discriminator_that_is_not_finite_stops_both_updates() -> None:
     with recipe_of(*ADVERSARIAL) as recipe:
         with torch.no_grad():

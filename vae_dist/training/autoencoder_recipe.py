@@ -161,20 +161,23 @@ class AutoencoderRecipe:
 
     def _adversarial_factor(self) -> Tensor:
         """The factor `()` of the adversarial weight, from the gradients of the step before."""
-        if not self._options.adaptive:
-            return torch.ones_like(self.memory.spikes)
-        others, adversarial = self.memory.norms
+        return self._ratio(self.memory.norms) if self._options.adaptive else torch.ones_like(self.memory.spikes)
+
+    def _ratio(self, norms: Tensor) -> Tensor:
+        others, adversarial = norms
         return (others / (adversarial + SMALLEST_NORM)).clamp(0, self._options.adaptive_most)
 
     @torch.no_grad()
     def _remember(self, at_last: Sequence[tuple[Tensor, Tensor]], healthy: Tensor, spike: Tensor) -> None:
         """Keep the norms of the gradients at the last layer, unless they are not finite, and count a spike.
 
-        They are those of all other terms, and of the verdict.
+        They are those of all other terms, and of the verdict. A spike may lower the next step's weight, which may have
+        been its cause, but never raises it: images without an update would have an effect through it.
         """
         for parts in at_last:
             norms = torch.stack([torch.linalg.vector_norm(part) for part in parts]).float()
-            self.memory.norms.copy_(torch.where(healthy, norms, self.memory.norms))
+            raises = (spike > 0) & (self._ratio(norms) > self._ratio(self.memory.norms))
+            self.memory.norms.copy_(torch.where(healthy & ~raises, norms, self.memory.norms))
         self.memory.spikes.add_(torch.where(healthy, spike.float(), 0.0))
 
     def _averaged(self, batch: Batch, strength: Tensor) -> Gradients:
