@@ -425,6 +425,25 @@ def test_a_compiled_run_on_two_processes_trains_as_an_uncompiled_one(data_root: 
             assert one[f"train/{name}"] == pytest.approx(other[f"train/{name}"], rel=1e-9), name
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["first_stage.perceptual=lpips.safetensors"], "LPIPS is not trained on"),
+        (["first_stage.adversarial_start=3"], "there is no discriminator"),
+        ([*ADVERSARIAL, "first_stage.adversarial_start=5"], "never feels the discriminator"),
+        (["first_stage.skip_norm=1e-6"], "no update was applied since the last record"),
+        ([*ADVERSARIAL, "first_stage.adversarial_start=3", "first_stage.skip_norm=1e6"], None),
+    ],
+)
+def test_options_without_an_effect_have_a_warning(
+    arguments: list[str], message: str | None, data_root: Path, tmp_path: Path
+) -> None:
+    common = [*BASE, f"data.root={data_root}", f"runs_dir={tmp_path}", "train.steps=4", "train.log_every=4"]
+    run = train(configs.load([*common, *arguments]))
+    warnings = [line for line in (run / "log.txt").read_text().splitlines() if "WARNING" in line]
+    assert [line for line in warnings if message in line] if message else not warnings
+
+
 def test_images_that_lpips_can_not_take_are_refused_before_a_run_begins(tmp_path: Path) -> None:
     pixels = torch.zeros(20, 12, 12, 3, dtype=torch.uint8).numpy()
     np.save(tmp_path / "small.npy", pixels)

@@ -1,11 +1,12 @@
 """Parts of the recipe `autoencoder`: its options, its other networks, and what it takes from one step to the next."""
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vae_dist.config import Config
+from vae_dist.config import Config, FirstStageConfig
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.features.files import load
@@ -13,6 +14,8 @@ from vae_dist.features.lpips import LPIPS
 from vae_dist.models.discriminator import PatchDiscriminator
 from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
 from vae_dist.models.vae import VAE
+
+logger = logging.getLogger(__name__)
 
 NO_FP16 = "train.recipe=autoencoder is for fp32, tf32, bf16 and fp64: use train.precision=bf16"
 SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptive weight
@@ -80,3 +83,18 @@ def check_options(config: Config) -> None:
     load_perceptual(config, torch.device("cpu"))
     if options.adaptive and not options.adversarial_weight:
         raise UserError("first_stage.adaptive needs first_stage.adversarial_weight above 0")
+
+
+def warn_of_idle_terms(options: FirstStageConfig, last_step: int) -> None:
+    """Log options of terms that never act in a run of so many steps."""
+    if options.perceptual is not None and not options.perceptual_weight:
+        logger.warning("LPIPS is not trained on: first_stage.perceptual is given, and perceptual_weight is 0")
+    scheduled = options.adversarial_start or options.adversarial_ramp or options.head_start
+    if scheduled and not options.adversarial_weight:
+        logger.warning("there is no discriminator: its schedule is given, and first_stage.adversarial_weight is 0")
+    if options.adversarial_weight and options.adversarial_start >= last_step:
+        logger.warning(
+            "the autoencoder never feels the discriminator: first_stage.adversarial_start=%d, and the run has %d steps",
+            options.adversarial_start,
+            last_step,
+        )

@@ -92,6 +92,12 @@ class Milestones:
         record = {**self._meter.read(), **{f"train/{name}": value for name, value in now.items()}}
         if self._config.train.nonfinite == "skip":
             record["train/skipped_updates"] = skipped
+        if self._world.is_main and record.get("train/spikes") == 1:
+            logger.warning(
+                "step %d: no update was applied since the last record: gradients have a norm of %.3g on average, and "
+                "first_stage.skip_norm=%g",
+                step, record["train/grad_norm"], self._config.first_stage.skip_norm,
+            )  # fmt: skip
         self._world.on_main(partial(self._tracker.scalars, step, record))
         self._progress.show(step, record)
         self._warn_of_contention()
