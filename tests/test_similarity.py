@@ -46,6 +46,18 @@ def eight_bits(values: Tensor) -> np.ndarray:
     return np.rint(np.clip(values.double().numpy(), 0, 1) * 255) / 255
 
 
+def test_psnr_is_that_of_8_bit_values() -> None:
+    reconstructions, images = pictures(7, 3, 12, 9)
+    errors = ((eight_bits(reconstructions) - eight_bits(images)) ** 2).mean((1, 2, 3))
+    found = similarity.psnr(reconstructions, images)
+    np.testing.assert_allclose(found.numpy(), 10 * np.log10(1 / errors), rtol=1e-12)
+    order = torch.randperm(12 * 9, generator=torch.Generator().manual_seed(1))
+    shuffled = [values.flatten(2)[:, :, order].view(7, 3, 12, 9) for values in (reconstructions, images)]
+    assert torch.equal(similarity.psnr(shuffled[0], shuffled[1]), found)  # its sums are exact
+    exact = torch.tensor(eight_bits(images))
+    assert similarity.psnr(exact + 0.4 / 255, exact).tolist() == [100.0] * 7
+
+
 def ssim_of_one(x: np.ndarray, y: np.ndarray) -> float:
     """SSIM of images (C, H, W), window by window (Wang et al. 2004, equations 13 to 16)."""
     distances = np.arange(11) - 5
@@ -163,7 +175,7 @@ def test_similarity_is_bitwise_the_same_on_three_processes(
 
 
 def test_images_that_lpips_or_ssim_can_not_compare(run_dir: Path, weights: Path, tmp_path: Path) -> None:
-    assert similarity.names((1, 10, 28), None) == [] and similarity.names((3, 11, 11), None) == ["ssim"]
+    assert similarity.names((1, 10, 28), None) == ["psnr"] and "ssim" in similarity.names((3, 11, 11), None)
     with pytest.raises(UserError, match=r"evaluate\.perceptual=.*lpips can't be read \(No such file"):
         evaluate(run_dir, [*FEW, f"evaluate.perceptual={tmp_path}/lpips"])
 

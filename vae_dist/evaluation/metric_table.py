@@ -30,7 +30,7 @@ METRICS = (
     Metric("kl", "KL", "nats", "the rate", is_term=True),
     Metric("bits_per_dimension", "bits per dimension", "", "from the {bound}", "lower", digits=None),
     Metric("mean_squared_error", "mean squared error", "per pixel", better="lower", digits=None),
-    Metric("psnr", "PSNR", "dB", better="higher"),
+    Metric("psnr", "PSNR", "dB", "8-bit values", "higher"),
     Metric("ssim", "SSIM", "", "1 if equal; 8-bit values", "higher", digits=4),
     Metric("lpips", "LPIPS", "", "0 if equal; VGG16, 8-bit values", "lower", digits=4, network="lpips_sha256"),
     Metric("rfid", "rFID", "", "0 if equal; {images} images, 8-bit values", "lower", network="rfid_sha256"),

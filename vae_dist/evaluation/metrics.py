@@ -26,7 +26,6 @@ from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_n
 from vae_dist.terminal.progress import progress
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
-LEAST_SQUARED_ERROR = 1e-10  # of an image's PSNR, which is then 100 dB: without an error it would be infinite
 
 
 def score(
@@ -172,7 +171,6 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "reconstruction": encodings.terms.reconstruction,
         "kl": encodings.terms.kl,
         "mean_squared_error": encodings.squared_error,
-        "psnr": -10 * encodings.squared_error.clamp(min=LEAST_SQUARED_ERROR).log10(),
         **encodings.similarity,
     }
     constant = constants.measure(vae, world, config)

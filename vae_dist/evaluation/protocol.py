@@ -20,8 +20,8 @@ from vae_dist.plan import FIXED_SEED
 
 # Conditions of metrics that latents don't depend on.
 _OF_METRICS = (
-    "likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk", "ssim", "lpips", "lpips_sha256",
-    "rfid", "rfid_sha256", "fid", "fid_samples",
+    "likelihood", "posterior_samples", "importance_samples", "noise_seed", "chunk", "psnr", "ssim", "lpips",
+    "lpips_sha256", "rfid", "rfid_sha256", "fid", "fid_samples",
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def describe(
         "posterior_samples": 1,
         "importance_samples": config.evaluate.importance_samples or 0,
         "noise_seed": FIXED_SEED,
+        "psnr": similarity.PSNR_PROTOCOL,
         **({"ssim": similarity.SSIM_PROTOCOL} if "ssim" in similarity.names(info.image_shape, None) else {}),
         **networks.protocol(),
         **(fid.protocol(config, info) if networks.inception is not None else {}),

@@ -1,6 +1,6 @@
-"""How alike a reconstruction and its image look: SSIM, LPIPS, features of FID. n images, C, H, W image, white is 1.
+"""How alike a reconstruction and its image look: PSNR, SSIM, LPIPS, features of FID.
 
-All see what a picture file would hold: values rounded to 8 bits.
+All see what a picture file would hold: values rounded to 8 bits. n images, C, H, W image, white is 1.
 """
 
 import math
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vae_dist.features.lpips import LPIPS
 
+MOST_DECIBELS = 100.0  # of an image: without an error its PSNR would be infinite
+PSNR_PROTOCOL = f"values rounded to 8 bits, of each image by itself, at most {MOST_DECIBELS:g} dB"
 WINDOW = 11  # pixels on a side; smaller images have no SSIM
 DEVIATION = 1.5
 VALUES_AT_ONCE = 2**20  # of images in one call, to bound memory; part of the protocol's last digits
@@ -22,18 +24,29 @@ SSIM_PROTOCOL = (
 
 
 def names(image_shape: tuple[int, ...], lpips: LPIPS | None) -> list[str]:
-    """Return the metrics that compare images of a shape (C, H, W): `ssim`, unless they are too small, and `lpips`."""
-    return [*(["ssim"] if min(image_shape[1:]) >= WINDOW else []), *(["lpips"] if lpips is not None else [])]
+    """Return the metrics of images of a shape (C, H, W): `psnr`, `ssim` unless they are too small, `lpips` if given."""
+    return ["psnr", *(["ssim"] if min(image_shape[1:]) >= WINDOW else []), *(["lpips"] if lpips is not None else [])]
 
 
 def compare(reconstructions: Tensor, images: Tensor, names: Sequence[str], lpips: LPIPS | None) -> Tensor:
     """Return these metrics of each pair of images `(n, C, H, W)`: `(n, len(names))` float64, on the CPU."""
-    columns = [torch.empty(len(images), 0, dtype=torch.float64)]
+    columns = [psnr(reconstructions, images).unsqueeze(1)]
     if "ssim" in names:
         columns.append(ssim(reconstructions, images).unsqueeze(1))
     if lpips is not None:
         columns.append(perceptual_distance(lpips, reconstructions, images).unsqueeze(1))
     return torch.cat(columns, 1)
+
+
+def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Return the PSNR of each pair of images `(n, C, H, W)`: `(n,)` float64, dB, on the CPU."""
+
+    def squares(*pair: Tensor) -> Tensor:
+        one, other = pair
+        return (one - other).square().flatten(1).sum(1, dtype=torch.int64)  # exact
+
+    errors = _in_parts(squares, reconstructions, images) / (255**2 * images[0].numel())
+    return (-10 * errors.log10()).clamp(max=MOST_DECIBELS)
 
 
 def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
