@@ -228,6 +228,24 @@ def test_the_perceptual_term_has_a_gradient(tmp_path: Path) -> None:
         assert recipe.frozen.keys() == {"perceptual"}
 
 
+@pytest.mark.parametrize(("precision", "in_a_step"), [("fp32", False), ("bf16", True)])
+def test_lpips_may_use_tf32_in_a_step_in_bf16_and_nothing_else_may(
+    precision: str, in_a_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(random_tensors(LPIPS, seed=0), tmp_path / "lpips.safetensors")
+    file = f"first_stage.perceptual={tmp_path / 'lpips.safetensors'}"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as in every process of ours
+    with recipe_of("first_stage.perceptual_weight=0.5", file, f"train.precision={precision}") as recipe:
+        assert not torch.backends.cudnn.allow_tf32
+        seen = []
+        hook = recipe.frozen["perceptual"].register_forward_hook(
+            lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+        )
+        take(recipe, random_batch(recipe.model))
+        hook.remove()
+        assert seen == [in_a_step] and not torch.backends.cudnn.allow_tf32
+
+
 def test_a_frozen_encoder_keeps_its_weights() -> None:
     config = configs.load([*BASE, *ADVERSARIAL, "ema.decay=0.5"])
     config.train.freeze = "encoder"

@@ -1,8 +1,8 @@
 """Numerical precision: the meaning of `train.precision` on a device, and Accelerate's part in it."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -43,6 +43,17 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
             f"process, and this run is in {precision}: {remedy} with mixed_precision={ours!r}"
         )
     return precision
+
+
+@contextmanager
+def tf32_convolutions(allowed: bool) -> Iterator[None]:
+    """Let convolutions of fp32 tensors on a GPU round their inputs to TF32 inside the context, if `allowed`."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before or allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def accelerator(precision: Precision) -> Accelerator:

@@ -69,6 +69,8 @@ class AutoencoderRecipe:
         self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
         perceptual = load_perceptual(config, world.device)
         self.frozen: dict[str, nn.Module] = {} if perceptual is None else {"perceptual": perceptual}
+        # LPIPS is float32, where TF32 is still more exact than the bf16 of the reconstructions that it compares.
+        self._allows_tf32 = perceptual is not None and config.train.precision == "bf16"
         if self._ema is not None:
             self.networks["ema"] = self._ema.network
         self.discriminator = make_discriminator(vae, config, world) if self._options.adversarial_weight else None
@@ -193,7 +195,8 @@ class AutoencoderRecipe:
         weights = [*self._optimizer.weights, *(self.discriminator.parameters() if self.discriminator else ())]
         for number in range(self._config.train.accumulate):
             rows = shard(len(batch.pixels), number, self._config.train.accumulate)
-            results = self._gradients(*(tensor[rows.start : rows.stop] for tensor in batch), strength, *weights)
+            with precision.tf32_convolutions(self._allows_tf32):
+                results = self._gradients(*(tensor[rows.start : rows.stop] for tensor in batch), strength, *weights)
             totals = [total.add_(value) for total, value in zip(totals, results, strict=True)] if totals else results
         loss, sums, *gradients = totals
         count = int(self._options.adaptive)

@@ -43,9 +43,6 @@ def load_perceptual(config: Config, device: torch.device) -> LPIPS | None:
             "first_stage.perceptual_weight needs first_stage.perceptual, the file that `vae-dist fetch-weights "
             "lpips_vgg` writes"
         )
-    if device.type == "cuda" and config.train.precision == "bf16":
-        # LPIPS is float32, where TF32 is still more exact than the bf16 of the reconstructions that it compares.
-        torch.backends.cudnn.allow_tf32 = True
     return load(LPIPS, Path(options.perceptual), "first_stage.perceptual", device).network
 
 
