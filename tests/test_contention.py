@@ -4,14 +4,18 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from vae_dist.distributed.contention import Contention
 
+REPOSITORY = str(Path(__file__).parents[1])
+
 # Two processes on one core: each gets half of the time that it could use.
 SHARED_CORE = """
 import os, sys, time
+sys.path.insert(0, sys.argv[1])
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from vae_dist.distributed.contention import Contention
 
@@ -32,10 +36,13 @@ print(contention.warning(1))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processes that can be bound to a core")
 def test_threads_that_other_work_keeps_from_the_cores_are_reported_and_threads_that_wait_for_data_are_not() -> None:
     waiting = Contention()
-    with subprocess.Popen([sys.executable, "-c", SHARED_CORE], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SHARED_CORE, REPOSITORY], stdout=subprocess.PIPE, text=True
+    ) as process:
         time.sleep(2.5)
         assert waiting.warning(2) is None
         early, shared, single = process.communicate(timeout=60)[0].splitlines()
