@@ -534,6 +534,7 @@ def test_any_run_is_evaluated_on_other_images(make_config: MakeConfig, tmp_path:
         compare([run_dir], [f"evaluate.folder={path}"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_single_images_is_bitwise_the_same_at_any_number_of_processes(
     fork_server: ForkServer, make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -274,6 +274,7 @@ COMMON = ["data.name=folder", "data.size=8", "data.validation_images=6", "train.
           "data.synthetic_images=6", "objective.reconstruction=gaussian", "data.flip=true"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_on_a_folder_and_on_its_pack_on_another_machine(
     make_config: MakeConfig, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
