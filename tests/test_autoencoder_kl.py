@@ -316,7 +316,8 @@ def common(smoke_arguments: list[str]) -> list[str]:
     return [*smoke_arguments[1:], *DIGITS, *SMALL, *options, "evaluate.importance_samples=2"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_stopped_run_continues_to_the_same_bits(common: list[str], precision: str, tmp_path: Path) -> None:
     common = [*common, f"runs_dir={tmp_path}", f"train.precision={precision}", "checkpoint.every=2"]
     straight = train(config.load([*common, "name=straight", "train.steps=4"]))

@@ -108,7 +108,8 @@ def test_a_training_with_a_stalled_reader_runs_to_its_end(smoke_arguments: list[
     assert saved_step() == 40
 
 
-@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
 def test_a_closed_terminal_changes_neither_training_nor_exit_code(stopped: bool, smoke_arguments: list[str]) -> None:
     """As with a disowned job, which continues, and as with one that gets SIGHUP, which saves and ends."""
     child, leader = pty.fork()

@@ -68,6 +68,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.mark.slow
 def test_a_run_without_fsync_rename_or_locks_is_bitwise_the_same(
     faults: Path, smoke_arguments: list[str], make_config: MakeConfig, tmp_path: Path
 ) -> None:
