@@ -1,8 +1,10 @@
 """Captured steps, with stand-ins for the capture that need no GPU; tests/gpu has the capture itself."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from tests.conftest import MakeConfig
 from tests.test_trainer import final, timeless
 from vae_dist.compute import cuda_graph
 from vae_dist.compute.cuda_graph import CapturedSteps, Steps
+from vae_dist.distributed import stopping
+from vae_dist.runs.run import RunDirectory
+from vae_dist.runs.state import TrainingState
+from vae_dist.runs.tracking import Tracker
 from vae_dist.training import update
 from vae_dist.training.cadence import Cadence, launches
 from vae_dist.training.loop import train
@@ -105,6 +111,39 @@ def test_a_run_of_steps_launched_at_once_is_bitwise_the_run(
     captured = train(make_config(*arguments, "name=captured"))
     assert final(captured) == final(plain)
     assert timeless(captured) == timeless(plain)
+
+
+def test_a_record_is_written_while_the_next_steps_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is launched many steps at once would wait for it; what else is due comes after the record."""
+    events: list[tuple[str, int]] = []
+    take, scalars, save = Update.__call__, Tracker.scalars, RunDirectory.save
+
+    def take_and_note(self: Update, batches: Any, values: Any) -> None:
+        taken = max([step for name, step in events if name == "steps"], default=0)
+        events.append(("steps", taken + len(values)))
+        take(self, batches, values)
+
+    def note_scalars(self: Tracker, step: int, values: Mapping[str, float]) -> None:
+        events.append(("training" if "train/loss" in values else "validation", step))
+        scalars(self, step, values)
+
+    def note_save(self: RunDirectory, config: Any, recipe: Any, state: TrainingState) -> Path:
+        events.append(("saved", state.step))
+        return save(self, config, recipe, state)
+
+    monkeypatch.setattr(Update, "__call__", take_and_note)
+    monkeypatch.setattr(Tracker, "scalars", note_scalars)
+    monkeypatch.setattr(RunDirectory, "save", note_save)
+    monkeypatch.setattr(stopping, "CHECK_SECONDS", 1e6)
+    monkeypatch.setattr(update, "Update", partial(Update, capture=replaying))
+    train(make_config("train.steps=40", "train.log_every=8", "train.validate_every=24", "checkpoint.every=32"))
+    for step in (8, 16):
+        taken = [number for number, (name, _) in enumerate(events) if name == "steps"]
+        following = taken[taken.index(events.index(("steps", step))) + 1]
+        assert events[following + 1] == ("training", step)
+    for step, first in (24, "validation"), (32, "saved"), (40, "validation"):
+        place = events.index(("training", step))
+        assert place > events.index(("steps", step)) and events[place + 1] == (first, step)
 
 
 class FixedWatch:

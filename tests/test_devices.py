@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import update_of
 from tests.sources import of_pixels
@@ -38,6 +39,7 @@ COUNT = 700
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """The world of a single process as Accelerate describes it: on "cuda", which equals no tensor's device."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield world_of(1)
 
@@ -64,6 +66,20 @@ def vae(card: World) -> VAE:
         return build_vae(config_of(), (1, 28, 28))
 
 
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies from the host to the card that wait for the card, which gets no new work meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            self.count += args[0].device.type == "cpu" and not kwargs.get("non_blocking")
+        return func(*args, **kwargs)
+
+
 def test_a_device_is_named_as_its_tensors_name_it(card: World) -> None:
     assert card.device == CARD == torch.zeros(1, device="cuda").device
 
@@ -83,7 +99,9 @@ def test_fp32_is_fp32_in_every_command(card: World, monkeypatch: pytest.MonkeyPa
 def test_images_and_noise_stay_on_the_gpu(binarize: str, card: World) -> None:
     training = of_pixels(pixels())
     batches = Batches(training, Plan(0, COUNT, 50), config_of(f"data.binarize={binarize}"), card, (40,))
-    batch = batches(range(12, 16))  # over the end of an epoch
+    with BlockingCopies() as copies:
+        batch = batches(range(12, 16))  # over the end of an epoch
+    assert copies.count == 0
     assert {tensor.device for tensor in batch} == {CARD}
     assert [tuple(tensor.shape) for tensor in batch] == [(4, 50, 1, 28, 28), (4, 50, 40), (4, 0)]
     assert batches._rows_of_words.device == CARD
@@ -125,7 +143,9 @@ def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypa
         torch.zeros(3, 100, 1, 40, device=CARD),
         torch.empty(3, 0, dtype=torch.int64, device=CARD),
     )
-    update(batches, [update.recipe.values(step) for step in range(3)])
+    with BlockingCopies() as copies:
+        update(batches, [update.recipe.values(step) for step in range(3)])
+    assert copies.count == 0
     state = [*update.recipe.tensors, update.totals, *update.recipe.model.parameters()]
     assert {tensor.device for tensor in state} == {CARD}
     assert reduced == [CARD] * 3 * (processes > 1)

@@ -103,7 +103,7 @@ def our_loop(training: InMemory, config: Config, world: World, run_dir: Path) ->
         update(batches(range(number, number + 1)), [recipe.values(number)])
         meter.count(1)
         if due(number + 1, config.train.log_every, LAST_STEP):
-            tracker.scalars(number + 1, meter.read())
+            tracker.scalars(number + 1, meter.metrics(meter.cut()))
 
     return step
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vae_dist.compute.transfers import sent
 from vae_dist.config import Config
 from vae_dist.data.source import InMemory, Source, every_label
 from vae_dist.distributed import precision
@@ -127,7 +128,7 @@ class Batches:
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            self._order, self._epoch = self._plan.order(epoch).to(self._held_on), epoch
+            self._order, self._epoch = sent(self._plan.order(epoch), self._held_on), epoch
         return self._order
 
     def _draw_noise(self, steps: range) -> Tensor:

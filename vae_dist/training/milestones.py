@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data.source import Source
@@ -23,7 +25,7 @@ from vae_dist.runs.picture import Picture
 from vae_dist.runs.state import Best, TrainingState
 from vae_dist.runs.tracking import Tracker
 from vae_dist.terminal.progress import TrainingProgress
-from vae_dist.training.meter import Meter
+from vae_dist.training.meter import Meter, Window
 from vae_dist.training.update import NotFiniteError, Update
 from vae_dist.views import pictures
 
@@ -66,6 +68,8 @@ class Milestones:
         self._first_step = self._step = self._saved_step = state.step
         self._best = state.best
         self._validation_pending = state.validation_pending
+        self._unfinished: tuple[int, Mapping[str, float], Window] | None = None  # record
+        self._logs_late = update.most_steps > 1
         self._contention: Contention | None = None  # from the first step on, until there is a warning
 
     @contextmanager
@@ -86,10 +90,23 @@ class Milestones:
             ) from None
 
     def log(self, step: int, now: Mapping[str, float]) -> None:
-        """Log the training metrics of the steps since the last record."""
-        skipped = self._require_healthy(step)
+        """Log the training metrics of the steps since the last record.
+
+        If many steps are launched at once, the record is written by `finish_log`, after the next launch: a GPU would be
+        idle until then. Whatever else is due comes after the record.
+        """
+        self._unfinished = step, now, self._meter.cut()
+        if not self._logs_late:
+            self.finish_log()
+
+    def finish_log(self) -> None:
+        """Finish what `log` has begun."""
+        if self._unfinished is None:
+            return
+        (step, now, window), self._unfinished = self._unfinished, None
+        skipped = self._require_healthy(step, window.totals())
         self._update.assert_equal_weights(step)
-        record = {**self._meter.read(), **{f"train/{name}": value for name, value in now.items()}}
+        record = {**self._meter.metrics(window), **{f"train/{name}": value for name, value in now.items()}}
         if self._config.train.nonfinite == "skip":
             record["train/skipped_updates"] = skipped
         if self._world.is_main and record.get("train/spikes") == 1:
@@ -104,6 +121,7 @@ class Milestones:
 
     def validate(self, step: int) -> bool:
         """Evaluate the validation images, draw the pictures, and return whether this validation is the best so far."""
+        self.finish_log()
         self._require_healthy(step)
         self._validation_pending = True  # until it is done
         with self._meter.paused():
@@ -124,6 +142,7 @@ class Milestones:
 
     def save(self, step: int) -> None:
         """Publish a checkpoint."""
+        self.finish_log()
         skipped = self._require_healthy(step)
         with self._meter.paused():
             self._update.assert_equal_weights(step)
@@ -141,6 +160,7 @@ class Milestones:
 
     def check_stop(self, step: int) -> None:
         """Raise RunError if an update was not finite, and StoppedError if any process was asked to stop."""
+        self.finish_log()
         self._require_healthy(step)
         if step == self._first_step + 1:  # the check above has waited for the device
             logger.info("the first step is done, %.1f s after the start", environment.seconds_since_start())
@@ -158,11 +178,11 @@ class Milestones:
         self._tracker.flush()  # a checkpoint is never ahead of the records
         return self._run.save(self._config, self._recipe, state)
 
-    def _require_healthy(self, step: int) -> int:
+    def _require_healthy(self, step: int, totals: Tensor | None = None) -> int:
         """Call `Update.require_healthy`, and add advice to its error."""
-        self._step = step
+        self._step = max(step, self._step)
         try:
-            return self._update.require_healthy(step)
+            return self._update.require_healthy(step, totals)
         except NotFiniteError as error:
             now = self._recipe.values(error.step)
             raise RunError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture
+from vae_dist.compute.transfers import sent
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
@@ -68,7 +69,7 @@ class Update:
         if list(values) != self._values:  # a constant schedule is copied to the device once
             self._values = list(values)
             numbers = [list(of_step.values()) for of_step in values]
-            self._values_on_device = torch.tensor(numbers, dtype=self.totals.dtype).to(self.totals.device)
+            self._values_on_device = sent(torch.tensor(numbers, dtype=self.totals.dtype), self.totals.device)
         if self._captured_steps is not None:
             self._captured_steps(self._values_on_device, *batches)
         else:
@@ -84,12 +85,13 @@ class Update:
         state = [*self.recipe.tensors, self.totals]
         return CapturedSteps(self._take, state, capture, self._scaler.state_dict, self._scaler.load_state_dict)
 
-    def require_healthy(self, step: int) -> int:
+    def require_healthy(self, step: int, totals: Tensor | None = None) -> int:
         """Return how many updates were skipped up to `step`, the same on all processes; all call this.
 
-        Raises NotFiniteError for the first one, or with train.nonfinite=skip RunError if they are too many.
+        `totals` are those after `step`; None reads the present ones. Raises NotFiniteError for the first update that
+        was skipped, or with train.nonfinite=skip RunError if they are too many.
         """
-        applied, skipped = map(int, self.totals[-2:].tolist())
+        applied, skipped = map(int, (self.totals if totals is None else totals)[-2:].tolist())
         if skipped and self._config.train.nonfinite == "stop":
             raise NotFiniteError(self._first_step + applied)
         skipped += self._skipped_before
