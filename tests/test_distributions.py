@@ -8,6 +8,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.distributions import Laplace as TorchLaplace
 
 from vae_dist.config import ObjectiveConfig
+from vae_dist.models import pixel_distributions
 from vae_dist.models.likelihoods import LIKELIHOODS, likelihood_kind
 from vae_dist.models.pixel_distributions import Bernoulli, Gaussian, Laplace
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND, DiagonalGaussian
@@ -24,7 +25,13 @@ def test_kl_is_zero_for_the_prior_and_positive_elsewhere() -> None:
     assert (DiagonalGaussian(torch.randn(100, 3), torch.randn(100, 3)).kl_from_standard_normal() >= 0).all()
 
 
-def test_bernoulli_matches_torch_distributions() -> None:
+@pytest.fixture(params=["a CPU's", "compiled for a GPU"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way in which a Bernoulli's log p(x|z) is computed."""
+    monkeypatch.setattr(pixel_distributions, "traced_on_gpu", lambda x: request.param == "compiled for a GPU")
+
+
+def test_bernoulli_matches_torch_distributions(form: None) -> None:
     logits = 4 * torch.randn(16, 1, 5, 6, dtype=torch.float64)
     images = torch.randint(0, 2, logits.shape).double()
     expected = Independent(TorchBernoulli(logits=logits), 3).log_prob(images)
@@ -32,7 +39,7 @@ def test_bernoulli_matches_torch_distributions() -> None:
     torch.testing.assert_close(Bernoulli(logits).mean, TorchBernoulli(logits=logits).mean)
 
 
-def test_the_bernoullis_gradient_is_that_of_binary_cross_entropy() -> None:
+def test_the_bernoullis_gradient_is_that_of_binary_cross_entropy(form: None) -> None:
     ours = (4 * torch.randn(16, 1, 5, 6, dtype=torch.float64)).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     images, weights = torch.rand(16, 1, 5, 6, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
@@ -49,7 +56,7 @@ def test_bernoulli_accepts_grey_pixels_and_is_linear_in_them() -> None:
     torch.testing.assert_close(grey, 0.75 * likelihood.log_prob(black) + 0.25 * likelihood.log_prob(white))
 
 
-def test_bernoulli_is_finite_at_extreme_logits() -> None:
+def test_bernoulli_is_finite_at_extreme_logits(form: None) -> None:
     logits = torch.tensor([-1e4, 1e4]).view(1, 1, 1, 2).requires_grad_()
     value = Bernoulli(logits).log_prob(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2))
     assert value.item() == pytest.approx(-2e4)
@@ -141,7 +148,7 @@ def test_small_log_variances_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_nothing_is_summed_in_low_precision(dtype: torch.dtype) -> None:
+def test_nothing_is_summed_in_low_precision(dtype: torch.dtype, form: None) -> None:
     logits = torch.randn(4, 1, 28, 28).to(dtype)
     images = torch.rand(4, 1, 28, 28)
     mean, log_variance = torch.randn(2, 4, 40).to(dtype)

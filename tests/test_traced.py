@@ -8,13 +8,14 @@ from torch._dynamo.backends.common import aot_autograd
 
 from vae_dist import config
 from vae_dist.distributed import processes
-from vae_dist.models import autoencoder_kl, blocks, build_vae, norms, tensors
+from vae_dist.models import autoencoder_kl, blocks, build_vae, norms, pixel_distributions, tensors
 from vae_dist.models.autoencoder_kl import OneWideHead, attended
 from vae_dist.models.blocks import repeated
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.vae_recipe import VAERecipe
 
+MODULES = autoencoder_kl, blocks, norms, pixel_distributions, tensors  # that write something anew for a GPU
 NETWORK = [
     "model.architecture=autoencoder_kl", "model.channels=[8,16]", "model.norm_groups=4", "model.attention=[2]",
     "objective.reconstruction=laplace",
@@ -73,7 +74,7 @@ def test_gradients_traced_for_a_gpu_are_those_of_autograd(
     network: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing relies on the order of images in memory, which is another one there."""
-    for module in (autoencoder_kl, blocks, norms, tensors):
+    for module in MODULES:
         monkeypatch.setattr(module, "traced_on_gpu", lambda x: torch.compiler.is_compiling())
     given = [*network, *options, "model.channels=[4,8]", "data.name=synthetic_digits", "train.batch_size=2"]
     settings = config.load([*given, "device=cpu", "train.threads=1", "objective.samples=3"])
@@ -94,7 +95,7 @@ def test_gradients_traced_for_a_gpu_are_those_of_autograd(
 @pytest.mark.slow
 def test_a_step_traced_for_a_gpu_has_its_order_and_no_addition_by_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card ran a step of kl-f8 of which a third was the latter, and a tenth copies from one order to the other."""
-    for module in (autoencoder_kl, blocks, norms, tensors):
+    for module in MODULES:
         monkeypatch.setattr(module, "traced_on_gpu", lambda x: torch.compiler.is_compiling())
     graphs: list[Any] = []
 
