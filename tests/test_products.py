@@ -28,6 +28,8 @@ for m, k, n in (40, 200, 20), (20, 129, 40), (33, 20, 33), (7, 20, 3), (1, 1, 1)
         assert (multiply(a, b) - exact).norm() < 3e-7 * exact.norm()
 big = torch.empty(2**9, 2**10, device="meta"), torch.empty(2**10, 2**9, device="meta")
 assert products.splits_and_precision(*big) is None
+long = torch.empty(2**12, 20, device="meta"), torch.empty(20, 40, device="meta")
+assert products.splits_and_precision(*long) is None and products.splits_and_precision(long[0][:-1], long[1]) is not None
 assert products.splits_and_precision(torch.ones(2, 2).double(), torch.ones(2, 2).double()) is None
 print("equal")
 """
@@ -67,6 +69,28 @@ with torch.no_grad():
     )(images, *layers.parameters())
 torch.testing.assert_close(compiled, gradients(images, *layers.parameters()), rtol=1e-5, atol=1e-5)
 assert len(calls) == 8, calls  # three forward, and the gradients of three weights and of two hidden layers
+
+products.SMALL = 0  # large products are cuBLAS's, which adds the bias and applies the ReLU of a layer
+targets = []
+
+
+class Seen(products.SmallProducts):
+    def __call__(self, graph):
+        super().__call__(graph)
+        targets.extend(node.target for node in graph.nodes)
+
+    def uuid(self):
+        return None  # no program from the compiler's cache
+
+
+torch.compiler.reset()
+with torch.no_grad():
+    joined = torch.compile(gradients, fullgraph=True, options={"post_grad_custom_pre_pass": Seen()})(
+        images, *layers.parameters()
+    )
+torch.testing.assert_close(joined, gradients(images, *layers.parameters()), rtol=1e-5, atol=1e-5)
+assert len(calls) == 8 and targets.count(torch.ops.aten._addmm_activation.default) == 1
+assert torch.ops.aten.relu.default not in targets
 print("equal")
 """
 
