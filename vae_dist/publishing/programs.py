@@ -5,6 +5,7 @@ Each is run as soon as it is made, and compared with the model. B batch, L laten
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from importlib.metadata import version
@@ -183,7 +184,9 @@ _Run = Callable[[tuple[Tensor, ...]], Sequence[Any]]
 def _loaded(module: Encoder | Decoder, name: str, content: bytes) -> _Run:
     """Return a function that runs a program's file, which this process has just made."""
     if name.endswith(FORMATS["program"]):
-        program = torch.export.load(BytesIO(content)).module()
+        with warnings.catch_warnings():  # torch 2.11 warns of its own buffers
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            program = torch.export.load(BytesIO(content)).module()
         return lambda arguments: program(*arguments)
     import onnxruntime
 
