@@ -68,7 +68,6 @@ def main() -> None:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """A training as users start it."""
     import numpy as np
-    import torch
     from safetensors.torch import save_file
 
     from vae_dist import config as configs
@@ -79,16 +78,19 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from vae_dist.training.update import Update
 
     (loop,) = options.loops
-    take = Update.__call__
+    take, taken = Update.__call__, 0
+    memory = {"GiB": 0.0}  # of the steps, without validations
 
-    def take_and_wait(self: Update, *given: Any) -> None:
+    def take_and_note(self: Update, *given: Any) -> None:
+        nonlocal taken
         take(self, *given)
-        self.totals.tolist()  # all is done by then
-        Update.__call__ = take  # type: ignore[method-assign]
-        sys.stdin.readline()
+        taken += 1
+        memory["GiB"] = gibibytes(options.device)  # the host counts it when it launches a step
+        if options.wait and taken == 1:
+            self.totals.tolist()  # all is done by then
+            sys.stdin.readline()
 
-    if options.wait:
-        Update.__call__ = take_and_wait  # type: ignore[method-assign, assignment]
+    Update.__call__ = take_and_note  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         images, weights = Path(folder) / "images.npy", Path(folder) / "lpips.safetensors"
         shape = IMAGES, options.side, options.side, 3
@@ -108,9 +110,20 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         train(configs.load(given))
         seconds = time.perf_counter() - began
         rates = [value for _, value in RunDirectory(Path(folder) / "run").points("train/images_per_second")]
-        memory = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
     rate = statistics.median(rates[len(rates) // 2 :])
-    return {"images_per_second": rate, "GiB": memory, "seconds_before": seconds - options.steps * options.batch / rate}
+    return {
+        "images_per_second": rate,
+        **memory,
+        "GiB_with_validation": gibibytes(options.device),
+        "seconds_before": seconds - options.steps * options.batch / rate,
+    }
+
+
+def gibibytes(device: str) -> float:
+    """The peak of the memory of this process's tensors on a card."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
 
 
 def plain(options: argparse.Namespace) -> dict[str, float]:
@@ -175,11 +188,12 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
         chosen = torch.randint(0, IMAGES, (options.batch,), device=device)
         step(images[chosen])
         rates.append(options.batch / (wait() - started))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     rate = statistics.median(rates[len(rates) // 2 :])
     return {
-        "images_per_second": rate, "GiB": memory, "seconds_before": wait() - began - len(rates) * options.batch / rate,
-    }  # fmt: skip
+        "images_per_second": rate,
+        "GiB": gibibytes(device.type),
+        "seconds_before": wait() - began - len(rates) * options.batch / rate,
+    }
 
 
 if __name__ == "__main__":

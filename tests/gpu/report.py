@@ -34,10 +34,19 @@ PYTEST = [
     "--confcutdir", "tests/gpu",
 ]  # fmt: skip
 ARCHITECTURES = "mlp", "conv", "resnet", "autoencoder_kl"
+PRECISIONS = "bf16", "fp32"  # of the tests that compile a network
 TESTS = {  # those that compile most begin first
     "first_stage_bf16": ["tests/gpu/test_first_stage.py", "-k", "compiled and bf16"],
     "first_stage_fp32": ["tests/gpu/test_first_stage.py", "-k", "compiled and fp32"],
-    **{name: ["tests/gpu/test_networks.py", "-k", name] for name in ARCHITECTURES},
+    **{
+        f"{name}_{precision}": ["tests/gpu/test_networks.py", "-k", f"{name} and {precision}"]
+        for name in reversed(ARCHITECTURES)
+        for precision in PRECISIONS
+    },
+    **{
+        name: ["tests/gpu/test_networks.py", "-k", f"{name} and not bf16 and not fp32"]
+        for name in reversed(ARCHITECTURES)
+    },
     **{
         precision: ["tests/gpu/test_training.py", "-k", precision]
         for precision in ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -230,15 +239,19 @@ def first_stages(loops: dict[str, dict[str, float] | None]) -> list[str]:
         "checkpointed": "this package, `train.checkpointing=true`",
         "plain": "a loop of torch under autocast, not compiled",
     }
+    columns = {
+        "images_per_second": "images/s", "GiB": "GiB", "GiB_with_validation": "GiB, with validations",
+        "seconds_before": "seconds for all else",
+    }  # fmt: skip
     rows = [
-        [title, *(f"{loops[loop][name]:.1f}" for name in ("images_per_second", "GiB", "seconds_before"))]  # type: ignore[index]
+        [title, *(f"{found[name]:.1f}" if name in found else "" for name in columns)]
         for loop, title in titles.items()
-        if loops.get(loop)
+        if (found := loops.get(loop))
     ]
     return [
         "## A first stage", "",
         "kl-f8 at 256 x 256, batch 16, bf16, with LPIPS and an adaptive discriminator; weights are random.", "",
-        *markdown(["", "images/s", "GiB", "seconds for all else"], rows),
+        *markdown(["", *columns.values()], rows),
     ]  # fmt: skip
 
 

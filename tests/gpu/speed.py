@@ -1,6 +1,7 @@
 """Images per second of this package on one GPU, of plain torch loops and of JAX: one batch size, all precisions.
 
     python tests/gpu/speed.py BATCH_SIZE RESULT.json SETTING ... [--repeats 5] [--wait] [--device cpu] [--steps 10]
+                              [--only fp32 tf32]
 
 The loops of tests/benchmarks/contestants.py wait in processes of their own and take turns; medians are written. With
 --wait, turns begin at a line on stdin: other sizes can compile at the same time, and measure one after another.
@@ -12,7 +13,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from tests.benchmarks.speed import QUIET, Group
 
 STEPS = {128: 4000, 1024: 1500, 8192: 400}  # of a turn
 PLAIN_STEPS = {128: 400, 1024: 400}  # of loops launched step by step: small batches only
+PRECISIONS = "fp32", "tf32", "bf16", "fp16"
 LOOPS = {
-    "ours": ("this package", ("fp32", "tf32", "bf16", "fp16"), STEPS),
+    "ours": ("this package", PRECISIONS, STEPS),
     "jax": ("JAX, whole turn jitted", ("fp32", "tf32", "bf16"), STEPS),
     "memory": ("in-memory PyTorch loop", ("fp32", "bf16"), PLAIN_STEPS),
     "memory_compiled": ("the same, torch.compile", ("fp32", "bf16"), PLAIN_STEPS),
@@ -37,7 +39,7 @@ Rates = dict[str, float | None]
 
 def measure(
     size: int, settings: list[str], folder: str, repeats: int, most_steps: int, await_turn: Callable[[], object],
-    note: Callable[[Rates], None],
+    note: Callable[[Rates], None], only: Collection[str],
 ) -> None:  # fmt: skip
     """Note images per second by `loop, precision` after each turn; None for a loop that can't be run."""
     rates: Rates = {}
@@ -46,7 +48,7 @@ def measure(
         for loop, (_, precisions, steps) in LOOPS.items():
             if size not in steps or (loop == "jax" and importlib.util.find_spec("jax") is None):
                 continue
-            for precision in precisions:
+            for precision in filter(only.__contains__, precisions):
                 given = [*QUIET, "device=cuda", *settings, f"train.batch_size={size}", f"train.precision={precision}"]
                 given += [f"runs_dir={folder}", f"name={loop}_{precision}_{size}"]
                 group = alive.enter_context(Group(loop, given, wait=False))
@@ -76,6 +78,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="precisions")
     parser.add_argument("--steps", type=int, default=max(STEPS.values()), help="at most so many in a turn")
     options = parser.parse_args()
     os.environ.update(
@@ -93,5 +96,12 @@ if __name__ == "__main__":
 
     settings = [*options.settings, f"device={options.device}"]
     measure(
-        options.size, settings, str(options.result.parent / "runs"), options.repeats, options.steps, await_turn, note
+        options.size,
+        settings,
+        str(options.result.parent / "runs"),
+        options.repeats,
+        options.steps,
+        await_turn,
+        note,
+        options.only,
     )

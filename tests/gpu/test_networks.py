@@ -25,6 +25,7 @@ NETWORKS = {
     "autoencoder_kl": [*SMALL_GRID, LEARNED, "model.norm_groups=4"],
 }
 UNCOMPILED = "train.compile=false"
+ATTENTION = {"autoencoder_kl": ["model.attention=[1]"]}  # of more than the middle; left out where a compiler waits
 
 
 def options_of(architecture: str) -> list[str]:
@@ -48,7 +49,8 @@ def test_a_run_is_bitwise_the_same_resumed_or_captured(architecture: str, precis
 @pytest.mark.parametrize("architecture", NETWORKS)
 def test_a_cpu_and_a_gpu_see_the_same_losses_of_a_network(architecture: str, colour_run: Train) -> None:
     # A large eps: otherwise Adam makes an update of every rounding error.
-    given = [*options_of(architecture), "train.steps=10", "train.log_every=1", "optim.eps=0.001", UNCOMPILED]
+    given = [*options_of(architecture), *ATTENTION.get(architecture, []), UNCOMPILED]
+    given += ["train.steps=10", "train.log_every=1", "optim.eps=0.001"]
     losses = []
     for device in ("cpu", "cuda"):
         folder = colour_run(f"{architecture}_on_{device}", *given, f"device={device}")
@@ -77,7 +79,8 @@ def test_images_decoded_at_every_step_train_as_packed_ones(colour_run: Train) ->
 
 def given_to(architecture: str) -> list[str]:
     classes = ["data.classes=[a,b]"] if architecture == "conv" else []
-    return [*options_of(architecture), *classes, "objective.sigma=0.3", "objective.reconstruction=laplace"]
+    options = [*options_of(architecture), *ATTENTION.get(architecture, []), *classes]
+    return [*options, "objective.sigma=0.3", "objective.reconstruction=laplace"]
 
 
 def gradients(architecture: str, *, recomputed: bool) -> Sequence[Tensor]:
