@@ -70,8 +70,7 @@ def train(config: Config) -> Path:
                 for steps in launches(state.step, cadence, most_steps, outputs.watch):
                     values = [update.recipe.values(step) for step in steps]
                     update(batches(steps), values)
-                    milestones.finish_log()
-                    meter.count(len(steps))
+                    milestones.launched(len(steps))
                     done = steps.stop
                     if due(done, cadence.log_every, cadence.last_step):
                         milestones.log(done, values[-1])

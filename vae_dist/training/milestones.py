@@ -89,18 +89,23 @@ class Milestones:
                 stopped.exit_code,
             ) from None
 
+    def launched(self, steps: int) -> None:
+        """Count steps that have just been launched."""
+        self._finish_log()
+        self._meter.count(steps)
+
     def log(self, step: int, now: Mapping[str, float]) -> None:
         """Log the training metrics of the steps since the last record.
 
-        If many steps are launched at once, the record is written by `finish_log`, after the next launch: a GPU would be
-        idle until then. Whatever else is due comes after the record.
+        If many steps are launched at once, the record is written after the next launch, for a GPU would be idle
+        meanwhile. Whatever else is due comes after the record.
         """
         self._unfinished = step, now, self._meter.cut()
         if not self._logs_late:
-            self.finish_log()
+            self._finish_log()
 
-    def finish_log(self) -> None:
-        """Finish what `log` has begun."""
+    def _finish_log(self) -> None:
+        """Write the record that `log` has begun, if there is one."""
         if self._unfinished is None:
             return
         (step, now, window), self._unfinished = self._unfinished, None
@@ -121,7 +126,7 @@ class Milestones:
 
     def validate(self, step: int) -> bool:
         """Evaluate the validation images, draw the pictures, and return whether this validation is the best so far."""
-        self.finish_log()
+        self._finish_log()
         self._require_healthy(step)
         self._validation_pending = True  # until it is done
         with self._meter.paused():
@@ -142,7 +147,7 @@ class Milestones:
 
     def save(self, step: int) -> None:
         """Publish a checkpoint."""
-        self.finish_log()
+        self._finish_log()
         skipped = self._require_healthy(step)
         with self._meter.paused():
             self._update.assert_equal_weights(step)
@@ -160,7 +165,7 @@ class Milestones:
 
     def check_stop(self, step: int) -> None:
         """Raise RunError if an update was not finite, and StoppedError if any process was asked to stop."""
-        self.finish_log()
+        self._finish_log()
         self._require_healthy(step)
         if step == self._first_step + 1:  # the check above has waited for the device
             logger.info("the first step is done, %.1f s after the start", environment.seconds_since_start())
