@@ -45,6 +45,9 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # one per job, below the ephemeral ports
 # shellcheck disable=SC2016
 launch='exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"'
 
+# torch 2.10 and 2.11 have neither this setting nor an option for it: their torchrun waits 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60
+
 step=
 stopping=
 trap 'stopping=yes; again=yes; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null' USR1
@@ -59,7 +62,6 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
     --rdzv-endpoint="${nodes[0]}:$port" \
     --rdzv-id="slurm-$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    --shutdown-timeout=60 \
     vae_dist/train.py "name=slurm-$SLURM_JOB_ID" "$@" &
 step=$!
 [[ -z $stopping ]] || kill -USR1 "$step" 2>/dev/null

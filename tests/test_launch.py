@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from argparse import Namespace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,11 @@ def test_the_documented_commands_are_collected() -> None:
 class Cluster:
     """A SLURM of two nodes made of shell scripts, which log their arguments."""
 
+    OPTIONS = (  # of torchrun in torch 2.10, the oldest one that is supported
+        "--node-rank", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
+        "--signals-to-handle",
+    )  # fmt: skip
+
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
         self._folder = folder
@@ -129,6 +135,7 @@ class Cluster:
             """
             end() { echo "$1" > "$OUT/status-$SLURM_NODEID"; exit "$1"; }
             trap 'end "$ON_SIGNAL"' USR1
+            echo "shutdown in $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >> "$OUT/log"
             printf '%s\\n' "$@" > "$OUT/part-$SLURM_NODEID"
             mv "$OUT/part-$SLURM_NODEID" "$OUT/node-$SLURM_NODEID"
             for _ in $(seq "$TICKS"); do sleep 0.02; done
@@ -167,6 +174,8 @@ class Cluster:
         """A node's torchrun arguments, parsed by torchrun itself."""
         module, *arguments = (self._folder / f"node-{node}").read_text().splitlines()[1:]
         assert module == "torch.distributed.run"
+        options = takewhile(lambda argument: argument.startswith("--"), arguments)
+        assert {option.partition("=")[0] for option in options} <= set(self.OPTIONS)
         return get_args_parser().parse_args(arguments)
 
     def lines(self) -> list[str]:
@@ -200,6 +209,7 @@ def test_every_node_starts_its_part_of_one_run(cluster: Cluster) -> None:
         assert node.training_script == "vae_dist/train.py"
         assert node.training_script_args == [f"name=slurm-{JOB}", *given]
     assert {"srun --nodes=2", "srun --ntasks=2", "srun --cpus-per-task=32"} <= set(cluster.lines())
+    assert cluster.lines().count("shutdown in 60") == 2
     assert not [line for line in cluster.lines() if line.startswith("scontrol")]
 
 
