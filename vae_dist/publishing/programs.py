@@ -5,6 +5,7 @@ Each is run as soon as it is made, and compared with the model. B batch, L laten
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -23,6 +24,8 @@ FORMATS = {"onnx": ".onnx", "program": ".pt2"}
 LARGEST_ERROR = 1e-5
 BATCHES = range(1, 8)  # of the comparison
 ONNX_BYTES = 2**31 - 1  # a file of protobuf can't be longer
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in messages of torch's exporter
 
 
 class Encoder(nn.Module):
@@ -108,21 +111,28 @@ def make_programs(vae: VAE, formats: Sequence[str]) -> Programs:
     files: dict[str, bytes] = {}
     errors: dict[str, Mapping[str, float]] = {}
     for module in (Encoder(vae), Decoder(vae)) if formats else ():
-        try:
-            traced = _traced(module)
-            contents = {f"{module.name}{FORMATS[name]}": _MAKERS[name](module, traced) for name in formats}
-        except UserError:
-            raise
-        except Exception as error:  # a model of the user's own can fail in any way
-            problem = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"the {module.name} can't be exported as a program ({type(error).__name__}: {problem[:200]}); "
-                "export.formats=[] exports the weights alone"
-            ) from error
-        for name, content in contents.items():
-            errors[name] = _errors(module, _loaded(module, name, content), name)
+        with warnings.catch_warnings():  # torch 2.10 and 2.11 warn of what they themselves do here
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            contents = _contents(module, formats)
+            errors |= {name: _errors(module, _loaded(module, name, file), name) for name, file in contents.items()}
         files |= contents
     return Programs(files, errors)
+
+
+def _contents(module: Encoder | Decoder, formats: Sequence[str]) -> dict[str, bytes]:
+    """Make the program's files. Raises UserError for one that can't be made."""
+    try:
+        traced = _traced(module)
+        return {f"{module.name}{FORMATS[name]}": _MAKERS[name](module, traced) for name in formats}
+    except UserError:
+        raise
+    except Exception as error:  # a model of the user's own can fail in any way
+        problem = _COLOURS.sub("", str(error)).strip().partition("\n")[0]
+        raise UserError(
+            f"the {module.name} can't be exported as a program ({type(error).__name__}: {problem[:200]}); "
+            "export.formats=[] exports the weights alone"
+        ) from error
 
 
 def _part(vae: VAE, without: str) -> VAE:
@@ -184,9 +194,7 @@ _Run = Callable[[tuple[Tensor, ...]], Sequence[Any]]
 def _loaded(module: Encoder | Decoder, name: str, content: bytes) -> _Run:
     """Return a function that runs a program's file, which this process has just made."""
     if name.endswith(FORMATS["program"]):
-        with warnings.catch_warnings():  # torch 2.11 warns of its own buffers
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            program = torch.export.load(BytesIO(content)).module()
+        program = torch.export.load(BytesIO(content)).module()
         return lambda arguments: program(*arguments)
     import onnxruntime
 
