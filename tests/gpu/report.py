@@ -35,18 +35,7 @@ PYTEST = [
 ]  # fmt: skip
 ARCHITECTURES = "mlp", "conv", "resnet", "autoencoder_kl"
 PRECISIONS = "bf16", "fp32"  # of the tests that compile a network
-TESTS = {  # those that compile most begin first
-    "first_stage_bf16": ["tests/gpu/test_first_stage.py", "-k", "compiled and bf16"],
-    "first_stage_fp32": ["tests/gpu/test_first_stage.py", "-k", "compiled and fp32"],
-    **{
-        f"{name}_{precision}": ["tests/gpu/test_networks.py", "-k", f"{name} and {precision}"]
-        for name in reversed(ARCHITECTURES)
-        for precision in PRECISIONS
-    },
-    **{
-        name: ["tests/gpu/test_networks.py", "-k", f"{name} and not bf16 and not fp32"]
-        for name in reversed(ARCHITECTURES)
-    },
+TESTS = {  # first the trainer, then what compiles longest
     **{
         precision: ["tests/gpu/test_training.py", "-k", precision]
         for precision in ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -54,9 +43,22 @@ TESTS = {  # those that compile most begin first
     "paths": ["tests/gpu/test_training.py", "-k", "not fp32 and not tf32 and not bf16 and not fp16 and not fp64"],
     "results": ["tests/gpu/test_results.py"],
     "processes": ["tests/gpu/test_processes.py"],
-    "networks": ["tests/gpu/test_networks.py", "-k", " and ".join(f"not {name}" for name in ARCHITECTURES)],
+    **{
+        f"{name}_{precision}": ["tests/gpu/test_networks.py", "-k", f"{name} and {precision}"]
+        for name in reversed(ARCHITECTURES)
+        for precision in PRECISIONS
+    },
+    **{
+        f"first_stage_{precision}": ["tests/gpu/test_first_stage.py", "-k", f"compiled and {precision}"]
+        for precision in PRECISIONS
+    },
+    **{
+        name: ["tests/gpu/test_networks.py", "-k", f"{name} and not bf16 and not fp32"]
+        for name in reversed(ARCHITECTURES)
+    },
     "first_stage": ["tests/gpu/test_first_stage.py", "-k", "not compiled"],
     "uses": ["tests/gpu/test_uses.py"],
+    "networks": ["tests/gpu/test_networks.py", "-k", " and ".join(f"not {name}" for name in ARCHITECTURES)],
 }
 SIDE_BY_SIDE = 16  # of the tests: they wait for compilers more than for the card
 TEST_SECONDS = 420  # of all tests
