@@ -25,10 +25,14 @@ def test_kl_is_zero_for_the_prior_and_positive_elsewhere() -> None:
     assert (DiagonalGaussian(torch.randn(100, 3), torch.randn(100, 3)).kl_from_standard_normal() >= 0).all()
 
 
-@pytest.fixture(params=["a CPU's", "compiled for a GPU"])
+@pytest.fixture(params=["a CPU's", "compiled for a GPU", "compiled by torch 2.10"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way in which a Bernoulli's log p(x|z) is computed."""
     monkeypatch.setattr(pixel_distributions, "traced_on_gpu", lambda x: request.param == "compiled for a GPU")
+    if request.param == "compiled by torch 2.10":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(pixel_distributions, "TRACES_FUNCTIONS", False)
+        monkeypatch.delattr(pixel_distributions, "_BernoulliLogProb")
 
 
 def test_bernoulli_matches_torch_distributions(form: None) -> None:

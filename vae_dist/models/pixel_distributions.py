@@ -14,6 +14,9 @@ from vae_dist.models.tensors import at_least_float32, require_shape, traced_on_g
 
 Number = float | Tensor  # a tensor `()`
 
+# torch 2.10 can't compile an autograd.Function inside torch.func.
+TRACES_FUNCTIONS = torch.__version__ >= "2.11"
+
 _FACTORS = 112  # of at least 1/2: their product, 2^-112, is not yet denormal in float32
 
 
@@ -60,7 +63,8 @@ class Bernoulli(NamedTuple):
         require_shape(images, self.logits.shape, "images")
         logits = at_least_float32(self.logits).flatten(1)
         images = images.to(logits.dtype).flatten(1)
-        if not (logits.is_cpu or traced_on_gpu(logits)):
+        has_own_gradient = logits.is_cpu or traced_on_gpu(logits)
+        if not has_own_gradient or (torch.compiler.is_compiling() and not TRACES_FUNCTIONS):
             return -F.binary_cross_entropy_with_logits(logits, images, reduction="none").sum(1)
         log_prob: Tensor = _BernoulliLogProb.apply(logits, images)[0]
         return log_prob
