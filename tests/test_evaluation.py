@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
+from vae_dist.models import build_vae
 from vae_dist.models.likelihoods import GaussianPixels
 from vae_dist.models.pixel_distributions import Gaussian, Number
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
@@ -328,6 +330,30 @@ def test_every_image_counts_once_also_in_a_last_smaller_chunk(run_dir: Path, mak
         expected.append(elbo_terms(vae(image, noise.unsqueeze(0)), image).negative_elbo)
     assert result["negative_elbo"] == pytest.approx(torch.cat(expected).double().mean().item(), abs=1e-4)
     assert result["negative_elbo"] == pytest.approx(result["reconstruction"] + result["kl"])
+
+
+def test_fewer_large_images_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 images of 256 x 256 would take a wide decoder 100 GiB, at the first validation of a training."""
+    sizes: list[int] = []
+    infer = VAE.infer
+
+    def noted(self: VAE, images: Tensor, *rest: Any) -> Any:
+        sizes.append(len(images))
+        return infer(self, images, *rest)
+
+    monkeypatch.setattr(VAE, "infer", noted)
+    images = of_pixels(torch.zeros(13, 3, 256, 256, dtype=torch.uint8))
+    settings = config.load(["model.hidden_dims=[1]", "evaluate.importance_samples=3", "device=cpu"])
+    with processes.join(settings) as world:
+        vae = build_vae(settings, (3, 256, 256))
+        for measure in score, encode, negative_log_likelihood:
+            measure(vae, images, world, settings)
+    assert sizes == [10, 3] * 3
+    small, large, chosen = (1, 28, 28), (3, 4096, 4096), config.load(["evaluate.batch_size=7", "evaluate.chunk=9"])
+    options = settings.evaluate
+    assert [options.images_at_once(shape) for shape in (small, large)] == [500, 1]
+    assert [options.draws_at_once(shape) for shape in (small, large)] == [2000, 1]
+    assert (chosen.evaluate.images_at_once(large), chosen.evaluate.draws_at_once(large)) == (7, 9)
 
 
 def test_an_evaluation_is_reproducible_bitwise(run_dir: Path) -> None:

@@ -110,7 +110,7 @@ class TrainedModel:
         if samples < 1:
             raise UserError(f"samples={samples}: at least one sample of each image is needed")
         inputs = self._inputs(images, labels)
-        at_once = self.config.evaluate.chunk
+        at_once = self.config.evaluate.draws_at_once(self.model.image_shape)
         with torch.no_grad():
             estimates = [
                 importance_estimate(self.model, inputs.rows(chunk), chunk, samples, at_once)
@@ -126,7 +126,7 @@ class TrainedModel:
         return to_labels(labels, count, self.model, self.config.data.classes or ())
 
     def _chunks(self, count: int) -> list[range]:
-        return every_chunk(count, self.config.evaluate.batch_size)
+        return every_chunk(count, self.config.evaluate.images_at_once(self.model.image_shape))
 
     def _view(self, kind: str, **options: Any) -> Made:
         given = {"kind": kind, **{key: value for key, value in options.items() if value is not None}}

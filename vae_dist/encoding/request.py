@@ -62,7 +62,7 @@ class Request:
 
 def make_request(config: Config, checkpoint: Checkpoint, vae: VAE, info: DataInfo) -> Request:
     """Return the request of a command for the images that `info` describes."""
-    options, batch_size = config.encode, config.evaluate.batch_size
+    options, batch_size = config.encode, config.evaluate.images_at_once(vae.image_shape)
     shard_images = -(-options.shard_images // batch_size) * batch_size
     is_drawn = options.latents == "draws"
     values = {

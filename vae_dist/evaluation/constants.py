@@ -72,7 +72,7 @@ def measure(vae: VAE, world: World, config: Config) -> dict[str, Tensor]:
     if (pixels := period(vae)) is None:
         return {}
     images = constant_images(vae.image_shape, config.data.binarize)
-    chunks = world.chunks(len(images), config.evaluate.batch_size)
+    chunks = world.chunks(len(images), config.evaluate.images_at_once(vae.image_shape))
     values = []
     with torch.inference_mode():
         for chunk in chunks:

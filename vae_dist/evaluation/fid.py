@@ -49,7 +49,7 @@ def _of_samples(vae: VAE, inception: nn.Module, world: World, config: Config) ->
     A sample's code depends on its index alone. The first are those that `sample.kind=prior` draws by default.
     """
     count = config.evaluate.fid_samples or 0
-    chunks = world.chunks(count, config.evaluate.batch_size)
+    chunks = world.chunks(count, config.evaluate.images_at_once(vae.image_shape))
     values = []
     with (
         torch.inference_mode(),

@@ -38,10 +38,11 @@ def score(
     """
     if source.info.count == 0:
         return ElboTerms(torch.empty(0), torch.empty(0))
-    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
+    at_once = config.evaluate.images_at_once(vae.image_shape)
+    chunks = world.chunks(source.info.count, at_once)
     values = []
     with torch.inference_mode():
-        for turn in range(-(-source.info.count // (config.evaluate.batch_size * world.size))):
+        for turn in range(-(-source.info.count // (at_once * world.size))):
             if turn % STOP_CHECK_CHUNKS == 0:
                 check_stop()
             for chunk in chunks[turn : turn + 1]:  # the last turn may have none for this process
@@ -68,7 +69,8 @@ def encode(vae: VAE, source: Source, world: World, config: Config, networks: Net
     Reconstructions are compared by the networks that are given. A chunk's latents are summed up before chunks are
     gathered: those of all images may not fit into memory.
     """
-    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
+    at_once = config.evaluate.images_at_once(vae.image_shape)
+    chunks = world.chunks(source.info.count, at_once)
     names = similarity.names(source.info.image_shape, networks.lpips)
     values, features, kl_sums, moments = [], [], [], []
     with torch.inference_mode():
@@ -88,10 +90,10 @@ def encode(vae: VAE, source: Source, world: World, config: Config, networks: Net
             moments.append(torch.stack(torch.var_mean(means.double(), 0, correction=0)).unsqueeze(0))
     columns = world.gather_rows(chunks, values, source.info.count).unbind(1)
     terms_of_all, error = ElboTerms(*columns[:2]), columns[2]
-    numbers = [range(number, number + 1) for number in (chunk.start // config.evaluate.batch_size for chunk in chunks)]
-    count = -(-source.info.count // config.evaluate.batch_size)
+    numbers = [range(number, number + 1) for number in (chunk.start // at_once for chunk in chunks)]
+    count = -(-source.info.count // at_once)
     kl = world.gather_rows(numbers, kl_sums, count).sum(0) / source.info.count
-    sizes = [len(chunk) for chunk in every_chunk(source.info.count, config.evaluate.batch_size)]
+    sizes = [len(chunk) for chunk in every_chunk(source.info.count, at_once)]
     variance, _ = joined(sizes, world.gather_rows(numbers, moments, count))
     alike_of_all = dict(zip(names, columns[3:], strict=True))
     features_of_all = None if networks.inception is None else world.gather_rows(chunks, features, source.info.count)
@@ -119,13 +121,14 @@ def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Conf
     NaN. Every process calls this.
     """
     count = config.evaluate.importance_samples or 0
-    chunks = world.chunks(source.info.count, config.evaluate.batch_size)
+    chunks = world.chunks(source.info.count, config.evaluate.images_at_once(vae.image_shape))
+    at_once = config.evaluate.draws_at_once(vae.image_shape)
     values = []
     latents = count * sum(map(len, chunks))
     with torch.inference_mode(), progress("negative log-likelihood", latents, is_main=world.is_main) as advance:
         for chunk in chunks:
             inputs = read_inputs(vae, source, chunk)
-            values.append(importance_estimate(vae, inputs, chunk, count, config.evaluate.chunk, advance))
+            values.append(importance_estimate(vae, inputs, chunk, count, at_once, advance))
     return world.gather_rows(chunks, values, source.info.count)
 
 

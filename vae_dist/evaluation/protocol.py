@@ -63,8 +63,8 @@ def describe(
         "training_precision": config.train.precision,
         "device": world.device.type,
         "threads": torch.get_num_threads(),
-        "batch_size": config.evaluate.batch_size,
-        "chunk": config.evaluate.chunk,
+        "batch_size": config.evaluate.images_at_once(info.image_shape),
+        "chunk": config.evaluate.draws_at_once(info.image_shape),
         "versions": {
             "vae_dist": vae_dist.__version__,
             "python": platform.python_version(),

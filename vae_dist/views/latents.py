@@ -164,7 +164,7 @@ class TrainedVAE:
 
     def in_chunks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
         """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU."""
-        chunks = self.world.chunks(count, self.config.evaluate.batch_size)
+        chunks = self.world.chunks(count, self.config.evaluate.images_at_once(self.vae.image_shape))
         values = []
         with (
             progress(title, sum(map(len, chunks)), is_main=self.world.is_main) as advance,
