@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ from vae_dist.training import cadence, loop, schedules, update
 from vae_dist.training.loop import train
 from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
+
+GPU_IS_FULL = (  # as torch 2.11 says it
+    "CUDA out of memory. Tried to allocate 9.66 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.25 GiB is "
+    "free. Including non-PyTorch memory, this process has 73.85 GiB memory in use."
+)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -336,6 +342,27 @@ def test_an_update_that_is_not_finite_is_never_applied(
         train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.log_every=1000"))
     went_on = train(make_config("name=d", "train.steps=20", "checkpoint.every=5", "train.nonfinite=skip"))
     assert Checkpoint(went_on / "checkpoints/step_00000020").state.skipped_updates == 1
+
+
+@pytest.mark.parametrize(
+    ("fill", "problem"),
+    [
+        (lambda: torch.empty(2**50), "DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        (
+            lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(GPU_IS_FULL)),
+            "CUDA out of memory. Tried to allocate 9.66 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.25 GiB "
+            "is free. ",
+        ),
+    ],
+    ids=["a CPU", "a GPU"],
+)
+def test_full_memory_ends_the_run_with_what_takes_less(
+    fill: Callable[[], object], problem: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Update, "__call__", lambda *given: fill())
+    with pytest.raises(RunError, match=r"train\.accumulate, or with train\.checkpointing=true; its") as ended:
+        train(make_config("name=run"))
+    assert str(ended.value).startswith(problem) and "\n" not in str(ended.value)
 
 
 def test_a_directory_deleted_during_the_run_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

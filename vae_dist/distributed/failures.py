@@ -42,6 +42,23 @@ def reported(rank: int, size: int) -> Iterator[None]:
 
 
 @contextmanager
+def full_memory_explained() -> Iterator[None]:
+    """If the memory of the device is full inside the context, raise RunError, which says what takes less."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip().partition("\n")[0]
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text):
+            raise
+        problem = ". ".join(re.sub(".*(?=DefaultCPUAllocator)", "", text).split(". ")[:3]).rstrip(".")
+        raise RunError(
+            f"{problem}. Steps of a training take less with a larger train.accumulate, or with "
+            "train.checkpointing=true; its validations, evaluations and encodings with a smaller evaluate.batch_size "
+            "and evaluate.chunk"
+        ) from error
+
+
+@contextmanager
 def explained(rank: int, size: int) -> Iterator[None]:
     """Around a collective: if it fails, raise the error that another process wrote, or name the missing processes."""
     try:

@@ -40,5 +40,5 @@ def join(config: Config) -> Iterator[World]:
                 "device"
             )
         world = World(state)
-        with failures.reported(world.rank, world.size):
+        with failures.reported(world.rank, world.size), failures.full_memory_explained():
             yield world
