@@ -363,6 +363,8 @@ def test_full_memory_ends_the_run_with_what_takes_less(
     with pytest.raises(RunError, match=r"train\.accumulate, or with train\.checkpointing=true; its") as ended:
         train(make_config("name=run"))
     assert str(ended.value).startswith(problem) and "\n" not in str(ended.value)
+    log = (Path(make_config().runs_dir) / "run/log.txt").read_text()
+    assert log.splitlines()[-1].endswith(str(ended.value)) and "Traceback" not in log
 
 
 def test_a_directory_deleted_during_the_run_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

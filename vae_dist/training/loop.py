@@ -8,7 +8,7 @@ from pathlib import Path
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data.batches import Batches
-from vae_dist.distributed import environment, fingerprints, processes
+from vae_dist.distributed import environment, failures, fingerprints, processes
 from vae_dist.distributed.precision import param_dtype
 from vae_dist.distributed.stopping import StopRequests, Watch
 from vae_dist.distributed.world import World
@@ -106,7 +106,9 @@ def _outputs(resolved: Resolved, world: World, state: TrainingState, cadence: Ca
         tracker = trackers[0] if trackers else tracking.Tracker([])
         progress = TrainingProgress(world.is_main, state.step, cadence.last_step, plan.steps_per_epoch)
         stack.enter_context(tracker)
-        yield Outputs(tracker, stack.enter_context(progress), Watch(requests, world, state.step))
+        shown = stack.enter_context(progress)
+        stack.enter_context(failures.full_memory_explained())  # first, so that the log has it too
+        yield Outputs(tracker, shown, Watch(requests, world, state.step))
         if world.is_main and config.tracking.artifact and (checkpoint := run.best() or run.newest()) is not None:
             tracker.artifact(checkpoint.folder)
     progress.table(f"{run.directory}, step {cadence.last_step}")
