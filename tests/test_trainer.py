@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.conftest import MakeConfig, newest_checkpoint
 from tests.sources import mapped, whole
@@ -21,6 +22,8 @@ from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
+from vae_dist.models.vae import Inference
+from vae_dist.objectives import OBJECTIVES, ElboTerms, Values, elbo_terms
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
@@ -445,3 +448,37 @@ def test_a_process_without_the_others_does_not_train_alone(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"WORLD_SIZE=2 means .* RANK, LOCAL_RANK, MASTER_ADDR is not set"):
         train(make_config())
+
+
+def test_every_value_of_an_objective_is_logged_under_its_name(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(inference: Inference, images: Tensor, beta: Tensor) -> Values:
+        terms = elbo_terms(inference, images)
+        halves = {"kl": terms.kl, "twice_kl": 2 * terms.kl, "reconstruction": terms.reconstruction}
+        return {**halves, "loss": terms.negative_elbo}
+
+    monkeypatch.setitem(OBJECTIVES, "doubled", doubled)
+    run_dir = train(make_config("objective.bound=doubled", "train.steps=2", "train.log_every=2"))
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["train/twice_kl"] == pytest.approx(2 * row["train/kl"], rel=1e-6)
+    assert row["train/loss"] == pytest.approx(row["train/reconstruction"] + row["train/kl"], rel=1e-6)
+    assert row["train/reconstruction"] > 100 * row["train/kl"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (lambda terms: {"elbo": -terms.negative_elbo}, "the objective wrong returns no loss, but elbo"),
+        (
+            lambda terms: {"loss": terms.negative_elbo.mean()},
+            r"loss of one image.*must have the shape \(1,\), not \(\)",
+        ),
+    ],
+)
+def test_an_objective_without_a_loss_of_each_image_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, values: Callable[[ElboTerms], Values], message: str
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "wrong", lambda inference, images, beta: values(elbo_terms(inference, images)))
+    with pytest.raises(ValueError, match=message):
+        train(make_config("objective.bound=wrong"))

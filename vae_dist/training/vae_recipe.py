@@ -15,7 +15,9 @@ from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision
 from vae_dist.distributed.gradients import average_gradients
 from vae_dist.distributed.world import World
+from vae_dist.models.labels import in_turn
 from vae_dist.models.likelihoods import LocationScaleKind
+from vae_dist.models.tensors import require_shape
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES
 from vae_dist.plan import shard
@@ -53,7 +55,7 @@ class VAERecipe:
         self.networks: dict[str, nn.Module] = {"model": vae, **({"ema": self._ema.network} if self._ema else {})}
         self.optimizers: dict[str, Optimizer] = {"optimizer": self._optimizer}
         self.frozen: dict[str, nn.Module] = {}
-        self.image_values: tuple[str, ...] = ("loss", "reconstruction", "kl")
+        self._names = self.image_values = _names_of_values(vae, config, precision.sum_dtype(world.device))
         self._logs_sigma = isinstance(vae.likelihood, LocationScaleKind) and vae.likelihood.scale.is_fitted
         if self._logs_sigma:
             self.image_values += ("sigma",)
@@ -166,7 +168,8 @@ class VAERecipe:
         inference = vae(images, noise, labels)
         if self._calibration is not None:
             inference = with_sigma(inference, values[-1])
-        losses = OBJECTIVES[self._config.objective.bound](inference, images, values[1])
+        values_of_images = OBJECTIVES[self._config.objective.bound](inference, images, values[1])
+        losses = {name: values_of_images[name] for name in self._names}
         if self._logs_sigma:
             losses["sigma"] = inference.likelihood.sigma.to(losses["loss"].dtype).expand(len(images))
         return Losses(losses)
@@ -220,3 +223,21 @@ class VAERecipe:
         norm = totals[len(self.image_values)]
         programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*results, norm])
         self._not_agreed_on = []
+
+
+def _names_of_values(vae: VAE, config: Config, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the names of the values that the config's objective returns: it computes those of one black image.
+
+    Raises ValueError unless `loss` is one of them and each has a number per image.
+    """
+    bound = config.objective.bound
+    noise = torch.zeros(config.objective.samples, 1, vae.latent_dim, dtype=vae.dtype, device=vae.device)
+    with torch.no_grad():
+        images = vae.to_input(torch.zeros(1, *vae.image_shape, dtype=torch.uint8))
+        inference = vae(images, noise, in_turn(vae.classes, range(1), vae.device))
+        values = OBJECTIVES[bound](inference, images, torch.ones((), dtype=dtype, device=vae.device))
+    if "loss" not in values:
+        raise ValueError(f"the objective {bound} returns no loss, but {', '.join(values)}")
+    for name, value in values.items():
+        require_shape(value, (1,), f"{name} of one image, by the objective {bound},")
+    return tuple(values)
