@@ -119,9 +119,12 @@ def _several_networks(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _likelihood(config: Config) -> dict[str, object]:
-    """The settings of the likelihood, on which the size of a run's metrics depends."""
+    """The settings of the likelihood, on which the size of a run's metrics depends: of p(x), or p(x|y) of a label."""
     objective = config.objective
-    settings: dict[str, object] = {"objective.reconstruction": objective.reconstruction}
+    settings: dict[str, object] = {
+        "model.conditional": config.model.conditional,
+        "objective.reconstruction": objective.reconstruction,
+    }
     if likelihood_kind(objective).has_scale:
         settings["objective.sigma"] = objective.sigma if objective.sigma_kind == "fixed" else "fitted"
     return settings
