@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from vae_dist.data import datasets
 from vae_dist.data.source import InMemory, in_memory, read
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.files import write_atomically
 from vae_dist.reports import comparison
-from vae_dist.reports.comparison import _to_json, compare, curves
+from vae_dist.reports.comparison import _kept_evaluation, _to_json, compare, curves
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.study import study
-from vae_dist.reports.table import make_table
-from vae_dist.runs.lookup import find
+from vae_dist.reports.table import incomparable, make_table
+from vae_dist.runs.lookup import Opened, find
 from vae_dist.runs.picture import with_caption
 from vae_dist.training import cadence, loop
 from vae_dist.training.loop import train
@@ -268,6 +269,43 @@ def test_the_newest_evaluation_counts_and_missing_metrics_are_omitted(pair: list
         assert f"| {result['negative_log_likelihood']:.2f} (K={count}) |" in table
 
 
+@pytest.mark.parametrize(
+    ("arguments", "metrics"),
+    [
+        (["evaluate.importance_samples=3"], {"importance_samples": 3}),
+        (["evaluate.importance_samples=null"], {"importance_samples": 0}),
+        (["evaluate.perceptual=weights"], {"lpips": 0.1}),
+        (["evaluate.inception=weights"], {"rfid": 1.0}),
+        (["evaluate.inception=weights", "evaluate.fid_samples=5"], {"rfid": 1.0, "fid": 1.0, "fid_samples": 5}),
+    ],
+)
+def test_an_evaluation_without_the_metrics_that_are_asked_for_does_not_count(
+    arguments: list[str], metrics: dict[str, Any], trained: list[Path], tmp_path: Path
+) -> None:
+    run = opened(trained[0], [*arguments, f"output={tmp_path}"])
+    (tmp_path / "evaluations").mkdir()
+    given = {argument.partition("=")[0] for argument in arguments}
+    terms = dict.fromkeys(("negative_elbo", "reconstruction", "kl"), 1.0)
+    kept = terms | {"step": 10, "split": "test", "dataset": "synthetic_digits", "importance_samples": 2}
+    for name, values in ("a", kept), ("b", kept | metrics):
+        assert _kept_evaluation(run, tmp_path, given) is None
+        write_atomically(tmp_path / f"evaluations/step_00000010_test_{name}.json", json.dumps(values).encode())
+        assert _kept_evaluation(run, tmp_path, ()) == values
+        os.utime(tmp_path / f"evaluations/step_00000010_test_{name}.json", (time.time() - 5 * (name == "a"),) * 2)
+    assert _kept_evaluation(run, tmp_path, given) == kept | metrics
+
+
+def test_a_comparison_says_what_its_arguments_ask_for(
+    trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Opened, folder: Path, given: Collection[str]) -> None:
+        raise UserError(f"asked for {sorted(given)}")
+
+    monkeypatch.setattr(comparison, "_kept_evaluation", refuse)
+    with pytest.raises(UserError, match=r"asked for \['evaluate.importance_samples'\]"):
+        compare(trained[:1], [f"output={tmp_path}", "evaluate.importance_samples=3"])
+
+
 def test_other_held_out_images_can_be_compared(pair: list[Path]) -> None:
     evaluate(pair[0])
     folder = compare(pair, ["evaluate.split=validation"])
@@ -311,6 +349,14 @@ def test_incomparable_metrics_come_with_a_warning(
     warning = f"THE {metrics} OF THESE RUNS ARE NOT COMPARABLE: they differ in {difference}"
     assert json.loads((folder / "comparison.json").read_text())["warning"] == warning
     assert warning in (folder / "table.md").read_text() and warning in capsys.readouterr().out
+
+
+def test_a_model_that_is_told_the_label_does_not_compare_with_one_that_is_not(pair: list[Path]) -> None:
+    runs = [opened(run) for run in pair]
+    told = runs[0]._replace(config=replace(runs[0].config, model=replace(runs[0].config.model, conditional=True)))
+    assert incomparable([told, told]) is None
+    warning = incomparable([told, runs[1]])
+    assert warning is not None and "METRICS IN NATS" in warning and "model.conditional (True, False)" in warning
 
 
 def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:

@@ -8,7 +8,7 @@ key=value   one of the options below, none of which belongs to the training; out
 --help      print this and exit
 
 Writes losses.png, reconstructions.png, table.md and comparison.json to runs_dir/comparisons/<names>, or to output. A
-checkpoint without an evaluation is evaluated first.
+checkpoint without an evaluation, or without one that has the metrics that options ask for here, is evaluated first.
 """
 
 import sys

@@ -16,7 +16,7 @@ from vae_dist.config.architectures import (
     ModelConfig,
     ResNetConfig,
 )
-from vae_dist.config.arguments import argument, split_run, split_runs
+from vae_dist.config.arguments import argument, split_key, split_run, split_runs
 from vae_dist.config.checks import check
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.differences import READER_KEYS, differing, resume
@@ -85,6 +85,7 @@ __all__ = [
     "read",
     "resume",
     "save",
+    "split_key",
     "split_run",
     "split_runs",
     "suspects",

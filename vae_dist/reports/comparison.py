@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple
 from pathlib import Path
@@ -38,8 +38,8 @@ LONGEST_NAME = 100  # characters of a comparison's folder
 def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
     """Compare checkpoints (see `lookup.find`) on held-out images. Return the comparison's folder.
 
-    A checkpoint that has an evaluation is not evaluated again. Raises UserError if a path is no run or if the images
-    have several shapes, and whatever `evaluate` raises.
+    A checkpoint that has an evaluation with the metrics that `arguments` ask for is not evaluated again. Raises
+    UserError if a path is no run or if the images have several shapes, and whatever `evaluate` raises.
     """
     if not runs:
         raise UserError("nothing to compare; name some runs' directories or checkpoints (--help says more)")
@@ -55,7 +55,8 @@ def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
         _require_one_shape(opened)
         folder = Path(output) if output else Path(runs_dir) / "comparisons" / _folder_name(opened)
         world.on_main(lambda: make_folder(folder, ELSEWHERE))
-        kept = world.on_main(lambda: [_kept_evaluation(run, folder) or _place(run, folder) for run in opened])
+        given = {configs.split_key(argument)[0] for argument in arguments}
+        kept = world.on_main(lambda: [_kept_evaluation(run, folder, given) or _place(run, folder) for run in opened])
         evaluations = []
         for number, (run, evaluation) in enumerate(zip(opened, kept, strict=True), start=1):
             if isinstance(evaluation, Path):
@@ -165,8 +166,11 @@ def _own_folder(run: Opened, folder: Path) -> Path:
     return folder / f"{run.config.name}-{hashlib.sha256(str(run.checkpoint.folder.resolve()).encode()).hexdigest()[:8]}"
 
 
-def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
-    """Return the newest evaluation of a checkpoint, kept with its run or else with the comparison; None if none is."""
+def _kept_evaluation(run: Opened, folder: Path, given: Collection[str]) -> dict[str, Any] | None:
+    """Return the newest evaluation of a checkpoint, kept with its run or else with the comparison; None if none is.
+
+    It has the metrics that the options ask for whose keys are `given`.
+    """
     split, saved = run.config.evaluate.split, _modified(run.checkpoint.folder / MANIFEST)
     for place in run.output, _own_folder(run, folder):
         kept = RunDirectory(place).evaluations(f"step_{run.step:08d}_{split}*")
@@ -176,7 +180,7 @@ def _kept_evaluation(run: Opened, folder: Path) -> dict[str, Any] | None:
             metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
             facts = [values.get(name) for name in ("step", "split")]
             names = run.config.data.title, run.config.data.name  # those of earlier versions have the latter
-            if _weights(values) != run.checkpoint.weights(run.config):
+            if _weights(values) != run.checkpoint.weights(run.config) or not _has_asked(values, run.config, given):
                 continue
             if facts == [run.step, split] and values.get("dataset") in names and all(map(is_number, metrics)):
                 return values
@@ -188,6 +192,18 @@ def _weights(evaluation: Mapping[str, Any]) -> Any:
     """Return whether an evaluation is of `ema` or `raw` weights. Those of earlier versions do not say: raw."""
     protocol = evaluation.get("protocol")
     return protocol.get("weights", "raw") if isinstance(protocol, dict) else "raw"
+
+
+def _has_asked(evaluation: Mapping[str, Any], config: Config, given: Collection[str]) -> bool:
+    """Return whether an evaluation has the metrics that the options ask for whose keys are `given`."""
+    options = config.evaluate
+    has = {
+        "evaluate.importance_samples": evaluation.get("importance_samples") == (options.importance_samples or 0),
+        "evaluate.perceptual": options.perceptual is None or "lpips" in evaluation,
+        "evaluate.inception": options.inception is None or "rfid" in evaluation,
+        "evaluate.fid_samples": options.fid_samples in (None, evaluation.get("fid_samples")),
+    }
+    return all(has.get(key, True) for key in given)
 
 
 def _modified(path: Path) -> float:
