@@ -265,6 +265,11 @@ def test_a_conditional_model_takes_names_and_numbers_of_classes(runs: Runs, test
     assert torch.equal(by_number, run.encode(test_images[:2], labels=["3", "7"]).mean)
     assert torch.equal(by_number, run.encode(test_images[:2], labels=torch.tensor([3, 7])).mean)
     assert torch.equal(by_number, run.encode(test_images[:2], labels=np.array([3, 7])).mean)
+    assert torch.equal(by_number, run.encode(test_images[:2], labels=np.array(["3", "7"])).mean)
+    coded, drawn = run.encode(test_images[:1], labels=3).mean, run.sample(2, labels="3")
+    for three in (np.int64(3), np.array(3), np.str_("3"), torch.tensor(3)):
+        assert torch.equal(coded, run.encode(test_images[:1], labels=three).mean)
+        assert torch.equal(drawn, run.sample(2, labels=three))
     weights = torch.nn.functional.one_hot(torch.tensor([3, 7]), 10).float()
     torch.testing.assert_close(run.encode(test_images[:2], labels=weights).mean, by_number)
     assert not torch.equal(by_number, run.encode(test_images[:2], labels="7").mean)
@@ -274,6 +279,7 @@ def test_a_conditional_model_takes_names_and_numbers_of_classes(runs: Runs, test
         None: "this model is conditional: give labels, of the classes 0, 1, 2",
         "ten": "'ten' is no class",
         10: "10 is no class: the 10 classes are 0, 1",
+        3.0: r"3\.0 is no class",
         (1, 2, 3): "3 labels for 2 images",
     }.items():
         with pytest.raises(UserError, match=message):

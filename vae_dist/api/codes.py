@@ -1,6 +1,7 @@
 """A caller's latents, and its options of pictures, as the package takes them. N codes, L latents."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ def as_tensor(latents: Any) -> Tensor:
 def option_text(key: str, value: Any) -> str:
     """Return the value of the option `sample.<key>` as an argument has it."""
     if key == "labels":
-        given = [value] if isinstance(value, str | int) else value
-        return json.dumps([str(label.item() if isinstance(label, Tensor) else label) for label in given])
+        given = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch, a single number too
+        labels = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        return json.dumps([str(label.item() if isinstance(label, Tensor) else label) for label in labels])
     if isinstance(value, str | bool | int | float):
         return text_of(value)
     return json.dumps((as_tensor(value) if key == "codes" else torch.as_tensor(value)).tolist())

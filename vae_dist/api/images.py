@@ -1,7 +1,7 @@
 """A caller's images and labels as the inputs of a model. N images, C, H, W image."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ def to_labels(labels: Any, count: int, vae: VAE, classes: Sequence[str]) -> Tens
         return None
     if labels is None:
         raise UserError(f"this model is conditional: give labels, of the classes {_text(classes)}")
+    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "buif":  # of names
+        labels = labels.flatten().tolist()
     if isinstance(labels, Tensor | np.ndarray):
         labels = torch.as_tensor(labels)
         if labels.is_floating_point():
@@ -76,7 +78,7 @@ def to_labels(labels: Any, count: int, vae: VAE, classes: Sequence[str]) -> Tens
                 raise UserError(f"weights of classes must be {(count, vae.classes)}, not {tuple(labels.shape)}")
             return labels.to(vae.device)
         labels = labels.flatten().tolist()
-    given = [labels] if isinstance(labels, str | int) else list(labels)
+    given = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
     if len(given) not in (1, count):
         raise UserError(f"there are {len(given)} labels for {count} images: give one, or one for each")
     numbers = torch.tensor([_class(label, classes) for label in given])
