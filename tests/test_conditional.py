@@ -282,7 +282,7 @@ def test_importance_weights_are_of_x_given_y(run_dir: Path) -> None:
 def test_an_evaluation_says_that_labels_are_given(run_dir: Path, tmp_path: Path) -> None:
     result = evaluate(run_dir, ["evaluate.importance_samples=2", f"output={tmp_path}"])
     assert result["protocol"]["conditional"] is True and not result["comparable"]
-    assert "p(x|y), not of p(x)" in result["warning"] and "grey pixels" in result["warning"]
+    assert "p(x|y), not of p(x)" in result["warning"] and "not binary" in result["warning"]
 
 
 def test_a_run_states_its_classes(make_config: MakeConfig) -> None:

@@ -21,6 +21,7 @@ from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
+from vae_dist.evaluation.protocol import comparison_warning
 from vae_dist.models import build_vae
 from vae_dist.models.likelihoods import GaussianPixels
 from vae_dist.models.pixel_distributions import Gaussian, Number
@@ -252,7 +253,7 @@ def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:
     ("arguments", "warning"),
     [
         (["data.binarize=dynamic"], None),
-        (["data.binarize=none"], "grey pixels under a Bernoulli are not a likelihood"),
+        (["data.binarize=none"], "a Bernoulli of pixels that are not binary is not a likelihood"),
         (["data.binarize=threshold"], "cut at half of white"),
         (["objective.reconstruction=gaussian"], "a density, of which sigma decides the size"),
     ],
@@ -266,6 +267,15 @@ def test_incomparable_metrics_have_a_warning(
     is_probability = arguments[0] in ("data.binarize=dynamic", "data.binarize=threshold")
     assert (result["bits_per_dimension"] is not None) is is_probability
     assert math.isfinite(result["negative_log_likelihood"])
+
+
+def test_a_warning_holds_for_colour_images_of_ones_own(make_config: MakeConfig) -> None:
+    colour = make_config("data.name=folder", "data.path=/home/me/pictures", "data.image_shape=[3,8,8]")
+    assert comparison_warning(colour) == (
+        "a Bernoulli of pixels that are not binary is not a likelihood: compare these figures with others on the same "
+        "pixels of pictures, not with papers on binarised images (for those, train on grey images with "
+        "data.binarize=dynamic)"
+    )
 
 
 def test_the_protocol_states_the_conditions_of_the_metrics(binary_run: Path) -> None:

@@ -95,7 +95,7 @@ def comparison_warning(config: Config) -> str | None:
 
 
 def _caution_of_pixels(config: Config) -> str | None:
-    name = config.data.name
+    name = config.data.title
     caution = likelihood_kind(config.objective).caution(config.data.binarize, name)
     if caution is None and config.data.binarize == "threshold":
         return (

@@ -81,8 +81,9 @@ class BernoulliPixels(LikelihoodKind):
         if binarize != "none":
             return None
         return (
-            f"grey pixels under a Bernoulli are not a likelihood: compare these figures with others on grey {dataset}, "
-            "not with papers on binarised images (train with data.binarize=dynamic for that)"
+            "a Bernoulli of pixels that are not binary is not a likelihood: compare these figures with others on the "
+            f"same pixels of {dataset}, not with papers on binarised images (for those, train on grey images with "
+            "data.binarize=dynamic)"
         )
 
 
