@@ -18,9 +18,10 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.conftest import REPOSITORY, MakeConfig
-from tests.forked import unused_port
+from tests.forked import ForkServer, unused_port
 from vae_dist import config
 from vae_dist.distributed import launcher, precision, processes
 from vae_dist.errors import UserError
@@ -221,6 +222,26 @@ def test_a_process_without_the_others_prints_one_line_and_exits_2(smoke_argument
     ended = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert re.match(r"error: process 1 of 2 on .*: no process 0 answers at MASTER_ADDR=no.host.invalid", ended.stderr)
+
+
+def test_processes_join_as_often_as_a_program_asks(fork_server: ForkServer) -> None:
+    """torchrun's store outlives a group of processes. Process 0 comes later: none may find what it wrote before."""
+    program = """if True:
+        import time
+        from vae_dist import config
+        from vae_dist.distributed import processes
+        for _ in range(3):
+            with processes.join(config.load(["device=cpu", "train.threads=1"])) as world:
+                print(world.gather_objects(world.rank))
+            time.sleep(0 if world.rank else 0.2)
+    """
+    port = unused_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    common = {**os.environ, **PLACE, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [{**common, "TORCHELASTIC_RESTART_COUNT": "0", "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    ended = fork_server.run_group(ranks, "-c", program, folders=[REPOSITORY] * 2, timeout=30)
+    assert [(one.returncode, one.stdout) for one in ended] == [(0, "[0, 1]\n" * 3)] * 2, ended
+    del store
 
 
 @pytest.mark.slow

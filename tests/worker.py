@@ -288,7 +288,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
 
 def main(jobs: list[tuple[str, str, list[str]]]) -> None:
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")  # one group for all jobs: a launch can't make a second one
+        torch.distributed.init_process_group("gloo")  # one group for all jobs
     for command, output, arguments in jobs:
         COMMANDS[command](output, arguments)
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from threading import Thread
+from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from vae_dist.errors import UserError
 
@@ -38,6 +39,9 @@ _UNSUPPORTED = {
     "ACCELERATE_DYNAMO_BACKEND": "dynamo",
 }
 _OFF = ("", "no", "n", "false", "f", "off", "0")
+
+# The store of a launch, from the first time that this process has joined the others, and the number of times.
+_stores: dict[tuple[str, ...], tuple[Any, int]] = {}
 
 
 def process_variables() -> dict[str, str]:
@@ -126,11 +130,36 @@ def expected_size() -> int:
 def connect(device: str, seconds: float) -> PartialState:
     """Connect to the other processes and return Accelerate's state. Raises UserError if they do not connect in time."""
     try:
-        if not torch.distributed.is_initialized() and "LOCAL_RANK" in os.environ:
-            _require_store(seconds)
-        return PartialState(cpu=device == "cpu", timeout=timedelta(seconds=seconds))
+        joins = not torch.distributed.is_initialized() and "LOCAL_RANK" in os.environ
+        place = _place(seconds) if joins else {}
+        state = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=seconds), **place)
+        if joins and torch.distributed.is_initialized():
+            _stores.setdefault(_launch(), (distributed_c10d._get_default_store(), 1))
+        return state
     except (RuntimeError, ValueError, ImportError, OSError) as error:
         raise UserError(_connection_advice(str(error).strip().partition("\n")[0], seconds)) from error
+
+
+def _place(seconds: float) -> dict[str, Any]:
+    """Return the arguments by which this process finds the others; none if torch is to take the environment's.
+
+    A process that joins for another time must not find what the processes wrote to their store for the time before, as
+    where they listened then. So each group has keys of its own, in the store of the first one, which stays.
+    """
+    if _launch() not in _stores:
+        _require_store(seconds)
+        return {}
+    store, joined = _stores[_launch()]
+    _stores[_launch()] = store, joined + 1
+    store.set_timeout(timedelta(seconds=seconds))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return {"store": PrefixStore(f"vae_dist/group/{joined}", store), "rank": rank, "world_size": size}
+
+
+def _launch() -> tuple[str, ...]:
+    """What tells a launch of processes, and this one among them, from others."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    return tuple(os.environ.get(name, "") for name in names)
 
 
 def _require_store(seconds: float) -> None:

@@ -26,7 +26,7 @@ def study(config: Study) -> Path:
         datasets.check_name(run.data.name)
         check_names(run)
         configs.check_numbers(run, has_scale=likelihood_kind(run.objective).has_scale)
-    with processes.join(config.configs[0]) as world:  # once for all runs: a launch can't join its processes twice
+    with processes.join(config.configs[0]) as world:  # once for all runs
         console.start(world)
         for number, run in enumerate(config.configs, start=1):
             logger.info("run %d of %d: %s", number, len(config.configs), run.name)
