@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from tests.conftest import MakeConfig
 from tests.forked import unused_port
 from vae_dist import config
 from vae_dist.distributed import caller, environment, failures, precision, processes
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
@@ -212,3 +214,29 @@ def test_a_caller_s_processes_keep_their_timeouts(
         assert world() == before
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "left"),
+    [
+        ("gloo", RunError("a file can't be read"), True),
+        ("nccl", RunError("a file can't be read"), False),
+        ("nccl", StoppedError("SIGTERM", 143), True),
+        ("nccl", None, True),
+    ],
+)
+def test_a_failed_process_waits_for_no_other_one_to_leave(
+    backend: str, error: Exception | None, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's communicators end together, and the others may wait for this one in a collective."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    try:
+        with suppress(RunError, StoppedError), caller.restored_afterwards():
+            torch.distributed.init_process_group("gloo", store=HashStore(), world_size=1, rank=0)
+            if error is not None:
+                raise error
+        assert torch.distributed.is_initialized() == (not left)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -261,6 +261,26 @@ def test_one_process_prints_its_error_and_the_others_learn_the_reason(fork_serve
         assert ended.stderr.startswith(f"error: process 1 of 2 on {platform.node()}: kmnist is not in data/KMNIST/raw")
 
 
+@pytest.mark.parametrize(("error", "code"), [("RunError", 1), ("UserError", 2), ("KeyError", 1)])
+def test_a_process_that_could_not_leave_its_group_ends_at_once(error: str, code: int, fork_server: ForkServer) -> None:
+    """Python's own end would wait for NCCL."""
+    program = f"""if True:
+        import atexit
+        import torch
+        from vae_dist.errors import RunError, UserError
+        from vae_dist.terminal import console
+
+        def fail():
+            raise {error}("the reason")
+
+        torch.distributed.is_initialized = lambda: True
+        atexit.register(print, "Python's end")
+        console.run(fail)
+    """
+    ended = fork_server.run("-c", program, folders=[REPOSITORY])
+    assert (ended.returncode, ended.stdout) == (code, "") and "the reason" in ended.stderr
+
+
 def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,11 +4,14 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed import distributed_c10d
+
+from vae_dist.errors import StoppedError
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def restored_afterwards() -> Iterator[None]:
         if torch.distributed.is_initialized():  # by a caller, who may still use the group
             _restore_timeouts_later(stack)
         else:
-            stack.callback(_leave_group)
+            stack.push(_leave_group)
         yield
 
 
@@ -64,8 +67,15 @@ def _restore_timeouts_later(stack: ExitStack) -> None:
             stack.callback(backend._set_default_timeout, backend.options._timeout)
 
 
-def _leave_group() -> None:
-    if torch.distributed.is_initialized():
+def _leave_group(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    """Leave the group of processes; NCCL's only if all processes leave it.
+
+    NCCL's communicators end together: after an error of this process alone, it would wait for the others, which wait
+    for it in a collective, and nobody would hear of the error.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if error is None or isinstance(error, StoppedError) or torch.distributed.get_backend() != "nccl":
         torch.distributed.destroy_process_group()
 
 

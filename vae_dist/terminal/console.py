@@ -159,6 +159,9 @@ def run(command: Callable[[], None]) -> NoReturn:
         _show_kept()
         if _place():
             messages.print(f"{_place()} has failed:")
+        if _is_in_group():
+            sys.excepthook(*sys.exc_info())
+            _exit(1)
         raise
     _show_kept()
     sys.exit(0)
@@ -175,7 +178,22 @@ def _end(title: str, message: str | Exception, code: int, reporting_rank: int | 
     if size == 1 or reporting_rank in (None, rank):
         place = f"{_place()}: " if reporting_rank is None and size > 1 else ""
         messages.print(Text.assemble((title, "bold red"), plain(f"{place}{message}")))
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Exit; without Python's own end if this process could not leave its group: it would wait for the others there."""
+    if _is_in_group():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _is_in_group() -> bool:
+    """Return whether this process is still in a group of processes, see `caller`: after an error, on GPUs."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _show_kept() -> None:
