@@ -19,9 +19,10 @@ from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch, Batches, place
-from vae_dist.distributed import environment, launcher, processes
+from vae_dist.distributed import environment, failures, launcher, processes
 from vae_dist.distributed import world as worlds
 from vae_dist.distributed.world import World
+from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
@@ -198,3 +199,29 @@ def test_collectives_get_tensors_on_the_gpu(card: World, monkeypatch: pytest.Mon
         for exchange in world.sum, world.max, world.gather:
             assert exchange(torch.zeros(5, device=device)).device.type == "cpu"
     assert len(exchanged) == 6 and set(exchanged) == {CARD}
+
+
+@pytest.mark.parametrize(
+    ("problem", "last", "kind", "message"),
+    [
+        (
+            "invalid usage", "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000", UserError,
+            r"several processes would compute on one GPU \(Duplicate .* 1000\): start at most one process for each GPU",
+        ),
+        (
+            "unhandled system error", "socketStartConnect: Connect to 10.0.0.2<9999> failed", RunError,
+            r"communication between the processes failed \(socketStartConnect: .* failed\); start the run again",
+        ),
+        ("remote process exited", "", RunError, r"failed \(remote process exited .* NCCL version 2.28.9\)"),
+    ],
+)  # fmt: skip
+def test_an_error_of_nccl_is_explained_by_its_own_reason(
+    problem: str, last: str, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts are those of torch 2.11 and NCCL 2.28, in which the reason comes last."""
+    monkeypatch.setattr(failures, "missing_processes", lambda rank, size: [])
+    text = f"NCCL error in: /pytorch/NCCLUtils.cpp:93, {problem} (run with NCCL_DEBUG=WARN), NCCL version 2.28.9"
+    with pytest.raises(kind, match=message), failures.explained(0, 2):
+        raise torch.distributed.DistBackendError(
+            f"{text}\nncclError: This usually reflects an error.\nLast error:\n{last}"
+        )

@@ -66,14 +66,26 @@ def explained(rank: int, size: int) -> Iterator[None]:
     except RuntimeError as error:
         if (failure := _failure_of_another(rank, size)) is not None:
             raise failure from error
+        reason = _reason(str(error))
+        if "Duplicate GPU" in reason:  # Accelerate has given them out in turn
+            raise UserError(
+                f"several processes would compute on one GPU ({reason}): start at most one process for each GPU, by "
+                "--num_processes of accelerate launch or --nproc-per-node of torchrun"
+            ) from error
         missing = missing_processes(rank, size)
-        # Drop the place in gloo's source and its advice.
-        reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
         if not missing:
             raise RunError(f"communication between the processes failed ({reason}); {_RESUME}") from error
         ranks = ", ".join(map(str, missing))
         dead = RunError(f"process {ranks} of {size} died or hangs ({reason}); {_RESUME}")
         raise dead.on_every_process(_first_alive(size, missing)) from error
+
+
+def _reason(text: str) -> str:
+    """Return the reason in an error's text, without places in a library's source and its advice."""
+    lines = text.strip().splitlines() or [""]
+    if "Last error:" in lines[:-1]:  # NCCL's own reason is in the line after
+        return lines[lines.index("Last error:") + 1].strip()
+    return re.sub(r"^\[\S+:\d+\] |^NCCL error in: \S+, ", "", lines[0]).partition(". ")[0]
 
 
 def missing_processes(rank: int, size: int) -> list[int]:
