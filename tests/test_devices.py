@@ -3,7 +3,11 @@
 Backward passes, streams and pinned memory need a card: tests/gpu has those.
 """
 
+import os
+import platform
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import update_of
@@ -225,3 +230,53 @@ def test_an_error_of_nccl_is_explained_by_its_own_reason(
         raise torch.distributed.DistBackendError(
             f"{text}\nncclError: This usually reflects an error.\nLast error:\n{last}"
         )
+
+
+@pytest.mark.parametrize(("kind", "code"), [("run", 1), ("input", 2), ("", None)])
+def test_a_process_that_waits_for_a_gpu_ends_with_the_one_that_has_failed(
+    kind: str, code: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host waits in the context as if for a collective of NCCL, which raises nothing."""
+    store, ended = HashStore(), Event()
+    codes: list[int] = []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(failures, "store", lambda: store)
+    monkeypatch.setattr(failures, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(failures, "NOTICE_SECONDS", 0.02)
+    monkeypatch.setattr(os, "_exit", end)
+    if kind:
+        error = RunError("no image 17") if kind == "run" else UserError("no image 17")
+        failures._report(store, 1, 2, error, 0)
+    else:  # of an earlier run, which its process has withdrawn
+        store.set(failures._ANY_FAILURE, "yes")
+    with caplog.at_level("ERROR"), failures.ended_with_another(0, 2):
+        ended.wait(10 if kind else 0.2)
+    message = f"the run has ended: process 1 of 2 on {platform.node()}: no image 17"
+    assert set(codes) == ({code} if kind else set())
+    assert {record.getMessage() for record in caplog.records} == ({message} if kind else set())
+
+
+@pytest.mark.parametrize(("device", "size", "watches"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])
+def test_the_processes_of_gpus_watch_one_another(
+    device: str, size: int, watches: bool, card: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[tuple[int, int]] = []
+    state = state_of(size)
+    state.device = torch.device(device)
+
+    def watch(rank: int, size: int) -> AbstractContextManager[None]:
+        watched.append((rank, size))
+        return nullcontext()
+
+    monkeypatch.setattr(failures, "ended_with_another", watch)
+    monkeypatch.setattr(failures, "store", HashStore)
+    monkeypatch.setattr(environment, "choose_device", lambda device: device)
+    monkeypatch.setattr(launcher, "connect", lambda device, timeout: state)
+    monkeypatch.setattr(launcher, "expected_size", lambda: size)
+    with processes.join(config_of(f"device={device}")):
+        pass
+    assert watched == [(0, size)] * watches

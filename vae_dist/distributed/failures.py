@@ -5,6 +5,7 @@ A process whose collective fails reads the reason there, or finds out which proc
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -19,10 +21,15 @@ from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: i
 
 from vae_dist.errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
+
 REPORT_SECONDS = 2  # to wait for a message that another process is about to write
 ANSWER_SECONDS = 5  # after a failed collective, to wait for the other processes to answer
+WATCH_SECONDS = 1  # between two looks at the failures of other processes, on GPUs; less than REPORT_SECONDS
+NOTICE_SECONDS = 10  # that a process has to notice another one's failure by itself
 
 _RESUME = "start the run again to resume from its newest checkpoint"
+_ANY_FAILURE = "vae_dist/ended"
 
 
 @contextmanager
@@ -39,6 +46,36 @@ def reported(rank: int, size: int) -> Iterator[None]:
         if alike and isinstance(error, UserError | RunError):
             error.on_every_process()
         raise
+
+
+@contextmanager
+def ended_with_another(rank: int, size: int) -> Iterator[None]:
+    """Inside the context, end this process with the reason if another one has failed and this one does not notice.
+
+    A collective of NCCL raises nothing: the host waits for a GPU, which waits for the process that has failed.
+    """
+    left = Event()
+
+    def watch() -> None:
+        while not left.wait(WATCH_SECONDS):
+            found = _failure_of_another(rank, size) if _is_set(_ANY_FAILURE) else None
+            if found is None or left.wait(NOTICE_SECONDS):
+                continue
+            failure = _failure_of_another(rank, size)
+            if failure is None and _is_set(_ANY_FAILURE):  # it was of an earlier run in the same processes
+                continue
+            failure = failure or found  # its launcher, and the store with it, may be gone by now
+            if rank == failure.reporting_rank:
+                logger.error("the run has ended: %s", failure)
+            os._exit(2 if isinstance(failure, UserError) else 1)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 @contextmanager
@@ -138,6 +175,7 @@ def _report(shared: Any, rank: int, size: int, error: Exception, seconds: float 
     keys = [_failure_key(other) for other in range(size)]
     try:
         shared.set(keys[rank], json.dumps([kind, platform.node(), reason]))
+        shared.set(_ANY_FAILURE, "yes")
         return wait_for_keys(shared, keys, seconds) and len({json.loads(shared.get(key))[2] for key in keys}) == 1
     except (RuntimeError, ValueError):  # the store is gone
         return False
@@ -159,6 +197,13 @@ def _failure_of_another(rank: int, size: int) -> UserError | RunError | None:
     kind = UserError if all(kind == "input" for kind, _, _ in reports.values()) else RunError
     error: UserError | RunError = kind("; ".join(reasons))
     return error.on_every_process(_first_alive(size, list(reports)))
+
+
+def _is_set(key: str) -> bool:
+    try:
+        return bool(store().check([key]))
+    except (RuntimeError, ValueError):  # the store is gone
+        return False
 
 
 def _first_alive(size: int, dead: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -40,5 +40,9 @@ def join(config: Config) -> Iterator[World]:
                 "device"
             )
         world = World(state)
-        with failures.reported(world.rank, world.size), failures.full_memory_explained():
+        with ExitStack() as stack:
+            stack.enter_context(failures.reported(world.rank, world.size))
+            if world.size > 1 and device == "cuda":
+                stack.enter_context(failures.ended_with_another(world.rank, world.size))
+            stack.enter_context(failures.full_memory_explained())
             yield world
