@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,32 @@ def test_a_capture_that_fails_or_differs_is_not_used(
             assert torch.equal(counter.state, plain.state)
     message = f"the step can't be captured as a CUDA graph ({reason}) and runs without one"
     assert [record.message for record in caplog.records] == [message]
+
+
+def test_after_a_capture_that_fails_the_stream_is_that_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch restores it only after a capture that ends well: later steps would run on another stream than copies."""
+    before, capturing = (SimpleNamespace(device=torch.device("cuda", 0), number=number) for number in range(2))
+    current = [before]
+
+    class Graph:
+        def capture_begin(self, *pool: object, **options: object) -> None:
+            assert current == [capturing]
+
+        def capture_end(self) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stand_ins = {
+        "CUDAGraph": Graph, "_get_device_index": lambda *given: 0, "current_stream": lambda device=None: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream), "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", capturing)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        cuda_graph.CudaGraphCapture()(lambda *inputs: None, [])
+    assert current == [before]
 
 
 def test_a_scaler_s_state_moves_once_during_the_capture() -> None:

@@ -94,8 +94,12 @@ class CudaGraphCapture:
         The steps must have run before: libraries initialise at their first call, which can't be captured.
         """
         graph = torch.cuda.CUDAGraph()
-        # Thread-local, since another thread may load images during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # A capture that fails leaves its stream the current one. Thread-local, since another thread may load images
+        # during the capture.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             steps(*static_inputs)
         self._pool = graph.pool()
         return graph.replay
