@@ -6,7 +6,7 @@ Backward passes, streams and pinned memory need a card: tests/gpu has those.
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from tests.conftest import update_of
 from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.config import Config
+from vae_dist.data import batches as batch_module
 from vae_dist.data.batches import Batch, Batches, place
 from vae_dist.distributed import environment, failures, launcher, processes
 from vae_dist.distributed import world as worlds
@@ -111,6 +112,35 @@ def test_images_and_noise_stay_on_the_gpu(binarize: str, card: World) -> None:
     assert {tensor.device for tensor in batch} == {CARD}
     assert [tuple(tensor.shape) for tensor in batch] == [(4, 50, 1, 28, 28), (4, 50, 40), (4, 0)]
     assert batches._rows_of_words.device == CARD
+
+
+def test_batches_of_images_on_the_host_wait_for_no_step(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a copy's stream one that may be capturing steps, or its thread left on another card."""
+    entered: list[Any] = []
+
+    @contextmanager
+    def noted(where: Any) -> Iterator[None]:
+        entered.append(where)
+        yield
+
+    def stream(device: torch.device, priority: int = 0) -> Any:
+        return SimpleNamespace(device=device, priority=priority, synchronize=lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**10, 2**40))
+    for name, stand_in in {"device": noted, "stream": noted, "Stream": stream, "default_stream": stream}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(batch_module, "Prefetch", lambda load: load)  # fake tensors are of one thread
+    monkeypatch.setattr(batch_module, "_labels", lambda source: torch.zeros(COUNT, dtype=torch.int64))
+    settings = config_of("model.architecture=conv", "model.conditional=true")
+    batches = Batches(of_pixels(pixels()), Plan(0, COUNT, 50), settings, card, (40,))
+    with BlockingCopies() as copies:
+        batch = batches(range(12, 16))
+    assert copies.count == 0
+    assert {tensor.device for tensor in batch} == {CARD}
+    assert batch.labels.shape == (4, 50)
+    device, used = entered
+    assert device == used.device == CARD and used.priority != 0
 
 
 def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytest.MonkeyPatch) -> None:

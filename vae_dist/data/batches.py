@@ -87,7 +87,8 @@ class Batches:
     def _labels_of(self, steps: range) -> Tensor:
         if self._labels is None:
             return torch.empty(len(steps), 0, dtype=torch.int64, device=self._device)
-        return self._labels[self._indices(steps)].view(len(steps), -1).to(self._device)
+        labels = self._labels[self._indices(steps)].view(len(steps), -1)
+        return sent(labels, self._device) if labels.is_cpu else labels
 
     def _select(self, steps: range) -> Tensor:
         """Return rows of pixels `(k, b, C H W)` of a source in memory, on the device that holds it."""
@@ -108,9 +109,11 @@ class Batches:
     def _copy(self, rows: Tensor) -> Tensor:
         if self._device.type != "cuda":
             return rows.to(self._device)
-        # On its own stream the copy does not wait for the step that is running.
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(stream):
+        # Of another priority than the stream that captures steps: torch hands out the same few of each priority in
+        # turn, and a copy on a stream that is capturing becomes part of the graph.
+        stream = torch.cuda.Stream(self._device, priority=-1)  # of its own: the copy waits for no running step
+        # A thread starts on card 0. Left there, each process of a run would open a context on that card.
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
             copy = rows.pin_memory().to(self._device, non_blocking=True)
         copy.record_stream(torch.cuda.default_stream(self._device))  # it reads the copy: keep its memory until then
         stream.synchronize()
