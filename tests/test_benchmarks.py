@@ -2,14 +2,20 @@
 
 import csv
 import json
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from tests.benchmarks import speed
 from tests.benchmarks.emoji_groups import designs, leak, merged, nearest, write_csv
 from tests.benchmarks.pca import PCA
+from tests.gpu import report
 
 
 def toy_images(count: int, dimensions: int) -> torch.Tensor:
@@ -84,3 +90,45 @@ def test_a_leak_is_a_test_image_near_a_training_image(tmp_path: Path) -> None:
     together = [str(index % 20) for index in range(40)]
     assert leak(images, alone, seed=0) > 0.5
     assert leak(images, together, seed=0) == 0
+
+
+def test_a_command_is_killed_after_its_mark_and_after_its_time(tmp_path: Path) -> None:
+    """With its children: a launcher's training would go on beside the next measurement, and hold the pipe open."""
+    child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); print('begun'); time.sleep(60)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-u', '-c', *sys.argv[1:]])"
+    command = [sys.executable, "-c", parent, child, str(tmp_path / "process")]
+    assert speed.seconds_until(command, "begun") > 0
+    first = int((tmp_path / "process").read_text())
+    with pytest.raises(SystemExit, match="without printing 'done'"):
+        speed.seconds_until(command, "done", most=0.5)
+    for process in first, int((tmp_path / "process").read_text()):
+        give_up = time.monotonic() + 10
+        while not is_gone(process):
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+
+
+def is_gone(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_the_time_of_the_tests_on_a_gpu_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PYTEST", [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(report, "TEST_SECONDS", 0.2)
+    monkeypatch.setattr(report, "SIDE_BY_SIDE", 1)
+    began = time.monotonic()
+    results = report.tests(tmp_path, ["fp32", "bf16"])
+    assert time.monotonic() - began < 20
+    assert [part["ok"] for part in results.values()] == [False, False]
+    assert results["fp32"]["said"].startswith("stopped after") and results["bf16"]["said"] == "there was no time for it"
+
+
+def test_a_report_shows_and_resumes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    for path in "starts/start_0/log.txt", "cache_TRITON_CACHE_DIR/program", "runs/mine/log.txt", "speed_128.json":
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("{}")
+    report.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

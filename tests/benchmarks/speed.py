@@ -23,14 +23,16 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -274,18 +276,32 @@ def evaluation(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
     ]  # fmt: skip
 
 
-def seconds_until(command: Sequence[str], mark: str) -> float:
-    """Seconds from the command to the line that contains `mark`."""
+def seconds_until(command: Sequence[str], mark: str, most: float = 600.0) -> float:
+    """Seconds from the command to the line that contains `mark`.
+
+    Then all that the command has started is killed, as it is after `most` seconds without such a line.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if mark in line:
-            seconds = time.perf_counter() - started
-            process.kill()
-            process.wait()
-            return seconds
-    raise SystemExit(f"the command ended without printing {mark!r}: {' '.join(command)}")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        alarm = threading.Timer(most, kill_session, [process])
+        alarm.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if mark in line:
+                    return time.perf_counter() - started
+        finally:
+            alarm.cancel()
+            kill_session(process)
+    raise SystemExit(f"the command ended, or took {most:g} s, without printing {mark!r}: {' '.join(command)}")
+
+
+def kill_session(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session, and the processes that it has started there."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def start(base: Sequence[str], folder: Path, repeats: int) -> list[str]:
