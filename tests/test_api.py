@@ -100,6 +100,28 @@ def test_load_takes_what_the_commands_take(runs: Runs) -> None:
         vae_dist.load("nowhere")
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    {
+        "gpu": "unknown device 'gpu'",
+        "": "unknown device ''",
+        "cuda": "device=cuda can't be used on this machine",
+        "cuda:99": "device=cuda.* can't be used",
+        "mps": "device=mps can't be used on this machine",
+    }.items(),
+)
+def test_a_device_that_can_not_be_used_is_refused_before_a_training(
+    runs: Runs, tmp_path: Path, device: str, message: str
+) -> None:
+    if {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device):
+        pytest.skip(f"this machine has {device}")
+    with pytest.raises(UserError, match=message):
+        vae_dist.load(runs["grey"], device=device)
+    with pytest.raises(UserError, match=message):
+        vae_dist.fit(f"runs_dir={tmp_path}", "name=none", device=device)
+    assert not any(tmp_path.iterdir())
+
+
 def test_encode_decode_and_reconstruct_are_the_networks(runs: Runs, test_images: Tensor) -> None:
     for name in ("grey", "conv"):
         vae, run = model_of(runs[name]), vae_dist.load(runs[name])
@@ -175,7 +197,8 @@ def test_a_convolutional_model_takes_other_sizes_and_shaped_latents(runs: Runs) 
 BAD_IMAGES = {
     "floats must be from 0 to 1, and these are from 0 to 255: divide": torch.tensor([0.0, 255.0]).expand(28, 14, 2),
     "from -1 to 1: use": torch.linspace(-1, 1, 784).view(28, 28),
-    "from nan to nan": torch.full((28, 28), math.nan),
+    "^the images have numbers that are not finite$": torch.full((28, 28), math.nan),
+    "numbers that are not finite$": torch.full((28, 28), math.inf),
     "not torch.int64": torch.zeros(28, 28, dtype=torch.int64),
     "such as .1, 28, 28.,? not .2, 3, 28, 28": torch.zeros(2, 3, 28, 28),
     r"images of \[1, 28, 28\] alone, not \[1, 30, 28\]": torch.zeros(30, 28),

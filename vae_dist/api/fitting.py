@@ -19,11 +19,12 @@ def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
     `device`, by default a GPU if there is one. In a program that a launcher has started as several processes, each of
     them calls this.
 
-    Raises UserError for a config that can't be run here, RunError if the run can't continue, and StoppedError after a
-    request to stop.
+    Raises UserError for a config or a device that can't be used here, RunError if the run can't continue, and
+    StoppedError after a request to stop.
     """
     from vae_dist.training.loop import train  # which imports W&B and what else a training needs
 
+    chosen = environment.to_device(device)  # before hours of training
     environment.restart_clock()
     directory = train(config.load([str(argument) for argument in arguments]))
-    return load(directory, device=device)
+    return load(directory, device=chosen)

@@ -1,5 +1,6 @@
 """A caller's images and labels as the inputs of a model. N images, C, H, W image."""
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -155,6 +156,8 @@ def _unit(images: Tensor, vae: VAE) -> Tensor:
         raise UserError(f"images are uint8 from 0 to 255, or floats from 0 to 1, not {images.dtype}: convert them")
     if images.numel() and not (-ROUNDING <= images.min() <= images.max() <= 1 + ROUNDING):  # also if one is NaN
         low, high = images.min().item(), images.max().item()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError("the images have numbers that are not finite")
         advice = "divide them by 255" if high > 2 else "use (images + 1) / 2 if they are from -1 to 1"
         raise UserError(f"floats must be from 0 to 1, and these are from {low:.4g} to {high:.4g}: {advice}")
     return images.to(vae.device, vae.dtype).clamp(0, 1)

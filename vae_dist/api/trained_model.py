@@ -24,14 +24,14 @@ class TrainedModel:
     """The part of a `Run` that computes: images and latents."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Config, device: str | torch.device, arguments: Sequence[str] = ()
+        self, checkpoint: Checkpoint, config: Config, device: torch.device, arguments: Sequence[str] = ()
     ) -> None:
         """Use `load`, which opens the checkpoint."""
         self.config = config  # the run's, with what `load` was given
         self.checkpoint = checkpoint.folder
         self.directory = checkpoint.run_dir
         self.step = checkpoint.step  # optimizer steps done
-        self.model: VAE = checkpoint.load_vae(config, torch.device(device))
+        self.model: VAE = checkpoint.load_vae(config, device)
         self._averaged = checkpoint.has_average
         self._arguments = tuple(arguments)
 

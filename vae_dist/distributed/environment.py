@@ -27,6 +27,22 @@ def choose_device(device: str) -> str:
     return device
 
 
+def to_device(device: str | torch.device) -> torch.device:
+    """Return a caller's device. Raises UserError if torch doesn't know it or this machine doesn't have it.
+
+    CUDA is not initialised.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"unknown device {str(device)!r}; choose from cpu, cuda, cuda:INDEX, mps") from None
+    if found.type in ("cuda", "mps"):
+        choose_device(found.type)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={found} can't be used: this machine has {torch.cuda.device_count()} GPUs")
+    return found
+
+
 def processor(device: torch.device) -> str:
     """Name the processor by what decides rounding: torch's instruction set on the CPU, and the GPU's model."""
     cpu = torch.backends.cpu.get_cpu_capability()
