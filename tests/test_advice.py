@@ -111,6 +111,9 @@ def test_a_refused_branch_is_told_what_would_work(make_config: MakeConfig) -> No
     message = str(refused.value)
     assert "optim.learning_rate (was 0.001, now 0.01); leave optim.learning_rate as it was" in message
     assert f"or leave out checkpoint.resume={run}" in message
+    with pytest.raises(UserError, match=r"is of step 2, and .*/b would end after step 2: nothing is left to train"):
+        train(make_config(*branch[:2], "train.steps=2"))
+    assert not run.with_name("b").exists()
     train(make_config(*branch[:2], "train.steps=3"))
     train(make_config("name=c", branch[2], "train.steps=1"))
     with pytest.raises(UserError, match="choose another name for a new run"):

@@ -122,6 +122,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
     discriminator.check_size(config.first_stage, info.image_shape)
     lpips.check_size(config.first_stage, info.image_shape)
+    _require_steps_left(run, resumed_from, _last_step(config, training.info.count))
     if is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
@@ -133,8 +134,7 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     )
     if config.train.checkpointing:
         compiled = False
-    if compiled is None:
-        compiled = _worth_compiling(config, vae, training.info.count, world)
+    compiled = _worth_compiling(config, vae, training.info.count, world) if compiled is None else compiled
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
 
 
@@ -164,10 +164,10 @@ def _worth_compiling(config: Config, vae: VAE, image_count: int, world: World) -
     if not vae.worth_compiling or config.train.recipe == "autoencoder":
         return False
     weights = sum(weight.numel() for weight in vae.parameters())
-    plan = Plan(config.seed, image_count, config.train.batch_size)
-    steps = config.train.steps or config.train.epochs * plan.steps_per_epoch
     operations = 6 * weights * config.train.batch_size / world.size  # of a step, forward and backward
-    seconds = steps * (_STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1)))
+    seconds = _last_step(config, image_count) * (
+        _STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1))
+    )
     return seconds > _COMPILED_FROM_SECONDS and _has_compiler("CXX", "g++")
 
 
@@ -201,6 +201,19 @@ def _check_sizes(config: Config, training: int, validation: int) -> None:
             f"train.batch_size={config.train.batch_size} is more than the {training} training images{left}; "
             f"set train.batch_size={training}, or less"
         )
+
+
+def _last_step(config: Config, image_count: int) -> int:
+    plan = Plan(config.seed, image_count, config.train.batch_size)
+    return config.train.steps or config.train.epochs * plan.steps_per_epoch
+
+
+def _require_steps_left(run: RunDirectory, start: Checkpoint | None, last: int) -> None:
+    """Raise UserError if a branch of another run would end where it starts: it would have no checkpoint."""
+    is_own = start is None or start.folder.resolve().is_relative_to(run.directory.resolve())
+    if start is not None and not is_own and start.step >= last and not start.state.validation_pending:
+        reached = f"{start.folder} is of step {start.step}, and {run.directory} would end after step {last}"
+        raise UserError(f"{reached}: nothing is left to train; set a larger train.epochs or train.steps")
 
 
 def _name(config: Config) -> str:
