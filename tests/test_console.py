@@ -297,3 +297,18 @@ def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(
     assert printed(5, 20) == [row[:5] for row in values]
     assert printed(12, 3) == [[name, *column] for name, *column in zip(names, *values[:3], strict=True)]
     assert len(printed(12, 20)[0]) == 12  # too wide in both ways
+
+
+def test_a_narrow_console_cuts_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams.results, "_width", 36)
+    rows = [Metric("negative log-likelihood", -12341.6012, 0.00093, "nats, at most; 128 samples")]
+    tables.metrics("title", rows, "protocol")
+    tables.table("title", {"validation/best_negative_elbo": 12490.6849})
+    lines = [line.split("\u2502") for line in capsys.readouterr().out.splitlines() if "\u2502" in line]
+    found = ["".join(column).replace(" ", "") for part in (4, 2) for column in zip(*(
+        line[1:-1] for line in lines if len(line) == part + 2
+    ), strict=True)]  # fmt: skip
+    assert found == [
+        "negativelog-likelihood", "-12341.6012", "\u00b10.00093", "nats,atmost;128samples",
+        "validation/best_negative_elbo", "12490.6849",
+    ]  # fmt: skip

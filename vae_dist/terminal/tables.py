@@ -15,6 +15,8 @@ UNLIMITED = 10_000  # columns of a console
 def table(title: str, rows: Mapping[str, object]) -> None:
     """Print named results."""
     result = Table(title=plain(title), title_justify="left", show_header=False)
+    for _ in range(2):
+        result.add_column(overflow="fold")  # a number that is cut in a narrow console would be another one
     for name, value in rows.items():
         result.add_row(plain(name), plain(format_number(value)))
     results.print(result)
@@ -33,7 +35,7 @@ def metrics(title: str, rows: Sequence[Metric], protocol: str, warning: str | No
     """Print metrics with standard errors, then the protocol and any warning."""
     result = Table(title=plain(title), title_justify="left", show_header=False)
     for justify in ("left", "right", "left", "left"):
-        result.add_column(justify=justify)
+        result.add_column(justify=justify, overflow="fold")
     for row in rows:
         error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
         result.add_row(plain(row.name), format_number(row.value), error, plain(row.remark))
