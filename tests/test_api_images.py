@@ -46,6 +46,11 @@ def test_the_images_of_each_split_are_those_that_a_training_and_an_evaluation_us
         run.images("tests")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="count=0"):
         run.images(count=0)
+    for count in (0, -1):
+        with pytest.raises(UserError, match=f"count={count}: at least one draw"):
+            run.prior(count)
+        with pytest.raises(UserError, match=f"columns={count}: at least one image"):
+            run.show_images(run.sample(2), columns=count)
 
 
 def test_images_of_a_folder_have_names_and_a_picture_shows_their_pixels(tmp_path: Path) -> None:

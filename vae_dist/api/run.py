@@ -11,6 +11,7 @@ from vae_dist.api import records
 from vae_dist.api.data import Images, Split, load_images
 from vae_dist.api.images import to_unit_images
 from vae_dist.api.trained_model import TrainedModel
+from vae_dist.errors import UserError
 from vae_dist.runs.picture import Picture, with_caption
 from vae_dist.runs.run import RunDirectory
 from vae_dist.views import pictures
@@ -135,7 +136,9 @@ class Run(TrainedModel):
         `left` labels the rows, and `below` the images.
         """
         unit = to_unit_images(images, self.model, self.config.data).cpu()
-        columns = columns or math.ceil(math.sqrt(len(unit)))
+        columns = math.ceil(math.sqrt(len(unit))) if columns is None else columns
+        if columns < 1:
+            raise UserError(f"columns={columns}: at least one image in a row is needed")
         if len(left) == len(below) == 0:
             return pictures.grid(unit, columns)
         return pictures.labelled_grid(unit, columns, left=[*map(str, left)], below=[*map(str, below)])

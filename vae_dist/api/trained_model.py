@@ -79,6 +79,8 @@ class TrainedModel:
 
     def prior(self, count: int, seed: int = 0) -> Tensor:
         """Draw codes from the prior p(z): `(count, L)` float32. The first ones are the same for every count."""
+        if count < 1:
+            raise UserError(f"count={count}: at least one draw is needed")
         return prior_draws(self.model, seed, range(count)).to(self.model.device, copy=True)
 
     def sample(
