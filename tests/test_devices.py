@@ -245,7 +245,7 @@ def test_collectives_get_tensors_on_the_gpu(card: World, monkeypatch: pytest.Mon
         ),
         (
             "unhandled system error", "socketStartConnect: Connect to 10.0.0.2<9999> failed", RunError,
-            r"communication between the processes failed \(socketStartConnect: .* failed\); start the run again",
+            r"communication between the processes failed \(socketStartConnect: .* failed\); give the command again",
         ),
         ("remote process exited", "", RunError, r"failed \(remote process exited .* NCCL version 2.28.9\)"),
     ],

@@ -28,7 +28,7 @@ ANSWER_SECONDS = 5  # after a failed collective, to wait for the other processes
 WATCH_SECONDS = 1  # between two looks at the failures of other processes, on GPUs; less than REPORT_SECONDS
 NOTICE_SECONDS = 10  # that a process has to notice another one's failure by itself
 
-_RESUME = "start the run again to resume from its newest checkpoint"
+_RESUME = "give the command again; a training resumes from its newest checkpoint"
 _ANY_FAILURE = "vae_dist/ended"
 
 
@@ -75,7 +75,7 @@ def ended_with_another(rank: int, size: int) -> Iterator[None]:
         yield
     finally:
         left.set()
-        thread.join()
+        thread.join(ANSWER_SECONDS)  # it may wait for a store whose machine is lost
 
 
 @contextmanager
