@@ -312,3 +312,17 @@ def test_a_narrow_console_cuts_no_number(capsys: pytest.CaptureFixture[str], mon
         "negativelog-likelihood", "-12341.6012", "\u00b10.00093", "nats,atmost;128samples",
         "validation/best_negative_elbo", "12490.6849",
     ]  # fmt: skip
+
+
+def test_no_cell_is_lost_of_few_rows_with_many_columns_that_are_too_wide_in_both_ways(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams.results, "_width", 80)
+    names = [f"a_setting_with_a_long_name_{number}" for number in range(28)]
+    tables.columns("title", names, [[f"{run}/{'path' * 5}/{number}" for number in range(28)] for run in range(4)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    first, *others = zip(*(line.strip("\u2502").split("\u2502") for line in lines if "\u2502" in line), strict=True)
+    assert "".join(cell.strip() for cell in first) == "".join(names)
+    for run, column in enumerate(others):
+        assert "".join(cell.strip() for cell in column) == "".join(f"{run}/{'path' * 5}/{n}" for n in range(28))

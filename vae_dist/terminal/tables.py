@@ -48,7 +48,7 @@ def metrics(title: str, rows: Sequence[Metric], protocol: str, warning: str | No
 def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print results in columns, then notes about them.
 
-    Rows and columns change places if only that makes the table narrow enough for the console.
+    Rows and columns change places if the table is too wide for the console and that makes it narrower.
     """
     result = Table(title=plain(title), title_justify="left")
     for name in names:
@@ -56,12 +56,12 @@ def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], not
     for row in rows:
         result.add_row(*map(plain, row))
     turned = Table(title=plain(title), title_justify="left", show_header=False)
-    turned.add_column()
+    turned.add_column(overflow="fold")
     for _ in rows:
         turned.add_column(justify="right", overflow="fold")
     for name, *values in zip(names, *rows, strict=True):
         turned.add_row(plain(name), *map(plain, values))
-    results.print(turned if _width(turned) <= results.width < _width(result) else result)
+    results.print(turned if _width(result) > max(_width(turned), results.width) else result)
     for note in notes:
         results.print(Text(plain(note), style="bold yellow"))
 
