@@ -21,7 +21,7 @@ from vae_dist import config as configs
 from vae_dist.config import Config, DataConfig
 from vae_dist.data import datasets
 from vae_dist.data.batches import Batch, Batches
-from vae_dist.data.classes import with_classes
+from vae_dist.data.classes import class_names, with_classes
 from vae_dist.data.source import InMemory, Source, in_memory, read
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
@@ -399,6 +399,21 @@ def test_a_run_is_not_resumed_with_other_classes(make_config: MakeConfig, monkey
     monkeypatch.setitem(datasets.DATASETS, "synthetic_digits", partial(named, "abcdefghik"))
     with pytest.raises(UserError, match=r"the classes of synthetic_digits are a, b.*put back the images"):
         train(make_config(*arguments, "train.steps=2"))
+
+
+@pytest.mark.parametrize(
+    "name", ["???", "${seed}", "a${b", "no", "1e5", "~", "null", "[z]", "x, y", "- a", "a: b", "#1"]
+)
+def test_a_name_of_a_class_is_read_from_a_runs_config_or_refused_when_the_run_starts(name: str, tmp_path: Path) -> None:
+    info = replace(coded(DataConfig(), "test").info, classes=2, class_names=(name, "other"))
+    if name in ("???", "${seed}", "a${b"):
+        with pytest.raises(UserError, match=r"can't be the name of a class.*rename its folder"):
+            class_names(info, None)
+        return
+    config = configs.load([CONDITIONAL])
+    named = replace(config, data=replace(config.data, classes=class_names(info, None)))
+    configs.save(named, tmp_path / "config.yaml")
+    assert configs.read(tmp_path / "config.yaml").data.classes == [name, "other"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ MOST_CLASSES = 1000
 def class_names(info: DataInfo, chosen: Sequence[str] | None) -> list[str]:
     """Return the names of a source's classes: those of the source, `chosen` by a config, or else the labels.
 
-    Raises UserError for images without labels, for more than MOST_CLASSES classes, and if `chosen` does not fit.
+    Raises UserError for images without labels, for more than MOST_CLASSES classes, for a name that a config can't hold,
+    and if `chosen` does not fit.
     """
     if info.classes is None:
         raise UserError(
@@ -30,6 +31,11 @@ def class_names(info: DataInfo, chosen: Sequence[str] | None) -> list[str]:
             f"{info.classes:,}: use model.conditional=false, or fewer classes"
         )
     own = [str(label) for label in range(info.classes)] if info.class_names is None else list(info.class_names)
+    if unsaved := [name for name in own if "${" in name or name == "???"]:  # no run could be resumed or evaluated
+        raise UserError(
+            f"{truncate(repr(unsaved[0]))} can't be the name of a class, as a config takes it for a reference or a "
+            "missing value: rename its folder"
+        )
     if chosen is None or list(chosen) == own:
         return own
     if info.class_names is not None or len(chosen) != info.classes:
