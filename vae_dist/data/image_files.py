@@ -126,7 +126,7 @@ def _check_webp(start: bytes, file: BinaryIO) -> None:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        limit = f"{MAX_PIXELS // 2**20} megapixels"
+        limit = f"{MAX_PIXELS // 10**6} megapixels"
         raise DamagedError(f"{width} x {height} pixels are more than {limit}; make it smaller")
 
 
