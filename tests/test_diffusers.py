@@ -226,6 +226,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "long": (lambda folder: (folder / CONFIG).write_text(" " * 2**21), "Has more than"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "can't read .*config.json"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "can't read .*safetensors"),
+    "half precision alone": (
+        lambda folder: (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".fp16.safetensors")),
+        "can't read .*; give 'diffusion_pytorch_model.fp16.safetensors' this name",
+    ),
     "pickle": (
         lambda folder: (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin")),
         "has its weights in diffusion_pytorch_model.bin alone, a pickle",

@@ -192,7 +192,9 @@ def _read_weights(folder: Path, options: AutoencoderKLConfig, channels: int) -> 
                 f"{folder} has its weights in {pickled.name} alone, a pickle, which can run code when it is read: "
                 f"write {WEIGHTS} with diffusers, by AutoencoderKL.from_pretrained and save_pretrained, if you trust it"
             ) from error
-        raise UserError(f"model.init_from={folder}: can't read {path} ({reason(error)})") from error
+        variants = [] if path.exists() else sorted(folder.glob(f"{path.stem}.*{path.suffix}"))
+        hint = f"; give {variants[0].name[:200]!a} this name" if variants else ""  # such as .fp16, of half precision
+        raise UserError(f"model.init_from={folder}: can't read {path} ({reason(error)}){hint}") from error
     return hashlib.sha256(content).hexdigest(), _state(content, path, shapes)
 
 
