@@ -400,5 +400,7 @@ def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(
     assert "config.json has no scaling_factor: `vae-dist encode` computes it" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"index.json is not of this checkpoint's latents: encode images by it first"):
         export(run, [*formats, "weights=raw"])
+    with pytest.raises(UserError, match=r"export.latents=.*none has no index.json that can be read: give the folder"):
+        export(run, ["export.formats=[diffusers]", f"export.latents={tmp_path / 'none'}"])
     with pytest.raises(UserError, match=r"export.latents is for export.formats=\[diffusers\]"):
         export(run, ["export.formats=[]", f"export.latents={latents}"])

@@ -61,7 +61,12 @@ def _scaling(config: Config, checkpoint: Checkpoint, weights: str) -> Scaling:
             CONFIG,
         )
     path = Path(config.export.latents) / index.INDEX
-    values = index.read(path.parent) or {}
+    values = index.read(path.parent)
+    if values is None:
+        raise UserError(
+            f"export.latents={path.parent} has no {index.INDEX} that can be read: give the folder that `vae-dist "
+            "encode` names when it is done"
+        )
     request, latents = (_at(values, *keys) for keys in (["request"], ["statistics", "latents"]))
     made_by = _at(request, "checkpoint"), _at(request, "weights")
     if made_by != (checkpoint.manifest.fingerprint, weights):
