@@ -114,7 +114,7 @@ def test_a_likelihood_says_what_it_is(name: str, description: str, probabilities
         assert kind.is_probability(binarize) is (binarize in probabilities)
         caution = kind.caution(binarize, "kmnist")
         assert (caution is None) is (binarize in probabilities)  # probabilities of images can be compared
-        assert caution is None or ("grey kmnist" if name == "bernoulli" else "same sigma") in caution
+        assert caution is None or ("pixels of kmnist" if name == "bernoulli" else "same sigma") in caution
     assert set(LIKELIHOODS) == {"bernoulli", "gaussian", "laplace"}
 
 
