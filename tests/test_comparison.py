@@ -329,34 +329,34 @@ def test_unprintable_text_of_an_untrusted_file_is_not_printed(pair: list[Path]) 
     assert "\x1b" not in (folder / "table.md").read_text() and not (folder / "losses.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "metrics", "difference"),
-    [
-        (["data.binarize=threshold"], "METRICS", "data.binarize (none, threshold)"),
-        (["objective.reconstruction=gaussian"], "METRICS IN NATS", "objective.reconstruction (bernoulli, gaussian)"),
-        (["data.synthetic_images=600"], "METRICS", "data.synthetic_images (1200, 600)"),
-    ],
-)
 def test_incomparable_metrics_come_with_a_warning(
-    arguments: list[str],
-    metrics: str,
-    difference: str,
-    make_run: MakeRun,
-    pair: list[Path],
-    capsys: pytest.CaptureFixture[str],
+    make_run: MakeRun, pair: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = compare([*pair, make_run("name=odd", *arguments)])
-    warning = f"THE {metrics} OF THESE RUNS ARE NOT COMPARABLE: they differ in {difference}"
+    folder = compare([*pair, make_run("name=odd", "data.binarize=threshold")])
+    warning = "THE METRICS OF THESE RUNS ARE NOT COMPARABLE: they differ in data.binarize (none, threshold)"
     assert json.loads((folder / "comparison.json").read_text())["warning"] == warning
     assert warning in (folder / "table.md").read_text() and warning in capsys.readouterr().out
 
 
-def test_a_model_that_is_told_the_label_does_not_compare_with_one_that_is_not(pair: list[Path]) -> None:
-    runs = [opened(run) for run in pair]
-    told = runs[0]._replace(config=replace(runs[0].config, model=replace(runs[0].config.model, conditional=True)))
-    assert incomparable([told, told]) is None
-    warning = incomparable([told, runs[1]])
-    assert warning is not None and "METRICS IN NATS" in warning and "model.conditional (True, False)" in warning
+@pytest.mark.parametrize(
+    ("concern", "change", "metrics", "difference"),
+    [
+        ("objective", {"reconstruction": "gaussian"}, "METRICS IN NATS", "reconstruction (bernoulli, gaussian)"),
+        ("data", {"synthetic_images": 600}, "METRICS", "synthetic_images (1200, 600)"),
+        ("model", {"conditional": True}, "METRICS IN NATS", "conditional (False, True)"),
+    ],
+)
+def test_other_images_likelihoods_and_labels_do_not_compare(
+    concern: str, change: dict[str, Any], metrics: str, difference: str, pair: list[Path]
+) -> None:
+    """The pixels' metrics of several likelihoods do. A model that is told the label has p(x|y)."""
+    run, other = map(opened, pair)
+    options = replace(getattr(other.config, concern), **change)
+    other = other._replace(config=replace(other.config, **{concern: options}))
+    assert incomparable([run, run]) is None and incomparable([other, other]) is None
+    warning = incomparable([run, other])
+    assert warning is not None
+    assert warning.startswith(f"THE {metrics} OF") and f"they differ in {concern}.{difference}" in warning
 
 
 def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
