@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -283,19 +284,29 @@ def test_the_newest_evaluation_counts_and_missing_metrics_are_omitted(pair: list
     ],
 )
 def test_an_evaluation_without_the_metrics_that_are_asked_for_does_not_count(
-    arguments: list[str], metrics: dict[str, Any], trained: list[Path], tmp_path: Path
+    arguments: list[str],
+    metrics: dict[str, Any],
+    trained: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "weights").write_bytes(b"published")
+    monkeypatch.chdir(tmp_path)
     run = opened(trained[0], [*arguments, f"output={tmp_path}"])
     (tmp_path / "evaluations").mkdir()
     given = {argument.partition("=")[0] for argument in arguments}
     terms = dict.fromkeys(("negative_elbo", "reconstruction", "kl"), 1.0)
     kept = terms | {"step": 10, "split": "test", "dataset": "synthetic_digits", "importance_samples": 2}
+    kept |= {"protocol": dict.fromkeys(("lpips_sha256", "rfid_sha256"), hashlib.sha256(b"published").hexdigest())}
     for name, values in ("a", kept), ("b", kept | metrics):
         assert _kept_evaluation(run, tmp_path, given) is None
         write_atomically(tmp_path / f"evaluations/step_00000010_test_{name}.json", json.dumps(values).encode())
         assert _kept_evaluation(run, tmp_path, ()) == values
         os.utime(tmp_path / f"evaluations/step_00000010_test_{name}.json", (time.time() - 5 * (name == "a"),) * 2)
     assert _kept_evaluation(run, tmp_path, given) == kept | metrics
+    (tmp_path / "weights").write_bytes(b"other")
+    by_weights = {"evaluate.perceptual", "evaluate.inception"} & given
+    assert _kept_evaluation(run, tmp_path, given) == (None if by_weights else kept | metrics)
 
 
 def test_a_comparison_says_what_its_arguments_ask_for(

@@ -11,7 +11,7 @@ from safetensors.torch import load as parse
 from torch import Tensor, nn
 
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded, reason
+from vae_dist.files import open_bounded, read_bounded, reason
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -48,6 +48,15 @@ def load(kind: type[Network], path: Path, key: str, device: torch.device | None 
         raise UserError(f"{key}={path} does not hold the weights of {kind.__name__}: {problem}; {REMEDY}")
     network.load_state_dict(tensors, strict=False, assign=True)  # batch norms ask for a count that they don't use
     return Loaded(network.to(device or "cpu"), hashlib.sha256(content).hexdigest())
+
+
+def digest(path: Path) -> str | None:
+    """Return the sha256 of a network's file, as `load` does; None if it can't be read."""
+    try:
+        with open_bounded(path, 2**32) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def unfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

@@ -15,6 +15,7 @@ from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.features.files import digest
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.reports.curves import error_unit, loss_unit
 from vae_dist.reports.labels import labels
@@ -199,11 +200,20 @@ def _has_asked(evaluation: Mapping[str, Any], config: Config, given: Collection[
     options = config.evaluate
     has = {
         "evaluate.importance_samples": evaluation.get("importance_samples") == (options.importance_samples or 0),
-        "evaluate.perceptual": options.perceptual is None or "lpips" in evaluation,
-        "evaluate.inception": options.inception is None or "rfid" in evaluation,
+        "evaluate.perceptual": _is_by(evaluation, "lpips", options.perceptual),
+        "evaluate.inception": _is_by(evaluation, "rfid", options.inception),
         "evaluate.fid_samples": options.fid_samples in (None, evaluation.get("fid_samples")),
     }
     return all(has.get(key, True) for key in given)
+
+
+def _is_by(evaluation: Mapping[str, Any], metric: str, weights: str | None) -> bool:
+    """Return whether an evaluation has a metric by the network of a file; true if no file is named."""
+    if weights is None:
+        return True
+    protocol, sha256 = evaluation.get("protocol"), digest(Path(weights))
+    named = protocol.get(f"{metric}_sha256") if isinstance(protocol, dict) else None
+    return metric in evaluation and sha256 is not None and named == sha256
 
 
 def _modified(path: Path) -> float:
