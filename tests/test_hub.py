@@ -133,6 +133,18 @@ def test_without_a_network_the_cache_serves(
         hub.push(exported, NAME)
 
 
+def test_what_the_cache_has_in_part_is_no_model_and_is_completed_later(
+    server: HubServer, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(exported, NAME)
+    huggingface_hub.hf_hub_download(NAME, "manifest.json", cache_dir=tmp_path / "hub")
+    use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"no whole model of vae_dist: model.safetensors, .*check the network"):
+        hub.fetch(f"hf://{NAME}")
+    use(server.url, tmp_path, monkeypatch)
+    opened(hub.fetch(f"hf://{NAME}"))
+
+
 def test_a_damaged_download_is_refused_when_it_is_opened(server: HubServer, exported: Path) -> None:
     hub.push(exported, NAME)
     files = list(server.repositories[NAME].commits.values())[-1]

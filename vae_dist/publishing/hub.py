@@ -102,8 +102,14 @@ def fetch(name: str) -> Path:
                 library_version=vae_dist.__version__,
             )
         )
-        if not (snapshot / MANIFEST).exists():
+        missing = [file for file in inference.FILES if not (snapshot / file).exists()]
+        if len(missing) == len(inference.FILES):
             raise UserError(f"{name} holds no model of vae_dist: it has no {MANIFEST}")
+        if missing:  # without a network, the client returns what the cache has of a repository
+            raise UserError(
+                f"{name} is no whole model of vae_dist: {', '.join(missing)} missing there, or not yet downloaded; "
+                "check the network, or upload the model again"
+            )
         place = cached_assets_path("vae_dist", namespace="models", subfolder=repository.replace("/", "--"))
         return _plain_files(snapshot, place / snapshot.name)
 
