@@ -48,6 +48,9 @@ class Server:
                     self.send_error(404)
                     return
                 start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and outer.ranges else 0
+                if start >= len(content):
+                    self.send_error(416)
+                    return
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -160,6 +163,14 @@ def test_a_transfer_that_breaks_off_continues_where_it_was(ranges: bool, server:
     path = fetch([f"output={tmp_path}"], small)["lpips_vgg"]
     assert server.requests[1] == ("/files/vgg16.pth", "bytes=1000-")
     assert torch.equal(load_file(path)["vgg.0.bias"], backbone["features.0.bias"])
+    assert left(tmp_path) == {"lpips_vgg.safetensors"}
+
+
+def test_a_part_that_is_too_long_is_loaded_again(server: Server, tmp_path: Path) -> None:
+    backbone, heads = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
+    (tmp_path / "..vgg16.pth.part").write_bytes(bytes(len(server.contents["vgg16.pth"]) + 1))
+    fetch([f"output={tmp_path}"], small)
     assert left(tmp_path) == {"lpips_vgg.safetensors"}
 
 

@@ -111,6 +111,9 @@ def _receive_rest(url: str, part: Path, size: int) -> None:
     start = part.stat().st_size if part.exists() else 0
     if start == size:
         return
+    if start > size:  # of another file, or of two processes without locks: there is no rest to ask for
+        part.unlink()
+        start = 0
     with _open(url, {"Range": f"bytes={start}-"} if start else {}) as response, _append_to(part) as file:
         if response.status != 206:  # the server sends the file from its beginning
             file.truncate(start := 0)
