@@ -229,7 +229,11 @@ def test_a_runs_path_must_be_printable() -> None:
     [
         ("latent_dim=3", "did you mean model.latent_dim?"),
         ("model.latentdim=3", "did you mean model.latent_dim"),
-        ("optim.lr=3", "unknown key 'optim.lr'"),
+        ("optim.lr=3", "unknown key 'optim.lr'; did you mean optim.learning_rate?"),
+        ("batch=3", "did you mean train.batch_size or evaluate.batch_size?"),
+        ("--batch-size=3", "did you mean train.batch_size or evaluate.batch_size?"),
+        ("model.z_dim=3", "did you mean model.latent_dim?"),
+        ("dataset=mnist", "did you mean data.name?"),
         ("model=mlp", "model is a group of keys"),
         ("model.latent_dim=abc", "model.latent_dim must be int, not abc"),
         ("model.latent_dim=2.5", "model.latent_dim must be int, not 2.5"),

@@ -16,6 +16,14 @@ from vae_dist.errors import UserError
 
 ARCHITECTURE = "model.architecture"  # the key that decides which other keys of the model there are
 
+# Names that other programs give to an option, with the end of its key here. No distance of letters finds these.
+_OTHER_NAMES = {
+    "lr": "learning_rate", "wd": "weight_decay", "clip": "max_grad_norm", "grad_clip": "max_grad_norm",
+    "batch": "batch_size", "bs": "batch_size", "epoch": "epochs", "latent": "latent_dim", "latent_size": "latent_dim",
+    "z_dim": "latent_dim", "zdim": "latent_dim", "hidden": "hidden_dims", "hidden_size": "hidden_dims",
+    "dataset": "data.name", "data_dir": "data.root", "likelihood": "objective.reconstruction", "arch": "architecture",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Option:
@@ -110,8 +118,9 @@ def require_known(key: str, source: str = "", config: Config | None = None) -> N
         return
     if inside := [other for other in known if other.startswith(f"{key}.")]:
         raise UserError(f"{key} is a group of keys; set one of them: {', '.join(inside)}")
-    last = key.rpartition(".")[2]
-    same_last = [other for other in known if other.rpartition(".")[2] == last]
+    last = key.rpartition(".")[2].replace("-", "_")
+    end = "." + _OTHER_NAMES.get(last, last)
+    same_last = [other for other in known if f".{other}".endswith(end)]
     guesses = same_last or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help lists the keys"
     raise UserError(f"{source}unknown key {truncate(repr(key))}; {hint}")
