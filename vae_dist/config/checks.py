@@ -47,13 +47,13 @@ def check(config: Config) -> None:
         _check_mirror(config.data.mirror)
     if config.name is not None and not _RUN_NAME.fullmatch(config.name):
         raise UserError(
-            f"name={truncate(repr(config.name))} can't be a folder's name: use letters, digits, '.', '_' and '-', "
-            "up to 128 of them"
+            f"name={truncate(repr(config.name))} can't be a folder's name: use A to Z, a to z, 0 to 9, '_', and after "
+            "the first one '.' and '-', up to 128 of them"
         )
     if config.tracking.id is not None and not _WANDB_ID.fullmatch(config.tracking.id):
         raise UserError(
-            f"tracking.id={config.tracking.id!r} can't be the ID of a W&B run: use letters, digits, '_' and '-', up to "
-            "64 of them"
+            f"tracking.id={config.tracking.id!r} can't be the ID of a W&B run: use A to Z, a to z, 0 to 9, '_' and "
+            "'-', up to 64 of them"
         )
     config.model.check()
     if config.train.freeze == "encoder" and getattr(config.model, "init_from", None) is None:
