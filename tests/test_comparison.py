@@ -32,7 +32,7 @@ from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import write_atomically
 from vae_dist.reports import comparison
-from vae_dist.reports.comparison import _kept_evaluation, _to_json, compare, curves
+from vae_dist.reports.comparison import _folder_name, _kept_evaluation, _to_json, compare, curves
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.study import study
@@ -131,6 +131,26 @@ def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun
     assert labels([run]) == ["run_2"]
     both = labels([run, opened(again), opened(pair[1])])
     assert both == ["latent_dim=2, run_2", "latent_dim=2, again", "latent_dim=4, run_4"]
+
+
+def test_copies_of_a_run_are_told_apart_by_their_directories(pair: list[Path], tmp_path: Path) -> None:
+    first = opened(pair[0])
+    copy, elsewhere = tmp_path / "runs/copy", tmp_path / "other/runs/run_2"
+    for place in (copy, elsewhere):
+        shutil.copytree(pair[0], place)
+    assert labels([first, opened(copy)]) == ["run_2", "copy"]
+    assert _folder_name([first, opened(copy)]) == "run_2_copy"
+    both = [first, opened(elsewhere)]
+    assert labels(both) == [f"{tmp_path.name}/runs/run_2", "other/runs/run_2"]
+    assert _folder_name(both) == f"{tmp_path.name}-runs-run_2_other-runs-run_2"
+    assert [row[-1] for row in make_table(both, [], [{}] * 2).rows] == labels(both)
+    steps = [opened(copy / "checkpoints/step_00000005"), first, opened(copy)]
+    assert labels(steps) == ["copy, step 5", "run_2, step 10", "copy, step 10"]
+    assert labels([first, opened(pair[1]), opened(copy)]) == [
+        "latent_dim=2, run_2",
+        "latent_dim=4, run_4",
+        "latent_dim=2, copy",
+    ]
 
 
 def test_labels_that_would_be_too_long_are_names(pair: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple
@@ -18,7 +19,7 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.features.files import digest
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.reports.curves import error_unit, loss_unit
-from vae_dist.reports.labels import labels
+from vae_dist.reports.labels import labels, names
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.table import incomparable, make_table
 from vae_dist.runs import manifest
@@ -33,7 +34,7 @@ from vae_dist.views.plots import Curve
 
 logger = logging.getLogger(__name__)
 
-LONGEST_NAME = 100  # characters of a comparison's folder
+LONGEST_NAME = 100  # bytes of a comparison's folder
 
 
 def compare(runs: Sequence[Path], arguments: Sequence[str] = ()) -> Path:
@@ -221,8 +222,9 @@ def _modified(path: Path) -> float:
 
 
 def _folder_name(opened: Sequence[Opened]) -> str:
-    """The runs' names, shortened to LONGEST_NAME with a hash of all of them."""
-    name = "_".join(dict.fromkeys(str(run.config.name) for run in opened))
-    if len(name) <= LONGEST_NAME:
+    """The runs' names (see `names`), shortened to LONGEST_NAME with a hash of all of them."""
+    name = "_".join(dict.fromkeys(name.replace("/", "-") for name in names(opened)))
+    content = os.fsencode(name)
+    if len(content) <= LONGEST_NAME:
         return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{content[: LONGEST_NAME - 9].decode(errors='ignore')}-{hashlib.sha256(content).hexdigest()[:8]}"

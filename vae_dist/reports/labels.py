@@ -1,6 +1,7 @@
 """Labels that tell compared runs apart."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vae_dist import config as configs
 from vae_dist.config import Config
@@ -16,12 +17,24 @@ def labels(opened: Sequence[Opened]) -> list[str]:
     result = [", ".join(f"{short_key(key)}={value}" for key, value in settings(run, keys).items()) for run in opened]
     if max(map(len, result)) > LONGEST_LABEL:
         result = [""] * len(opened)
-    names = [str(run.config.name) for run in opened]
     steps = [f"step {run.step}" for run in opened]
-    for more in (names, steps):
+    for more in (names(opened), steps):
         if "" in result or len(set(result)) < len(result):
             result = [", ".join(filter(None, parts)) for parts in zip(result, more, strict=True)]
     return result
+
+
+def names(opened: Sequence[Opened]) -> list[str]:
+    """The runs' names; if runs in several directories share one, as copies do, the end of each directory's path."""
+    directories = [run.checkpoint.run_dir.resolve() for run in opened]
+    stored = [str(run.config.name) for run in opened]
+    if len(set(zip(stored, directories, strict=True))) == len(set(stored)):
+        return stored
+    for length in range(1, max(len(directory.parts) for directory in directories)):
+        ends = {directory: str(Path(*directory.parts[-length:])) for directory in directories}
+        if len(set(ends.values())) == len(ends):
+            break
+    return [ends[directory] for directory in directories]
 
 
 def settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:

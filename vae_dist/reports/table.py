@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from vae_dist.config import Config
 from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
-from vae_dist.reports.labels import held_out_set, settings, short_key, subject
+from vae_dist.reports.labels import held_out_set, names, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}  # towards better values
@@ -41,7 +41,7 @@ def make_table(opened: Sequence[Opened], keys: Sequence[str], evaluations: Seque
         **{short_key(key): [settings(run, keys).get(key, "") for run in opened] for key in keys},
         "step": [str(run.step) for run in opened],
         **_metric_columns(evaluations),
-        "run": [str(run.config.name) for run in opened],
+        "run": names(opened),
     }
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     warning = incomparable(opened)
