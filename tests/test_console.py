@@ -123,16 +123,20 @@ def test_a_closed_terminal_changes_neither_training_nor_exit_code(stopped: bool,
     assert f"SIGHUP: asked to stop; step {saved_step()} of" in log if stopped else saved_step() == 300
 
 
-def test_a_hangup_outside_of_a_training_ends_with_the_promised_code() -> None:
+def test_a_hangup_or_a_warning_outside_of_a_training_ends_with_the_promised_code() -> None:
     waiting = (
         "import time\nfrom vae_dist.terminal import console\n"
         "console.run(lambda: (print(1, flush=True), time.sleep(60)))"
     )
-    process = subprocess.Popen([sys.executable, "-c", waiting], cwd=REPOSITORY, stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(10) == 143
-    process.stdout.close()
+    numbers = (signal.SIGHUP, signal.SIGUSR1)  # the latter is SLURM's warning
+    started = [
+        subprocess.Popen([sys.executable, "-c", waiting], cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in numbers
+    ]
+    for process, number in zip(started, numbers, strict=True):
+        assert process.stdout is not None and process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(10) == 143
+        process.stdout.close()
 
 
 @pytest.mark.parametrize("arguments, code", [("--help", 0), ("--print-config", 0), ("model.latnt_dim=3", 2)])

@@ -142,8 +142,9 @@ def run(command: Callable[[], None]) -> NoReturn:
     """
     guard_standard_streams()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch prints a stack trace for each attempt to connect
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # outside of a training, which saves first
-        signal.signal(signal.SIGHUP, lambda number, frame: os._exit(143))
+    for request in (signal.SIGHUP, signal.SIGUSR1):  # outside of a training, which saves first
+        if signal.getsignal(request) is signal.SIG_DFL:
+            signal.signal(request, lambda number, frame: os._exit(143))
     _install(_unshown)
     try:
         command()
