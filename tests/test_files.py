@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from vae_dist import leftovers
 from vae_dist.errors import UserError
-from vae_dist.files import open_bounded, read_bounded, require_no_links, write_atomically
+from vae_dist.files import make_folder, open_bounded, read_bounded, require_no_links, write_atomically
 
 
 def test_a_write_replaces_the_whole_content_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -58,6 +59,32 @@ def test_a_temporary_file_s_name_is_unpredictable(tmp_path: Path) -> None:
             write_atomically(tmp_path / "nowhere" / "some.json", b"")
         names.add(failed.value.filename)
     assert len(names) == 3
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:  # it dies between its two files
+        leftovers.temporary(tmp_path / "some.json").write_bytes(b"half")
+        leftovers.temporary(tmp_path / "probe").touch()
+        os._exit(0)
+    written = temporary_files(tmp_path)
+    while len(written) < 2:
+        written = temporary_files(tmp_path)
+    write_atomically(tmp_path / "some.json", b"1")
+    assert temporary_files(tmp_path) == written  # a process that is not yet reaped is there
+    os.waitpid(child, 0)
+    live, foreign = leftovers.temporary(tmp_path / "a"), tmp_path / (written[0][:-24] + 24 * "f")
+    for path in (live, foreign, tmp_path / ".other.0123456789abcdef"):
+        path.touch()
+    (tmp_path / "new").mkdir()
+    write_atomically(tmp_path / "new/other.json", b"1")
+    assert set(written) < set(temporary_files(tmp_path))  # of another folder
+    make_folder(tmp_path, "")
+    assert set(temporary_files(tmp_path)) == {live.name, foreign.name, ".other.0123456789abcdef"}
+
+
+def temporary_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
 def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:

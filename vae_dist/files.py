@@ -3,15 +3,14 @@
 import errno
 import logging
 import os
-import secrets
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 from vae_dist.errors import UserError
+from vae_dist.leftovers import remove_leftovers, temporary
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +21,7 @@ _NOT_SUPPORTED = {
 }  # fmt: skip
 # Errors of a rename that copying can replace: between the branches of a union, or onto a mounted file.
 NOT_RENAMED = {errno.EXDEV, errno.EBUSY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _unsynced: set[int] = set()  # devices that a warning has named
 
@@ -62,12 +62,14 @@ def make_folder(path: Path, otherwise: str) -> None:
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        descriptor, probe = tempfile.mkstemp(prefix=".", dir=path)  # permissions don't show a full or read-only disk
+        remove_leftovers(path)
+        probe = temporary(path / "probe")  # permissions don't show a full or read-only disk
+        descriptor = os.open(probe, _NEW, 0o600)
         try:
             os.write(descriptor, b"1")
         finally:
             os.close(descriptor)
-            Path(probe).unlink()
+            probe.unlink()
     except OSError as error:
         for folder in missing:
             try:
@@ -88,18 +90,19 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
     Without `durable` nothing is flushed to the disk, and a power cut may leave the files empty.
     """
     written: dict[Path, Path] = {}
+    for folder in dict.fromkeys(path.parent for path in contents):
+        remove_leftovers(folder)
     try:
         for path, content in contents.items():
             # An unpredictable name and O_EXCL: in a folder that others can write to, a link planted under a known name
             # would redirect the write to its target.
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, 0o666)
-            written[temporary] = path
+            partial = temporary(path)
+            descriptor = os.open(partial, _NEW, 0o666)
+            written[partial] = path
             _fill(descriptor, content, path, durable=durable)
-        for temporary, path in written.items():
+        for partial, path in written.items():
             try:
-                os.replace(temporary, path)
+                os.replace(partial, path)
             except OSError as error:
                 if error.errno not in NOT_RENAMED:
                     raise
@@ -107,8 +110,8 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
                 _fill(descriptor, contents[path], path, durable=durable)
     finally:
-        for temporary in written:
-            temporary.unlink(missing_ok=True)
+        for partial in written:
+            partial.unlink(missing_ok=True)
 
 
 def _fill(descriptor: int, content: bytes, path: Path, *, durable: bool) -> None:

@@ -21,6 +21,7 @@ import psutil
 
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, read_bounded, writing
+from vae_dist.leftovers import machine
 
 logger = logging.getLogger(__name__)
 
@@ -164,18 +165,9 @@ def _this_process() -> bytes:
             "process": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "started": psutil.Process().create_time(),
-            "machine": _machine(),
+            "machine": machine(),
         }
     ).encode()
-
-
-def _machine() -> str:
-    """Return the identity that processes share if they can see one another: host, boot and container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
 
 
 def _read_mark(path: Path) -> bytes | None:
@@ -202,7 +194,7 @@ def _is_gone(holder: bytes | None) -> bool:
         return True
     values = _parse_mark(holder)
     process, started = values.get("process"), values.get("started")
-    if values.get("machine") != _machine() or type(process) is not int or type(started) is not float:
+    if values.get("machine") != machine() or type(process) is not int or type(started) is not float:
         return False
     try:
         running = psutil.Process(process)

@@ -30,7 +30,7 @@ HEADER_BYTES = 2**16  # of a shard, at most
 ANY_SIZE = 2**62
 MOST_THREADS = 1024  # as for train.threads
 PATTERN = "latents-*.safetensors"
-TEMPORARY = re.compile(r"\.(latents-\d{5,}-of-\d{5,}\.safetensors|index\.json|images\.csv)\.[0-9a-f]{16}")
+TEMPORARY = re.compile(r"\.(latents-\d{5,}-of-\d{5,}\.safetensors|index\.json|images\.csv)\.[0-9a-f]{16,24}")
 
 
 @dataclass(frozen=True, order=True)

@@ -1,0 +1,62 @@
+"""Names of temporary files, which tell what killed processes have left from what live ones are writing."""
+
+import hashlib
+import os
+import re
+import secrets
+import socket
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{8}")
+
+
+def machine() -> str:
+    """Return the identity that processes share if they can see one another: host, boot and container."""
+    return f"{socket.gethostname()} {_boot() or ''}".rstrip()
+
+
+def temporary(path: Path) -> Path:
+    """Return a new, unpredictable name for a temporary file next to `path`. It names this process and its machine."""
+    return path.with_name(f".{path.name}.{_mark()}{os.getpid():08x}{secrets.token_hex(4)}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of this machine's processes that have ended.
+
+    Those of another machine stay, as their processes may live, and so do those that can't be removed.
+    """
+    if _boot() is None:  # another machine may have the same name
+        return
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and match["machine"] == _mark() and _has_ended(int(match["process"], 16)):
+                with suppress(OSError):
+                    Path(entry.path).unlink()
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+@cache
+def _boot() -> str | None:
+    """Identify the boot and the container, by which no other machine is taken for this one; None without Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+@cache
+def _mark() -> str:
+    return hashlib.sha256(machine().encode()).hexdigest()[:8]
