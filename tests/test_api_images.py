@@ -44,8 +44,11 @@ def test_the_images_of_each_split_are_those_that_a_training_and_an_evaluation_us
     assert seconds <= time.monotonic() - started + 0.1  # of the training, not of this process; it is rounded
     with pytest.raises(UserError, match="no split 'tests': give train, validation or test"):
         run.images("tests")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="count=0"):
-        run.images(count=0)
+    for few in (0, 2.5, "5"):
+        with pytest.raises(UserError, match=f"count={few}: a whole number of images is needed, at least one"):
+            run.images(count=few)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="size=32: give the height and the width"):
+        run.decode([[0, 0]], size=32)  # type: ignore[arg-type]
     for count in (0, -1):
         with pytest.raises(UserError, match=f"count={count}: at least one draw"):
             run.prior(count)

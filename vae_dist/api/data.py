@@ -25,8 +25,8 @@ class Images(NamedTuple):
 
 def load_images(data: DataConfig, split: str, count: int | None, device: torch.device) -> Images:
     """Return the first `count` images of a split, by default all. Raises UserError as `Run.images` does."""
-    if count is not None and count < 1:
-        raise UserError(f"count={count}: at least one image is needed")
+    if count is not None and not (hasattr(count, "__index__") and count >= 1):
+        raise UserError(f"count={count}: a whole number of images is needed, at least one")
     if split not in get_args(Split):
         raise UserError(f"there is no split {split!r}: give train, validation or test")
     source = of_split(data, split, "give another split")

@@ -61,7 +61,11 @@ class TrainedModel:
         >>> run.decode([[0, 0], [0, 1], [-1, -1]]).shape
         torch.Size([3, 1, 28, 28])
         """
-        shape = (self.model.image_shape[0], *(size or self.model.image_shape[1:]))
+        try:
+            height, width = size or self.model.image_shape[1:]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"size={size}: give the height and the width of the images, such as (64, 64)") from error
+        shape = (self.model.image_shape[0], height, width)
         codes = to_codes(latents, self.model, shape)
         given = self._labels(labels, len(codes))
         with torch.no_grad():
