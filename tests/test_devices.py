@@ -262,6 +262,17 @@ def test_an_error_of_nccl_is_explained_by_its_own_reason(
         )
 
 
+def test_a_process_that_is_too_slow_is_told_from_a_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "missing_processes", lambda rank, size: [1])
+    for reason, is_slow in (
+        ("Timed out waiting 8000ms for send operation to complete", True),
+        ("closed by peer", False),
+    ):
+        with pytest.raises(RunError, match="process 1 of 2 died or hangs") as ended, failures.explained(0, 2):
+            raise RuntimeError(f"[/pytorch/gloo/unbound_buffer.cc:78] {reason}")
+        assert ("if it is only slow, raise runtime.start_timeout" in str(ended.value)) == is_slow
+
+
 @pytest.mark.parametrize(("kind", "code"), [("run", 1), ("input", 2), ("", None)])
 def test_a_process_that_waits_for_a_gpu_ends_with_the_one_that_has_failed(
     kind: str, code: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

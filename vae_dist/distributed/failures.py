@@ -29,6 +29,7 @@ WATCH_SECONDS = 1  # between two looks at the failures of other processes, on GP
 NOTICE_SECONDS = 10  # that a process has to notice another one's failure by itself
 
 _RESUME = "give the command again; a training resumes from its newest checkpoint"
+_IF_SLOW = "if it is only slow, raise runtime.start_timeout, of a training that has started runtime.timeout; "
 _ANY_FAILURE = "vae_dist/ended"
 
 
@@ -113,7 +114,8 @@ def explained(rank: int, size: int) -> Iterator[None]:
         if not missing:
             raise RunError(f"communication between the processes failed ({reason}); {_RESUME}") from error
         ranks = ", ".join(map(str, missing))
-        dead = RunError(f"process {ranks} of {size} died or hangs ({reason}); {_RESUME}")
+        slow = _IF_SLOW if "timed out" in reason.lower() else ""
+        dead = RunError(f"process {ranks} of {size} died or hangs ({reason}); {slow}{_RESUME}")
         raise dead.on_every_process(_first_alive(size, missing)) from error
 
 
