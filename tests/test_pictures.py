@@ -11,7 +11,16 @@ from vae_dist.data.source import in_memory
 from vae_dist.models.pixel_distributions import Gaussian
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.runs.picture import NARROWEST, Picture, to_png, with_caption
-from vae_dist.views.pictures import PADDING, SMALL, WIDEST, grid, labelled_grid, reconstructions, samples
+from vae_dist.views.pictures import (
+    PADDING,
+    SMALL,
+    WIDEST,
+    grid,
+    labelled_grid,
+    over_reconstructions,
+    reconstructions,
+    samples,
+)
 
 
 def test_a_grid_holds_the_images_row_by_row() -> None:
@@ -176,6 +185,18 @@ def test_a_picture_of_the_training_shows_fewer_images_if_they_are_large(side: in
     middles = [(row + 0.5) * (side + PADDING) * scale for row in range(rows)]
     assert [picture.getpixel((picture.width - 5, int(middle))) for middle in middles] == [255, 0] * (rows // 2)
     assert samples(vae, "a model").image.width == picture.width
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 2), (3, 3, 2), (8, 8, 2), (10, 8, 4), (17, 8, 6)])
+def test_every_image_is_over_its_reconstruction_however_many_there_are(count: int, columns: int, rows: int) -> None:
+    images = ((torch.arange(count) + 200) / 255).view(-1, 1, 1, 1).expand(-1, 1, SMALL, SMALL)
+    picture = over_reconstructions(images, 1 - images, "images").image  # negatives
+    side = SMALL + PADDING
+    assert picture.size == (columns * side, rows * side)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        x, y = column * side + side // 2, 2 * row * side + side // 2
+        assert [picture.getpixel((x, y)), picture.getpixel((x, y + side))] == [200 + index, 55 - index]
 
 
 def test_a_large_png_is_not_optimised_and_holds_the_same_pixels() -> None:

@@ -15,6 +15,7 @@ from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
 
 PADDING = 2  # pixels between the images of a grid
+BACKGROUND = 0.5  # of a grid
 LABEL_SIZE = 12
 COLUMN_GAP = 10
 FEW = 8  # columns, or rows; with no more than these, images may be twice as large
@@ -35,7 +36,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     images = _reduced(images, columns)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
-    canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), 0.5)
+    canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), BACKGROUND)
     canvas[:count, :, PADDING:, PADDING:] = images.detach().float().cpu()
     joined = canvas.view(rows, columns, channels, height + PADDING, width + PADDING).permute(0, 3, 1, 4, 2)
     picture = _to_picture(joined.reshape(rows * (height + PADDING), columns * (width + PADDING), channels))
@@ -137,11 +138,16 @@ def reconstructions(vae: VAE, source: Source, subject: str) -> Picture:
 
 def over_reconstructions(originals: Tensor, decoded: Tensor, subject: str) -> Picture:
     """Draw rows of images `(N, C, H, W)`, each over a row of their reconstructions `(N, C, H, W)`, all in [0, 1]."""
-    columns = _progress_columns(originals.shape[3])
-    pairs = zip(originals.split(columns), decoded.split(columns), strict=True)
-    rows = [torch.cat(pair) for pair in pairs]
+    columns = min(_progress_columns(originals.shape[3]), len(originals))
+    rows = zip(_in_whole_rows(originals, columns), _in_whole_rows(decoded, columns), strict=True)
     caption = f"{subject}; each row over its reconstruction from the posterior's mean"
-    return Picture(grid(torch.cat(rows), min(columns, len(originals))), caption)
+    return Picture(grid(torch.cat([part for pair in rows for part in pair]), columns), caption)
+
+
+def _in_whole_rows(images: Tensor, columns: int) -> Sequence[Tensor]:
+    """Cut images `(N, C, H, W)` into rows of `columns`, the last one filled up with the grey between images."""
+    blank = images.new_full((-len(images) % columns, *images.shape[1:]), BACKGROUND)
+    return torch.cat([images, blank]).split(columns)
 
 
 def samples(vae: VAE, subject: str, classes: Sequence[str] = ()) -> Picture:
