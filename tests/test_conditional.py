@@ -481,6 +481,7 @@ def test_pictures_of_a_validation_are_by_class(run_dir: Path) -> None:
 def test_a_report_states_the_class_of_its_plane(run_dir: Path) -> None:
     page = report(run_dir, []).read_text()
     assert "they decode to, as class zero." in page and "given one of 10 classes" in page
+    assert "Samples by class from the prior (means of p(x|z,y)), from" in page and "p(x|z))" not in page
 
 
 def test_runs_with_and_without_labels_are_compared(run_dir: Path, smoke_arguments: list[str], tmp_path: Path) -> None:

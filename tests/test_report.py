@@ -321,6 +321,16 @@ def test_pictures_are_those_of_the_run(trained: Path, page: Page) -> None:
     assert "Samples from the prior" in pictures[3]["alt"] and "step 40" in pictures[3]["alt"]
 
 
+@pytest.mark.parametrize(("held_out", "named"), [("0", "Training images (none"), ("null", "Validation images,")])
+def test_pictures_name_the_images_that_a_run_was_validated_on(run_dir: Path, held_out: str, named: str) -> None:
+    checkpoint = newest(run_dir)
+    path = checkpoint / "config.yaml"  # null: the data set has validation images of its own
+    path.write_text(re.sub(r"(validation_images: )\d+", rf"\g<1>{held_out}", path.read_text()))
+    reseal(checkpoint)
+    grids = pictures.validation_pictures(subject_of(opened(run_dir))).grids
+    assert next(iter(grids)).startswith(named)
+
+
 def test_long_runs_are_thinned_and_their_last_step_is_shown(run_dir: Path) -> None:
     for step in range(100, 160):
         shutil.copy(run_dir / "images/samples_step_00000040.png", run_dir / f"images/samples_step_{step:08d}.png")

@@ -38,8 +38,8 @@ def protocol(config: Config, info: DataInfo) -> dict[str, str | int]:
     count = config.evaluate.fid_samples
     if count is None:
         return {}
-    labels = ", of the classes in turn" if config.model.conditional else ""
-    drawn = f"{count} means of p(x|z){labels}, z from the prior p(z), the same draws in every evaluation"
+    density = "p(x|z,y), of the classes in turn" if config.model.conditional else "p(x|z)"
+    drawn = f"{count} means of {density}, z from the prior p(z), the same draws in every evaluation"
     return {"fid": f"{drawn}; the reference are the {info.count} images; otherwise as rfid", "fid_samples": count}
 
 

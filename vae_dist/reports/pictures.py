@@ -32,10 +32,13 @@ class Pictures(NamedTuple):
 
 def validation_pictures(subject: Subject) -> Pictures:
     """The grids of the newest validation, and of those before it for the slider."""
-    held_out = "Validation images" if subject.config.data.validation_images else "Training images (none are held out)"
+    data, is_conditional = subject.config.data, subject.config.model.conditional
+    # None: the set has validation images of its own.
+    held_out = "Training images (none are held out)" if data.validation_images == 0 else "Validation images"
+    drawn, density = ("Samples by class", "p(x|z,y)") if is_conditional else ("Samples", "p(x|z)")
     captions = {
         "reconstructions": f"{held_out}, each row over its reconstruction from the posterior's mean",
-        "samples": "Samples from the prior (means of p(x|z)), from the same latents at every step",
+        "samples": f"{drawn} from the prior (means of {density}), from the same latents at every step",
     }
     grids: dict[str, list[Grid]] = {}
     by_kind = subject.run.pictures(captions, MOST_GRIDS)
