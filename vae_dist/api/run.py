@@ -133,7 +133,7 @@ class Run(TrainedModel):
     ) -> Image.Image:
         """Draw images of any kind that `encode` takes, such as those of `decode`, in rows of `columns`.
 
-        `left` labels the rows, and `below` the images.
+        `left` labels the rows, and `below` the images. Raises UserError unless there is a label for each of them.
         """
         unit = to_unit_images(images, self.model, self.config.data).cpu()
         columns = math.ceil(math.sqrt(len(unit))) if columns is None else columns
@@ -141,6 +141,12 @@ class Run(TrainedModel):
             raise UserError(f"columns={columns}: at least one image in a row is needed")
         if len(left) == len(below) == 0:
             return pictures.grid(unit, columns)
+        for name, labels, what, count in (
+            ("left", left, "rows", -(-len(unit) // columns)),
+            ("below", below, "images", len(unit)),
+        ):
+            if len(labels) not in (0, count):
+                raise UserError(f"{name} has {len(labels)} labels for {count} {what}: give one for each")
         return pictures.labelled_grid(unit, columns, left=[*map(str, left)], below=[*map(str, below)])
 
     def _with_own(self, arguments: Sequence[str]) -> list[str]:
