@@ -60,6 +60,13 @@ def test_randomised_components_of_slowly_falling_variances_hold_nearly_all_that_
     assert 0.995 < ours.variance_ratios.sum().item() / (exact[:64].sum() / exact.sum()) <= 1 + 1e-12
 
 
+@pytest.mark.parametrize("latents", [3, 520])
+def test_equal_points_have_components_that_explain_nothing(latents: int) -> None:
+    ours = principal_components(torch.full((4, latents), 0.5), 2)
+    assert all(part.isfinite().all() for part in ours) and not ours.coordinates.any()
+    assert ours.variance_ratios.tolist() == [0, 0]
+
+
 def test_there_are_no_more_components_than_points(points: Tensor) -> None:
     ours = principal_components(points[:3], 10)
     assert ours.directions.shape == (3, LATENTS) and ours.variance_ratios.sum().item() == pytest.approx(1)

@@ -20,7 +20,7 @@ class Components(NamedTuple):
 
     coordinates: Tensor  # (N, K), of each point
     directions: Tensor  # (K, L), orthonormal
-    variance_ratios: Tensor  # (K,), the part of the points' variance that each explains, falling
+    variance_ratios: Tensor  # (K,), the part of the points' variance that each explains, falling; 0 of equal points
 
 
 def principal_components(points: Tensor, count: int) -> Components:
@@ -33,11 +33,11 @@ def principal_components(points: Tensor, count: int) -> Components:
         centre, variance = moments(points)
         directions = randomised_directions(points, centre, count)
         coordinates = torch.cat([(part - centre) @ directions.T for part in chunks(points)])
-        return Components(coordinates, directions, coordinates.square().mean(0) / variance)
+        return Components(coordinates, directions, _parts(coordinates.square().mean(0), variance))
     centred = points.double() - points.double().mean(0)
     _, spreads, directions = torch.linalg.svd(centred, full_matrices=False)
     directions = _with_fixed_signs(directions[:count])
-    return Components(centred @ directions.T, directions, spreads[:count].square() / spreads.square().sum())
+    return Components(centred @ directions.T, directions, _parts(spreads[:count].square(), spreads.square().sum()))
 
 
 def randomised_directions(points: Tensor, centre: Tensor, count: int) -> Tensor:
@@ -73,6 +73,10 @@ def chunks(points: Tensor) -> Iterator[Tensor]:
     """Yield the rows of points `(N, L)` in float64, some at a time: a copy of all of them may not fit into memory."""
     for part in points.split(max(_CHUNK // points.shape[1], 1)):
         yield part.double()
+
+
+def _parts(variances: Tensor, total: Tensor) -> Tensor:
+    return variances / total if total > 0 else torch.zeros_like(variances)
 
 
 def _with_fixed_signs(directions: Tensor) -> Tensor:
