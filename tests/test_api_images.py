@@ -60,7 +60,7 @@ def test_the_images_of_each_split_are_those_that_a_training_and_an_evaluation_us
         ({"left": "ab", "columns": 2}, "left has 2 labels for 1 rows"),
     ):
         with pytest.raises(UserError, match=message):
-            run.show_images(run.sample(2), **labels)  # type: ignore[arg-type]
+            run.show_images(run.sample(2), **labels)
 
 
 def test_images_of_a_folder_have_names_and_a_picture_shows_their_pixels(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_the_fid_is_the_distance_of_images_and_samples(conditional: str, make_co
     assert metrics["fid"] == pytest.approx(expected, rel=1e-3) and metrics["fid_samples"] == 101
     assert expected > 1
     stated = "p(x|z,y), of the classes in turn, z" if conditional == "true" else "p(x|z), z"
-    assert fid.protocol(source.config, test.info)["fid"].startswith(f"101 means of {stated} from the prior p(z)")
+    assert str(fid.protocol(source.config, test.info)["fid"]).startswith(f"101 means of {stated} from the prior p(z)")
 
 
 def test_samples_that_are_not_finite_end_an_evaluation(run_dir: Path) -> None:
