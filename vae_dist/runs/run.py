@@ -24,10 +24,10 @@ from vae_dist.errors import UserError
 from vae_dist.files import make_folder, reason, require_no_links, writing
 from vae_dist.runs import saving
 from vae_dist.runs.checkpoint import Checkpoint, Trained
-from vae_dist.runs.manifest import BadCheckpointError
+from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
 from vae_dist.runs.metrics import METRICS, is_number, read_records
 from vae_dist.runs.starts import STARTS, Start, parse_starts
-from vae_dist.runs.state import TrainingState
+from vae_dist.runs.state import Best, TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,14 @@ class RunDirectory:
     def resume_from(self, step: int) -> None:
         """Set aside checkpoints of later steps, so that an interrupted training does not resume from them."""
         saving.set_aside_after(self.directory, step)
+
+    def kept(self, best: Best | None) -> Best | None:
+        """Return the best validation of a state that a training starts from; None if its checkpoint is not here.
+
+        A branch's may be in another run, and one that the training has gone back behind may have replaced it.
+        """
+        is_here = best is not None and (saving.folder_of(self.directory, best.step) / MANIFEST).exists()
+        return best if is_here else None
 
     @contextmanager
     def _locked(self, take_over: str | None) -> Iterator[None]:

@@ -66,7 +66,7 @@ class Milestones:
         self._training, self._validation = images
         self._last_step = last_step
         self._first_step = self._step = self._saved_step = state.step
-        self._best = state.best
+        self._best = world.on_main(lambda: self._run.kept(state.best))
         self._validation_pending = state.validation_pending
         self._unfinished: tuple[int, Mapping[str, float], Window] | None = None  # record
         self._logs_late = update.most_steps > 1
