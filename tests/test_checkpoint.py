@@ -1,6 +1,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
 import stat
@@ -57,7 +58,8 @@ def written(config: Config, tmp_path: Path, *steps: int) -> Path:
 def test_a_saved_checkpoint_loads_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     parts = trained(config, steps=3)
-    state = TrainingState(12, window=[{"loss": 0.1 + 0.2, "updates": 3.0}], features={"ema": {"decay": 0.9}})
+    window = [{"loss": 0.1 + 0.2, "updates": 3.0, "psnr": math.inf}, {"psnr": -math.inf}]  # an objective may log such
+    state = TrainingState(12, window=window, features={"ema": {"decay": 0.9}})
     folder = RunDirectory(tmp_path / "run").save(config, parts, state)
     assert sorted(path.name for path in folder.iterdir()) == FILES
 

@@ -10,7 +10,6 @@ import logging
 import re
 import secrets
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save
@@ -23,7 +22,7 @@ from vae_dist.files import NOT_RENAMED, advice, reason, sync, write_atomically
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import CONFIG, STATE, Checkpoint, Trained, all_finite, hash_of, on_cpu
 from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
-from vae_dist.runs.state import Best, TrainingState
+from vae_dist.runs.state import Best, TrainingState, state_values
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def save_checkpoint(run_dir: Path, config: Config, trained: Trained, state: Trai
         temporary.mkdir(parents=True)
         contents = {
             **{name: save(part) for name, part in tensors.items()},
-            STATE: manifest.to_json(asdict(state)),
+            STATE: manifest.to_json(state_values(state)),
             CONFIG: configs.to_yaml(config).encode(),
         }
         frozen = {name: hash_of(network) for name, network in trained.frozen.items()}

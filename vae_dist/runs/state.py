@@ -1,7 +1,8 @@
 """The state of a training, apart from tensors: `state.json` of a checkpoint."""
 
+import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ class TrainingState:
     features: dict[str, Any] = field(default_factory=dict)  # state of later features, by name
 
 
+_NOT_FINITE = ("inf", "-inf", "nan")  # numbers that JSON lacks
+
+
+def state_values(state: TrainingState) -> dict[str, Any]:
+    """Return a state as JSON values. A sum of an objective's value need not be finite: it is then text."""
+    window = [
+        {name: number if math.isfinite(number) else str(float(number)) for name, number in sums.items()}
+        for sums in state.window
+    ]
+    return {**asdict(state), "window": window}
+
+
 def parse_state(content: bytes, path: Path) -> TrainingState:
     """Parse a checkpoint's `state.json`. Raises BadCheckpointError for values that no run writes."""
     values = manifest.parse(content, path)
@@ -45,7 +58,8 @@ def parse_state(content: bytes, path: Path) -> TrainingState:
     counts = [state.step, state.world_size, state.skipped_updates, *([state.best.step] if state.best else [])]
     if not isinstance(state.window, list) or not all(isinstance(sums, dict) for sums in state.window):
         raise BadCheckpointError(f"{path} is not a training's state")
-    numbers = [number for sums in state.window for number in sums.values()]
+    numbers: list[Any] = [number for sums in state.window for number in sums.values()]
+    numbers = [number for number in numbers if number not in _NOT_FINITE]
     numbers += [state.best.value] if state.best else []
     if (
         not all(type(count) is int and 0 <= count < 2**63 for count in counts)
@@ -56,4 +70,5 @@ def parse_state(content: bytes, path: Path) -> TrainingState:
         or not isinstance(state.loss_scale, dict | None)
     ):
         raise BadCheckpointError(f"{path} is not a training's state")
+    state.window = [{name: float(number) for name, number in sums.items()} for sums in state.window]
     return state
