@@ -363,7 +363,8 @@ def test_options_that_do_not_change_learning_may_change_on_resume(change: str) -
     "change",
     ["seed=1", "model.latent_dim=3", "objective.beta=2", "train.batch_size=50", "data.binarize=dynamic",
      "objective.bound=iwae", "objective.samples=2", "optim.optimizer=adamw", "optim.betas=[0.5,0.9]", "optim.eps=1e-4",
-     "optim.weight_decay=0.1", "optim.schedule=linear", "optim.stages=[[0,0.1]]", "ema.decay=0.9"],
+     "optim.weight_decay=0.1", "optim.schedule=linear", "optim.stages=[[0,0.1]]", "ema.decay=0.9",
+     "train.precision=fp64"],
 )  # fmt: skip
 def test_options_that_change_learning_may_not_change_on_resume(change: str) -> None:
     with pytest.raises(UserError, match=change.split("=")[0]):

@@ -65,6 +65,9 @@ def resume(config: Config, stored: Config) -> Config:
     if falls_at_the_end and length:
         keys += length
         because = f", since optim.schedule={optim.schedule} falls to 0 at the length that the run was started with"
+    precisions = [train.precision for train in (merged.train, stored.train)]
+    if precisions[0] != precisions[1] and "fp64" in precisions:  # the others keep weights in float32
+        keys.append("train.precision")
     if keys:
         changes = ", ".join(f"{key} (was {as_text(before[key])}, now {as_text(now[key])})" for key in keys)
         if config.checkpoint.resume in ("auto", "never"):
