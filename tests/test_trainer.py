@@ -225,7 +225,7 @@ def test_starting_a_finished_run_changes_nothing(make_config: MakeConfig, capsys
     run_dir = train(make_config("name=a", "train.steps=10"))
     before = final(run_dir), timeless(run_dir)
     train(make_config("name=a", "train.steps=10"))
-    assert "is finished: 10 steps of 10" in capsys.readouterr().err
+    assert "is finished: 10 steps of 10; a larger train.steps extends it" in capsys.readouterr().err
     assert (final(run_dir), timeless(run_dir)) == before
 
 

@@ -17,7 +17,7 @@ from vae_dist.models.diffusers_start import start_vae
 from vae_dist.plan import Plan
 from vae_dist.runs import tracking
 from vae_dist.runs.claim import Resolved, claim
-from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG, RunDirectory
+from vae_dist.runs.run import ANOTHER_RUNS_DIR, LOG
 from vae_dist.runs.starts import Start, write_start
 from vae_dist.runs.state import TrainingState
 from vae_dist.terminal import console
@@ -55,7 +55,7 @@ def train(config: Config) -> Path:
         update = make_update(vae, config, world, cadence.last_step)
         state = update.restore(resumed_from) if resumed_from else TrainingState()
         if state.step >= cadence.last_step and not state.validation_pending:
-            _log_finished(run, state.step, cadence.last_step)
+            _log_finished(resolved, state.step, cadence.last_step)
             return run.directory
         update.assert_equal_weights(state.step)
         batches = Batches(training, plan, config, world, update.recipe.noise_shape)
@@ -146,5 +146,7 @@ def _log_start(resolved: Resolved, world: World, step: int, last_step: int, plan
         logger.info("to resume after a stop: name=%s", config.name)
 
 
-def _log_finished(run: RunDirectory, step: int, last_step: int) -> None:
-    logger.info("run %s is finished: %d steps of %d; a larger train.epochs extends it", run.directory, step, last_step)
+def _log_finished(resolved: Resolved, step: int, last_step: int) -> None:
+    config, run, _ = resolved
+    length = "train.epochs" if config.train.steps is None else "train.steps"
+    logger.info("run %s is finished: %d steps of %d; a larger %s extends it", run.directory, step, last_step, length)
