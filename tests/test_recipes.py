@@ -1,16 +1,18 @@
 """A recipe of two networks, on one process; test_distributed runs it on several."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MakeConfig, batch_of
+from tests.conftest import MakeConfig, batch_of, update_of
 from tests.two_networks import TwoNetworks
+from tests.worker import scaled_accelerator
 from vae_dist import objectives
 from vae_dist.config import Config
-from vae_dist.distributed import processes
+from vae_dist.distributed import precision, processes
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
@@ -38,6 +40,23 @@ def step(update: Update, dtype: torch.dtype = torch.float32, spoil: float = 1.0)
     noise = torch.randn(50, *update.recipe.noise_shape, dtype=dtype) * spoil
     update(batch_of(pixels.unsqueeze(0), noise.unsqueeze(0)), [update.recipe.values(0)])
     return pixels, noise
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_fp16_applies_no_update_that_the_guard_skips(
+    nonfinite: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler knows of the step's own gradients alone: later ones are finite again."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    monkeypatch.setattr(precision, "accelerator", scaled_accelerator(scaler))
+    config = make_config(f"train.nonfinite={nonfinite}", "train.compile=false", "train.precision=fp32")
+    with processes.join(config) as world:
+        update = update_of(config, world, (1, 28, 28))
+        weights = [parameter.detach().clone() for parameter in update.recipe.model.parameters()]
+        for spoil, moves in (math.nan, False), (1.0, nonfinite == "skip"):
+            step(update, spoil=spoil)
+            after = update.recipe.model.parameters()
+            assert all(torch.equal(*pair) for pair in zip(weights, after, strict=True)) is not moves
 
 
 def outcome(run_dir: Path, step: int = 40) -> list[bytes]:

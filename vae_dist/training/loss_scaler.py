@@ -40,9 +40,9 @@ class LossScaler:
         for parameter in optimizer.parameters:
             parameter.grad = None
 
-    def step(self, optimizer: Optimizer, gradients: Sequence[Tensor], learning_rate: Tensor) -> None:
-        """Apply the gradients if they are finite, and adapt the scale."""
-        self._scaler.step(optimizer, gradients, learning_rate)
+    def step(self, optimizer: Optimizer, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor) -> None:
+        """Apply the gradients unless `skip` `()` is 1, as it is if one is not finite, and adapt the scale."""
+        self._scaler.step(optimizer, gradients, learning_rate, skip)
         self._scaler.update()
 
     @contextmanager

@@ -122,8 +122,8 @@ class VAERecipe:
         guarded = self._guarded_gradients if self._program is None else self._program
         skip, *gradients = guarded(*batch, values, totals, *self._optimizer.weights)
         learning_rate = values[0].float()
-        if self._scaler.active:  # it skips the update itself
-            self._scaler.step(self._optimizer, gradients, learning_rate)
+        if self._scaler.active:
+            self._scaler.step(self._optimizer, gradients, learning_rate, skip)
         else:
             self._optimizer.step(gradients, learning_rate, skip)
         return skip
