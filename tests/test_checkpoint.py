@@ -22,12 +22,12 @@ from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
 from vae_dist.models import build_vae
-from vae_dist.runs import checkpoint, saving
+from vae_dist.runs import checkpoint, manifest, saving
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find, open_checkpoint
 from vae_dist.runs.manifest import BadCheckpointError
 from vae_dist.runs.run import RunDirectory
-from vae_dist.runs.state import Best, TrainingState, parse_state
+from vae_dist.runs.state import Best, TrainingState, parse_state, state_values
 from vae_dist.training.meter import Meter
 from vae_dist.training.optimizers import Adam
 
@@ -53,6 +53,14 @@ def written(config: Config, tmp_path: Path, *steps: int) -> Path:
     for step in steps:
         last = RunDirectory(tmp_path / "run").save(config, parts, TrainingState(step))
     return last
+
+
+def test_the_state_of_thousands_of_processes_can_be_read_back() -> None:
+    sums = {f"adversarial_number_{number}": 1 / 3 for number in range(15)}
+    state = TrainingState(12, world_size=4096, window=[sums] * 4096)
+    content = manifest.to_json(state_values(state))
+    assert len(content) < manifest.SMALL_FILE_BYTES
+    assert parse_state(content, Path("state.json")) == state
 
 
 def test_a_saved_checkpoint_loads_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:

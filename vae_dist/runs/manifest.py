@@ -24,7 +24,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "state.json", "config.yaml")  # of every checkpoint; a training's has others too
 MOST_FILES = 32
-SMALL_FILE_BYTES = 2**20  # manifest, state and config are far below this
+SMALL_FILE_BYTES = 2**22  # more than manifest and config have, and the state of thousands of processes
 
 _TENSORS = re.compile(r"[a-z][a-z0-9_]{0,60}\.safetensors")  # names of other files
 _LIBRARIES = ("accelerate", "numpy", "safetensors", "torch")
