@@ -471,6 +471,8 @@ def test_a_grid_by_class_has_a_row_for_each_class() -> None:
     assert cells == [[grey[0], grey[3], grey[6]], [grey[1], grey[4], 255], [grey[2], grey[5], 255]]
     many = images.repeat(5, 1, 1, 1)
     assert pictures.grid_by_class(many, [str(name) for name in range(35)]).height < 7 * side  # not in 35 rows
+    alone = pictures.grid_by_class(images, ["a"])  # nor 7 images of one class in one row
+    assert 3 * side < alone.height < 4 * side and 3 * side < alone.width < 4 * side
 
 
 def test_pictures_of_a_validation_are_by_class(run_dir: Path) -> None:

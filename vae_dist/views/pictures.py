@@ -92,12 +92,16 @@ def labelled_grid(
 def grid_by_class(images: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw images `(N, C, H, W)` of classes in turn: image i is of the class `names[i % len(names)]`.
 
-    A class has a row, with its name on the left; above MOST_CLASS_ROWS classes, an image has its class below it.
+    A class has a row, with its name on the left, or all rows if it is the only one; above MOST_CLASS_ROWS classes, an
+    image has its class below it.
     """
     names = [name if len(name) <= LONGEST_CLASS else f"{name[:LONGEST_CLASS]}..." for name in names[: len(images)]]
     if len(names) > MOST_CLASS_ROWS:
         below = [names[index % len(names)] for index in range(len(images))]
         return labelled_grid(images, math.ceil(math.sqrt(len(images))), below=below)
+    if len(names) == 1:
+        columns = math.ceil(math.sqrt(len(images)))
+        return labelled_grid(images, columns, left=[*names, *[""] * (-(-len(images) // columns) - 1)])
     columns = -(-len(images) // len(names))
     blank = images.new_ones(columns * len(names) - len(images), *images.shape[1:])
     rows = torch.cat([images, blank]).unflatten(0, (columns, len(names))).transpose(0, 1)
