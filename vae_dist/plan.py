@@ -194,6 +194,10 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return self.size // self.batch_size
 
+    def last_step(self, epochs: int, steps: int | None) -> int:
+        """The number of steps of a run of so many epochs, or `steps` if they are given."""
+        return steps or epochs * self.steps_per_epoch
+
     def order(self, epoch: int) -> Tensor:
         """The order of the images in an epoch, int64 `(size,)`."""
         return permutation(self.seed, Stream.PERMUTATION, epoch, self.size)

@@ -122,7 +122,9 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
         vae = build_vae(config, info.image_shape)  # refuses images that it can't encode
     discriminator.check_size(config.first_stage, info.image_shape)
     lpips.check_size(config.first_stage, info.image_shape)
-    _require_steps_left(run, resumed_from, _last_step(config, training.info.count))
+    plan = Plan(config.seed, training.info.count, config.train.batch_size)
+    last_step = plan.last_step(config.train.epochs, config.train.steps)
+    _require_steps_left(run, resumed_from, last_step)
     if is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
@@ -134,7 +136,8 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     )
     if config.train.checkpointing:
         compiled = False
-    compiled = _worth_compiling(config, vae, training.info.count, world) if compiled is None else compiled
+    if compiled is None:
+        compiled = _worth_compiling(config, vae, last_step, world)
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
 
 
@@ -149,7 +152,7 @@ def _stored_id(stored: Config, run_dir: Path) -> str | None:
     return identity
 
 
-def _worth_compiling(config: Config, vae: VAE, image_count: int, world: World) -> bool:
+def _worth_compiling(config: Config, vae: VAE, last_step: int, world: World) -> bool:
     """Return whether compiling the step pays for itself in this run, and a compiler is installed.
 
     The answer depends on the config and the machine alone, not on a clock: it is part of the bitwise promise. On a CPU
@@ -165,9 +168,7 @@ def _worth_compiling(config: Config, vae: VAE, image_count: int, world: World) -
         return False
     weights = sum(weight.numel() for weight in vae.parameters())
     operations = 6 * weights * config.train.batch_size / world.size  # of a step, forward and backward
-    seconds = _last_step(config, image_count) * (
-        _STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1))
-    )
+    seconds = last_step * (_STEP_SECONDS + operations / (_OPERATIONS * (config.train.threads or 1)))
     return seconds > _COMPILED_FROM_SECONDS and _has_compiler("CXX", "g++")
 
 
@@ -203,16 +204,11 @@ def _check_sizes(config: Config, training: int, validation: int) -> None:
         )
 
 
-def _last_step(config: Config, image_count: int) -> int:
-    plan = Plan(config.seed, image_count, config.train.batch_size)
-    return config.train.steps or config.train.epochs * plan.steps_per_epoch
-
-
-def _require_steps_left(run: RunDirectory, start: Checkpoint | None, last: int) -> None:
+def _require_steps_left(run: RunDirectory, start: Checkpoint | None, last_step: int) -> None:
     """Raise UserError if a branch of another run would end where it starts: it would have no checkpoint."""
     is_own = start is None or start.folder.resolve().is_relative_to(run.directory.resolve())
-    if start is not None and not is_own and start.step >= last and not start.state.validation_pending:
-        reached = f"{start.folder} is of step {start.step}, and {run.directory} would end after step {last}"
+    if start is not None and not is_own and start.step >= last_step and not start.state.validation_pending:
+        reached = f"{start.folder} is of step {start.step}, and {run.directory} would end after step {last_step}"
         raise UserError(f"{reached}: nothing is left to train; set a larger train.epochs or train.steps")
 
 

@@ -25,7 +25,7 @@ class Cadence(NamedTuple):
             config.train.validate_every or plan.steps_per_epoch,
             config.checkpoint.every or plan.steps_per_epoch,
             config.runtime.verify_every or math.inf,
-            config.train.steps or config.train.epochs * plan.steps_per_epoch,
+            plan.last_step(config.train.epochs, config.train.steps),
         )
 
 
