@@ -9,7 +9,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-_TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{8}")
+import psutil
+
+_TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})(?P<process>[0-7][0-9a-f]{7})[0-9a-f]{8}")
 
 
 def machine() -> str:
@@ -32,19 +34,9 @@ def remove_leftovers(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             match = _TEMPORARY.fullmatch(entry.name)
-            if match and match["machine"] == _mark() and _has_ended(int(match["process"], 16)):
+            if match and match["machine"] == _mark() and not psutil.pid_exists(int(match["process"], 16)):
                 with suppress(OSError):
                     Path(entry.path).unlink()
-
-
-def _has_ended(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return False
 
 
 @cache
