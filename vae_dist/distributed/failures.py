@@ -30,7 +30,7 @@ NOTICE_SECONDS = 10  # that a process has to notice another one's failure by its
 
 _RESUME = "give the command again; a training resumes from its newest checkpoint"
 _IF_SLOW = "if it is only slow, raise runtime.start_timeout, of a training that has started runtime.timeout; "
-_ANY_FAILURE = "vae_dist/ended"
+_ANY_FAILURE = "vae_dist/ended"  # a key, so that a look every second takes one request, not one per process
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from vae_dist.distributed import failures
 from vae_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def connect(device: str, seconds: float) -> PartialState:
         place = _place(seconds) if joins else {}
         state = PartialState(cpu=device == "cpu", timeout=timedelta(seconds=seconds), **place)
         if joins and torch.distributed.is_initialized():
-            _stores.setdefault(_launch(), (distributed_c10d._get_default_store(), 1))
+            _stores.setdefault(_launch(), (failures.store(), 1))
         return state
     except (RuntimeError, ValueError, ImportError, OSError) as error:
         raise UserError(_connection_advice(str(error).strip().partition("\n")[0], seconds)) from error
