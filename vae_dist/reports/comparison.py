@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple
 from pathlib import Path
@@ -181,10 +181,10 @@ def _kept_evaluation(run: Opened, folder: Path, given: Collection[str]) -> dict[
         for path, values in sorted(kept, key=lambda evaluation: _modified(evaluation.path), reverse=True):
             metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
             facts = [values.get(name) for name in ("step", "split")]
-            names = run.config.data.title, run.config.data.name  # those of earlier versions have the latter
+            titles = run.config.data.title, run.config.data.name  # those of earlier versions have the latter
             if _weights(values) != run.checkpoint.weights(run.config) or not _has_asked(values, run.config, given):
                 continue
-            if facts == [run.step, split] and values.get("dataset") in names and all(map(is_number, metrics)):
+            if facts == [run.step, split] and values.get("dataset") in titles and all(map(is_number, metrics)):
                 return values
             logger.warning("skipping an evaluation: %s is not of %s", path, run.checkpoint.folder)
     return None
@@ -199,22 +199,24 @@ def _weights(evaluation: Mapping[str, Any]) -> Any:
 def _has_asked(evaluation: Mapping[str, Any], config: Config, given: Collection[str]) -> bool:
     """Return whether an evaluation has the metrics that the options ask for whose keys are `given`."""
     options = config.evaluate
-    has = {
-        "evaluate.importance_samples": evaluation.get("importance_samples") == (options.importance_samples or 0),
-        "evaluate.perceptual": _is_by(evaluation, "lpips", options.perceptual),
-        "evaluate.inception": _is_by(evaluation, "rfid", options.inception),
-        "evaluate.fid_samples": options.fid_samples in (None, evaluation.get("fid_samples")),
+    has: dict[str, Callable[[], bool]] = {  # called if they are asked for: weights are large files
+        "evaluate.importance_samples": lambda: (
+            evaluation.get("importance_samples") == (options.importance_samples or 0)
+        ),
+        "evaluate.perceptual": lambda: _is_by(evaluation, "lpips", options.perceptual),
+        "evaluate.inception": lambda: _is_by(evaluation, "rfid", options.inception),
+        "evaluate.fid_samples": lambda: options.fid_samples in (None, evaluation.get("fid_samples")),
     }
-    return all(has.get(key, True) for key in given)
+    return all(has[key]() for key in has.keys() & given)
 
 
 def _is_by(evaluation: Mapping[str, Any], metric: str, weights: str | None) -> bool:
     """Return whether an evaluation has a metric by the network of a file; true if no file is named."""
     if weights is None:
         return True
-    protocol, sha256 = evaluation.get("protocol"), digest(Path(weights))
+    protocol = evaluation.get("protocol")
     named = protocol.get(f"{metric}_sha256") if isinstance(protocol, dict) else None
-    return metric in evaluation and sha256 is not None and named == sha256
+    return metric in evaluation and named is not None and named == digest(Path(weights))
 
 
 def _modified(path: Path) -> float:
