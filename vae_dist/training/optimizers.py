@@ -1,7 +1,8 @@
-"""Optimizers by name (`optim.optimizer`), over torch's functional ones.
+"""Optimizers by name (`optim.optimizer`), over the functions that torch.optim's classes call.
 
-torch.optim's classes call the same functions. Creating one imports torch's compiler, which takes longer than everything
-else before the first step, and for a small network their overhead equals the update's time.
+Creating one of those classes imports torch's compiler, which takes longer than everything else before the first step,
+and for a small network their overhead equals the update's time. Adam calls torch's kernel itself: in torch's function
+around it, grouping the tensors and counting the updates one by one take 3% of a step of 128 MNIST images on a CPU.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 from torch.optim.adamax import adamax
 
 from vae_dist.config import OptimConfig
@@ -96,13 +96,17 @@ class Adam(Optimizer):
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
-        adam(
+        skip = self.found_inf if skip is None else skip
+        self._steps.add_(1)  # before the kernel, which corrects the moments' bias by it
+        fused = torch._fused_adamw_ if self.DECOUPLED else torch._fused_adam_
+        fused(
             self.parameters, list(map(_laid_out, gradients, self.parameters)), self._firsts, self._seconds, [],
             [state[0] for state in self._state],
-            fused=True, grad_scale=self.grad_scale, found_inf=self.found_inf if skip is None else skip,
-            decoupled_weight_decay=self.DECOUPLED, amsgrad=False, beta1=self._beta1, beta2=self._beta2,
-            lr=learning_rate, weight_decay=self._weight_decay, eps=self._eps, maximize=False,
+            lr=learning_rate, beta1=self._beta1, beta2=self._beta2, weight_decay=self._weight_decay, eps=self._eps,
+            amsgrad=False, maximize=False, grad_scale=self.grad_scale, found_inf=skip,
         )  # fmt: skip
+        if skip is not None:
+            self._steps.sub_(skip)
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

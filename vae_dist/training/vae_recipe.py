@@ -177,12 +177,13 @@ class VAERecipe:
     def _clip_and_guard(self, loss: Tensor, sums: Tensor, totals: Tensor, *gradients: Tensor) -> list[Tensor]:
         """Return [skip, *gradients], the gradients clipped, and add the step to `totals`."""
         norm, clipped = clip(gradients, self._config.optim.max_grad_norm)
-        applied = norm.isfinite()
         if self._scaler.active:  # an infinite norm is of a scale too large: the scaler tries a smaller one
-            norm = torch.where(applied, norm, 0.0)
+            is_finite = norm.isfinite()
+            norm = torch.where(is_finite, norm, 0.0)
         healthy = self._guard.healthy([loss, norm], totals)
         self._guard.count(totals, healthy, sums, [norm])
-        return [(healthy & applied).logical_not().float(), *clipped]
+        applied = healthy & is_finite if self._scaler.active else healthy
+        return [applied.logical_not().float(), *clipped]
 
     # ---- Compilation
 
