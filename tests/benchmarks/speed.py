@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -411,7 +412,7 @@ if __name__ == "__main__":
             "This page has the whole tables behind the summary in [performance.md](performance.md). `make bench`",
             "writes it; `tests/benchmarks/speed.py` describes the method. Loops take turns, a ratio compares turns of",
             "the same moment, and the numbers are medians, because rates vary on a shared machine.", "",
-            f"Machine: {machine()}. Data: {name}. {given.repeats} repeats.", "",
+            f"Machine: {machine()}. Data: {name}. {given.repeats} repeats, {date.today()}.", "",
         ]  # fmt: skip
         for part in given.only:
             text += PARTS[part](base, Path(directory), given.repeats)
