@@ -229,6 +229,19 @@ def test_starting_a_finished_run_changes_nothing(make_config: MakeConfig, capsys
     assert (final(run_dir), timeless(run_dir)) == before
 
 
+def test_a_finished_run_whose_learning_rate_is_0_is_not_told_to_train_on(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "name=a", "optim.schedule=cosine"
+    train(make_config(*arguments, "train.steps=2"))
+    train(make_config(*arguments, "train.steps=2"))
+    told = capsys.readouterr().err
+    assert "2 steps of 2; optim.schedule=cosine has fallen to 0, so choose another name" in told
+    assert "extends it" not in told
+    with pytest.raises(UserError, match=r"can't be resumed with another train\.steps"):
+        train(make_config(*arguments, "train.steps=4"))
+
+
 def test_an_unnamed_run_gets_a_folder_of_its_own(make_config: MakeConfig) -> None:
     names = {train(make_config("train.steps=1")).name for _ in range(2)}
     assert len(names) == 2 and all(name.startswith("smoke-20") for name in names)

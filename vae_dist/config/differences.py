@@ -59,12 +59,12 @@ def resume(config: Config, stored: Config) -> Config:
     now, before = flatten(merged), flatten(stored)
     shared = [key for key in now if key in before]  # the others are another architecture's, which is named
     keys = [key for key in shared if now[key] != before[key] and not key.startswith(_RESUMABLE_KEYS)]
-    optim, because = stored.optim, ""
-    falls_at_the_end = optim.schedule != "constant" and optim.stages is None and optim.decay_steps is None
+    because = ""
     length = [key for key in ("train.epochs", "train.steps") if now[key] != before[key]]
-    if falls_at_the_end and length:
+    if falls_at_the_end(stored) and length:
         keys += length
-        because = f", since optim.schedule={optim.schedule} falls to 0 at the length that the run was started with"
+        schedule = stored.optim.schedule
+        because = f", since optim.schedule={schedule} falls to 0 at the length that the run was started with"
     precisions = [train.precision for train in (merged.train, stored.train)]
     if precisions[0] != precisions[1] and "fp64" in precisions:  # the others keep weights in float32
         keys.append("train.precision")
@@ -79,6 +79,12 @@ def resume(config: Config, stored: Config) -> Config:
             )
         raise UserError(f"run {config.name} can't be resumed with another {changes}{because}; {remedy}")
     return merged
+
+
+def falls_at_the_end(config: Config) -> bool:
+    """Return whether the learning rate is 0 at the run's last step, so that the run can't be extended."""
+    optim = config.optim
+    return optim.schedule != "constant" and optim.stages is None and optim.decay_steps is None
 
 
 def differing(configs: Sequence[Config]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vae_dist import config as configs
 from vae_dist.config import Config
+from vae_dist.config.differences import falls_at_the_end
 from vae_dist.data.batches import Batches
 from vae_dist.distributed import environment, failures, fingerprints, processes
 from vae_dist.distributed.precision import param_dtype
@@ -148,5 +149,8 @@ def _log_start(resolved: Resolved, world: World, step: int, last_step: int, plan
 
 def _log_finished(resolved: Resolved, step: int, last_step: int) -> None:
     config, run, _ = resolved
-    length = "train.epochs" if config.train.steps is None else "train.steps"
-    logger.info("run %s is finished: %d steps of %d; a larger %s extends it", run.directory, step, last_step, length)
+    if falls_at_the_end(config):
+        then = f"optim.schedule={config.optim.schedule} has fallen to 0, so choose another name to train for longer"
+    else:
+        then = f"a larger {'train.epochs' if config.train.steps is None else 'train.steps'} extends it"
+    logger.info("run %s is finished: %d steps of %d; %s", run.directory, step, last_step, then)
