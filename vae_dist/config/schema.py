@@ -40,8 +40,8 @@ class TrainConfig:
     )
     checkpointing: bool = option(
         False,
-        "compute activations a second time in the backward pass instead of keeping them: less memory, about a third "
-        "more time; such a step is not compiled",
+        "compute activations a second time in the backward pass instead of keeping them: less memory, a fifth to "
+        "three quarters more time; such a step is not compiled",
     )
     log_every: int = option(100, "optimizer steps between records of training metrics", at_least=1)
     validate_every: int | None = option(
