@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.forked import ForkServer
 from tests.test_mnist import idx
-from vae_dist.errors import RunError
+from vae_dist.errors import RunError, UserError
 from vae_dist.runs.lookup import find
 from vae_dist.terminal import console, streams, tables
 from vae_dist.terminal.tables import Metric
@@ -191,11 +191,27 @@ def test_nothing_that_a_terminal_would_obey_is_shown_or_logged(
     with pytest.raises(RunError), console.logged_to(tmp_path / "log.txt"):
         console.logger.warning("a server says \x1b]0;title\x07 \udcff")
         raise RunError("no \x9b31m")
+    with pytest.raises(ZeroDivisionError), console.logged_to(tmp_path / "log.txt"):
+        raise ZeroDivisionError("a bug \x1b[2J")
     tables.metrics("\x1b[31mtitle", [Metric("\x1b[2J", 1.0)], "\x07")
     shown, log = capsys.readouterr(), (tmp_path / "log.txt").read_text()
     assert not {"\x1b", "\x07", "\x9b"} & set(shown.out + shown.err + log)
     assert r"a server says \x1b]0;title\x07 \udcff" in shown.err
     assert r"\x07 \udcff" in log and r"ERROR no \x9b31m" in log
+    assert "ERROR a bug" in log and 'ZeroDivisionError("a bug' in log  # its traceback has lines
+
+
+def test_a_name_of_others_begins_no_line_and_turns_no_text_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\n2026-01-01 00:00:00 INFO forged\u202egnp"
+    console.start(Alone())
+    with pytest.raises(UserError) as raised, console.logged_to(tmp_path / "log.txt"):
+        console.logger.warning("skipping %s", name)
+        raise UserError(f"no {name}")
+    lines = [*capsys.readouterr().err.splitlines(), *(tmp_path / "log.txt").read_text().splitlines()]
+    assert len(lines) == 3 and all(line.endswith(r"a\n2026-01-01 00:00:00 INFO forged\u202egnp") for line in lines)
+    assert str(raised.value) == rf"no {name.encode('unicode_escape').decode()}"  # Python prints it too
 
 
 class Alone:

@@ -4,11 +4,25 @@ An error of one process is printed by that process, with its rank and host. An e
 process is printed by one of them.
 """
 
+import re
 from typing import Self
+
+# Controls, lone surrogates, line ends, and marks that change the direction of writing: a terminal obeys them, or can't
+# show them.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: object) -> str:
+    """Return text as one line, with its characters of UNPRINTABLE spelled out."""
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 class _EndError(Exception):
     reporting_rank: int | None = None  # the process that prints it for all of them; None: each that raises it
+
+    def __str__(self) -> str:
+        """Return the message as one plain line: Python prints it too, and a name in it may come from others."""
+        return plain(super().__str__())
 
     def on_every_process(self, reporting_rank: int = 0) -> Self:
         """Mark this error as one that every process of the run raises and `reporting_rank` prints."""

@@ -1,16 +1,11 @@
 """Values as text, for messages and files, and the text that a config may hold."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from vae_dist.errors import UserError
+from vae_dist.errors import UNPRINTABLE, UserError
 
 MAX_TEXT = 2048  # bytes of a value
-
-# Controls, lone surrogates, line ends, and marks that change the direction of writing: no path or name needs them, and
-# a terminal obeys them.
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def text_of(value: Any) -> str:

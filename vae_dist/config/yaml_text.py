@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-from vae_dist.config.text import UNPRINTABLE, truncate
-from vae_dist.errors import UserError
+from vae_dist.config.text import truncate
+from vae_dist.errors import UNPRINTABLE, UserError
 from vae_dist.files import read_bounded
 
 # More than any run needs, and few enough to be read within seconds.

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vae_dist import files
-from vae_dist.config.text import UNPRINTABLE
 from vae_dist.data.image_files import LINK, NOT_REGULAR
-from vae_dist.errors import UserError
+from vae_dist.errors import UNPRINTABLE, UserError, plain
 
 # Files and folders that systems put beside pictures: some hold smaller copies of them.
 _OF_SYSTEMS = frozenset([b"thumbs.db", b"desktop.ini", b"@eadir", b"__macosx", b"$recycle.bin", b"lost+found"])
@@ -38,7 +37,7 @@ class Found(NamedTuple):
 
 def escaped(name: bytes) -> str:
     """Return a name as a message shows it."""
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], name.decode("utf-8", "backslashreplace"))
+    return plain(name.decode("utf-8", "backslashreplace"))
 
 
 def walk(folder: Path) -> Iterator[Found]:

@@ -15,8 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vae_dist import files
-from vae_dist.config.text import UNPRINTABLE
-from vae_dist.errors import UserError
+from vae_dist.errors import UNPRINTABLE, UserError
 
 # Of one image: more than cameras make, and 256 MiB in memory. A file of 100 kB can claim ten times as many.
 MAX_PIXELS = 2**26

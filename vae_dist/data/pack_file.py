@@ -15,10 +15,9 @@ from typing import Any, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_dist.config.text import UNPRINTABLE
 from vae_dist.data.arrangement import PARTS, Arrangement
 from vae_dist.data.pixels import Resize, Rule
-from vae_dist.errors import UserError
+from vae_dist.errors import UNPRINTABLE, UserError
 from vae_dist.files import open_bounded, read_bounded
 from vae_dist.plan import FIXED_SEED
 

@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from rich.text import Text
 
-from vae_dist.errors import RunError, StoppedError, UserError
+from vae_dist.errors import RunError, StoppedError, UserError, plain
 from vae_dist.terminal.notebook import is_notebook
-from vae_dist.terminal.streams import guard_standard_streams, messages, plain
+from vae_dist.terminal.streams import guard_standard_streams, messages
 
 logger = logging.getLogger("vae_dist")
 
@@ -37,8 +37,11 @@ class Process(Protocol):
 
 
 class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record))
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return plain(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(plain, super().formatException(ei).splitlines()))
 
 
 class _ConsoleHandler(logging.Handler):

@@ -9,8 +9,9 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from vae_dist.errors import plain
 from vae_dist.terminal.notebook import Bar, is_notebook
-from vae_dist.terminal.streams import messages, plain
+from vae_dist.terminal.streams import messages
 from vae_dist.terminal.tables import table
 
 logger = logging.getLogger("vae_dist")

@@ -5,7 +5,6 @@ Text that they can't take is dropped, characters that their encoding lacks are e
 
 import io
 import os
-import re
 import select
 import sys
 from contextlib import suppress
@@ -17,8 +16,6 @@ from rich.console import Console
 from vae_dist.terminal.notebook import is_notebook
 
 STALL_SECONDS = 2  # to wait, once, for a reader that has stopped reading
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal obeys them, or can't show them
 
 
 class _Descriptor(io.RawIOBase):
@@ -127,11 +124,6 @@ messages, results = (
     )
     for stream in (_Stream("stderr"), stdout)
 )
-
-
-def plain(text: object) -> str:
-    """Return text with control characters, which a terminal obeys or can't show, spelled out."""
-    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 def say(text: str) -> None:

@@ -7,7 +7,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from vae_dist.terminal.streams import plain, results
+from vae_dist.errors import plain
+from vae_dist.terminal.streams import results
 
 UNLIMITED = 10_000  # columns of a console
 
