@@ -214,6 +214,15 @@ def test_a_name_of_others_begins_no_line_and_turns_no_text_round(
     assert str(raised.value) == rf"no {name.encode('unicode_escape').decode()}"  # Python prints it too
 
 
+@pytest.mark.parametrize("columns", ["0", "5"])
+def test_columns_that_hold_no_text_hide_none(columns: str) -> None:
+    environment = {**os.environ, "COLUMNS": columns}
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert "± 0.5" in shown.stdout and shown.stderr.endswith(":pile_of_poo:\n")
+
+
 class Alone:
     rank, size = 0, 1
 

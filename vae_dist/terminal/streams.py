@@ -16,6 +16,7 @@ from rich.console import Console
 from vae_dist.terminal.notebook import is_notebook
 
 STALL_SECONDS = 2  # to wait, once, for a reader that has stopped reading
+USUAL_COLUMNS, LEAST_COLUMNS = 80, 20  # of a terminal; in fewer, rich would leave out text without a word
 
 
 class _Descriptor(io.RawIOBase):
@@ -111,10 +112,17 @@ def _write(descriptor: int, data: bytes) -> None:
                 select.select([], [descriptor], [])
 
 
+def _width() -> int | None:
+    """Return the usual columns if COLUMNS says too few, such as 0 for unknown; None to let rich look."""
+    columns = os.environ.get("COLUMNS", "")
+    return USUAL_COLUMNS if columns.isdecimal() and int(columns) < LEAST_COLUMNS else None
+
+
 stdout = _Stream("stdout")
 messages, results = (
     Console(
         file=cast(IO[str], stream),
+        width=_width(),
         soft_wrap=True,
         highlight=False,
         markup=False,
