@@ -103,7 +103,7 @@ def test_pictures_carry_their_caption_as_text_and_not_in_their_pixels(run_dir: P
 def test_metrics_are_the_numbers_of_whole_records(run_dir: Path) -> None:
     before = RunDirectory(run_dir).metrics
     hostile = ['{"step": "1"}', '{"step": -1}', "[1]", '{"step": 11, "train/loss": NaN, "a": "b", "c": 1e300, "d": 2}',
-               '{"step": 12, "x": ' + "[" * 70_000, '{"step": 13']  # fmt: skip
+               '{"step": 1000000000000000, "d": 2}', '{"step": 12, "x": ' + "[" * 70_000, '{"step": 13']  # fmt: skip
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write("\n".join(hostile))
     assert RunDirectory(run_dir).metrics == [*before, {"step": 11.0, "d": 2.0}]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
-LARGEST = 1e15  # a metric beyond it is a mistake
+LARGEST = 1e15  # a metric or a step beyond it is a mistake
 LONGEST_LINE = 2**16  # bytes; a record has 300
 
 
@@ -21,7 +21,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0:
+            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < LARGEST:
                 yield record
 
 
