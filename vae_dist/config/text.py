@@ -20,8 +20,8 @@ def as_text(value: Any) -> str:
     return truncate(text_of(value))
 
 
-def truncate(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def truncate(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def leaves(value: Any) -> Iterator[Any]:

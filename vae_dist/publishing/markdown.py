@@ -4,15 +4,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vae_dist.config import as_text
+from vae_dist.config.text import text_of, truncate
 from vae_dist.runs.metrics import is_number
+
+MOST_CHARACTERS = 1000  # of a value; a warning has 300
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&@:!$^]|(?<=www)\.)", re.IGNORECASE)  # inside a line; @ : and www. make links
 
 
 def escape(value: Any) -> str:
     """Return a value as Markdown of one line that shows its text."""
-    text = "".join(character if character.isprintable() else " " for character in as_text(value))
+    shown = truncate(text_of(value), MOST_CHARACTERS)
+    text = "".join(character if character.isprintable() else " " for character in shown)
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
