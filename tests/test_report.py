@@ -310,6 +310,14 @@ def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:
         assert config.load(shlex.split(command)[2:]).data.root == config.expand(text)
 
 
+def test_the_command_brings_names_of_classes_and_a_long_name_through_a_shell(trained: Path) -> None:
+    classes = ["back\\slash", '"don\'t"', "\u200fright to left", "null", "a, b", "[", "\U0001f600"]
+    stored = Checkpoint(newest(trained)).config
+    stored = replace(stored, name="n" * 128, data=replace(stored.data, classes=classes))
+    stored = replace(stored, model=replace(stored.model, conditional=True))
+    assert config.load(shlex.split(config.training_command(stored, ["train"]))[1:]).data.classes == classes
+
+
 def test_pictures_are_those_of_the_run(trained: Path, page: Page) -> None:
     pictures = page.all("img")
     assert [(one["data-step"], "hidden" in one) for one in pictures] == [("20", True), ("40", False)] * 2

@@ -72,5 +72,7 @@ def parse_argument(argument: str) -> tuple[str, Any]:
 
 def argument(key: str, value: Any) -> str:
     """Return `key=value` as a user types it to give the key this value."""
-    is_parsed = isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
-    return f"{key}={json.dumps(value, ensure_ascii=False) if is_parsed else text_of(value)}"
+    is_parsed = isinstance(value, list) or (
+        isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
+    )
+    return f"{key}={json.dumps(value, ensure_ascii=False) if is_parsed else text_of(value)}"  # JSON is YAML

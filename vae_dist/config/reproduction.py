@@ -18,4 +18,4 @@ def training_command(config: Config, start: Sequence[str]) -> str:
         for option in options(config)
         if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
     ]
-    return shlex.join([*start, *arguments, f"name={config.name}-again"])
+    return shlex.join([*start, *arguments, f"name={str(config.name)[:100]}-again"])  # a name has up to 128 characters
