@@ -10,18 +10,25 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal, kl_divergence
 
+import vae_dist
 from tests.conftest import REPOSITORY, MakeConfig
 from vae_dist.data.datasets import DATASETS
 from vae_dist.data.source import in_memory
+from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models.likelihoods import LIKELIHOODS, LocationScaleKind
+from vae_dist.models.mlp import MLP
 from vae_dist.models.pixel_distributions import Number
-from vae_dist.models.priors import PRIORS, Prior
+from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.priors import PRIORS, Prior, StandardNormal
 from vae_dist.models.tensors import at_least_float32, require_shape
 from vae_dist.objectives import OBJECTIVES, elbo_terms
+from vae_dist.reports.report import report
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -51,6 +58,35 @@ def examples() -> Iterator[dict[str, Any]]:
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(entries)
+
+
+SHEAR = 2.0
+
+
+class Sheared:
+    """A posterior that is not diagonal: of two latents, the second depends on the draw of the first."""
+
+    def __init__(self, base: DiagonalGaussian) -> None:
+        self.base = base
+        self.log_variance = base.log_variance
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sheared(self.base.mean, SHEAR)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self._sheared(self.base.sample(noise), SHEAR)
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        return self.base.log_prob(self._sheared(latents, -SHEAR))
+
+    def detached(self) -> "Sheared":
+        return Sheared(self.base.detached())
+
+    @staticmethod
+    def _sheared(latents: Tensor, shear: float) -> Tensor:
+        first, second = latents.split(1, -1)
+        return torch.cat([first, second + shear * first], -1)
 
 
 def test_the_page_has_an_example_of_each(examples: dict[str, Any]) -> None:
@@ -98,3 +134,40 @@ def test_all_of_them_train_evaluate_and_are_sampled(examples: dict[str, Any], ma
     for kind in ("prior", "reconstruction", "interpolation", "neighbours"):
         assert (sample(run_dir, [f"sample.kind={kind}"]) / "grid.png").stat().st_size > 100
     assert Path(run_dir / "images").is_dir()
+
+
+def test_a_posterior_that_is_not_diagonal_goes_through_every_command(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MLP, "posterior", lambda vae, parameters: Sheared(DiagonalGaussian.from_network(parameters)))
+    run_dir = train(make_config("name=sheared", "model.latent_dim=2", "train.steps=2"))
+    assert len(evaluate(run_dir, ["evaluate.importance_samples=4"])["kl_per_group"]) == 1
+    for kind in ("interpolation", "traversal"):
+        sample(run_dir, [f"sample.kind={kind}"])
+    view = sample(run_dir, ["sample.kind=reconstruction", "sample.images=[3]", "sample.steps=200"])
+    mean, *draws = load_file(view / "samples.safetensors")["latents"].unbind()
+    first, second = (torch.stack(draws) - mean).T
+    residual = (second - SHEAR * first).var()
+    assert residual < second.var() / 2  # the draws are the posterior's own, not those of its means and variances
+    run = vae_dist.load(run_dir)
+    images = torch.zeros(2, 1, *run.model.image_shape[1:])
+    torch.testing.assert_close(run.encode(images).mean, run.model.infer(images).mean)
+    report(run_dir)
+    assert (encode(run_dir, ["encode.split=test", "encode.latents=draws"]) / "index.json").is_file()
+    with pytest.raises(UserError, match=r"not means and variances alone: use encode\.latents=draws"):
+        encode(run_dir, ["encode.split=test"])
+
+
+def test_the_standard_normal_prior_estimates_the_kl_of_a_posterior_that_is_not_diagonal() -> None:
+    torch.manual_seed(0)
+    posterior = Sheared(DiagonalGaussian(torch.tensor([[0.3, -0.2]]), torch.tensor([[-1.0, -2.0]])))
+    noise = torch.randn(100_000, 1, 2)
+    latents = posterior.sample(noise)
+    prior: Any = StandardNormal(2)
+    kl = prior.kl(posterior, latents, prior.log_ratio(posterior, latents, noise))
+    shear = torch.tensor([[1.0, 0.0], [SHEAR, 1.0]])
+    covariance = shear @ posterior.base.log_variance[0].exp().diag() @ shear.T
+    q = MultivariateNormal(posterior.mean[0], covariance)
+    expected = kl_divergence(q, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    assert kl.shape == (100_000, 1, 1)
+    assert kl.mean().item() == pytest.approx(expected.item(), abs=0.03)

@@ -48,7 +48,8 @@ class TrainedModel:
         """
         inputs = self._inputs(images, labels)
         with torch.no_grad():
-            parts = [self.model.infer(*inputs.rows(chunk)) for chunk in self._chunks(len(inputs.images))]
+            posteriors = [self.model.infer(*inputs.rows(chunk)) for chunk in self._chunks(len(inputs.images))]
+            parts = [(posterior.mean, posterior.log_variance) for posterior in posteriors]
         return DiagonalGaussian(*(torch.cat(parameter).float() for parameter in zip(*parts, strict=True)))
 
     def decode(self, latents: Any, labels: Any = None, size: tuple[int, int] | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from vae_dist.data.source import Source, as_indices
 from vae_dist.encoding.request import Request
 from vae_dist.errors import UserError
 from vae_dist.models.inputs import read_inputs
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Stream, standard_normal
 
@@ -42,6 +43,8 @@ def _encode_batch(vae: VAE, source: Source, config: Config, batch: range) -> dic
     with torch.inference_mode():
         posterior = vae.infer(*read_inputs(vae, source, batch))
         if config.encode.latents == "posterior":
+            if type(posterior) is not DiagonalGaussian:
+                raise UserError("this model's posteriors are not means and variances alone: use encode.latents=draws")
             return {"mean": posterior.mean.cpu(), "log_variance": posterior.log_variance.cpu()}
         # The noise belongs to an image's index.
         noise = standard_normal(config.encode.seed, Stream.ENCODING, 0, batch, vae.latent_dim)

@@ -43,7 +43,7 @@ class Prior(nn.Module):
 
 
 class StandardNormal(Prior):
-    """N(0, I). Its KL has a closed form, a group for each latent."""
+    """N(0, I). The KL of a DiagonalGaussian has a closed form, a group for each latent."""
 
     factorises = True
 
@@ -52,9 +52,13 @@ class StandardNormal(Prior):
 
     def log_ratio(self, posterior: DiagonalGaussian, latents: Tensor, noise: Tensor) -> Tensor:
         """The constants cancel, and the noise is z's distance from the mean in standard deviations."""
+        if type(posterior) is not DiagonalGaussian:
+            return super().log_ratio(posterior, latents, noise)
         return 0.5 * (posterior.log_variance + noise.square() - latents.square()).sum(-1)
 
     def kl(self, posterior: DiagonalGaussian, latents: Tensor, log_ratio: Tensor) -> Tensor:
+        if type(posterior) is not DiagonalGaussian:
+            return super().kl(posterior, latents, log_ratio)
         return posterior.kl_from_standard_normal().expand(len(latents), -1, -1)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vae_dist.data.source import every_label
 from vae_dist.errors import UserError
-from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
 from vae_dist.views.components import principal_components
@@ -58,13 +57,11 @@ def reconstruction(trained: TrainedVAE) -> View:
     """Decode the posterior's mean and some draws from it, for each of some test images."""
     options = trained.config.sample
     indices, steps = selection.images(trained), options.steps or 8
-    mean, log_variance = (part.unsqueeze(1) for part in trained.encode(indices))
     noise = [
         standard_normal(options.seed, Stream.RECONSTRUCTION, index, range(steps), trained.vae.latent_dim)
         for index in indices
     ]
-    draws = DiagonalGaussian(mean, log_variance).sample(torch.stack(noise).to(mean.dtype))
-    latents = torch.cat([mean, draws], dim=1).flatten(0, 1)
+    latents = trained.mean_and_draws(indices, torch.stack(noise, dim=1)).flatten(0, 1)
 
     def noise_of(chunk: range, columns: int) -> Tensor:
         # By test image: its draws do not depend on the other images.

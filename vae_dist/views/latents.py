@@ -1,7 +1,7 @@
 """Encode images and decode latents with a trained VAE, bitwise the same on any number of processes.
 
 Images and latents are cut into fixed chunks, dealt to the processes, and gathered in order. Every process calls these.
-Shapes: N images, L latents, K components, C, H, W image.
+Shapes: N images, L latents, D draws, K components, C, H, W image.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,10 +86,24 @@ class TrainedVAE:
         """Return the posteriors of these test images: mean and log-variance `(N, L)`."""
 
         def parameters(chunk: range) -> Tensor:
-            inputs = read_inputs(self.vae, self.test, indices[chunk.start : chunk.stop])
-            return torch.cat(self.vae.infer(*inputs), dim=1)
+            posterior = self._posterior(indices[chunk.start : chunk.stop])
+            return torch.cat([posterior.mean, posterior.log_variance], dim=1)
 
         return DiagonalGaussian(*self.in_chunks("encoding", len(indices), parameters).chunk(2, dim=1))
+
+    def mean_and_draws(self, indices: Sequence[int], noise: Tensor) -> Tensor:
+        """Return the posterior's mean of these test images, then draws with noise `(D, N, L)`: `(N, 1 + D, L)`."""
+
+        def codes(chunk: range) -> Tensor:
+            posterior = self._posterior(indices[chunk.start : chunk.stop])
+            mean = posterior.mean.unsqueeze(0)
+            draws = posterior.sample(noise[:, chunk.start : chunk.stop].to(mean.device, mean.dtype))
+            return torch.cat([mean, draws]).transpose(0, 1)
+
+        return self.in_chunks("encoding", len(indices), codes)
+
+    def _posterior(self, indices: Sequence[int]) -> DiagonalGaussian:
+        return self.vae.infer(*read_inputs(self.vae, self.test, indices))
 
     def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the means of p(x|z) of latents `(N, L)`: `(N, C, H, W)` float32 in [0, 1].
@@ -179,5 +193,6 @@ class TrainedVAE:
 def mean_kl(posterior: DiagonalGaussian) -> Tensor:
     """Each latent's KL from N(0, I), averaged over the N images: `(L,)` float64, nats."""
     # Some latents at a time: a float64 copy of all of them may not fit into memory.
-    parts = zip(*(part.split(EXACT_LATENTS, dim=1) for part in posterior), strict=True)
+    both = posterior.mean, posterior.log_variance
+    parts = zip(*(part.split(EXACT_LATENTS, dim=1) for part in both), strict=True)
     return torch.cat([DiagonalGaussian(*part).kl_from_standard_normal().double().mean(0) for part in parts])
