@@ -18,9 +18,11 @@ import vae_dist
 from tests.conftest import REPOSITORY, MakeConfig
 from vae_dist.data.datasets import DATASETS
 from vae_dist.data.source import in_memory
+from vae_dist.distributed import fingerprints
 from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.models import mlp
 from vae_dist.models.likelihoods import LIKELIHOODS, LocationScaleKind
 from vae_dist.models.mlp import MLP
 from vae_dist.models.pixel_distributions import Number
@@ -156,6 +158,31 @@ def test_a_posterior_that_is_not_diagonal_goes_through_every_command(
     assert (encode(run_dir, ["encode.split=test", "encode.latents=draws"]) / "index.json").is_file()
     with pytest.raises(UserError, match=r"not means and variances alone: use encode\.latents=draws"):
         encode(run_dir, ["encode.split=test"])
+
+
+class Masked(MLP):
+    """A model with a mask, and with a layer that has two names."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.again = self.decoder
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("nothing", torch.empty(0))
+
+
+def test_a_model_with_masks_and_shared_layers_is_saved_and_resumed(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp, "build", Masked)
+    options = ["train.steps=2", "ema.decay=0.9"]
+    straight = vae_dist.load(train(make_config("name=straight", *options))).model
+    train(make_config("name=halted", "train.steps=1", "ema.decay=0.9"))
+    resumed = vae_dist.load(train(make_config("name=halted", *options))).model
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert resumed.again is resumed.decoder
+    tensors = [torch.tensor([True, False, True])], [torch.tensor([True, True, True])]
+    assert fingerprints.checksum(tensors[0]) != fingerprints.checksum(tensors[1])
 
 
 def test_the_standard_normal_prior_estimates_the_kl_of_a_posterior_that_is_not_diagonal() -> None:

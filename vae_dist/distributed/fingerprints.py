@@ -34,6 +34,8 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for tensor in tensors:
         flat = tensor.detach().flatten()
+        if flat.element_size() < 4:  # a mask: words have 4 bytes
+            flat = flat.float()
         if flat.storage_offset() % 2:
             flat = flat.clone()  # a view as 8-byte words must start at a multiple of 8 bytes
         words = flat.view(torch.int32 if flat.nbytes % 8 else torch.int64)

@@ -227,9 +227,17 @@ def hash_of(network: nn.Module) -> str:
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    """Return tensors as safetensors takes them: on the CPU, and a copy of one that has another name before."""
+    moved: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        there = tensor.detach().to("cpu").contiguous()
+        moved[name] = there.clone() if there.data_ptr() in addresses else there
+        addresses.add(there.data_ptr())
+    return moved
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether all numbers are finite, in one pass: NaN is the largest of all."""
-    return all(bool(tensor.abs().amax().isfinite()) for tensor in tensors)
+    """Return whether all numbers are finite, in one pass: NaN is the largest of all. Integers and masks are."""
+    numbers = (tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel())
+    return all(bool(tensor.abs().amax().isfinite()) for tensor in numbers)
