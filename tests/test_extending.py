@@ -16,6 +16,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import vae_dist
 from tests.conftest import REPOSITORY, MakeConfig
+from vae_dist.config import MLPConfig, ObjectiveConfig
 from vae_dist.data.datasets import DATASETS
 from vae_dist.data.source import in_memory
 from vae_dist.distributed import fingerprints
@@ -23,13 +24,15 @@ from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import mlp
-from vae_dist.models.likelihoods import LIKELIHOODS, LocationScaleKind
+from vae_dist.models.likelihoods import LIKELIHOODS, BernoulliPixels, LocationScaleKind
 from vae_dist.models.mlp import MLP
 from vae_dist.models.pixel_distributions import Number
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import PRIORS, Prior, StandardNormal
 from vae_dist.models.tensors import at_least_float32, require_shape
+from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES, elbo_terms
+from vae_dist.publishing.programs import make_programs
 from vae_dist.reports.report import report
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
@@ -183,6 +186,27 @@ def test_a_model_with_masks_and_shared_layers_is_saved_and_resumed(
     assert resumed.again is resumed.decoder
     tensors = [torch.tensor([True, False, True])], [torch.tensor([True, True, True])]
     assert fingerprints.checksum(tensors[0]) != fingerprints.checksum(tensors[1])
+
+
+class Pseudo(Prior):
+    """A mixture of the posteriors of learned images (Tomczak and Welling 2018), which needs the model's encoder."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__(vae.latent_dim)
+        self.vae = (vae,)  # not a submodule of it
+        self.images = nn.Parameter(torch.rand(1, *vae.image_shape))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.vae[0].infer(self.images).sample(noise)
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        return self.vae[0].infer(self.images).log_prob(latents)
+
+
+def test_a_model_whose_prior_needs_the_encoder_is_exported() -> None:
+    vae = MLP(MLPConfig(latent_dim=2, hidden_dims=[4]), (1, 3, 3), BernoulliPixels(ObjectiveConfig()))
+    vae.p_z = Pseudo(vae)
+    assert make_programs(vae.requires_grad_(False), ["program"]).files.keys() == {"encoder.pt2", "decoder.pt2"}
 
 
 def test_the_standard_normal_prior_estimates_the_kl_of_a_posterior_that_is_not_diagonal() -> None:

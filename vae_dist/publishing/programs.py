@@ -60,6 +60,7 @@ class Decoder(nn.Module):
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.vae = _part(vae, without="encoder")
+        self._prior, self._place = vae.prior, (vae.device, vae.dtype)  # of the whole model: it may need the encoder
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         return (self.vae.decode(latents, labels=labels).mean,)
@@ -67,7 +68,7 @@ class Decoder(nn.Module):
     def example(self, rows: range) -> Tensor:
         """Draws from the prior, as many as `rows`."""
         noise = standard_normal(FIXED_SEED, Stream.PRIOR, 0, rows, self.vae.prior_numbers)
-        return self.vae.prior(noise.float())
+        return self._prior(noise.to(*self._place)).float().cpu()
 
 
 class Programs(NamedTuple):
