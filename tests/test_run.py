@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import REPOSITORY, MakeConfig
 from tests.forked import ForkServer
 from vae_dist import config
-from vae_dist.runs.run import RunDirectory
+from vae_dist.runs.run import METRICS_BYTES, RunDirectory
 from vae_dist.runs.starts import Start
 from vae_dist.training.loop import train
 
@@ -118,6 +118,12 @@ def test_nothing_is_read_through_a_link_out_of_the_directory(run_dir: Path, tmp_
     (run_dir / "log.txt").symlink_to("log.txt")
     run = RunDirectory(run_dir)
     assert run.metrics == [] and run.log == ""
+
+
+def test_a_file_that_is_too_large_to_read_is_named(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.truncate(run_dir / "metrics.jsonl", METRICS_BYTES + 1)  # sparse
+    assert RunDirectory(run_dir).metrics == []
+    assert f"{run_dir / 'metrics.jsonl'} is not read: it has more than 1024 MiB" in caplog.text
 
 
 def test_evaluations_are_the_newest_one_and_the_kept_ones_by_name(run_dir: Path) -> None:

@@ -196,7 +196,9 @@ class RunDirectory:
         path = self.directory / name
         try:
             if path.resolve().is_relative_to(self.directory.resolve()) and path.is_file():
-                return path if path.stat().st_size <= most else None
+                if path.stat().st_size <= most:
+                    return path
+                logger.warning("%s is not read: it has more than %d MiB", path, most // 2**20)
         except (OSError, RuntimeError):  # no permission; links in a circle
             pass
         return None
