@@ -51,11 +51,12 @@ def arrange(index: FolderIndex) -> Arrangement:
     parts = {part: index.below(prefix) for part, prefix in prefixes.items()}
     found = {part: index.first_level(prefix) for part, prefix in prefixes.items()}
     classes = sorted({name for labels in found.values() if labels for name in labels.classes}, key=str.encode)
+    number_of = {name: number for number, name in enumerate(classes)}
     values = np.zeros(len(index), np.int64)
     for part, labels in found.items():
         if labels is None:
             return Arrangement(parts, None, None)
-        numbers = np.array([classes.index(name) for name in labels.classes], np.int64)
+        numbers = np.array([number_of[name] for name in labels.classes], np.int64)
         values[parts[part].start : parts[part].stop] = numbers[labels.values]
     return Arrangement(parts, tuple(classes), values)
 

@@ -27,8 +27,7 @@ def with_test_part(training: Source, test: Source | None, config: DataConfig) ->
     Without a test part, images are held out of the training ones: `data.test_images`, by default a tenth, at least one.
     Raises UserError if that leaves nothing to train on, or for a `data.group` that groups nothing.
     """
-    names = every_name(training)
-    if config.group is not None and names is not None:
+    if config.group is not None and (names := every_name(training)) is not None:
         check_groups(names, config.group)
     if test is not None:
         if config.test_images is not None:
