@@ -107,6 +107,12 @@ def test_many_labels_fit_the_legend() -> None:
     assert words[top:bottom].any() and not words[bottom:].any() and edges_are_white(picture)
 
 
+def test_labels_of_which_several_would_look_alike_are_not_told_apart() -> None:
+    points = torch.linspace(-1, 1, 2 * plots.MOST_LABELS + 2).unsqueeze(1).repeat(1, 2)
+    labels = torch.arange(len(points)) % (plots.MOST_LABELS + 1)
+    assert scatter(points, labels, "x", "y").tobytes() == scatter(points, None, "x", "y").tobytes()
+
+
 def test_curves_go_through_their_points() -> None:
     curves = [Curve("falling", torch.tensor([[0.0, 100.0], [100.0, 0.0]]))]
     curves.append(Curve("level", torch.tensor([[0.0, 100.0], [50.0, 100.0]])))

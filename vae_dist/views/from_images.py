@@ -102,7 +102,9 @@ def scatter(trained: TrainedVAE) -> View:
         raise UserError("scatter needs at least 2 test images")
     tensors = {"latents": means} if labels is None else {"latents": means, "labels": labels}
     points, names = means, ["z0", "z1"]
-    description = f"posterior means of the {len(means)} test images{'' if labels is None else ', by label'}"
+    different = 0 if labels is None else len(labels.unique())
+    by_label = ", by label" if different <= plots.MOST_LABELS else f", whose {different:,} labels are too many to show"
+    description = f"posterior means of the {len(means)} test images{by_label if different else ''}"
     if trained.vae.latent_dim > 2:
         components = principal_components(means, 2)
         points = components.coordinates

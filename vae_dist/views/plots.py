@@ -21,6 +21,7 @@ COLOURS = (
 _CURVE_COLOURS = (*COLOURS[:4], COLOURS[8], *COLOURS[5:8], COLOURS[4], COLOURS[9])  # in Petroff's own order
 # After the last colour the next marker, or line style, starts with the first colour.
 _MARKERS = ("o", "^", "s", "D", "v", "P")
+MOST_LABELS = len(COLOURS) * len(_MARKERS)  # of a scatter plot: of more, several would look alike
 _STYLES = ("-", "--", ":", "-.")
 
 _SIDE = 640  # pixels of the square that holds the points
@@ -41,10 +42,10 @@ class Curve(NamedTuple):
 def scatter(points: Tensor, labels: Tensor | None, x_name: str, y_name: str) -> Image.Image:
     """Plot points `(N, 2)` coloured by their labels `(N,)`, if any; both axes have the same scale.
 
-    Each label is also written at the median of its points. A single label has no legend. Points that are not finite
-    are left out.
+    Each label is also written at the median of its points. A single label has no legend, and more than MOST_LABELS are
+    not told apart. Points that are not finite are left out.
     """
-    if labels is None:
+    if labels is None or len(labels.unique()) > MOST_LABELS:
         labels = torch.zeros(len(points), dtype=torch.int64)
     finite = points.isfinite().all(1)
     points, labels = points[finite].double().cpu().clamp(-_LARGEST, _LARGEST), labels[finite].cpu()
