@@ -250,6 +250,15 @@ def test_images_without_labels_are_points_of_one_colour(run_dir: Path, monkeypat
     assert "by label" not in page.text and not page.all("ul", **{"class": "legend"})
 
 
+def test_labels_of_which_several_would_share_a_colour_have_none(run_dir: Path) -> None:
+    run = opened(run_dir)
+    seen = plane.decode_plane(run.checkpoint.load_vae(run.config, torch.device("cpu")), run.config, None)
+    for count, colours in (plane.COLOURS, set(range(plane.COLOURS))), (plane.COLOURS + 1, {0}):
+        labelled = seen._replace(labels=torch.arange(len(seen.means)) % count, means=torch.zeros_like(seen.means))
+        assert len(seen.means) > count and {point.colour for point in labelled.points} == colours
+        assert len(labelled.colours) == count * (count <= plane.COLOURS)
+
+
 @pytest.mark.parametrize(
     ("shape", "latents", "columns", "rows", "cell", "mode"),
     [

@@ -85,10 +85,9 @@ class Plane(NamedTuple):
 
     @property
     def colours(self) -> dict[int, int]:
-        """The colour of each label; nothing without labels."""
-        if self.labels is None:
-            return {}
-        return {label: index % COLOURS for index, label in enumerate(self.labels.unique().tolist())}
+        """The colour of each label; nothing without labels, and nothing if several would share a colour."""
+        labels = [] if self.labels is None else self.labels.unique().tolist()
+        return {label: colour for colour, label in enumerate(labels)} if len(labels) <= COLOURS else {}
 
     @property
     def points(self) -> list[Point]:
