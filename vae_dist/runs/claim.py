@@ -156,7 +156,7 @@ def _worth_compiling(config: Config, vae: VAE, last_step: int, world: World) -> 
     """Return whether compiling the step pays for itself in this run, and a compiler is installed.
 
     The answer depends on the config and the machine alone, not on a clock: it is part of the bitwise promise. On a CPU
-    compiling an MLP takes 5 s, 17 s the first time on a machine, and saves 5 to 35% of a step: it pays after one to
+    compiling an MLP takes 5 s, 17 s the first time on a machine, and saves 7 to 38% of a step: it pays after one to
     three minutes. Convolutions gain nothing: the architecture says so. On a GPU a small model's uncompiled step is
     launch-bound.
     """
