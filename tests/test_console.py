@@ -154,7 +154,8 @@ from vae_dist.terminal.tables import Metric
 from vae_dist.errors import UserError
 def command():
     console.logger.warning("a warning \\u65e5 [red]")
-    tables.metrics("title \\u65e5 [/x]", [Metric("n\\u00e4me [b]", 1.0, 0.5)], "note \\u65e5 :smile:", "\\x1b[31mred")
+    rows = [Metric("n\\u00e4me [b]", 1.0, 0.5)]
+    tables.metrics("title \\u65e5 [/x]", rows, "note \\u65e5 :smile:", warning="\\x1b[31mred")
     print("left in the buffer by others \\u65e5", end="")
     raise UserError("[/home/\\u65e5] :pile_of_poo:")
 console.run(command)

@@ -263,7 +263,9 @@ def test_incomparable_metrics_have_a_warning(
 ) -> None:
     result = evaluate(train(make_config("name=a", "train.steps=1", *arguments)), ["evaluate.importance_samples=2"])
     assert result["comparable"] is (warning is None)
-    assert (warning or "") in (result["warning"] or "") and (result["warning"] or "") in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert (warning or "") in (result["warning"] or "") and (result["warning"] or "") in shown
+    assert "mean over the images ± its standard error\npixels " in shown  # lines, not one line with escapes
     is_probability = arguments[0] in ("data.binarize=dynamic", "data.binarize=threshold")
     assert (result["bits_per_dimension"] is not None) is is_probability
     assert math.isfinite(result["negative_log_likelihood"])

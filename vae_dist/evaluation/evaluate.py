@@ -128,12 +128,11 @@ def _show(result: Mapping[str, Any]) -> None:
             Metric("  " * metric.is_term + metric.title, value, error, unit)
             for metric, value, error, unit in metric_table.measurements(result)
         ],
-        "mean over the images ± its standard error\n"
+        "mean over the images ± its standard error",
         f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood"
-        + (", given each image's label" if conditions.get("conditional") else "")
-        + "\n"
+        + (", given each image's label" if conditions.get("conditional") else ""),
         f"ELBO of 1 posterior sample; noise seed {conditions['noise_seed']}; {conditions['precision']} on "
         f"{conditions['device']}, threads: {conditions['threads']}"
         + ("; moving average of the weights" if conditions["weights"] == "ema" else ""),
-        result["warning"],
+        warning=result["warning"],
     )

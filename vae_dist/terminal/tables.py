@@ -32,8 +32,8 @@ class Metric(NamedTuple):
     remark: str = ""
 
 
-def metrics(title: str, rows: Sequence[Metric], protocol: str, warning: str | None = None) -> None:
-    """Print metrics with standard errors, then the protocol and any warning."""
+def metrics(title: str, rows: Sequence[Metric], *protocol: str, warning: str | None = None) -> None:
+    """Print metrics with standard errors, then the lines of the protocol and any warning."""
     result = Table(title=plain(title), title_justify="left", show_header=False)
     for justify in ("left", "right", "left", "left"):
         result.add_column(justify=justify, overflow="fold")
@@ -41,7 +41,8 @@ def metrics(title: str, rows: Sequence[Metric], protocol: str, warning: str | No
         error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
         result.add_row(plain(row.name), format_number(row.value), error, plain(row.remark))
     results.print(result)
-    results.print(plain(protocol))
+    for line in protocol:
+        results.print(plain(line))
     if warning is not None:
         results.print(Text(plain(warning), style="bold yellow"))
 
