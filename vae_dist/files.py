@@ -21,7 +21,7 @@ _NOT_SUPPORTED = {
 }  # fmt: skip
 # Errors of a rename that copying can replace: between the branches of a union, or onto a mounted file.
 NOT_RENAMED = {errno.EXDEV, errno.EBUSY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 _unsynced: set[int] = set()  # devices that a warning has named
 
@@ -107,7 +107,7 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
                 if error.errno not in NOT_RENAMED:
                     raise
                 # Overwrite the old content, don't truncate it first: content that is not longer needs no new space.
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 _fill(descriptor, contents[path], path, durable=durable)
     finally:
         for partial in written:
@@ -141,7 +141,7 @@ def append(path: Path, line: str) -> None:
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk; log a warning if the file system can't do that."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
@@ -184,8 +184,7 @@ def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BufferedRead
     `follow` for a symbolic link too.
     """
     # Without O_NONBLOCK, opening a pipe waits for its other end.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

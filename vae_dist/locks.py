@@ -94,7 +94,7 @@ def marked(path: Path, seconds: float, subject: str, take_over: str | None) -> I
             logger.warning("%s was left by %s; taking over", path, _describe(other))
             path.unlink(missing_ok=True)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
         try:
@@ -128,7 +128,7 @@ def is_held(path: Path, operation: int, mark: Path | None = None) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except PermissionError:  # another user's file can be locked all the same

@@ -132,8 +132,7 @@ def _receive_rest(url: str, part: Path, size: int) -> None:
 
 
 def _append_to(path: Path) -> BufferedWriter:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    return open(os.open(path, flags, 0o666), "ab")
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab")
 
 
 def _open(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> HTTPResponse:
