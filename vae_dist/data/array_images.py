@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vae_dist.config import DataConfig, as_text
 from vae_dist.data.array_files import BadArrayError, Member, mapped, members, refusing
-from vae_dist.data.source import DataInfo, InFile
+from vae_dist.data.source import DataInfo, InFile, check_request
 from vae_dist.plan import FIXED_SEED, Stream, random_words
 
 NAME = "array"
@@ -63,9 +63,7 @@ class MappedArray(InFile):
         return list(map(str, indices.tolist()))
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
-        expected = (len(indices), *self.info.image_shape)
-        if (out.dtype, tuple(out.shape)) != (torch.uint8, expected):
-            raise ValueError(f"out must be {torch.uint8} {expected}, not {out.dtype} {tuple(out.shape)}")
+        check_request(indices, out, self.info)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.info.count:
             raise IndexError(f"indices must be from 0 to {self.info.count - 1}")
         order = indices.argsort()  # the file is read from front to back
