@@ -20,7 +20,7 @@ from vae_dist.config.text import truncate
 from vae_dist.data.download import DownloadError, fetch_file
 from vae_dist.errors import UserError
 from vae_dist.features import files
-from vae_dist.files import make_folder, write_atomically, writing
+from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
 from vae_dist.locks import InUseError, locked
 from vae_dist.terminal import streams
 
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 3600  # for another process that downloads into the same folder to finish
 OUTPUT = "weights"
-ELSEWHERE = "output=FOLDER writes elsewhere"
 
 _VGG_LAYER = re.compile(r"features\.(\d+\.(?:weight|bias))")
 _HEAD = re.compile(r"lin(\d)\.model\.1\.weight")
