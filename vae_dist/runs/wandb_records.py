@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args
 
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, writing
+from vae_dist.runs.wandb_client import is_installed
 
 Kind = Literal["training", "evaluation", "samples"]
 
@@ -55,8 +55,7 @@ def browse(runs_dir: Path) -> NoReturn:
 
     Raises UserError if there is no record, if wandb is not installed, or if the list can't be made.
     """
-    spec = find_spec("wandb")
-    if spec is None or spec.origin is None:
+    if not is_installed():
         raise UserError("wandb is not installed, and its browser shows the runs; pip install wandb")
     listed = str(make_list(runs_dir).absolute())  # begins with a slash, so it is never taken for an option
     command = [sys.executable, "-m", "wandb", "leet", listed]
