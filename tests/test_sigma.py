@@ -20,7 +20,6 @@ from tests.test_trainer import final, rows, timeless
 from vae_dist import config
 from vae_dist.config import SIGMA_FLOOR, ObjectiveConfig, OptimConfig
 from vae_dist.data import datasets
-from vae_dist.data.deviation import deviation
 from vae_dist.data.source import in_memory, read
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
@@ -32,6 +31,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
 from vae_dist.reports.table import incomparable
 from vae_dist.runs.lookup import find
+from vae_dist.runs.sigma import deviation
 from vae_dist.training import update
 from vae_dist.training.loop import train
 from vae_dist.training.optimizers import Adam
