@@ -20,7 +20,7 @@ from vae_dist.data.source import read
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.evaluation import fid, frechet, networks, similarity
+from vae_dist.evaluation import fid, networks, similarity
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import measure
 from vae_dist.evaluation.networks import Networks
@@ -199,8 +199,8 @@ def test_the_frechet_distance_of_a_scaled_and_shifted_set_is_exact(count: int) -
     shift, scale = torch.linspace(-1, 2, features.shape[1]).double(), 0.7
     means = (scale - 1) * features.mean(0) + shift
     expected = means.square().sum() + (1 - scale) ** 2 * features.T.cov().trace()
-    assert frechet.distance(features, scale * features + shift) == pytest.approx(expected.item(), rel=1e-10)
-    assert frechet.distance(features, features) == pytest.approx(0, abs=1e-9)
+    assert fid.frechet_distance(features, scale * features + shift) == pytest.approx(expected.item(), rel=1e-10)
+    assert fid.frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_frechet_distance_is_that_of_the_formula_with_a_root() -> None:
@@ -209,7 +209,7 @@ def test_the_frechet_distance_is_that_of_the_formula_with_a_root() -> None:
     root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)).sum()
     means = ((first.mean(0) - second.mean(0)) ** 2).sum()
     expected = means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
-    distance = frechet.distance(torch.from_numpy(first), torch.from_numpy(second))
+    distance = fid.frechet_distance(torch.from_numpy(first), torch.from_numpy(second))
     assert distance == pytest.approx(expected, rel=1e-9)
 
 
@@ -236,7 +236,7 @@ def test_the_rfid_is_the_distance_of_images_and_reconstructions(run_dir: Path) -
     images = read_inputs(vae, test, range(test.info.count)).images
     with torch.no_grad():
         pair = (images, vae.decode(vae.infer(images).mean).mean)
-    expected = frechet.distance(*map(averages, pair))
+    expected = fid.frechet_distance(*map(averages, pair))
     assert metrics.pop("rfid") == pytest.approx(expected, rel=1e-3) and expected > 1
     assert metrics == without and "rfid" not in by_image
 
@@ -254,7 +254,7 @@ def test_the_fid_is_the_distance_of_images_and_samples(conditional: str, make_co
         assert fid.fid(vae, Averages(), reference, world, source.config) is None
     samples = load_file(sample(run_dir, ["sample.count=101"]) / "samples.safetensors")["images"]
     images = read_inputs(vae, test, range(test.info.count)).images
-    expected = frechet.distance(averages(images), averages(samples))
+    expected = fid.frechet_distance(averages(images), averages(samples))
     assert metrics["fid"] == pytest.approx(expected, rel=1e-3) and metrics["fid_samples"] == 101
     assert expected > 1
     stated = "p(x|z,y), of the classes in turn, z" if conditional == "true" else "p(x|z), z"

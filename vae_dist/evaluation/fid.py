@@ -12,7 +12,7 @@ from vae_dist.config import Config
 from vae_dist.data.source import DataInfo
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.evaluation import frechet, similarity
+from vae_dist.evaluation import similarity
 from vae_dist.models.labels import in_turn
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED
@@ -73,4 +73,22 @@ def _of_samples(vae: VAE, inception: nn.Module, world: World, config: Config) ->
 
 
 def _distance(first: Tensor, second: Tensor, world: World) -> float:
-    return world.on_main(lambda: frechet.distance(first, second), patient=True)
+    return world.on_main(lambda: frechet_distance(first, second), patient=True)
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Return the Frechet distance of sets of features `(N, F)`, N at least 2 each, taken as Gaussians; in float64.
+
+    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)), with means m and covariances C, which divide by N - 1. With
+    A^T A = (N - 1) C, the eigenvalues of C1 C2 are the squared singular values of A1 A2^T up to that factor. So no root
+    of a matrix is taken, and nothing is lost where covariances have no full rank.
+    """
+    means, factors, traces = [], [], []
+    for features in (first, second):
+        values = features.double()
+        means.append(values.mean(0))
+        centred = (values - means[-1]) / math.sqrt(len(values) - 1)
+        factors.append(torch.linalg.qr(centred, mode="r").R)
+        traces.append(centred.square().sum())
+    root = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
+    return ((means[0] - means[1]).square().sum() + traces[0] + traces[1] - 2 * root).item()
