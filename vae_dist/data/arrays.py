@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vae_dist.config import DataConfig, expand
+from vae_dist.data.arrangement import PARTS
 from vae_dist.data.array_files import SUFFIXES, refusing
 from vae_dist.data.array_images import MappedArray, open_images
 from vae_dist.data.source import Source
@@ -14,8 +15,6 @@ from vae_dist.data.splits import with_test_part
 from vae_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}  # names of files
 
 
 def load(config: DataConfig, part: Literal["train", "test"]) -> Source:
@@ -64,8 +63,8 @@ def _paths_of_parts(folder: Path) -> dict[str, Path]:
     with refusing(folder):
         present = {path for path in folder.iterdir() if path.suffix in SUFFIXES}
     paths = {}
-    for part, names in PARTS.items():
-        found = sorted(path for path in present if path.stem in names)
+    for part in dict.fromkeys(PARTS.values()):
+        found = sorted(path for path in present if PARTS.get(path.stem) == part)
         if len(found) > 1:
             raise UserError(f"{folder} has several arrays of {part} images, {', '.join(map(str, found))}; keep one")
         if found:
