@@ -27,7 +27,7 @@ from tests.forked import ForkServer
 from tests.sources import of_pixels, whole
 from tests.test_fuzz import assert_short_line, mutated
 from vae_dist.config import DataConfig
-from vae_dist.data import array_files, arrays, datasets, other_images
+from vae_dist.data import array_files, arrays, chosen, datasets
 from vae_dist.data.source import DataInfo, InMemory, Source, every_name, read
 from vae_dist.errors import UserError
 from vae_dist.evaluation import per_image
@@ -67,7 +67,7 @@ def asked(path: Path, **changes: Any) -> DataConfig:
 
 
 def opened(path: Path, **changes: Any) -> Source:
-    return arrays.all_images(DataConfig(name="array", **changes), str(path))
+    return arrays.all_images(asked(path, **changes))
 
 
 def grey_by_pillow(images: Array) -> Array:
@@ -366,9 +366,9 @@ def test_a_mapped_file_costs_no_memory(fork_server: ForkServer, tmp_path: Path) 
         "from vae_dist.config import DataConfig\n"
         "from vae_dist.data import arrays\n"
         "from vae_dist.data.source import read\n"
-        "config = DataConfig(name='array')\n"
+        "config = DataConfig(name='array', path=sys.argv[1])\n"
         "before = psutil.Process().memory_info().rss\n"
-        "source = arrays.all_images(config, sys.argv[1])\n"
+        "source = arrays.all_images(config)\n"
         "assert read(source, range(0, source.info.count, 5000)).sum() == 0\n"
         "print(psutil.Process().memory_info().rss - before)"
     )
@@ -564,16 +564,16 @@ def test_other_images_that_do_not_fit_the_run_are_refused(
     if images is not None:
         write(tmp_path / name, images)
     with pytest.raises(UserError, match=message):
-        other_images.load(DataConfig(name="mnist", image_shape=[1, 28, 28]), str(tmp_path / name))
+        chosen.of_folder(DataConfig(name="mnist", image_shape=[1, 28, 28]), str(tmp_path / name), "evaluate.folder")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"\[1, 6, 5\], and those of a folder are square"):
-        other_images.load(DataConfig(name="mnist", image_shape=[1, 6, 5]), str(tmp_path / "folder"))
+        chosen.of_folder(DataConfig(name="mnist", image_shape=[1, 6, 5]), str(tmp_path / "folder"), "evaluate.folder")
 
 
 def test_other_images_are_binarised_like_the_runs_test_images(tmp_path: Path) -> None:
     path = write(tmp_path / "own.npy", GREY)
     config = DataConfig(name="mnist", image_shape=[1, 6, 5], binarize="dynamic")
-    drawn = whole(other_images.load(config, str(path))).pixels
+    drawn = whole(chosen.of_folder(config, str(path), "evaluate.folder")).pixels
     assert torch.equal(drawn, bernoulli_pixels(torch.from_numpy(GREY[:, None]), FIXED_SEED, 1, range(30)))
 
 

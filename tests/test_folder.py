@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def test_all_images_of_another_folder_have_the_runs_shape(pictures: Path, tmp_pa
     other = write_images(tmp_path / "other", PARTS, first=100)
     run = of_folder(pictures, "data.size=null", "data.channels=null")
     run.image_shape, run.identity = [1, 6, 6], "the run's"
-    images = folder.all_images(run, str(other))
+    images = folder.all_images(replace(run, path=str(other)))
     assert images.info.image_shape == (1, 6, 6) and sorted(names(images)) == sorted(PARTS)
     assert torch.equal(read(images, [3])[0], torch.tensor(decode(other / names(images)[3], Rule(6, 1))))
 

@@ -32,9 +32,9 @@ def load_validation(config: DataConfig) -> Source | None:
     return _open_parts(config).get("validation")
 
 
-def all_images(config: DataConfig, path: str) -> Source:
-    """Return all images of another array, with the channels of the config's. Raises UserError."""
-    return open_images(Path(expand(path)), config)
+def all_images(config: DataConfig) -> Source:
+    """Return all images of the one array in `data.path`. Raises UserError."""
+    return open_images(Path(expand(config.path or "")), config)
 
 
 def is_array(path: Path) -> bool:

@@ -71,9 +71,9 @@ def load_validation(config: DataConfig) -> Source | None:
     return _part(images, "validation") if "validation" in images.parts else None
 
 
-def all_images(config: DataConfig, path: str) -> Source:
-    """Return all images of another folder or pack, with the shape and the rule of the config's."""
-    return _open(replace(config, path=path)).source
+def all_images(config: DataConfig) -> Source:
+    """Return all images of a folder or pack, whatever its parts."""
+    return _open(config).source
 
 
 def forget() -> None:
