@@ -63,9 +63,32 @@ class MLPConfig(ModelConfig):
         return " ".join(["mlp", "-".join(map(str, self.hidden_dims))]).rstrip()
 
 
-@dataclass
-class ConvConfig(ModelConfig):
+class GridConfig(ModelConfig):
+    """What the options of convolutional architectures share: each of `channels` has half of the resolution before."""
+
     RECOMPUTES: ClassVar[bool] = True
+    channels: list[int]
+    latent_channels: int
+
+    @property
+    def factor(self) -> int:
+        """What divides the image's height and width at the latents' resolution."""
+        return 2 ** (len(self.channels) - 1)
+
+    def check(self) -> None:
+        if not self.channels:
+            raise UserError("model.channels needs at least one number: the channels at the image's resolution")
+
+    def latents(self, image_shape: Sequence[int]) -> int:
+        _, height, width = image_shape
+        return self.latent_channels * (height // self.factor) * (width // self.factor)
+
+    def summary(self) -> str:
+        return f"{self.architecture} {'-'.join(map(str, self.channels))}"
+
+
+@dataclass
+class ConvConfig(GridConfig):
     architecture: str = "conv"
     channels: list[int] = option(
         [32, 64, 128],
@@ -81,9 +104,9 @@ class ConvConfig(ModelConfig):
     blocks: int = option(1, "residual blocks at each resolution", at_least=1)
     latent_channels: int = option(4, "channels of the latents", at_least=1)
 
-    def check(self) -> None:
-        if not self.channels:
-            raise UserError("model.channels needs at least one number: the channels at the image's resolution")
+    @property
+    def factor(self) -> int:
+        return self.patch * super().factor
 
     def weights_at_least(self, image_shape: Sequence[int]) -> int:
         # A residual block has a 3x3 convolution or more; another layer may mix the channels of one pixel alone.
@@ -91,14 +114,9 @@ class ConvConfig(ModelConfig):
         blocks = self.blocks * sum(9 * size**2 for size in self.channels)
         return 2 * (blocks + sum(inputs * outputs for inputs, outputs in pairwise(sizes)))
 
-    def latents(self, image_shape: Sequence[int]) -> int:
-        _, height, width = image_shape
-        factor = self.patch * 2 ** (len(self.channels) - 1)
-        return self.latent_channels * (height // factor) * (width // factor)
-
     def summary(self) -> str:
-        channels = "-".join(map(str, self.channels))
-        return f"conv {channels}" if self.patch == 1 else f"conv {self.patch}x{self.patch} {channels}"
+        patch = "" if self.patch == 1 else f" {self.patch}x{self.patch}"
+        return f"conv{patch} {'-'.join(map(str, self.channels))}"
 
 
 _ATTENTION = (
@@ -107,10 +125,10 @@ _ATTENTION = (
 )
 
 
-class _Attends:
-    """Options with self-attention at the resolutions that `attention` names."""
+class _Attends(GridConfig):
+    """Options of residual networks with self-attention at the resolutions that `attention` names."""
 
-    channels: list[int]
+    blocks: int
     attention: list[int]
 
     @property
@@ -127,10 +145,14 @@ class _Attends:
                 f"{', '.join(map(str, factors))}: use some of these"
             )
 
+    def weights_at_least(self, image_shape: Sequence[int]) -> int:
+        # A residual block has two 3x3 convolutions, of which the first may start from fewer channels.
+        ends = 9 * (image_shape[0] * self.channels[0] + self.latent_channels * self.channels[-1])
+        return 2 * (ends + self.blocks * sum(9 * size**2 for size in self.channels))
+
 
 @dataclass
-class ResNetConfig(_Attends, ModelConfig):
-    RECOMPUTES: ClassVar[bool] = True
+class ResNetConfig(_Attends):
     architecture: str = "resnet"
     channels: list[int] = option(
         [32, 64, 128],
@@ -143,27 +165,12 @@ class ResNetConfig(_Attends, ModelConfig):
     mid_attention: bool = option(True, "self-attention between the two blocks in the middle, next to the latents")
 
     def check(self) -> None:
-        if not self.channels:
-            raise UserError("model.channels needs at least one number: the channels at the image's resolution")
+        super().check()
         self.check_attention()
-
-    def weights_at_least(self, image_shape: Sequence[int]) -> int:
-        # A residual block has two 3x3 convolutions, of which the first may start from fewer channels.
-        ends = 9 * (image_shape[0] * self.channels[0] + self.latent_channels * self.channels[-1])
-        return 2 * (ends + self.blocks * sum(9 * size**2 for size in self.channels))
-
-    def latents(self, image_shape: Sequence[int]) -> int:
-        _, height, width = image_shape
-        factor = 2 ** (len(self.channels) - 1)
-        return self.latent_channels * (height // factor) * (width // factor)
-
-    def summary(self) -> str:
-        return f"resnet {'-'.join(map(str, self.channels))}"
 
 
 @dataclass
-class AutoencoderKLConfig(_Attends, ModelConfig):
-    RECOMPUTES: ClassVar[bool] = True
+class AutoencoderKLConfig(_Attends):
     SIZES: ClassVar[Sequence[str]] = (
         "channels", "blocks", "latent_channels", "norm_groups", "attention", "mid_attention", "quant_conv",
     )  # fmt: skip  # those that the folder in init_from decides
@@ -210,8 +217,7 @@ class AutoencoderKLConfig(_Attends, ModelConfig):
         return replace(self, **{key: getattr(stored, key) for key in resolved})
 
     def check(self) -> None:
-        if not self.channels:
-            raise UserError("model.channels needs at least one number: the channels at the image's resolution")
+        super().check()
         if self.init_from is None or self.init_sha256 is not None:  # a folder's sizes are checked when it has been read
             self.check_attention()
             if bad := [size for size in self.channels if size % self.norm_groups]:
@@ -221,20 +227,6 @@ class AutoencoderKLConfig(_Attends, ModelConfig):
                 )
         if self.init_sha256 is not None and (self.init_from is None or not _SHA256.fullmatch(self.init_sha256)):
             raise UserError("model.init_sha256 is the sha256 of weights in model.init_from: 64 digits of 0-9 and a-f")
-
-    def weights_at_least(self, image_shape: Sequence[int]) -> int:
-        # A residual block has two 3x3 convolutions, of which the first may start from fewer channels.
-        first, last = self.channels[0], self.channels[-1]
-        ends = 9 * (image_shape[0] * first + self.latent_channels * last)
-        return 2 * (ends + self.blocks * sum(9 * size**2 for size in self.channels))
-
-    def latents(self, image_shape: Sequence[int]) -> int:
-        _, height, width = image_shape
-        factor = 2 ** (len(self.channels) - 1)
-        return self.latent_channels * (height // factor) * (width // factor)
-
-    def summary(self) -> str:
-        return f"autoencoder_kl {'-'.join(map(str, self.channels))}"
 
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
