@@ -102,7 +102,8 @@ def test_attention_is_at_the_named_resolutions_and_in_the_middle() -> None:
     assert count("model.attention=[2]", one) == [6, 6, 6]  # of the encoder's one block, and of the decoder's two
     assert count("model.attention=[4,1]", "model.blocks=2", one) == [4, 4, 8, 8, 8, 8, 8, 4, 4, 4]
     vae = make((1, 16, 16))
-    blocks = [sum(isinstance(layer, ResidualBlock) for layer in network) for network in (vae.encoder, vae.decoder)]
+    networks = vae.encoder, vae.decoder
+    blocks = [sum(isinstance(layer, ResidualBlock) for layer in network.children()) for network in networks]
     assert blocks == [3 * 1 + 2, 3 * 2 + 2]
 
 

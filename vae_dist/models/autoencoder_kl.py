@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from vae_dist.config import AutoencoderKLConfig
 from vae_dist.errors import UserError
 from vae_dist.models.blocks import Upsample
+from vae_dist.models.grid import GridVAE
 from vae_dist.models.likelihoods import LikelihoodKind, LocationScaleKind
 from vae_dist.models.norms import with_own_norms
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import PRIORS
 from vae_dist.models.tensors import Shape, at_least_float32, in_gpu_order, traced_on_gpu
-from vae_dist.models.vae import VAE
 
 LOG_VARIANCES = -30.0, 20.0  # between which diffusers' DiagonalGaussianDistribution clamps them
 MOST_TOKENS = 64 * 64  # whose weights, of all pairs, are 64 MiB in fp32
@@ -29,18 +29,20 @@ DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 ATTENDING_DOWN, ATTENDING_UP = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
 
 
-class AutoencoderKLVAE(VAE):
+class AutoencoderKLVAE(GridVAE):
     """A VAE of images of any size that 2^(number of channels - 1) divides.
 
     Images are in [0, 1] outside and in [-1, 1] inside. Training and evaluation mode differ in memory formats, and so by
     rounding. Bitwise equal to diffusers is evaluation mode, in which a model is loaded.
     """
 
+    options: AutoencoderKLConfig
+
     def __init__(
         self, options: AutoencoderKLConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0
     ) -> None:
         """Raises ValueError for a conditional model, and for a likelihood that has no location in [0, 1]."""
-        super().__init__(image_shape, likelihood, classes)
+        super().__init__(options, image_shape, likelihood, classes)
         if classes:
             raise ValueError("its networks take no labels; use model.conditional=false")
         if not isinstance(likelihood, LocationScaleKind) or likelihood.output_shape(image_shape) != image_shape:
@@ -48,7 +50,6 @@ class AutoencoderKLVAE(VAE):
                 f"its decoder gives a location for each pixel, which {likelihood.name} has not; use "
                 "objective.reconstruction=laplace or gaussian"
             )
-        self.options = options
         latents = self.latent_dim  # refuses sizes before anything is built
         network: Any = with_own_norms(make_network(network_options(options, image_shape[0])))
         for module in network.modules():
@@ -64,18 +65,6 @@ class AutoencoderKLVAE(VAE):
         self.encoder = Encoder(network)
         self.decoder = Decoder(network)
         self.p_z = PRIORS[options.prior](latents)
-
-    def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
-        channels, height, width = image_shape
-        if channels != self.image_shape[0]:
-            raise ValueError(f"images for this model have channels={self.image_shape[0]}, not {channels}")
-        factor = 2 ** (len(self.options.channels) - 1)
-        if height % factor or width % factor:
-            raise ValueError(
-                f"images of {height} x {width} can't be encoded: use sizes that {factor} divides, or fewer "
-                "model.channels"
-            )
-        return ((self.options.latent_channels, height // factor, width // factor),)
 
     def recompute_activations(self) -> None:
         networks: list[Any] = [self.encoder.encoder, self.decoder.decoder]

@@ -23,15 +23,10 @@ from vae_dist.models.tensors import Shape
 class ConvVAE(GridVAE):
     """A convolutional VAE for images of any size that `patch` times 2^(number of channels - 1) divides."""
 
+    remedy = "fewer model.channels or a smaller model.patch"
+
     def __init__(self, options: ConvConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
-        super().__init__(
-            image_shape,
-            likelihood,
-            classes,
-            factor=options.patch * 2 ** (len(options.channels) - 1),
-            latent_channels=options.latent_channels,
-            remedy="fewer model.channels or a smaller model.patch",
-        )
+        super().__init__(options, image_shape, likelihood, classes)
         latents, outputs = options.latent_channels, likelihood.output_shape(image_shape)[0]
         patch, pixels = options.patch, options.patch**2
         label = embedding_size(classes)

@@ -26,14 +26,7 @@ class ResNetVAE(GridVAE):
     """A VAE of images of any size that 2^(number of channels - 1) divides."""
 
     def __init__(self, options: ResNetConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
-        super().__init__(
-            image_shape,
-            likelihood,
-            classes,
-            factor=2 ** (len(options.channels) - 1),
-            latent_channels=options.latent_channels,
-            remedy="or fewer model.channels",
-        )
+        super().__init__(options, image_shape, likelihood, classes)
         latents, outputs = options.latent_channels, likelihood.output_shape(image_shape)[0]
         label = embedding_size(classes)
         self.encoder = encoder(options, image_shape[0], 2 * latents, label)
