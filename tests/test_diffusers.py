@@ -28,8 +28,9 @@ from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
 from vae_dist.models.autoencoder_kl import AutoencoderKLVAE
-from vae_dist.models.diffusers_files import CONFIG, WEIGHTS, Scaling, diffusers_files, write_diffusers
+from vae_dist.models.diffusers_files import CONFIG, WEIGHTS, Scaling, diffusers_files
 from vae_dist.models.diffusers_start import resolve_start, start_vae
+from vae_dist.models.vae import VAE
 from vae_dist.publishing.export import export
 from vae_dist.training.loop import train
 
@@ -77,6 +78,13 @@ def start(folder: Path, *arguments: str, channels: int = 3) -> tuple[Config, Aut
 # ---- To diffusers
 
 
+def written(vae: VAE, folder: Path, scaling: Scaling | None = None) -> Path:
+    """Write the files that `AutoencoderKL.from_pretrained(folder)` reads."""
+    for name, content in diffusers_files(vae, scaling).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -86,7 +94,7 @@ def start(folder: Path, *arguments: str, channels: int = 3) -> tuple[Config, Aut
 )  # fmt: skip
 def test_diffusers_reads_a_model_and_computes_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
     vae = make(SHAPE, *arguments)
-    folder = write_diffusers(vae, tmp_path / "to", Scaling(factor=0.5))
+    folder = written(vae, tmp_path, Scaling(factor=0.5))
     theirs, information = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
     assert not any(information.values())  # no weight is missing, unexpected or of another shape
     images, _ = batch(vae, 3)
@@ -100,13 +108,13 @@ def test_diffusers_reads_a_model_and_computes_the_same_bits(arguments: list[str]
 
 def test_config_json_has_the_keys_that_diffusers_writes(tmp_path: Path) -> None:
     vae = make()
-    written = json.loads(diffusers_files(vae)[CONFIG])
-    again = AutoencoderKL.from_pretrained(write_diffusers(vae, tmp_path / "ours"))
+    ours = json.loads(diffusers_files(vae)[CONFIG])
+    again = AutoencoderKL.from_pretrained(written(vae, tmp_path))
     again.save_pretrained(tmp_path / "theirs")
     theirs = json.loads((tmp_path / "theirs" / CONFIG).read_text())
     theirs.pop("_name_or_path", None)
-    assert written == theirs
-    assert written["sample_size"] == 12 and written["scaling_factor"] is None
+    assert ours == theirs
+    assert ours["sample_size"] == 12 and ours["scaling_factor"] is None
 
 
 def test_latents_are_scaled_by_a_factor_or_by_mean_and_deviation() -> None:

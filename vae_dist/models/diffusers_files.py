@@ -8,7 +8,6 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vae_dist.errors import RunError, UserError
-from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.models.autoencoder_kl import (
     AutoencoderKLVAE,
     diffusers_state,
@@ -70,15 +68,6 @@ def diffusers_files(vae: VAE, scaling: Scaling | None = None) -> dict[str, bytes
         CONFIG: (json.dumps(values, indent=2) + "\n").encode(),
         WEIGHTS: save(state, metadata={"format": "pt"}),
     }
-
-
-def write_diffusers(vae: VAE, folder: Path, scaling: Scaling | None = None) -> Path:
-    """Write the files of `diffusers_files`, which `AutoencoderKL.from_pretrained(folder)` reads; return the folder."""
-    contents = diffusers_files(vae, scaling)
-    make_folder(folder, ELSEWHERE)
-    with writing(folder, ELSEWHERE):
-        write_together({folder / name: content for name, content in contents.items()})
-    return folder
 
 
 def defaults() -> dict[str, Any]:
