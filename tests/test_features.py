@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from tests.feature_weights import random_tensors
 from vae_dist.errors import UserError
 from vae_dist.features import files
 from vae_dist.features.inception import FIDInception, resized
@@ -33,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
-    return files.random_tensors(LPIPS, seed=0)
+    return random_tensors(LPIPS, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_a_file_that_does_not_fit_is_refused_by_the_tensors_name(tensors: Tensor
 
 @pytest.mark.slow
 def test_the_inception_of_fid_is_torchvisions_with_other_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = files.random_tensors(FIDInception, seed=0)
+    weights = random_tensors(FIDInception, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         if name.endswith(("bn.bias", "running_mean")):

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.conftest import REPOSITORY, newest_checkpoint
+from tests.feature_weights import random_tensors
 from tests.forked import ForkServer
 from tests.test_distributed import torchrun
 from vae_dist import config as configs
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
-from vae_dist.features.files import random_tensors
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
 from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, least_side

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY, MakeConfig
+from tests.feature_weights import random_tensors
 from tests.test_report import page_of
 from tests.test_similarity import Averages
 from vae_dist import config
@@ -18,7 +19,6 @@ from vae_dist.evaluation import metric_table
 from vae_dist.evaluation.metric_table import METRICS, Metric, measurements
 from vae_dist.evaluation.metrics import Measured, measure
 from vae_dist.evaluation.networks import Networks
-from vae_dist.features.files import random_tensors
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
 from vae_dist.publishing.export import export

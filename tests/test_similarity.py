@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
+from tests.feature_weights import random_tensors
 from tests.forked import ForkServer
 from vae_dist import config
 from vae_dist.config import EvaluateConfig
@@ -116,7 +117,7 @@ def test_images_are_compared_as_8_bit_values(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
-    save_file(files.random_tensors(LPIPS, seed=0), path)
+    save_file(random_tensors(LPIPS, seed=0), path)
     return path
 
 
@@ -296,7 +297,7 @@ def test_an_evaluation_has_the_rfid_and_the_fid_of_a_file_on_any_number_of_proce
     run_dir: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     path = tmp_path / "inception.safetensors"
-    save_file(files.random_tensors(FIDInception, seed=0), path)
+    save_file(random_tensors(FIDInception, seed=0), path)
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8))
     arguments = [*FEW, "evaluate.batch_size=2", f"evaluate.folder={tmp_path}/images.npy", f"evaluate.inception={path}"]
     arguments += ["evaluate.fid_samples=5"]

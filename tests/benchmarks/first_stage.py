@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.feature_weights import random_tensors
 from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import precision, processes
 from vae_dist.distributed.world import World
-from vae_dist.features.files import load, random_tensors
+from vae_dist.features.files import load
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
 from vae_dist.models.discriminator import hinge, verdict

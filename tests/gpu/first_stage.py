@@ -70,8 +70,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     from safetensors.torch import save_file
 
+    from tests.feature_weights import random_tensors
     from vae_dist import config as configs
-    from vae_dist.features.files import random_tensors
     from vae_dist.features.lpips import LPIPS
     from vae_dist.runs.run import RunDirectory
     from vae_dist.training.loop import train
@@ -131,8 +131,8 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from torch import nn
 
+    from tests.feature_weights import random_tensors
     from vae_dist import config as configs
-    from vae_dist.features.files import random_tensors
     from vae_dist.features.lpips import LPIPS
     from vae_dist.models import autoencoder_kl, discriminator
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.feature_weights import random_tensors
 from tests.gpu.conftest import STEPS, Train, resumed, state_of
 from tests.gpu.test_training import outcome
-from vae_dist.features.files import random_tensors
 from vae_dist.features.lpips import LPIPS
 
 if not torch.cuda.is_available():

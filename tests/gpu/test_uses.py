@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vae_dist
+from tests.feature_weights import random_tensors
 from tests.gpu.conftest import Train
 from vae_dist import config
 from vae_dist.distributed import processes
 from vae_dist.encoding.encode import encode
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.features.files import random_tensors
 from vae_dist.features.inception import FIDInception
 from vae_dist.features.lpips import LPIPS
 from vae_dist.publishing.export import export

@@ -1,7 +1,6 @@
 """Feature networks from files that the user names: safetensors, checked tensor by tensor. Nothing is unpickled."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -76,24 +75,3 @@ def unfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str 
 
 def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def random_tensors(kind: type[nn.Module], seed: int) -> dict[str, Tensor]:
-    """Return tensors that fit a network, drawn by a seed: they test code, and say nothing about how images look.
-
-    Weights of convolutions are normal with the variance 2 / fan-in (He et al. 2015). LPIPS' heads are uniform in
-    [0, 1], scales and variances are 1, and all others are 0.
-    """
-    with torch.device("meta"):
-        expected = kind().state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, tensor in expected.items():
-        shape = tuple(tensor.shape)
-        if len(shape) > 1:
-            tensors[name] = torch.randn(shape, generator=generator) * math.sqrt(2 / math.prod(shape[1:]))
-        elif name.startswith("heads."):
-            tensors[name] = torch.rand(shape, generator=generator)
-        else:
-            tensors[name] = torch.full(shape, float(name.endswith(("bn.weight", "running_var"))))
-    return tensors
