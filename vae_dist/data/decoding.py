@@ -3,6 +3,7 @@
 Shapes: N images of a source, n of a request, C, H, W image.
 """
 
+import math
 import os
 import time
 from collections import deque
@@ -27,16 +28,6 @@ IMAGES_PER_TASK = 16  # handing over a task costs a thread some tens of microsec
 BYTES_PER_TASK = 2**22  # of pixels: large images are tasks of their own
 
 
-def image_shape(rule: Rule) -> tuple[int, int, int]:
-    """Return C, H, W of the images that the rule makes."""
-    return rule.channels, rule.size, rule.size
-
-
-def image_bytes(rule: Rule) -> int:
-    """Return the bytes of an image's pixels."""
-    return rule.channels * rule.size * rule.size
-
-
 def thread_count(workers: int | None, processes: int = 1) -> int:
     """Return the number of threads that decode: `data.workers`, or a fair share of the CPUs for one of `processes`."""
     if workers is not None:
@@ -47,7 +38,7 @@ def thread_count(workers: int | None, processes: int = 1) -> int:
 
 def tasks(start: int, stop: int, rule: Rule) -> list[range]:
     """Cut the images from `start` to `stop` into those that a thread decodes at once."""
-    size = max(min(IMAGES_PER_TASK, BYTES_PER_TASK // image_bytes(rule)), 1)
+    size = max(min(IMAGES_PER_TASK, BYTES_PER_TASK // math.prod(rule.shape)), 1)
     return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
@@ -80,7 +71,7 @@ class Decoded(NamedTuple):
 
 def decode_files(index: FolderIndex, files: range, rule: Rule) -> Decoded:
     """Decode these files of the index. Raises UserError if the system fails to read one."""
-    pixels = np.empty((len(files), *image_shape(rule)), np.uint8)
+    pixels = np.empty((len(files), *rule.shape), np.uint8)
     damaged = []
     rows = 0
     for file in files:

@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vae_dist.data.arrangement import Arrangement, arrange
-from vae_dist.data.decoding import (
-    DecodedSource,
-    ahead,
-    decode_files,
-    image_shape,
-    seconds_per_image,
-    tasks,
-    thread_count,
-)  # fmt: skip
+from vae_dist.data.decoding import DecodedSource, ahead, decode_files, seconds_per_image, tasks, thread_count
 from vae_dist.data.folder_index import FolderIndex, checked, refusal
 from vae_dist.data.pack_file import Pack, sample_digest
 from vae_dist.data.pixels import DamagedError, Rule, decode
@@ -95,7 +87,7 @@ def _info(
     identity = hashlib.sha256(json.dumps([rule.text, bounds, classes, digest, hashes]).encode()).hexdigest()
     colours = "grey" if rule.channels == 1 else "colour"
     return DataInfo(
-        "folder", len(sizes), image_shape(rule), None if classes is None else len(classes), f"{colours}, 0 to 1",
+        "folder", len(sizes), rule.shape, None if classes is None else len(classes), f"{colours}, 0 to 1",
         identity, classes,
     )  # fmt: skip
 

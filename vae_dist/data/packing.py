@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ from PIL import features
 
 from vae_dist.data import pack_file
 from vae_dist.data.arrangement import arrange
-from vae_dist.data.decoding import ahead, decode_files, image_bytes, image_shape, tasks, thread_count
+from vae_dist.data.decoding import ahead, decode_files, tasks, thread_count
 from vae_dist.data.folder_index import FolderIndex, checked, listed
 from vae_dist.data.image_set import require_usable
 from vae_dist.data.pack_file import FORMAT, HEADER_BYTES, BadPackError, Pack, header, open_pack, sample_digest
@@ -126,7 +127,7 @@ def space(found: FolderIndex, packing: Packing) -> tuple[int, int]:
     part = packing.target(found.folder)
     with suppress(OSError):
         free += (part.with_name(f".{part.name}.part") / pack_file.PIXELS).stat().st_size
-    return len(found) * (image_bytes(packing.rule) + 64) + len(found.buffer), free
+    return len(found) * (math.prod(packing.rule.shape) + 64) + len(found.buffer), free
 
 
 def _pack(found: FolderIndex, packing: Packing, part: Path) -> None:
@@ -160,7 +161,7 @@ def _pack(found: FolderIndex, packing: Packing, part: Path) -> None:
 def _write_pixels(index: FolderIndex, packing: Packing, part: Path) -> tuple[list[tuple[int, str]], str]:
     """Decode what is missing, and append it to the file of pixels. Return the damaged files and the pixels' hash."""
     about = {"format": FORMAT, "rule": packing.rule.text, "files": signature(index), "versions": versions()}
-    with Journal(part, about, image_bytes(packing.rule)) as journal:
+    with Journal(part, about, math.prod(packing.rule.shape)) as journal:
         left = tasks(journal.done, len(index), packing.rule)
         if journal.done:
             logger.info("packing %s continues after %d of %d images", index.folder, journal.done, len(index))
@@ -177,7 +178,7 @@ def _write_pixels(index: FolderIndex, packing: Packing, part: Path) -> tuple[lis
 def _finish(found: FolderIndex, index: FolderIndex, packing: Packing, part: Path, digest: str) -> None:
     """Complete the files of a pack whose pixels are written."""
     rule, count = packing.rule, len(index)
-    shape = (count, *image_shape(rule))
+    shape = (count, *rule.shape)
     with open(part / pack_file.PIXELS, "r+b") as file:
         file.write(header(np.uint8, shape))
     sync(part / pack_file.PIXELS)

@@ -53,6 +53,11 @@ class Rule(NamedTuple):
     background: str = "white"
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of the images."""
+        return self.channels, self.size, self.size
+
+    @property
     def text(self) -> str:
         """The rule in one line. Rules of equal text give equal pixels. Raises UserError as `colour` does."""
         colours = "grey" if self.channels == 1 else "colour"
