@@ -14,8 +14,9 @@ from PIL import Image
 
 from tests.test_fuzz import assert_short_line
 from tests.test_pixels import encoded, photograph
-from vae_dist.data import folder_index, folder_walk
-from vae_dist.data.folder_index import FolderIndex, advice, checked, refusal
+from vae_dist.data import decoding, folder_index, folder_walk
+from vae_dist.data.decoding import checked
+from vae_dist.data.folder_index import FolderIndex, advice, refusal
 from vae_dist.errors import UserError
 
 IMAGE = encoded(Image.new("RGB", (2, 3)))
@@ -202,7 +203,7 @@ def test_a_prefix_finds_what_a_search_finds(tmp_path: Path) -> None:
 
 
 def test_any_number_of_threads_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_index, "CHUNK", 7)
+    monkeypatch.setattr(decoding, "HEADERS_PER_TASK", 7)
     for k in range(60):
         lay_out(tmp_path, f"{k % 3}/{k}.jpg", content=encoded(photograph(8, 8), "JPEG")[: 9 if k % 5 == 0 else None])
     indices = [scan(tmp_path, threads) for threads in (0, 1, 7, None)]
@@ -214,7 +215,7 @@ def test_any_number_of_threads_finds_the_same(tmp_path: Path, monkeypatch: pytes
 
 def test_an_error_of_the_system_ends_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out(tmp_path, *(f"{k}.png" for k in range(40)))
-    monkeypatch.setattr(folder_index, "CHUNK", 1)
+    monkeypatch.setattr(decoding, "HEADERS_PER_TASK", 1)
     read = []
 
     def failing(path: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from vae_dist.data import folder_index
-from vae_dist.data.decoding import thread_count
+from vae_dist.data.decoding import checked, thread_count
 from vae_dist.data.packing import Packing, find, packed
 from vae_dist.data.pixels import Rule, decode
 
@@ -87,7 +87,7 @@ def measure_start(folder: Path, place: Path, count: int) -> None:
             shutil.copyfile(first, path)
     packing = Packing(Rule(8), place, is_main=False)
     for name, function in {
-        "headers": lambda: folder_index.checked(folder_index.listed(folder)),
+        "headers": lambda: checked(folder_index.listed(folder)),
         "packing": lambda: packed(folder_index.listed(folder), packing),
         "a later start": lambda: find(folder_index.listed(folder), packing),
     }.items():

@@ -1,4 +1,4 @@
-"""Decoding images in threads, and the source that decodes what it reads. No bit depends on the number of threads.
+"""Reading image files in threads, and the source that decodes what it reads. No bit depends on the number of threads.
 
 Shapes: N images of a source, n of a request, C, H, W image.
 """
@@ -19,13 +19,17 @@ from torch import Tensor
 from vae_dist.data.folder_index import FolderIndex
 from vae_dist.data.pixels import DamagedError, Rule, decode
 from vae_dist.data.source import DataInfo, check_request
+from vae_dist.distributed.world import every_chunk
 from vae_dist.errors import RunError
+from vae_dist.terminal.progress import progress
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 IMAGES_PER_TASK = 16  # handing over a task costs a thread some tens of microseconds
 BYTES_PER_TASK = 2**22  # of pixels: large images are tasks of their own
+HEADERS_PER_TASK = 256
+MOST_HEADER_THREADS = 8  # by default: they wait for the disk together, but parse headers in turn
 
 
 def thread_count(workers: int | None, processes: int = 1) -> int:
@@ -59,6 +63,23 @@ def ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Itera
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def checked(found: FolderIndex, threads: int | None = None, *, is_main: bool = False) -> FolderIndex:
+    """Return the index without the files whose headers are no image's, which it then lists as refused.
+
+    `threads` read the headers: None for a number that suits the machine, 0 for the calling thread. The main process
+    shows the progress. Raises UserError if the system fails to read.
+    """
+    if threads is None:
+        threads = min(os.cpu_count() or 1, MOST_HEADER_THREADS)
+    damaged: list[tuple[int, str]] = []
+    with progress("headers of images", len(found), is_main=is_main) as advance:
+        chunks = every_chunk(len(found), HEADERS_PER_TASK)
+        for chunk, bad in zip(chunks, ahead(found.damaged, chunks, threads), strict=True):
+            damaged += bad
+            advance(len(chunk))
+    return found.without(damaged)
 
 
 class Decoded(NamedTuple):

@@ -1,11 +1,9 @@
-"""The image files below a folder, by name: found, sorted, and their headers checked. Nothing is decoded."""
+"""The image files below a folder, by name: found and sorted. Nothing is decoded."""
 
-import os
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,6 @@ from numpy.typing import NDArray
 from vae_dist.config.text import truncate
 from vae_dist.data.folder_walk import escaped, walk
 from vae_dist.data.image_files import DamagedError, header
-from vae_dist.terminal.progress import progress
 
 READ = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "avif"])  # endings of the files that are used
 
@@ -28,8 +25,6 @@ _CONVERT = {
 }
 _ADVICE = {ending: advice for endings, advice in _CONVERT.items() for ending in endings.split()}
 
-MAX_THREADS = 8  # by default: they wait for the disk together, but parse headers in turn
-CHUNK = 256  # files whose headers a thread reads at once
 SHOWN = 10  # files that a message names
 
 Refused = tuple[str, str]  # a file's name, escaped, and the reason
@@ -111,21 +106,6 @@ class FolderIndex:
         return self.buffer[self.offsets[index] : self.offsets[index + 1]]
 
 
-def checked(found: FolderIndex, threads: int | None = None, *, is_main: bool = False) -> FolderIndex:
-    """Return the index without the files whose headers are no image's, which it then lists as refused.
-
-    `threads` read the headers: None for a number that suits the machine, 0 for the calling thread. The main process
-    shows the progress. Raises UserError if the system fails to read.
-    """
-    damaged: list[tuple[int, str]] = []
-    with progress("headers of images", len(found), is_main=is_main) as advance:
-        chunks = [range(start, min(start + CHUNK, len(found))) for start in range(0, len(found), CHUNK)]
-        for chunk, bad in zip(chunks, _in_threads(found.damaged, chunks, threads), strict=True):
-            damaged += bad
-            advance(len(chunk))
-    return found.without(damaged)
-
-
 def refusal(index: FolderIndex) -> str:
     """A message that names the first files that can't be used, and says what to do."""
     named = ", ".join(f"{_tail(name)} ({reason})" for name, reason in index.refused[:SHOWN])
@@ -173,19 +153,3 @@ def listed(folder: Path) -> FolderIndex:
 
 def _tail(name: str) -> str:
     return name if len(name) <= 100 else f"...{name[-97:]}"
-
-
-def _in_threads(
-    function: Callable[[range], list[tuple[int, str]]], chunks: Iterable[range], threads: int | None
-) -> Iterator[list[tuple[int, str]]]:
-    if threads is None:
-        threads = min(os.cpu_count() or 1, MAX_THREADS)
-    if threads == 0:
-        yield from map(function, chunks)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            yield from pool.map(function, chunks)
-        except BaseException:  # otherwise the pool would finish all chunks before it lets go of an interrupt
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

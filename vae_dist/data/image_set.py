@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vae_dist.data.arrangement import Arrangement, arrange
-from vae_dist.data.decoding import DecodedSource, ahead, decode_files, seconds_per_image, tasks, thread_count
-from vae_dist.data.folder_index import FolderIndex, checked, refusal
+from vae_dist.data.decoding import DecodedSource, ahead, checked, decode_files, seconds_per_image, tasks, thread_count
+from vae_dist.data.folder_index import FolderIndex, refusal
 from vae_dist.data.pack_file import Pack, sample_digest
 from vae_dist.data.pixels import DamagedError, Rule, decode
 from vae_dist.data.source import DataInfo, Mapped, Source

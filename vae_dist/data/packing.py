@@ -25,8 +25,8 @@ from PIL import features
 
 from vae_dist.data import pack_file
 from vae_dist.data.arrangement import arrange
-from vae_dist.data.decoding import ahead, decode_files, tasks, thread_count
-from vae_dist.data.folder_index import FolderIndex, checked, listed
+from vae_dist.data.decoding import ahead, checked, decode_files, tasks, thread_count
+from vae_dist.data.folder_index import FolderIndex, listed
 from vae_dist.data.image_set import require_usable
 from vae_dist.data.pack_file import FORMAT, HEADER_BYTES, BadPackError, Pack, header, open_pack, sample_digest
 from vae_dist.data.pack_journal import Journal
