@@ -33,7 +33,7 @@ from vae_dist.data.pack_journal import Journal
 from vae_dist.data.pixels import Rule
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, require_no_links, sync, write_atomically, writing
-from vae_dist.locks import InUseError, locked
+from vae_dist.locks import writing_alone
 from vae_dist.terminal.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -95,20 +95,15 @@ def packed(found: FolderIndex, packing: Packing) -> Pack:
         return pack
     make_folder(packing.place, ELSEWHERE)
     target = packing.target(found.folder)
-    lock = target.with_name(f".{target.name}.lock")
-    subject = f"another process packs {found.folder}"
-    try:
-        with writing(lock, ELSEWHERE), locked(lock, LOCK_SECONDS, subject) as problem:
-            pack = find(found, packing)
-            if pack is not None:
-                return pack
-            # Without locks, each process packs for itself, and the first to finish wins.
-            mark = "" if problem is None else f".{secrets.token_hex(8)}"
-            part = target.with_name(f".{target.name}{mark}.part")
-            _pack(found, packing, part)
-            _publish(part, target)
-    except InUseError as error:
-        raise UserError(f"{subject} ({error}) for longer than {LOCK_SECONDS:.0f} s; stop it") from None
+    with writing_alone(target, LOCK_SECONDS, f"another process packs {found.folder}", ELSEWHERE) as is_alone:
+        pack = find(found, packing)
+        if pack is not None:
+            return pack
+        # Without locks, each process packs for itself, and the first to finish wins.
+        mark = "" if is_alone else f".{secrets.token_hex(8)}"
+        part = target.with_name(f".{target.name}{mark}.part")
+        _pack(found, packing, part)
+        _publish(part, target)
     pack = find(found, packing)
     if pack is None:
         raise UserError(f"{target} was changed by another process; run the same command again")
