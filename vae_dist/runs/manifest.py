@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import stat
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -19,11 +18,13 @@ from typing import Any, NamedTuple
 
 import vae_dist
 from vae_dist.errors import UserError
+from vae_dist.files import open_bounded
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "state.json", "config.yaml")  # of every checkpoint; a training's has others too
 MOST_FILES = 32
+ANY_SIZE = 2**63  # of a file, whose size the manifest says
 SMALL_FILE_BYTES = 2**22  # more than manifest and config have, and the state of thousands of processes
 
 _TENSORS = re.compile(r"[a-z][a-z0-9_]{0,60}\.safetensors")  # names of other files
@@ -108,7 +109,7 @@ def read_sealed(path: Path, sealed: Sealed) -> bytes:
     """Return a file's content. Raises BadCheckpointError if its size or its sha256 is not the manifest's."""
     if path.suffix != ".safetensors" and sealed.bytes > SMALL_FILE_BYTES:
         raise BadCheckpointError(f"{path} has {sealed.bytes} bytes, which is too many for such a file")
-    with _open_plain(path, sealed.bytes) as file:
+    with _open_sealed(path, sealed) as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != sealed.sha256:
         raise BadCheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
@@ -136,29 +137,24 @@ def to_json(value: Any) -> bytes:
 
 def open_small(path: Path) -> BufferedReader:
     """Open a regular file of at most SMALL_FILE_BYTES for reading."""
-    return _open_plain(path, None)
+    return _open(path, SMALL_FILE_BYTES)
 
 
 def require_size(path: Path, sealed: Sealed) -> None:
     """Raise BadCheckpointError if a file is not a regular one of the manifest's size. Nothing is read."""
-    _open_plain(path, sealed.bytes).close()
+    _open_sealed(path, sealed).close()
 
 
-def _open_plain(path: Path, size: int | None) -> BufferedReader:
+def _open_sealed(path: Path, sealed: Sealed) -> BufferedReader:
+    file = _open(path, ANY_SIZE)
+    if (size := os.fstat(file.fileno()).st_size) != sealed.bytes:
+        file.close()
+        raise BadCheckpointError(f"{path} has {size} bytes, not {sealed.bytes}")
+    return file
+
+
+def _open(path: Path, limit: int) -> BufferedReader:
     try:
-        # O_NOFOLLOW refuses a link, O_NONBLOCK returns at once for a pipe without a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return open_bounded(path, limit, follow=False)
     except OSError as error:
         raise BadCheckpointError(f"{path} can't be read ({error.strerror})") from error
-    status = os.fstat(descriptor)
-    problem = None
-    if not stat.S_ISREG(status.st_mode):
-        problem = "is not a plain file"
-    elif size is not None and status.st_size != size:
-        problem = f"has {status.st_size} bytes, not {size}"
-    elif size is None and status.st_size > SMALL_FILE_BYTES:
-        problem = f"has {status.st_size} bytes, which is too many for such a file"
-    if problem is not None:
-        os.close(descriptor)
-        raise BadCheckpointError(f"{path} {problem}")
-    return open(descriptor, "rb")
