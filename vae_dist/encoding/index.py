@@ -14,6 +14,7 @@ from vae_dist.encoding.request import FORMAT, Request
 from vae_dist.encoding.shards import File
 from vae_dist.evaluation.per_image import harmless, label_names
 from vae_dist.files import ELSEWHERE, read_bounded, write_together, writing
+from vae_dist.runs import manifest
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def write(folder: Path, content: Mapping[str, Any], source: Source) -> None:
     old = read(folder)
     if old is not None and isinstance(old.get("protocol"), dict) and old | {"protocol": content["protocol"]} == content:
         content = old
-    files = {INDEX: (json.dumps(content, indent=2) + "\n").encode()}
+    files = {INDEX: manifest.to_json(content)}
     if (names := names_csv(source)) is not None:
         files = {NAMES: names} | files  # the index last
     with writing(folder, ELSEWHERE):

@@ -1,6 +1,5 @@
 """The evaluation of a checkpoint: its metrics go to files, to the log and to the screen."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from vae_dist.distributed import processes
 from vae_dist.evaluation import constants, metric_table, networks, per_image, protocol
 from vae_dist.evaluation.metrics import measure
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
-from vae_dist.runs import wandb_identity
+from vae_dist.runs import manifest, wandb_identity
 from vae_dist.runs.lookup import open_checkpoint
 from vae_dist.runs.run import EVALUATION, EVALUATIONS
 from vae_dist.runs.tracking import track
@@ -111,7 +110,7 @@ def _name(result: Mapping[str, Any], images: str, *, raw: bool) -> str:
 
 def _write(output: Path, result: Mapping[str, Any], names: Sequence[str], files: Mapping[str, bytes | None]) -> None:
     """Write the metrics under each of some names, and other files."""
-    content = (json.dumps(result, indent=2) + "\n").encode()
+    content = manifest.to_json(result)
     contents = {output / name: content for name in names}
     with writing(output, ELSEWHERE):
         write_together(contents | {output / name: other for name, other in files.items() if other is not None})

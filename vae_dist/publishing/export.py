@@ -1,7 +1,6 @@
 """The export of a checkpoint: a folder for inference, with programs, a model card and pictures."""
 
 import hashlib
-import json
 import logging
 import re
 import secrets
@@ -137,7 +136,7 @@ def _record(contents: Mapping[str, bytes], made: programs.Programs, config: Conf
         "versions": programs.versions(config.export.formats),
         "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in _digests(contents).items()},
     }
-    return (json.dumps(values, indent=2) + "\n").encode()
+    return manifest.to_json(values)
 
 
 def _digests(contents: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
