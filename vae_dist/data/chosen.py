@@ -10,6 +10,7 @@ from vae_dist.config import DataConfig
 from vae_dist.data import arrays, datasets
 from vae_dist.data import folder as folders
 from vae_dist.data.binarization import DYNAMIC_STEP, binarize_once
+from vae_dist.data.classes import with_classes
 from vae_dist.data.source import Source
 from vae_dist.errors import UserError
 
@@ -17,7 +18,7 @@ from vae_dist.errors import UserError
 class Chosen(NamedTuple):
     """The images of a command, without augmentation."""
 
-    source: Source
+    source: Source  # with the labels of the run's classes, if the model is conditional
     dataset: str  # its name in captions
     split: str  # "train", "validation", "test", or "all" of a set that is not the run's
     file: str  # part of the name of files about these images
@@ -33,8 +34,12 @@ def choose(config: DataConfig, split: str, folder: str | None, section: str) -> 
         name = Path(folder).resolve().name
         # The hash tells apart two folders of one name.
         file = f"folder_{re.sub(r'[^A-Za-z0-9.-]', '-', name)[:60]}-{source.info.identity[:8]}"
-        return Chosen(source, name, "all", file)
-    return Chosen(of_split(config, split, f"use {section}.split=test"), config.title, split, split)
+        chosen = Chosen(source, name, "all", file)
+    else:
+        chosen = Chosen(of_split(config, split, f"use {section}.split=test"), config.title, split, split)
+    if config.classes is None:
+        return chosen
+    return chosen._replace(source=with_classes(chosen.source, config.classes))
 
 
 def of_split(config: DataConfig, split: str, advice: str) -> Source:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data.chosen import choose
-from vae_dist.data.classes import with_classes
 from vae_dist.data.source import Source
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World
@@ -50,8 +49,6 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         options = config.encode
         images = world.main_first(lambda: choose(config.data, options.split, options.folder, "encode"))
         source = images.source
-        if config.model.conditional:
-            source = with_classes(source, config.data.classes or ())
         request = make_request(config, checkpoint, vae, source.info)
         world.assert_equal_everywhere(lambda: request.values)
         target = output / "latents" / folder_name(config, checkpoint, images)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from vae_dist.data.chosen import choose
-from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
 from vae_dist.evaluation import constants, metric_table, networks, per_image, protocol
 from vae_dist.evaluation.metrics import measure
@@ -39,8 +38,6 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
         options = config.evaluate
         images = world.main_first(lambda: choose(config.data, options.split, options.folder, "evaluate"))
         source, dataset, split, _ = images
-        if config.model.conditional:
-            source = with_classes(source, config.data.classes or ())
         warning = protocol.comparison_warning(config)
         comparing = networks.load(options, source.info.image_shape, world)
         metrics, by_image = measure(vae, source, world, config, comparing)
