@@ -53,6 +53,12 @@ class Measurement(NamedTuple):
     unit: str  # with the metric's note
 
 
+def protocol_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the protocol in the content of an evaluation's file, which may be untrusted; empty if it has none."""
+    protocol = evaluation.get("protocol")
+    return protocol if isinstance(protocol, dict) else {}
+
+
 def measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
     """Return the metrics that the content of an evaluation's file has. It may be untrusted: only numbers count."""
     kept = evaluation.get("standard_errors")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vae_dist.config import Config, training_command
-from vae_dist.evaluation.metric_table import measurements
+from vae_dist.evaluation.metric_table import measurements, protocol_of
 from vae_dist.models.vae import VAE
 from vae_dist.publishing import autoencoder, markdown
 from vae_dist.publishing.markdown import code, escape, number, table
@@ -154,8 +154,8 @@ def _metrics(subject: Subject) -> str:
     )  # fmt: skip
     if evaluation.get("warning"):
         text += f"\n\n> **Not comparable with published likelihoods:** {escape(evaluation['warning'])}."
-    protocol = value if isinstance(value := evaluation.get("protocol"), dict) else {}
-    conditions = {escape(key).replace(r"\_", " "): value for key, value in protocol.items() if key != "versions"}
+    protocol = protocol_of(evaluation).items()
+    conditions = {escape(key).replace(r"\_", " "): value for key, value in protocol if key != "versions"}
     return f"{text}\n\nThe protocol of the evaluation:\n\n{markdown.facts(conditions)}"
 
 

@@ -17,6 +17,7 @@ from vae_dist.data import datasets
 from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
+from vae_dist.evaluation.metric_table import protocol_of
 from vae_dist.files import ELSEWHERE, NOT_RENAMED, make_folder, sync, write_together, writing
 from vae_dist.locks import writing_alone
 from vae_dist.models.vae import VAE
@@ -96,8 +97,7 @@ def _evaluation(opened: Opened, weights: str) -> dict[str, Any] | None:
         found += [*latest, *run.evaluations(f"step_{opened.step:08d}_*")]
     rated = []
     for path, values in found:
-        protocol = values.get("protocol")
-        used = protocol.get("weights", weights) if isinstance(protocol, dict) else weights
+        used = protocol_of(values).get("weights", weights)
         if values.get("step") == opened.step and values.get("split") in ("test", "validation") and used == weights:
             with suppress(OSError):
                 rated.append((values["split"] == "test", path.stat().st_mtime, values))

@@ -16,6 +16,7 @@ from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.evaluation.metric_table import protocol_of
 from vae_dist.features.files import digest
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
 from vae_dist.reports.curves import error_unit, loss_unit
@@ -182,18 +183,13 @@ def _kept_evaluation(run: Opened, folder: Path, given: Collection[str]) -> dict[
             metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
             facts = [values.get(name) for name in ("step", "split")]
             titles = run.config.data.title, run.config.data.name  # those of earlier versions have the latter
-            if _weights(values) != run.checkpoint.weights(run.config) or not _has_asked(values, run.config, given):
+            weights = protocol_of(values).get("weights", "raw")  # earlier versions do not say: raw
+            if weights != run.checkpoint.weights(run.config) or not _has_asked(values, run.config, given):
                 continue
             if facts == [run.step, split] and values.get("dataset") in titles and all(map(is_number, metrics)):
                 return values
             logger.warning("skipping an evaluation: %s is not of %s", path, run.checkpoint.folder)
     return None
-
-
-def _weights(evaluation: Mapping[str, Any]) -> Any:
-    """Return whether an evaluation is of `ema` or `raw` weights. Those of earlier versions do not say: raw."""
-    protocol = evaluation.get("protocol")
-    return protocol.get("weights", "raw") if isinstance(protocol, dict) else "raw"
 
 
 def _has_asked(evaluation: Mapping[str, Any], config: Config, given: Collection[str]) -> bool:
@@ -214,8 +210,7 @@ def _is_by(evaluation: Mapping[str, Any], metric: str, weights: str | None) -> b
     """Return whether an evaluation has a metric by the network of a file; true if no file is named."""
     if weights is None:
         return True
-    protocol = evaluation.get("protocol")
-    named = protocol.get(f"{metric}_sha256") if isinstance(protocol, dict) else None
+    named = protocol_of(evaluation).get(f"{metric}_sha256")
     return metric in evaluation and named is not None and named == digest(Path(weights))
 
 

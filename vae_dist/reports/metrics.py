@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vae_dist.evaluation.metric_table import Measurement, measurements
+from vae_dist.evaluation.metric_table import Measurement, measurements, protocol_of
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import format_number, format_value
 from vae_dist.runs.run import RunDirectory
@@ -40,7 +40,7 @@ def evaluation(subject: Subject, latent_dim: int) -> Evaluation | None:
     if not measured:
         return None
     headline, *others = sorted(measured, key=lambda one: one.metric.key != first)
-    protocol = value if isinstance(value := result.get("protocol"), dict) else {}
+    protocol = protocol_of(result)
     warning = result.get("warning") if any(one.metric.unit == "nats" for one in measured) else None
     return Evaluation(
         headline=_formatted(headline),

@@ -111,8 +111,8 @@ def _several_networks(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning for each metric that was measured by networks of several weights."""
     result = []
     for key, title, digest in ((one.key, one.title, one.network) for one in metric_table.METRICS if one.network):
-        protocols = [evaluation.get("protocol") for evaluation in evaluations if type(evaluation.get(key)) is float]
-        digests = {str(protocol.get(digest)) for protocol in protocols if isinstance(protocol, dict)}
+        protocols = [metric_table.protocol_of(one) for one in evaluations if type(one.get(key)) is float]
+        digests = {str(protocol.get(digest)) for protocol in protocols if protocol}
         if len(digests) > 1:
             result.append(f"THE {title} OF THESE RUNS IS NOT COMPARABLE: it was measured by networks of other weights")
     return result
