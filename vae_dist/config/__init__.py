@@ -24,7 +24,7 @@ from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.help import help_text
-from vae_dist.config.keys import Option, flatten, options
+from vae_dist.config.keys import flatten, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
@@ -36,10 +36,7 @@ from vae_dist.config.schema import (
     EncodeConfig,
     ExportConfig,
     Precision,
-    RuntimeConfig,
-    SampleConfig,
     TrackingConfig,
-    TrainConfig,
 )
 from vae_dist.config.study import Study, load_study
 from vae_dist.config.text import as_text, text_of
@@ -64,14 +61,10 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
-    "Option",
     "Precision",
     "ResNetConfig",
-    "RuntimeConfig",
-    "SampleConfig",
     "Study",
     "TrackingConfig",
-    "TrainConfig",
     "argument",
     "as_text",
     "check",
