@@ -17,19 +17,17 @@ from vae_dist.config.architectures import (
     ModelConfig,
     ResNetConfig,
 )
-from vae_dist.config.arguments import argument, split_key, split_run, split_runs
+from vae_dist.config.arguments import argument, split_key, split_run, split_runs, training_command
 from vae_dist.config.checks import check
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.first_stage import FirstStageConfig
-from vae_dist.config.help import help_text
-from vae_dist.config.keys import flatten, options
+from vae_dist.config.keys import flatten, help_text, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
 from vae_dist.config.ranges import check_numbers, suspects
-from vae_dist.config.reproduction import training_command
 from vae_dist.config.schema import (
     CheckpointConfig,
     Config,

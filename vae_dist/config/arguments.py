@@ -2,17 +2,20 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vae_dist.config import yaml_text
-from vae_dist.config.keys import by_key, require_known
+from vae_dist.config.keys import by_key, flatten, options, require_known
 from vae_dist.config.paths import PATHS, expand, is_path
+from vae_dist.config.schema import Config
 from vae_dist.config.text import require_text, text_of, truncate
 from vae_dist.errors import UserError
 
 YAML = (".yaml", ".yml")
+_OF_ONE_RUN = ("name", "runs_dir", "output", "data.image_shape", "tracking.")  # another run may have other values
 
 
 def separate(arguments: Sequence[str], suffixes: tuple[str, ...] = ("",)) -> tuple[list[str], list[str]]:
@@ -76,3 +79,14 @@ def argument(key: str, value: Any) -> str:
         isinstance(value, str) and (value[:1] in tuple("[{\"'~") or value in ("null", ""))
     )
     return f"{key}={json.dumps(value, ensure_ascii=False) if is_parsed else text_of(value)}"  # JSON is YAML
+
+
+def training_command(config: Config, start: Sequence[str]) -> str:
+    """Return the command that trains a run again, under another name. `start` are the words before its arguments."""
+    values = flatten(config)
+    arguments = [
+        argument(option.key, values[option.key])
+        for option in options(config)
+        if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
+    ]
+    return shlex.join([*start, *arguments, f"name={str(config.name)[:100]}-again"])  # a name has up to 128 characters

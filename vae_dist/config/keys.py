@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vae_dist.config.architectures import ARCHITECTURES, ModelConfig
 from vae_dist.config.schema import Config
-from vae_dist.config.text import truncate
+from vae_dist.config.text import as_text, truncate
 from vae_dist.errors import UserError
 
 ARCHITECTURE = "model.architecture"  # the key that decides which other keys of the model there are
@@ -124,3 +125,20 @@ def require_known(key: str, source: str = "", config: Config | None = None) -> N
     guesses = same_last or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help lists the keys"
     raise UserError(f"{source}unknown key {truncate(repr(key))}; {hint}")
+
+
+def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
+    """The text of `--help`: the usage, then every key under the prefixes with its type, default, meaning and bounds.
+
+    The meaning of a key of one architecture begins with that architecture's name.
+    """
+    shown = [option for option in options() if option.key.startswith(prefixes)]
+    lines = [usage.rstrip(), *(["", "Keys, with their types and defaults:"] if shown else [])]
+    for option in shown:
+        limits = {"at least": option.at_least, "above": option.above, "at most": option.at_most, "below": option.below}
+        bounds = ", ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+        scope = f"{option.architecture}: " if option.architecture else ""
+        meaning = scope + option.help + (f" ({bounds})" if bounds else "")
+        lines.append(f"  {option.key}={as_text(option.default)}   [{option.type}]")
+        lines.extend(textwrap.wrap(meaning, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    return "\n".join(lines)
