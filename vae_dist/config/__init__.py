@@ -24,7 +24,7 @@ from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.keys import flatten, help_text, options
-from vae_dist.config.loading import load, load_reader, read, save, take, to_dict, to_yaml
+from vae_dist.config.loading import load, load_reader, read, save, take, to_yaml
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
 from vae_dist.config.ranges import check_numbers, suspects
@@ -84,7 +84,6 @@ __all__ = [
     "suspects",
     "take",
     "text_of",
-    "to_dict",
     "to_yaml",
     "training_command",
 ]

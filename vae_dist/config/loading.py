@@ -110,12 +110,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return conversion.to_yaml(to_dict(config))
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested dictionaries of plain values."""
-    return asdict(config)
+    return conversion.to_yaml(asdict(config))
 
 
 def _has_id_of_a_run(settings: Sequence[Setting]) -> bool:

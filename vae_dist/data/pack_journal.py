@@ -89,10 +89,6 @@ class Journal:
         self._new_rows, self._new_damaged, self._checksum = 0, len(self.damaged), 0
         self._committed_at = time.monotonic()
 
-    @staticmethod
-    def remove(folder: Path) -> None:
-        (folder / JOURNAL).unlink(missing_ok=True)
-
     def _accept(self, line: str) -> bool:
         """Take over what a line of a killed packing vouches for, if the pixels are there."""
         try:

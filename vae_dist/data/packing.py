@@ -29,7 +29,7 @@ from vae_dist.data.decoding import ahead, checked, decode_files, tasks, thread_c
 from vae_dist.data.folder_index import FolderIndex, listed
 from vae_dist.data.image_set import require_usable
 from vae_dist.data.pack_file import FORMAT, HEADER_BYTES, BadPackError, Pack, header, open_pack, sample_digest
-from vae_dist.data.pack_journal import Journal
+from vae_dist.data.pack_journal import JOURNAL, Journal
 from vae_dist.data.pixels import Rule
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, require_no_links, sync, write_atomically, writing
@@ -203,7 +203,7 @@ def _finish(found: FolderIndex, index: FolderIndex, packing: Packing, part: Path
         "refused": index.refused,
     }
     write_atomically(part / pack_file.INDEX, (json.dumps(about, indent=1) + "\n").encode())
-    Journal.remove(part)
+    (part / JOURNAL).unlink(missing_ok=True)
     sync(part)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vae_dist.config import ObjectiveConfig
 from vae_dist.errors import UserError
 from vae_dist.models.pixel_distributions import Bernoulli, Gaussian, Laplace, Number
-from vae_dist.models.scales import make_scale
+from vae_dist.models.scales import SCALES
 from vae_dist.models.tensors import Shape
 
 
@@ -98,7 +98,7 @@ class LocationScaleKind(LikelihoodKind):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
-        self.scale = make_scale(config)
+        self.scale = SCALES[config.sigma_kind](config)
 
     @abstractmethod
     def distribution(self, location: Tensor, sigma: Number) -> Likelihood:

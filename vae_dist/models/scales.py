@@ -83,16 +83,12 @@ class OptimalScale(Scale):
         return self.sigma
 
 
+# objective.sigma_kind -> the scale with the config's options.
 SCALES: dict[str, type[FixedScale] | type[LearnedScale] | type[OptimalScale]] = {
     "fixed": FixedScale,
     "learned": LearnedScale,
     "optimal": OptimalScale,
 }
-
-
-def make_scale(config: ObjectiveConfig) -> Scale:
-    """Return the scale that a config describes."""
-    return SCALES[config.sigma_kind](config)
 
 
 def _start(config: ObjectiveConfig) -> float:

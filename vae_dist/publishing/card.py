@@ -53,6 +53,7 @@ def _front_matter(subject: Subject) -> str:
 
     evaluation, config = subject.evaluation or {}, subject.config
     title = str(config.data.title)
+    diffusers = [autoencoder.FORMAT] if autoencoder.FILES[0] in subject.digests else []
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -68,15 +69,11 @@ def _front_matter(subject: Subject) -> str:
     data = ModelCardData(
         model_name=str(config.name),
         library_name="vae_dist",
-        tags=["vae", "variational-autoencoder", config.model.architecture, *_diffusers(subject)],
+        tags=["vae", "variational-autoencoder", config.model.architecture, *diffusers],
         license=subject.license,
         eval_results=results or None,
     )
     return data.to_yaml().strip()
-
-
-def _diffusers(subject: Subject) -> list[str]:
-    return [autoencoder.FORMAT] if autoencoder.FILES[0] in subject.digests else []
 
 
 def _summary(subject: Subject) -> str:

@@ -24,7 +24,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.publishing import autoencoder, card, hub, inference, programs
 from vae_dist.runs import manifest
 from vae_dist.runs.lookup import Opened, open_checkpoint
-from vae_dist.runs.picture import Picture, to_png, with_caption
+from vae_dist.runs.picture import to_png, with_caption
 from vae_dist.runs.run import RunDirectory
 from vae_dist.terminal import console
 from vae_dist.views import pictures
@@ -117,11 +117,7 @@ def _pictures(vae: VAE, config: Config, step: int) -> dict[str, bytes]:
             logger.info("%s shows test images of yours", card.RECONSTRUCTIONS)
     except UserError as error:
         logger.info("%s is left out, as there are no test images: %s", card.RECONSTRUCTIONS, error)
-    return {name: _png(picture) for name, picture in drawn.items()}
-
-
-def _png(picture: Picture) -> bytes:
-    return to_png(with_caption(picture), optimize=True)
+    return {name: to_png(with_caption(picture), optimize=True) for name, picture in drawn.items()}
 
 
 def _record(contents: Mapping[str, bytes], made: programs.Programs, config: Config, step: int, weights: str) -> bytes:

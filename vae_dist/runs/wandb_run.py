@@ -7,12 +7,12 @@ rises, so after a resume from an older checkpoint it would drop records.
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from queue import Full
 from typing import Any, Literal
 
-from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import StoppedError
 from vae_dist.runs import wandb_client, wandb_records
@@ -207,7 +207,7 @@ def _init(config: Config, run_dir: Path, mode: Literal["online", "offline"]) -> 
             group=config.tracking.group,
             notes=config.tracking.notes,
             tags=config.tracking.tags,
-            config=configs.to_dict(config),
+            config=asdict(config),
             dir=run_dir,
             mode=mode,
             settings=settings,

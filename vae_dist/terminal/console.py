@@ -47,7 +47,7 @@ class _Formatter(logging.Formatter):
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        place = f"{_place()}: " if is_warning and not _is_main() else ""
+        place = f"{_place()}: " if is_warning and _rank_and_size()[0] > 0 else ""
         messages.print(Text(place + self.format(record), style="bold yellow" if is_warning else ""))
 
 
@@ -213,10 +213,6 @@ def _rank_and_size() -> tuple[int, int]:
         return _process.rank, _process.size
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else (0, 1)
-
-
-def _is_main() -> bool:
-    return _rank_and_size()[0] == 0
 
 
 def _place() -> str:
