@@ -263,7 +263,7 @@ def test_a_killed_encoding_continues_to_the_same_bytes(
     assert launched(fork_server, 1, "encode_until_killed", run_dir, arguments) == [-signal.SIGKILL]
     folder = tmp_path / "latents" / undisturbed.name
     (first,) = folder.iterdir()
-    (folder / f".{first.name}.0123456789abcdef").write_bytes(b"half of a shard")
+    (folder / f".{first.name}.ffffffff0000000101234567").write_bytes(b"half of a shard")
     (folder / "notes.txt").write_text("mine")
     before = first.stat().st_ino
     assert encode(run_dir, [value for value in arguments if value != "train.threads=1"]) == folder  # that of the file

@@ -24,19 +24,22 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_mark()}{os.getpid():08x}{secrets.token_hex(4)}")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of this machine's processes that have ended.
+def remove_leftovers(folder: Path, *, is_alone: bool = False) -> None:
+    """Remove temporary files of this machine's processes that have ended; all if no other process writes there.
 
-    Those of another machine stay, as their processes may live, and so do those that can't be removed.
+    Otherwise those of another machine stay, as their processes may live. So do those that can't be removed.
     """
-    if _boot() is None:  # another machine may have the same name
-        return
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            match = _TEMPORARY.fullmatch(entry.name)
-            if match and match["machine"] == _mark() and not psutil.pid_exists(int(match["process"], 16)):
+            if (match := _TEMPORARY.fullmatch(entry.name)) and (is_alone or _has_ended(match)):
                 with suppress(OSError):
                     Path(entry.path).unlink()
+
+
+def _has_ended(match: re.Match[str]) -> bool:
+    if _boot() is None:  # another machine may have the same name
+        return False
+    return match["machine"] == _mark() and not psutil.pid_exists(int(match["process"], 16))
 
 
 @cache

@@ -9,6 +9,7 @@ from vae_dist.encoding import index, shards
 from vae_dist.encoding.request import Request
 from vae_dist.errors import UserError
 from vae_dist.files import ELSEWHERE, make_folder, writing
+from vae_dist.leftovers import remove_leftovers
 from vae_dist.locks import writing_alone
 
 LOCK_SECONDS = 10.0  # for processes of a killed command to end
@@ -30,9 +31,7 @@ def _prepare(folder: Path, request: Request, stack: ExitStack) -> None:
     is_alone = stack.enter_context(writing_alone(folder, LOCK_SECONDS, f"another command encodes into {folder}"))
     with writing(folder, ELSEWHERE):
         _require_own(folder, request)
-        for path in folder.iterdir() if is_alone else ():
-            if shards.TEMPORARY.fullmatch(path.name):  # of a killed command
-                path.unlink()
+        remove_leftovers(folder, is_alone=is_alone)
 
 
 def _require_own(folder: Path, request: Request) -> None:

@@ -7,7 +7,6 @@ may be untrusted. They are read by safetensors alone, once they are regular file
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ HEADER_BYTES = 2**16  # of a shard, at most
 ANY_SIZE = 2**62
 MOST_THREADS = 1024  # as for train.threads
 PATTERN = "latents-*.safetensors"
-TEMPORARY = re.compile(r"\.(latents-\d{5,}-of-\d{5,}\.safetensors|index\.json|images\.csv)\.[0-9a-f]{16,24}")
 
 
 @dataclass(frozen=True, order=True)
