@@ -13,11 +13,11 @@ from vae_dist.config import ARCHITECTURES, Config, ObjectiveConfig
 from vae_dist.errors import UserError
 from vae_dist.models import build_vae
 from vae_dist.models.likelihoods import BernoulliPixels
+from vae_dist.models.mlp import TRANSPOSED_ROWS, Layers
 from vae_dist.models.pixel_distributions import Bernoulli, Gaussian
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
 from vae_dist.models.priors import Prior, StandardNormal
 from vae_dist.models.tensors import Shape, ShapeError
-from vae_dist.models.transposed import TRANSPOSED_ROWS, Layers
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES
 
