@@ -57,7 +57,7 @@ def _options(models: tuple[type[ModelConfig], ...]) -> tuple[Option, ...]:
 
 
 def _section(
-    section: Any, prefix: str = "", models: Sequence[type[ModelConfig]] = (), without: Collection[str] = ()
+    section: Any, prefix: str, models: Sequence[type[ModelConfig]] = (), without: Collection[str] = ()
 ) -> Iterator[Option]:
     """The options of a dataclass and of those in it. After those of ModelConfig come those of each of `models`."""
     hints = get_type_hints(section)

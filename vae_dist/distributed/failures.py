@@ -59,11 +59,11 @@ def ended_with_another(rank: int, size: int) -> Iterator[None]:
 
     def watch() -> None:
         while not left.wait(WATCH_SECONDS):
-            found = _failure_of_another(rank, size) if _is_set(_ANY_FAILURE) else None
+            found = _failure_of_another(rank, size) if _is_any_reported() else None
             if found is None or left.wait(NOTICE_SECONDS):
                 continue
             failure = _failure_of_another(rank, size)
-            if failure is None and _is_set(_ANY_FAILURE):  # it was of an earlier run in the same processes
+            if failure is None and _is_any_reported():  # it was of an earlier run in the same processes
                 continue
             failure = failure or found  # its launcher, and the store with it, may be gone by now
             if rank == failure.reporting_rank:
@@ -201,9 +201,9 @@ def _failure_of_another(rank: int, size: int) -> UserError | RunError | None:
     return error.on_every_process(_first_alive(size, list(reports)))
 
 
-def _is_set(key: str) -> bool:
+def _is_any_reported() -> bool:
     try:
-        return bool(store().check([key]))
+        return bool(store().check([_ANY_FAILURE]))
     except (RuntimeError, ValueError):  # the store is gone
         return False
 

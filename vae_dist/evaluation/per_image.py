@@ -34,9 +34,9 @@ def to_csv(source: Source, by_image: Mapping[str, Tensor]) -> bytes | None:
     return file.getvalue().encode()
 
 
-def worst(source: Source, by_image: Mapping[str, Tensor], count: int = 3) -> str | None:
-    """Return the names of the images with the largest mean squared error, and the errors; None without names."""
-    indices = _worst_first(by_image)[:count]
+def worst(source: Source, by_image: Mapping[str, Tensor]) -> str | None:
+    """Return the names of the images with the three largest mean squared errors, and these; None without names."""
+    indices = _worst_first(by_image)[:3]
     names = source.names(by_image["mean_squared_error"].new_tensor(indices).long())
     if names is None:
         return None
