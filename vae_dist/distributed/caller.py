@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def _restore_timeouts_later(stack: ExitStack) -> None:
             stack.callback(backend._set_default_timeout, backend.options._timeout)
 
 
-def _leave_group(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+def _leave_group(kind: object, error: BaseException | None, trace: object) -> None:
     """Leave the group of processes; NCCL's only if all processes leave it.
 
     NCCL's communicators end together: after an error of this process alone, it would wait for the others, which wait

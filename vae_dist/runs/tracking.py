@@ -6,7 +6,6 @@ W&B gets nothing that is not in the directory too.
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from vae_dist.config import Config
@@ -64,9 +63,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Close the destinations. W&B takes at most FINISH_SECONDS, and STOP_SECONDS after a StoppedError."""
         for sink in self._sinks:
             sink.close(error)
