@@ -15,24 +15,20 @@ READER_KEYS = (
     "tracking.", "runtime.", "evaluate.", "sample.", "encode.", "export.",
 )  # fmt: skip
 
-# A resumed run may change these: none changes what is learned. Its length matters to some schedules (`resume`).
-_RESUMABLE_KEYS = (
-    *READER_KEYS, "name", "data.check", "first_stage.perceptual", "train.epochs", "train.steps", "train.accumulate",
-    "train.precision", "train.compile", "train.checkpointing", "train.log_every", "train.validate_every",
-    "train.nonfinite", "train.max_skipped", "checkpoint.",
+# These do not change what is learned.
+_ASIDE_KEYS = (
+    *READER_KEYS, "name", "data.check", "train.accumulate", "train.compile", "train.checkpointing", "train.log_every",
+    "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
+
+# A resumed run may change these. Its length matters to some schedules (`resume`).
+_RESUMABLE_KEYS = (*_ASIDE_KEYS, "first_stage.perceptual", "train.epochs", "train.steps", "train.precision")
 
 # Keys of `data` that the start of a run resolves if they are null.
-_RESOLVED_KEYS = (
-    "image_shape", "validation_images", "test_images", "size", "channels", "identity", "classes",
-)  # fmt: skip
+_RESOLVED_KEYS = ("image_shape", "validation_images", "test_images", "size", "channels", "identity", "classes")
 
 # A comparison does not tell runs apart by these.
-_SAME_RUN_KEYS = (
-    *READER_KEYS, "name", "data.image_shape", "data.check", "data.classes", "train.accumulate", "train.compile",
-    "train.checkpointing", "train.log_every", "train.validate_every", "train.nonfinite", "train.max_skipped",
-    "checkpoint.",
-)  # fmt: skip
+_SAME_RUN_KEYS = (*_ASIDE_KEYS, "data.image_shape", "data.classes")
 
 
 def resume(config: Config, stored: Config) -> Config:
