@@ -1,6 +1,6 @@
 """The files of a pack: the pixels of a folder's images, decoded once, and what is known about each.
 
-A pack is a folder with .npy files, `pixels.npy` (N, C, H, W) among them, and with `index.json`. It may be a stranger's:
+A pack is a folder with .npy files, `pixels.npy` (N, C, H, W) among them, and with `index.json`. It may be untrusted:
 sizes, offsets and labels are checked once, when it is opened. Shapes: N images, C, H, W image.
 """
 

@@ -53,7 +53,7 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         world.assert_equal_everywhere(lambda: request.values)
         target = output / "latents" / folder_name(config, checkpoint, images)
         with folder.held(target, request, world):
-            threads = _settle_threads(config, target, world)
+            threads = _resolve_threads(config, target, world)
             conditions = protocol.of_latents(
                 config, source.info, world, dataset=images.dataset, split=images.split,
                 weights=checkpoint.weights(config),
@@ -71,7 +71,7 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     return target
 
 
-def _settle_threads(config: Config, target: Path, world: World) -> int | None:
+def _resolve_threads(config: Config, target: Path, world: World) -> int | None:
     """Return the number of threads that this process computes with; None on a GPU, whose digits don't depend on it.
 
     A command that leaves it open continues with the number of the files that are there, as a resumed training does.

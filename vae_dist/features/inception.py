@@ -61,9 +61,9 @@ def resized(images: Tensor) -> Tensor:
         position = (torch.arange(SIDE, dtype=torch.float32) * scale).to(images.device)
         low = position.long()
         high = (low + 1).clamp(max=images.shape[axis] - 1)
-        share = (position - low).view(-1, 1) if axis == 2 else position - low
+        weight = (position - low).view(-1, 1) if axis == 2 else position - low
         first, second = images.index_select(axis, low), images.index_select(axis, high)
-        images = first + (second - first) * share
+        images = first + (second - first) * weight
     return images
 
 

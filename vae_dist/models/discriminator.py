@@ -70,7 +70,7 @@ def verdict(fake: Tensor) -> Tensor:
 
 
 def accuracy(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the share of an image's patches, real and reconstructed, that are told rightly: `(B,)`."""
+    """Return the fraction of an image's patches, real and reconstructed, that are classified correctly: `(B,)`."""
     return 0.5 * (_mean((real > 0).float()) + _mean((fake < 0).float()))
 
 

@@ -22,7 +22,7 @@ SMALLEST_NORM = 1e-6  # of the adversarial gradient, in the ratio of the adaptiv
 
 
 class Memory(nn.Module):
-    """What a step takes from the one before, and counts: in a checkpoint, so that a resumed run goes on with it."""
+    """What a step takes from the one before, and counts: in a checkpoint, so that a resumed run continues with it."""
 
     norms: Tensor  # (2,), at the last layer: of the gradient without the adversarial term, and of that term's
     spikes: Tensor  # (), updates that were skipped for their norm

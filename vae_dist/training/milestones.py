@@ -213,24 +213,24 @@ class Milestones:
         }
 
 
-def _advice(config: Config, taken: int) -> str:
+def _advice(config: Config, updates: int) -> str:
     """Return options that may keep numbers finite, without those that this config has already.
 
-    Before the first update (`taken` is 0) neither the learning rate nor gradient clipping can be the cause.
+    Before the first update (`updates` is 0) neither the learning rate nor gradient clipping can be the cause.
     """
     optim, suspects = config.optim, configs.suspects(config, has_scale=likelihood_kind(config.objective).has_scale)
-    if taken == 0:
+    if updates == 0:
         suspects = [suspect for suspect in suspects if not suspect.startswith("optim.")]
     options = {
-        "a lower optim.learning_rate": taken > 0 and optim.stages is None,
-        "lower rates in optim.stages": taken > 0 and optim.stages is not None,
-        "optim.max_grad_norm=100": taken > 0 and (optim.max_grad_norm is None or optim.max_grad_norm > 100),
-        "optim.warmup_steps=500": taken > 0 and optim.warmup_steps < 500,
+        "a lower optim.learning_rate": updates > 0 and optim.stages is None,
+        "lower rates in optim.stages": updates > 0 and optim.stages is not None,
+        "optim.max_grad_norm=100": updates > 0 and (optim.max_grad_norm is None or optim.max_grad_norm > 100),
+        "optim.warmup_steps=500": updates > 0 and optim.warmup_steps < 500,
         "train.precision=fp32": config.train.precision in ("fp16", "bf16", "tf32"),
-        "train.precision=fp64": taken == 0 and config.train.precision == "fp32",
+        "train.precision=fp64": updates == 0 and config.train.precision == "fp32",
     }
     remedies = [option for option, helps in options.items() if helps]
-    if config.train.nonfinite != "skip" and taken > 0:
+    if config.train.nonfinite != "skip" and updates > 0:
         remedies.append("or skip such updates by train.nonfinite=skip")
     cause = f"The likely cause is {' or '.join(suspects)}. " if suspects else ""
     if not remedies:
