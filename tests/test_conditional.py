@@ -38,7 +38,7 @@ from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.report import report
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
-from vae_dist.views.kinds import KINDS
+from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
 CPU = torch.device("cpu")

@@ -36,7 +36,7 @@ from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
 from vae_dist.reports.study import study
 from vae_dist.training.loop import train
-from vae_dist.views.kinds import KINDS
+from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
 CONV = "model.architecture=conv"

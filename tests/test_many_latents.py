@@ -16,7 +16,7 @@ from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.training.loop import train
 from vae_dist.views import components, latents, subspace
 from vae_dist.views.components import principal_components
-from vae_dist.views.kinds import KINDS
+from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 from vae_dist.views.subspace import SubspaceMixture
 

@@ -22,7 +22,7 @@ from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import PRIORS, Prior, StandardNormal
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.training.loop import train
-from vae_dist.views.kinds import KINDS
+from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
 PRIOR = "model.prior=two_gaussians"

@@ -24,8 +24,8 @@ from vae_dist.terminal import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
 from vae_dist.views.components import principal_components
-from vae_dist.views.kinds import KINDS
 from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
 

@@ -13,7 +13,7 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.plan import Draws, Stream, bits, standard_normals
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
-from vae_dist.views.kinds import KINDS
+from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
 if not torch.cuda.is_available():

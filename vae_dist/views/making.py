@@ -1,13 +1,26 @@
 """Making the view that a config's `sample` options select, with its name and its caption."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vae_dist.config import Config
 from vae_dist.errors import UserError
-from vae_dist.views.kinds import KINDS
+from vae_dist.views.from_codes import codes, manifold, neighbours, prior, traversal
+from vae_dist.views.from_images import interpolation, reconstruction, scatter
 from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.view import View
+
+# sample.kind -> the function that makes the view, and the keys of `sample` that it reads.
+KINDS: dict[str, tuple[Callable[[TrainedVAE], View], set[str]]] = {
+    "prior": (prior, {"count", "labels", "seed", "sampler", "mixture_components", "pixels", "files"}),
+    "codes": (codes, {"codes", "labels", "pixels", "seed", "files"}),
+    "neighbours": (neighbours, {"codes", "images", "labels", "rows", "steps", "radius", "seed", "files"}),
+    "interpolation": (interpolation, {"images", "steps", "files"}),
+    "traversal": (traversal, {"codes", "images", "labels", "rows", "steps", "files"}),
+    "manifold": (manifold, {"labels", "steps", "files"}),
+    "reconstruction": (reconstruction, {"images", "steps", "seed", "pixels", "files"}),
+    "scatter": (scatter, set()),
+}
 
 
 class Made(NamedTuple):
