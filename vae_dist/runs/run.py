@@ -8,9 +8,8 @@ import fcntl
 import json
 import logging
 import re
-import struct
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 
 from vae_dist import locks
 from vae_dist.config import Config
+from vae_dist.data.image_files import DamagedError, explained, open_image
 from vae_dist.errors import UserError
 from vae_dist.files import make_folder, reason, require_no_links, writing
 from vae_dist.runs import saving
@@ -40,8 +40,6 @@ METRICS_BYTES = 2**30
 EVALUATION_BYTES = 2**24  # the KL of each latent takes 30 bytes
 PICTURE_BYTES = PICTURE_PIXELS = 2**24
 LINE_LENGTH = 1000  # characters of a line of the log
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 _PICTURE = re.compile(r"([a-z]+)_step_(\d{8,15})\.png")
 
@@ -221,14 +219,8 @@ class RunDirectory:
         return Evaluation(self.directory / name, values) if isinstance(values, dict) and values else None
 
     def _picture(self, name: str) -> Image.Image | None:
-        content = self._content(name, PICTURE_BYTES)
-        if content[:8] != PNG or len(content) < 24:
-            return None
-        width, height = struct.unpack(">II", content[16:24])
-        if not 0 < width * height <= PICTURE_PIXELS:  # checked before anything is decompressed
-            return None
-        try:
-            picture = Image.open(BytesIO(content), formats=["PNG"])
-            return picture.convert("L" if picture.mode == "L" else "RGB")
-        except (OSError, SyntaxError, ValueError):
-            return None
+        with suppress(DamagedError), explained():
+            picture = open_image(BytesIO(self._content(name, PICTURE_BYTES)))
+            if picture.format == "PNG" and picture.width * picture.height <= PICTURE_PIXELS:
+                return picture.convert("L" if picture.mode == "L" else "RGB")
+        return None
