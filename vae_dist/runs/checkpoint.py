@@ -119,8 +119,8 @@ class Checkpoint:
         Its weights are the moving average if the run has one, unless the config has `weights=raw`.
         """
         shape, dtype = config.data.image_shape, param_dtype(config.train.precision)
-        if shape is None or len(shape) != 3 or min(shape) < 1:
-            raise BadCheckpointError(f"{self.folder / CONFIG} does not state a data.image_shape of three sizes")
+        if shape is None:
+            raise BadCheckpointError(f"{self.folder / CONFIG} does not state a data.image_shape")
         try:
             with torch.device("meta"):  # the config may describe more weights than fit into memory
                 expected = build_vae(config, shape).to(dtype).state_dict()
