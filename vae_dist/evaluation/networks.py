@@ -28,14 +28,12 @@ class Networks(NamedTuple):
 
     def protocol(self) -> dict[str, str]:
         """Return the conditions of the metrics that the networks add; empty without networks."""
-        lpips, rfid = (
-            {name: text, f"{name}_sha256": sha256} if sha256 is not None else {}
-            for name, text, sha256 in (
-                ("lpips", _LPIPS_PROTOCOL, self.lpips_sha256),
-                ("rfid", _RFID_PROTOCOL, self.inception_sha256),
-            )
-        )
-        return lpips | rfid
+        conditions: dict[str, str] = {}
+        if self.lpips_sha256 is not None:
+            conditions |= {"lpips": _LPIPS_PROTOCOL, "lpips_sha256": self.lpips_sha256}
+        if self.inception_sha256 is not None:
+            conditions |= {"rfid": _RFID_PROTOCOL, "rfid_sha256": self.inception_sha256}
+        return conditions
 
 
 NO_NETWORKS = Networks()

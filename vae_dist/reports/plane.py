@@ -145,10 +145,8 @@ def kl_chart(plane: Plane, source: str) -> Chart | None:
     if kl is None:
         return None
     falling = sorted(range(len(kl)), key=lambda latent: -kl[latent])
-    unit, axis = (
-        f"nats, averaged over {source}; {format_number(sum(kl))} in total",
-        "latents, counted from 0, by their KL",
-    )
+    unit = f"nats, averaged over {source}; {format_number(sum(kl))} in total"
+    axis = "latents, counted from 0, by their KL"
     if len(kl) > ALL_BARS:
         falling, others = falling[:MOST_BARS], [kl[latent] for latent in falling[MOST_BARS:]]
         unit += (
