@@ -9,12 +9,11 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse
 from io import BufferedWriter
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urljoin
@@ -114,7 +113,7 @@ def _receive_rest(url: str, part: Path, size: int) -> None:
     if start > size:  # of another file, or of two processes without locks: there is no rest to ask for
         part.unlink()
         start = 0
-    with _open(url, {"Range": f"bytes={start}-"} if start else {}) as response, _append_to(part) as file:
+    with _open(url, start) as response, _append_to(part) as file:
         if response.status != 206:  # the server sends the file from its beginning
             file.truncate(start := 0)
         elif not str(response.headers.get("Content-Range")).startswith(f"bytes {start}-"):
@@ -135,8 +134,10 @@ def _append_to(path: Path) -> BufferedWriter:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab")
 
 
-def _open(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> HTTPResponse:
-    """Return the response of `url`. Redirects are followed to HTTP and HTTPS, but never from HTTPS to HTTP.
+def _open(url: str, start: int = 0) -> HTTPResponse:
+    """Return the response of `url`, asked for from the byte `start` on.
+
+    Redirects are followed to HTTP and HTTPS, but never from HTTPS to HTTP.
 
     urllib's own handler reads a redirect's whole body first, however long it is.
     """
@@ -145,9 +146,8 @@ def _open(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> HTTPRe
         opener.add_handler(handler())
     for _ in range(REDIRECTS + 1):
         try:
-            response: HTTPResponse = opener.open(
-                urllib.request.Request(url, headers=dict(headers)), timeout=SILENCE_SECONDS
-            )
+            request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+            response: HTTPResponse = opener.open(request, timeout=SILENCE_SECONDS)
             return response
         except HTTPError as error:
             error.close()
