@@ -96,7 +96,7 @@ def _name_labels(axes: "Axes", points: Tensor, labels: Tensor, classes: Sequence
 
 
 def _marker(index: int) -> str:
-    return _MARKERS[index // len(COLOURS) % len(_MARKERS)]
+    return _MARKERS[index // len(COLOURS)]
 
 
 def lines(curves: Sequence[Curve], names: tuple[str, str]) -> Image.Image:
