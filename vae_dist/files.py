@@ -1,13 +1,15 @@
 """Files: atomic writes, durable appends, and reads that an untrusted file can't make endless or huge."""
 
 import errno
+import json
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from vae_dist.errors import UserError
 from vae_dist.leftovers import remove_leftovers, temporary
@@ -175,6 +177,17 @@ def read_bounded(path: Path, limit: int, *, follow: bool = True) -> bytes:
     """Return a regular file's content, `limit` bytes at most. Raises OSError as `open_bounded` does."""
     with open_bounded(path, limit, follow=follow) as file:
         return file.read(os.fstat(file.fileno()).st_size)
+
+
+def parse_object(content: bytes, constant: Callable[[str], object] | None = None) -> dict[str, Any]:
+    """Parse a JSON object, by `constant` its NaNs and infinities. Raises ValueError for any other content."""
+    try:
+        values = json.loads(content, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError("it does not hold a JSON object")
+    return values
 
 
 def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BufferedReader:

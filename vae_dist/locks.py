@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from vae_dist.errors import UserError
-from vae_dist.files import ELSEWHERE, read_bounded, writing
+from vae_dist.files import ELSEWHERE, parse_object, read_bounded, writing
 from vae_dist.leftovers import machine
 
 logger = logging.getLogger(__name__)
@@ -182,10 +182,9 @@ def _read_mark(path: Path) -> bytes | None:
 
 def _parse_mark(holder: bytes | None) -> dict[str, Any]:
     try:
-        values = json.loads(holder or b"")
-    except (ValueError, RecursionError):
+        return parse_object(holder or b"")
+    except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _is_gone(holder: bytes | None) -> bool:

@@ -5,7 +5,6 @@ sizes, offsets and labels are checked once, when it is opened. Shapes: N images,
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from vae_dist.data.arrangement import PARTS, Arrangement
 from vae_dist.data.pixels import Resize, Rule
 from vae_dist.errors import UNPRINTABLE, UserError
-from vae_dist.files import open_bounded, read_bounded
+from vae_dist.files import open_bounded, parse_object, read_bounded
 from vae_dist.plan import FIXED_SEED
 
 FORMAT = "vae_dist packed images, version 1"
@@ -136,14 +135,11 @@ def _open(folder: Path, index: dict[str, Any]) -> Pack:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads(read_bounded(folder / INDEX, INDEX_BYTES, follow=False))
+        return parse_object(read_bounded(folder / INDEX, INDEX_BYTES, follow=False))
     except OSError as error:
         raise BadPackError(f"{INDEX} can't be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadPackError(f"{INDEX} is damaged") from error
-    if not isinstance(values, dict):
-        raise BadPackError(f"{INDEX} is damaged")
-    return values
 
 
 def _require(is_good: bool, what: str) -> None:

@@ -1,7 +1,6 @@
 """The index of an encoding: what its files hold, and the statistics of all latents."""
 
 import csv
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from vae_dist.data.source import Source, as_indices, every_name
 from vae_dist.encoding.request import FORMAT, Request
 from vae_dist.encoding.shards import File
 from vae_dist.evaluation.per_image import harmless, label_names
-from vae_dist.files import ELSEWHERE, read_bounded, write_together, writing
+from vae_dist.files import ELSEWHERE, parse_object, read_bounded, write_together, writing
 from vae_dist.runs import manifest
 
 logger = logging.getLogger(__name__)
@@ -56,10 +55,9 @@ def of_source(source: Source) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any] | None:
     """Return the index of a folder; None without one, or if it is damaged."""
     try:
-        values = json.loads(read_bounded(folder / INDEX, INDEX_BYTES, follow=False))
-    except (OSError, ValueError, RecursionError):
+        return parse_object(read_bounded(folder / INDEX, INDEX_BYTES, follow=False))
+    except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) else None
 
 
 def write(folder: Path, content: Mapping[str, Any], source: Source) -> None:

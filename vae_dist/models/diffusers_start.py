@@ -4,7 +4,6 @@ The folder may be untrusted: `config.json` is read within bounds and runs no cod
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from vae_dist import config as configs
 from vae_dist.config import AutoencoderKLConfig, Config
 from vae_dist.data.source import DataInfo
 from vae_dist.errors import UserError
-from vae_dist.files import read_bounded, reason
+from vae_dist.files import parse_object, read_bounded, reason
 from vae_dist.models import build_vae
 from vae_dist.models.autoencoder_kl import (
     ATTENDING_DOWN,
@@ -166,16 +165,13 @@ def _truth(value: Any) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(read_bounded(path, MOST_BYTES))
+        return parse_object(read_bounded(path, MOST_BYTES))
     except OSError as error:
         inside = path.parent / "vae" / CONFIG
         hint = f"; use model.init_from={inside.parent}" if inside.is_file() else ""
         raise UserError(f"model.init_from={path.parent}: can't read {path} ({reason(error)}){hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return values
+    except ValueError as error:
+        raise UserError(f"{path} can't be used: {error}") from error
 
 
 def _read_weights(folder: Path, options: AutoencoderKLConfig, channels: int) -> tuple[str, dict[str, Tensor]]:

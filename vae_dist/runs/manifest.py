@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import vae_dist
 from vae_dist.errors import UserError
-from vae_dist.files import open_bounded
+from vae_dist.files import open_bounded, parse_object
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -123,12 +123,9 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         raise ValueError(f"{constant} is not a number")
 
     try:
-        values = json.loads(content, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpointError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise BadCheckpointError(f"{path} does not hold a JSON object")
-    return values
+        return parse_object(content, refuse)
+    except ValueError as error:
+        raise BadCheckpointError(f"{path} can't be used: {error}") from error
 
 
 def to_json(value: Any) -> bytes:

@@ -1,9 +1,10 @@
 """`metrics.jsonl`: one JSON object per line, a record of metrics after a number of optimizer steps."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vae_dist.files import parse_object
 
 METRICS = "metrics.jsonl"
 LARGEST = 1e15  # a metric or a step beyond it is a mistake
@@ -18,10 +19,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         while line := file.readline(LONGEST_LINE):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = parse_object(line)
+            except ValueError:
                 continue
-            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < LARGEST:
+            if type(record.get("step")) is int and 0 <= record["step"] < LARGEST:
                 yield record
 
 

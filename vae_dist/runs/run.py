@@ -5,7 +5,6 @@ of the directory; content that no run writes is skipped.
 """
 
 import fcntl
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator
@@ -21,7 +20,7 @@ from vae_dist import locks
 from vae_dist.config import Config
 from vae_dist.data.image_files import DamagedError, explained, open_image
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder, reason, require_no_links, writing
+from vae_dist.files import make_folder, parse_object, reason, require_no_links, writing
 from vae_dist.runs import saving
 from vae_dist.runs.checkpoint import Checkpoint, Trained
 from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
@@ -209,14 +208,12 @@ class RunDirectory:
             return b""
 
     def _evaluation(self, name: str) -> Evaluation | None:
-        content = self._content(name, EVALUATION_BYTES)
         try:
-            values = json.loads(content or b"{}")
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
+            values = parse_object(self._content(name, EVALUATION_BYTES) or b"{}")
+        except ValueError:
             logger.warning("skipping an evaluation: %s does not hold a JSON object", self.directory / name)
-        return Evaluation(self.directory / name, values) if isinstance(values, dict) and values else None
+            return None
+        return Evaluation(self.directory / name, values) if values else None
 
     def _picture(self, name: str) -> Image.Image | None:
         with suppress(DamagedError), explained():

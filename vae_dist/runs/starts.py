@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vae_dist.files import append
+from vae_dist.files import append, parse_object
 
 STARTS = "starts.jsonl"
 
@@ -48,9 +48,9 @@ def parse_starts(content: bytes) -> list[Start]:
     starts = []
     for line in content.splitlines():
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
+            values = parse_object(line)
+        except ValueError:
             continue
-        if isinstance(values, dict) and all(type(values.get(name)) is types[name] for name in names):
+        if all(type(values.get(name)) is types[name] for name in names):
             starts.append(Start(**{name: values[name] for name in names}))
     return starts
