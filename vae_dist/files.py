@@ -22,7 +22,7 @@ _NOT_SUPPORTED = {
     errno.EPERM,
 }  # fmt: skip
 # Errors of a rename that copying can replace: between the branches of a union, or onto a mounted file.
-NOT_RENAMED = {errno.EXDEV, errno.EBUSY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NOT_RENAMED = {errno.EXDEV, errno.EBUSY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 _unsynced: set[int] = set()  # devices that a warning has named
@@ -106,7 +106,7 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
             try:
                 os.replace(partial, path)
             except OSError as error:
-                if error.errno not in NOT_RENAMED:
+                if error.errno not in _NOT_RENAMED:
                     raise
                 # Overwrite the old content, don't truncate it first: content that is not longer needs no new space.
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -114,6 +114,17 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
     finally:
         for partial in written:
             partial.unlink(missing_ok=True)
+
+
+def renamed(folder: Path, target: Path) -> bool:
+    """Rename a folder; return whether the file system could. Raises OSError if copying could not either."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in _NOT_RENAMED:
+            raise
+        return False
+    return True
 
 
 def _fill(descriptor: int, content: bytes, path: Path, *, durable: bool) -> None:

@@ -18,7 +18,7 @@ from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.metric_table import protocol_of
-from vae_dist.files import ELSEWHERE, NOT_RENAMED, make_folder, sync, write_together, writing
+from vae_dist.files import ELSEWHERE, make_folder, renamed, sync, write_together, writing
 from vae_dist.locks import writing_alone
 from vae_dist.models.vae import VAE
 from vae_dist.publishing import autoencoder, card, hub, inference, programs
@@ -166,8 +166,8 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
         write_together({temporary / name: content for name, content in contents.items()})
         sync(temporary)
         try:
-            if target.exists():
-                _set_aside(target, old)
+            if target.exists() and not renamed(target, old):
+                shutil.rmtree(target)
             temporary.rename(target)
         except BaseException:
             if old.exists():
@@ -177,13 +177,3 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
         sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _set_aside(folder: Path, aside: Path) -> None:
-    """Rename a folder; remove it where the file system can't rename it."""
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        if error.errno not in NOT_RENAMED:
-            raise
-        shutil.rmtree(folder)

@@ -18,7 +18,7 @@ from vae_dist import config as configs
 from vae_dist import locks
 from vae_dist.config import Config
 from vae_dist.errors import RunError, UserError
-from vae_dist.files import NOT_RENAMED, advice, reason, sync, write_atomically
+from vae_dist.files import advice, reason, renamed, sync, write_atomically
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import CONFIG, STATE, Checkpoint, Trained, all_finite, hash_of, on_cpu
 from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
@@ -126,30 +126,23 @@ def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
 
 def _publish(folder: Path, target: Path) -> None:
     """Rename a whole checkpoint to its final name. If this is interrupted, `recover` finishes it."""
+    if renamed(folder, target):
+        return
+    target.mkdir()
     try:
-        folder.rename(target)
-    except OSError as error:
-        if error.errno not in NOT_RENAMED:
-            raise
-        target.mkdir()
-        try:
-            for name in (*manifest.read(folder).files, MANIFEST):
-                write_atomically(target / name, (folder / name).read_bytes())
-        except OSError:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-        sync(target)
-        shutil.rmtree(folder, ignore_errors=True)
+        for name in (*manifest.read(folder).files, MANIFEST):
+            write_atomically(target / name, (folder / name).read_bytes())
+    except OSError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    sync(target)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint. It is no checkpoint any more after the first operation, however long the rest takes."""
     removed = folder.with_name(f".pruned-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        folder.rename(removed)
-    except OSError as error:
-        if error.errno not in NOT_RENAMED:
-            raise
+    if not renamed(folder, removed):
         (folder / MANIFEST).unlink(missing_ok=True)
         removed = folder
     shutil.rmtree(removed)
