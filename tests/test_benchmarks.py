@@ -2,9 +2,13 @@
 
 import csv
 import json
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -120,10 +124,34 @@ def test_the_time_of_the_tests_on_a_gpu_is_that_of_all(tmp_path: Path, monkeypat
     monkeypatch.setattr(report, "TEST_SECONDS", 0.2)
     monkeypatch.setattr(report, "SIDE_BY_SIDE", 1)
     began = time.monotonic()
-    results = report.tests(tmp_path, ["fp32", "bf16"])
+    results: dict[str, Any] = {}
+    report.tests(tmp_path, ["fp32", "bf16"], results.__setitem__)
     assert time.monotonic() - began < 20
     assert [part["ok"] for part in results.values()] == [False, False]
     assert results["fp32"]["said"].startswith("stopped after") and results["bf16"]["said"] == "there was no time for it"
+
+
+def test_an_interrupted_report_has_the_parts_so_far_and_ends_what_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage's loop waits for a line, and would go on at the end of its input."""
+    loop = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+
+    def interrupted(folder: Path, chosen: Sequence[str], note: Callable[[str, dict[str, Any]], None]) -> None:
+        note("fp32", {"ok": True, "seconds": 1.0, "said": "5 passed", "failed": []})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "machine", lambda: dict.fromkeys(("date", "gpu", "cpu", "python", "torch", "cuda"), ""))
+    monkeypatch.setattr(report, "first_stage_process", lambda folder: loop)
+    monkeypatch.setattr(report, "tests", interrupted)
+    only = ["--only", "fp32", "bf16", "speed_first_stage"]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--output", str(tmp_path), *only])
+    with pytest.raises(KeyboardInterrupt):
+        report.main()
+    assert loop.wait(10) == -signal.SIGKILL
+    assert json.loads((tmp_path / "gpu.json").read_text())["tests"]["fp32"]["said"] == "5 passed"
+    assert "5 passed" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_report_shows_and_resumes_nothing_of_an_earlier_one(tmp_path: Path) -> None:

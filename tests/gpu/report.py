@@ -4,8 +4,8 @@
 
 Each part is a process of its own with a time limit; if one fails, the others continue. The tests of the trainer come
 first, and all tests are stopped after 7 minutes; the whole should take 10 to 15, most of them to compile. FOLDER gets
-gpu.json, gpu.md and each part's log; docs/gpu.md is gpu.md of the newest run. DATA_ROOT contains MNIST; without it the
-embedded digits are used. The exit code is 1 if a part has failed.
+gpu.json, gpu.md, both written again when a part ends, and each part's log; docs/gpu.md is gpu.md of the newest run.
+DATA_ROOT contains MNIST; without it the embedded digits are used. The exit code is 1 if a part has failed.
 """
 
 import argparse
@@ -16,10 +16,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ PYTEST = [
 ]  # fmt: skip
 ARCHITECTURES = "mlp", "conv", "resnet", "autoencoder_kl"
 PRECISIONS = "bf16", "fp32"  # of the tests that compile a network
-TESTS = {  # first the trainer, then what compiles longest
+TESTS = {  # first the trainer, then the tests of most that was never run on a card, then what compiles longest
     **{
         precision: ["tests/gpu/test_training.py", "-k", precision]
         for precision in ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -44,6 +46,8 @@ TESTS = {  # first the trainer, then what compiles longest
     "paths": ["tests/gpu/test_training.py", "-k", "not fp32 and not tf32 and not bf16 and not fp16 and not fp64"],
     "results": ["tests/gpu/test_results.py"],
     "processes": ["tests/gpu/test_processes.py"],
+    "uses": ["tests/gpu/test_uses.py"],
+    "first_stage": ["tests/gpu/test_first_stage.py", "-k", "not compiled"],
     **{
         f"{name}_{precision}": ["tests/gpu/test_networks.py", "-k", f"{name} and {precision}"]
         for name in reversed(ARCHITECTURES)
@@ -57,8 +61,6 @@ TESTS = {  # first the trainer, then what compiles longest
         name: ["tests/gpu/test_networks.py", "-k", f"{name} and not bf16 and not fp32"]
         for name in reversed(ARCHITECTURES)
     },
-    "first_stage": ["tests/gpu/test_first_stage.py", "-k", "not compiled"],
-    "uses": ["tests/gpu/test_uses.py"],
     "networks": ["tests/gpu/test_networks.py", "-k", " and ".join(f"not {name}" for name in ARCHITECTURES)],
 }
 SIDE_BY_SIDE = 16  # of the tests: they wait for compilers more than for the card
@@ -69,9 +71,9 @@ CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 READY_SECONDS, TURN_SECONDS = 110, 30  # for all loops to compile side by side; for the turns of one batch size
 
 
-def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
-    """The tests on the card, some parts at a time."""
-    waiting, results = list(chosen), {}
+def tests(folder: Path, chosen: Sequence[str], note: Callable[[str, dict[str, Any]], None]) -> None:
+    """The tests on the card, some parts at a time; `note` gets each part's outcome when it ends."""
+    waiting = list(chosen)
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     give_up = time.monotonic() + TEST_SECONDS
     try:
@@ -80,7 +82,7 @@ def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
             while waiting and (is_late or len(running) < SIDE_BY_SIDE):
                 part = waiting.pop(0)
                 if is_late:
-                    results[part] = {"ok": False, "seconds": 0.0, "said": "there was no time for it", "failed": []}
+                    note(part, {"ok": False, "seconds": 0.0, "said": "there was no time for it", "failed": []})
                     continue
                 command = [*PYTEST, *TESTS[part], "--basetemp", str(folder / f"tmp_{part}")]
                 # Otherwise each would start as many processes and threads as there are cores.
@@ -97,13 +99,13 @@ def tests(folder: Path, chosen: Sequence[str]) -> dict[str, Any]:
                     kill_session(process)  # with the trainings that it has started
                     process.wait()
                 if process.poll() is not None:
-                    results[part] = outcome(folder / f"{part}.log", process.returncode, time.monotonic() - started)
-                    print(f"tests, {part}: {results[part]['said']}", flush=True)
+                    found = outcome(folder / f"{part}.log", process.returncode, time.monotonic() - started)
+                    print(f"tests, {part}: {found['said']}", flush=True)
+                    note(part, found)
                     del running[part]
     finally:
         for process, _ in running.values():
             kill_session(process)
-    return results
 
 
 def outcome(log: Path, code: int, seconds: float) -> dict[str, Any]:
@@ -339,15 +341,19 @@ def main() -> None:
     if "speed_first_stage" in options.only and not times_first_stage:
         print("the first stage is not measured: diffusers is not installed", flush=True)
     waiting = first_stage_process(folder) if times_first_stage else None
-    note("tests", None, tests(folder, [part for part in TESTS if part in options.only]))
-    if waiting is not None:
-        note("first_stage", None, guarded(first_stage, waiting, folder))
-    sizes = [size for size in STEPS if f"speed_{size}" in options.only]
-    if sizes:
-        outcomes = guarded(speed, sizes, folder, settings)
-        note("speed", None, dict.fromkeys(sizes, outcomes) if "error" in outcomes else outcomes)
-    if "start" in options.only:
-        note("start", None, guarded(start, folder, settings))
+    try:
+        tests(folder, [part for part in TESTS if part in options.only], partial(note, "tests"))
+        if waiting is not None:
+            note("first_stage", None, guarded(first_stage, waiting, folder))
+        sizes = [size for size in STEPS if f"speed_{size}" in options.only]
+        if sizes:
+            outcomes = guarded(speed, sizes, folder, settings)
+            note("speed", None, dict.fromkeys(sizes, outcomes) if "error" in outcomes else outcomes)
+        if "start" in options.only:
+            note("start", None, guarded(start, folder, settings))
+    finally:
+        if waiting is not None:
+            kill_session(waiting)
     if options.only == parts:
         (REPOSITORY / "docs/gpu.md").write_text(page(results))
     print("\n" + page(results))
@@ -357,4 +363,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a time limit: what was started ends too
     main()
