@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,8 +34,11 @@ from vae_dist.evaluation import metrics
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
+from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
 from vae_dist.training.differentiate import Differentiate
+from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter
+from vae_dist.training.update import Update
 from vae_dist.views import pictures
 from vae_dist.views.latents import TrainedVAE
 
@@ -186,6 +190,66 @@ def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypa
     assert {tensor.device for tensor in state} == {CARD}
     assert reduced == [CARD] * 3 * (processes > 1)
     Meter(update, card, 100, [{"loss": 1.0}])
+
+
+class AdamsKernel(TorchDispatchMode):
+    """Stands in for torch's fused Adam, which fake tensors lack, and notes each call's learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rates: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert func is not torch.ops.aten._local_scalar_dense.default  # the host would wait for the card
+        if func is not torch.ops.aten._fused_adam_.tensor_lr:
+            return func(*args, **kwargs)
+        *moved, maxima, steps = args
+        numbers = [*steps, kwargs["lr"], kwargs["found_inf"]]
+        assert {tensor.device for tensor in [*chain(*moved), *numbers]} == {CARD} and maxima == []
+        assert {(number.dtype, number.shape) for number in numbers} == {(torch.float32, torch.Size())}
+        for tensors in zip(*moved, strict=True):  # for the kernel, arrays of one layout
+            assert len({(tensor.dtype, tensor.stride()) for tensor in tensors}) == 1
+        self.rates.append(kwargs["lr"])
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_step_of_a_first_stage_stays_on_the_gpu(card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the backward passes, whose gradients are zeros, in a compiled program's order of memory."""
+
+    def eager(self: Differentiate, scale: Tensor, *tensors: Tensor) -> list[Tensor]:
+        inputs, weights = self._inputs_and_weights(tensors)
+        assert {tensor.device for tensor in (scale, *tensors)} == {CARD}
+        orders = {4: torch.channels_last}
+        gradients = [torch.zeros_like(weight, memory_format=orders.get(weight.ndim)) for weight in weights]
+        if isinstance(self._network, VAE):
+            sums = torch.zeros(4, dtype=torch.float64, device=CARD)
+            return [inputs[0].sum(), sums, inputs[0], gradients[self._probed], *gradients]
+        return [inputs[0].sum(), torch.zeros(4, dtype=torch.float64, device=CARD), *gradients]
+
+    monkeypatch.setattr(Differentiate, "eager", eager)
+    monkeypatch.setattr(nn.Module, "to", lambda module, *place: module)  # fake parameters can't be moved
+    settings = config_of(
+        "model.architecture=conv", "model.channels=[4,8]", "train.recipe=autoencoder", "train.compile=false",
+        "objective.reconstruction=laplace", "first_stage.adversarial_weight=0.2", "first_stage.adaptive=true",
+        "first_stage.discriminator_channels=4", "first_stage.discriminator_layers=1", "first_stage.skip_norm=3",
+        "ema.decay=0.9",
+    )  # fmt: skip
+    scaler = LossScaler("fp32", card.device)
+    with CARD:
+        vae = build_vae(settings, (1, 28, 28))
+        recipe = AutoencoderRecipe(vae, settings, card, scaler, 100)
+    update = Update(recipe, settings, card, scaler)
+    batches = Batch(
+        torch.zeros(2, 10, 1, 28, 28, dtype=torch.uint8, device=CARD),
+        torch.zeros(2, 10, 1, vae.latent_dim, device=CARD),
+        torch.empty(2, 0, dtype=torch.int64, device=CARD),
+    )
+    with BlockingCopies() as copies, AdamsKernel() as kernel:
+        update(batches, [recipe.values(step) for step in range(2)])
+    assert copies.count == 0 and len(kernel.rates) == 2 * 2
+    assert {tensor.device for tensor in [*recipe.tensors, update.totals]} == {CARD}
 
 
 def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VAE, card: World) -> None:
