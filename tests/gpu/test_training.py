@@ -1,16 +1,21 @@
 """Training on one card: bitwise the same killed or not, captured or not, wherever the images lie."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.gpu.conftest import Train
+from vae_dist.config import Config
 from vae_dist.data import batches
 from vae_dist.errors import RunError
 from vae_dist.training import update
+from vae_dist.training.loop import train
+from vae_dist.training.vae_recipe import VAERecipe
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -88,7 +93,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("graph", ["true", "false"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_an_update_that_is_not_finite_ends_the_run(graph: str, precision: str, spoilt: None, run: Train) -> None:
     with pytest.raises(RunError, match="not finite in step 18 "):
         run(f"{precision}_bad_{graph}", f"runtime.cuda_graph={graph}", f"train.precision={precision}")
@@ -112,3 +117,22 @@ def test_a_cpu_and_a_gpu_see_the_same_losses(run: Train) -> None:
         losses.append([row["train/loss"] for row in rows if "train/loss" in row])
     assert len(losses[0]) == 10
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("default")  # torch may warn of a graph that is empty
+def test_steps_that_can_not_be_captured_are_taken_one_by_one(
+    make_config: Callable[..., Config], run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test: a capture that fails may leave a card that this process can't use."""
+    plain = outcome(run("waits_plain", "runtime.cuda_graph=false"))
+    step = VAERecipe.step
+
+    def wait_and_step(self: VAERecipe, batch: batches.Batch, values: Tensor, totals: Tensor) -> None:
+        values.sum().item()  # the host waits for the card, as it can't in a capture
+        step(self, batch, values, totals)
+
+    monkeypatch.setattr(VAERecipe, "step", wait_and_step)
+    folder = train(make_config("name=waits"))
+    assert "can't be captured" in (folder / "log.txt").read_text()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert outcome(folder) == plain
