@@ -30,7 +30,7 @@ def test_a_killed_and_stopped_training_resumes_bitwise(arguments: list[str], run
     for number, code in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM):
         newest = newest_step(runs / "resumed")
         process = subprocess.Popen(command(arguments, "resumed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 120  # to start and compile, beside the other tests
         while newest_step(runs / "resumed") <= newest and time.monotonic() < give_up and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
