@@ -83,14 +83,18 @@ def test_a_capture_that_fails_or_differs_is_not_used(
     assert [record.message for record in caplog.records] == [message]
 
 
-def test_after_a_capture_that_fails_the_stream_is_that_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch restores it only after a capture that ends well: later steps would run on another stream than copies."""
+def test_after_a_capture_that_fails_stream_and_allocator_are_those_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch restores them only after a capture that ends well.
+
+    Later steps would run on another stream than copies, whose memory the allocator would keep for ever.
+    """
     before, capturing = (SimpleNamespace(device=torch.device("cuda", 0), number=number) for number in range(2))
     current = [before]
+    pools = {"underway": [(0, 7)], "held": [(0, 7)]}
 
     class Graph:
-        def capture_begin(self, *pool: object, **options: object) -> None:
-            assert current == [capturing]
+        def capture_begin(self, pool: object, **options: object) -> None:
+            assert current == [capturing] and pool == (0, 7)
 
         def capture_end(self) -> None:
             raise RuntimeError("operation failed due to a previous error during capture")
@@ -98,15 +102,17 @@ def test_after_a_capture_that_fails_the_stream_is_that_of_before(monkeypatch: py
     stand_ins = {
         "CUDAGraph": Graph, "_get_device_index": lambda *given: 0, "current_stream": lambda device=None: current[0],
         "set_stream": lambda stream: current.__setitem__(0, stream), "synchronize": lambda: None,
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: None, "current_device": lambda: 0, "graph_pool_handle": lambda: (0, 7),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools["underway"].remove(pool))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: pools["held"].remove(pool))
     monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", capturing)
     with pytest.raises(RuntimeError, match="previous error during capture"):
         cuda_graph.CudaGraphCapture()(lambda *inputs: None, [])
-    assert current == [before]
+    assert current == [before] and pools == {"underway": [], "held": []}
 
 
 def test_a_scaler_s_state_moves_once_during_the_capture() -> None:

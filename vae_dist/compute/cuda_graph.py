@@ -6,6 +6,7 @@ is verified before it is used: its replay must leave the same bits as the steps 
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -94,15 +95,30 @@ class CudaGraphCapture:
         The steps must have run before: libraries initialise at their first call, which can't be captured.
         """
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream the current one. Thread-local, since another thread may load images
-        # during the capture.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            steps(*static_inputs)
-        self._pool = graph.pool()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            # A capture that fails leaves its stream the current one. Thread-local, since another thread may load images
+            # during the capture.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                steps(*static_inputs)
+        except RuntimeError:
+            _end_in_allocator(self._pool)
+            raise
         return graph.replay
+
+
+def _end_in_allocator(pool: Any) -> None:
+    """End a capture that has failed for torch's allocator, as torch does not.
+
+    Until its end, the allocator frees no copy of images that another stream has read, and empties no cache.
+    """
+    device = torch.cuda.current_device()
+    with suppress(AttributeError, RuntimeError):  # private names; and refused if the allocator knows of the end
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 def _equal(one: Snapshot, other: Snapshot) -> bool:
