@@ -36,7 +36,7 @@ from contextlib import ExitStack, suppress
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT = REPOSITORY / "docs/speed.md"
@@ -70,9 +70,10 @@ class Group:
     """A contestant: one or more processes that wait for their turn."""
 
     def __init__(
-        self, name: str, settings: Sequence[str], processes: int = 1, wait: bool = True, root: Path = REPOSITORY
-    ) -> None:
-        """`root` is the checkout whose code runs."""
+        self, name: str, settings: Sequence[str], processes: int = 1, wait: bool = True, root: Path = REPOSITORY,
+        log: IO[str] | int = subprocess.DEVNULL,
+    ) -> None:  # fmt: skip
+        """`root` is the checkout whose code runs. `log` gets what the processes say beside their answers."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
@@ -88,7 +89,7 @@ class Group:
             command = [sys.executable, str(root / CONTESTANTS), name, *settings]
             self._members.append(subprocess.Popen(
                 command, env={**os.environ, **(group if processes > 1 else {})}, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                stdout=subprocess.PIPE, stderr=log, text=True,
             ))  # fmt: skip
         if wait:
             self.wait_until_ready()
@@ -282,7 +283,7 @@ def seconds_until(command: Sequence[str], mark: str, most: float = 600.0) -> flo
 
     Then all that the command has started is killed, as it is after `most` seconds without such a line.
     """
-    started = time.perf_counter()
+    started, said = time.perf_counter(), ""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -293,10 +294,13 @@ def seconds_until(command: Sequence[str], mark: str, most: float = 600.0) -> flo
             for line in process.stdout:
                 if mark in line:
                     return time.perf_counter() - started
+                said = line.strip() or said
         finally:
             alarm.cancel()
             kill_session(process)
-    raise SystemExit(f"the command ended, or took {most:g} s, without printing {mark!r}: {' '.join(command)}")
+    raise SystemExit(
+        f"the command ended, or took {most:g} s, without printing {mark!r}: {' '.join(command)}\nIt ended with: {said}"
+    )
 
 
 def kill_session(process: subprocess.Popen[Any]) -> None:

@@ -41,9 +41,13 @@ def measure(
     size: int, settings: list[str], folder: str, repeats: int, most_steps: int, await_turn: Callable[[], object],
     note: Callable[[Rates], None], only: Collection[str],
 ) -> None:  # fmt: skip
-    """Note images per second by `loop, precision` after each turn; None for a loop that can't be run."""
+    """Note images per second by `loop, precision` after each turn; None for a loop that can't be run.
+
+    `folder` gets their runs, and a file beside it what they say.
+    """
     rates: Rates = {}
     with ExitStack() as alive:
+        log = alive.enter_context(open(f"{folder}_{size}.log", "w"))
         groups: dict[str, tuple[Group, int]] = {}
         for loop, (_, precisions, steps) in LOOPS.items():
             if size not in steps or (loop == "jax" and importlib.util.find_spec("jax") is None):
@@ -51,7 +55,7 @@ def measure(
             for precision in filter(only.__contains__, precisions):
                 given = [*QUIET, "device=cuda", *settings, f"train.batch_size={size}", f"train.precision={precision}"]
                 given += [f"runs_dir={folder}", f"name={loop}_{precision}_{size}"]
-                group = alive.enter_context(Group(loop, given, wait=False))
+                group = alive.enter_context(Group(loop, given, wait=False, log=log))
                 groups[f"{loop}, {precision}"] = group, min(steps[size], most_steps)
         # Importing and compiling, all side by side.
         for what in ("wait_until_ready", "begin", "finish"):
