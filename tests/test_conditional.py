@@ -265,8 +265,8 @@ def test_importance_weights_are_of_x_given_y(run_dir: Path) -> None:
     for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
         label = labels[index : index + 1]
         embedded = vae.embedding(label) if vae.embedding is not None else torch.empty(0)
-        mean, log_variance = vae.infer(image.unsqueeze(0), label)
-        q, weights = Normal(mean, (0.5 * log_variance).exp()), []
+        posterior = vae.infer(image.unsqueeze(0), label)
+        q, weights = Normal(posterior.mean, (0.5 * posterior.log_variance).exp()), []
         for number in range(9):
             noise = standard_normal(FIXED_SEED, Stream.IMPORTANCE, number, range(index, index + 1), vae.latent_dim)
             latents = q.mean + q.stddev * noise

@@ -130,8 +130,8 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     pixels = read(datasets.load_test(source.config.data), range(5))
     expected = []
     for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
-        mean, log_variance = vae.infer(image.unsqueeze(0))
-        q, weights = Normal(mean, (0.5 * log_variance).exp()), []
+        posterior = vae.infer(image.unsqueeze(0))
+        q, weights = Normal(posterior.mean, (0.5 * posterior.log_variance).exp()), []
         for number in range(9):
             row = range(index, index + 1)
             noise = standard_normal(FIXED_SEED, Stream.IMPORTANCE, number, row, vae.latent_dim)

@@ -73,7 +73,8 @@ def take(recipe: AutoencoderRecipe, batch: Batch, step: int = 0) -> Tensor:
 def forward(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Images in [0, 1], their reconstructions, and the KL of each image, written from the paper's formulas."""
     images = batch.pixels.float() / 255
-    mean, log_variance = vae.infer(images)
+    posterior = vae.infer(images)
+    mean, log_variance = posterior.mean, posterior.log_variance
     latents = mean + torch.exp(log_variance / 2) * batch.noise[:, 0]
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean(1)
     likelihood: Any = vae.decode(latents)

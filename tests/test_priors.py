@@ -138,8 +138,8 @@ def test_its_evaluation_has_the_kl_of_the_group_and_the_oracles_values(run_dir: 
     elbos, likelihoods, kls = [], [], []
     test = read(datasets.load_test(source.config.data), range(200))
     for index, image in enumerate(datasets.to_unit(test, torch.float64).unsqueeze(1)):
-        mean, log_variance = vae.infer(image)
-        q = Independent(Normal(mean, (0.5 * log_variance).exp()), 1)
+        posterior = vae.infer(image)
+        q = Independent(Normal(posterior.mean, (0.5 * posterior.log_variance).exp()), 1)
 
         def terms(noise: Tensor) -> tuple[Tensor, Tensor]:
             """log p(x|z) and log p(z) - log q(z|x)."""

@@ -32,6 +32,7 @@ from vae_dist.data import datasets
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.reports import charts, facts, pictures, plane
 from vae_dist.reports.charts import Chart, Curve
 from vae_dist.reports.pictures import GRIDS_CHARACTERS, MOST_GRIDS
@@ -207,6 +208,7 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
     run = opened(run_dir)
     vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
     posterior = vae.infer(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels))
+    assert isinstance(posterior, DiagonalGaussian)
     kl = posterior.kl_from_standard_normal().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
     assert list(page.readings("KL per latent").items()) == [(f"latent {i}", f"{kl[i]:.4f} nats") for i in falling]

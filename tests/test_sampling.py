@@ -19,7 +19,7 @@ from vae_dist.data.datasets import Part
 from vae_dist.data.source import InMemory, in_memory
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
-from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.posteriors import Posterior
 from vae_dist.terminal import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import pictures
@@ -53,7 +53,7 @@ def picture(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         return np.asarray(image)
 
 
-def posterior_of(run: Path) -> DiagonalGaussian:
+def posterior_of(run: Path) -> Posterior:
     """The posteriors of the test images, all at once."""
     source = opened(run)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))

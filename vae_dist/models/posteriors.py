@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,27 @@ LOG_VARIANCE_BOUND = 10.0  # exp of it and of its negative are finite in float16
 def soft_bound(raw: Tensor) -> Tensor:
     """Bound log-variances by a tanh, which is the identity near 0 and, unlike a clamp, has a gradient everywhere."""
     return LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND)
+
+
+class Posterior(Protocol):
+    """What `VAE.infer` returns for B images."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`(B, L)`."""
+
+    @property
+    def log_variance(self) -> Tensor:
+        """Of each latent by itself: `(B, L)`."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draw latents `(..., B, L)` with standard normal noise `(..., B, L)`."""
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        """log q(z|x) of latents `(..., B, L)`: `(..., B)`, nats."""
+
+    def detached(self) -> Self:
+        """The same posterior, through which no gradient flows."""
 
 
 class DiagonalGaussian(NamedTuple):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 
 
 class Prior(nn.Module):
@@ -30,11 +30,11 @@ class Prior(nn.Module):
         """log p(z) of latents `(K, B, L)`: `(K, B)`, nats."""
         raise NotImplementedError
 
-    def log_ratio(self, posterior: DiagonalGaussian, latents: Tensor, noise: Tensor) -> Tensor:
+    def log_ratio(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> Tensor:
         """log p(z) - log q(z|x) of the latents `(K, B, L)` that the posterior draws with `noise`: `(K, B)`, nats."""
         return self.log_prob(latents) - posterior.log_prob(latents)
 
-    def kl(self, posterior: DiagonalGaussian, latents: Tensor, log_ratio: Tensor) -> Tensor:
+    def kl(self, posterior: Posterior, latents: Tensor, log_ratio: Tensor) -> Tensor:
         """KL(q(z|x) || p(z)) by group of latents: `(K, B, G)`, nats.
 
         By default the one-sample estimate log q(z|x) - log p(z) of each draw, as one group. It can be negative.
@@ -50,13 +50,13 @@ class StandardNormal(Prior):
     def log_prob(self, latents: Tensor) -> Tensor:
         return torch.distributions.Normal(0.0, 1.0).log_prob(latents).sum(-1)
 
-    def log_ratio(self, posterior: DiagonalGaussian, latents: Tensor, noise: Tensor) -> Tensor:
+    def log_ratio(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> Tensor:
         """The constants cancel, and the noise is z's distance from the mean in standard deviations."""
         if type(posterior) is not DiagonalGaussian:
             return super().log_ratio(posterior, latents, noise)
         return 0.5 * (posterior.log_variance + noise.square() - latents.square()).sum(-1)
 
-    def kl(self, posterior: DiagonalGaussian, latents: Tensor, log_ratio: Tensor) -> Tensor:
+    def kl(self, posterior: Posterior, latents: Tensor, log_ratio: Tensor) -> Tensor:
         if type(posterior) is not DiagonalGaussian:
             return super().kl(posterior, latents, log_ratio)
         return posterior.kl_from_standard_normal().expand(len(latents), -1, -1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vae_dist.data.datasets import to_unit
 from vae_dist.models.labels import LabelEmbedding
 from vae_dist.models.likelihoods import Likelihood, LikelihoodKind
-from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.priors import Prior
 from vae_dist.models.tensors import Shape, ShapeError, at_least_float32, require_shape
 
@@ -26,7 +26,7 @@ class Inference(NamedTuple):
     kl: Tensor  # (K, B, G), nats: each latent's if p(z) factorises, or a level's, or the whole code's
     log_ratio: Tensor  # (K, B), nats: log p(z) - log q(z|x) of the draws
     latents: Tensor  # (K, B, L), the draws
-    posterior: DiagonalGaussian  # q(z|x)
+    posterior: Posterior  # q(z|x)
 
     def log_likelihood(self, images: Tensor) -> Tensor:
         """log p(x|z) of images `(B, C, H, W)` given each draw: `(K, B)`, nats, in float32 at least."""
@@ -99,20 +99,20 @@ class VAE(nn.Module):
         weight = next(self.parameters())
         return to_unit(pixels.to(weight.device), weight.dtype)
 
-    def infer(self, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
+    def infer(self, images: Tensor, labels: Tensor | None = None) -> Posterior:
         """Return the posterior of images `(B, C, H, W)` in [0, 1], of any size that `latent_shapes` accepts."""
         count, latents = images.shape[0], self._latents(images.shape[1:])  # traced, len() would be a constant
         parameters = self.encoder(images, *self._embedded(labels, count)).flatten(1)
         require_shape(parameters, (count, 2 * latents), "the encoder's output, flat,")
         return self.posterior(parameters)
 
-    def posterior(self, parameters: Tensor) -> DiagonalGaussian:
+    def posterior(self, parameters: Tensor) -> Posterior:
         """Return the posterior of the encoder's output `(B, 2 L)`, flat. A subclass may bound it otherwise."""
         return DiagonalGaussian.from_network(parameters)
 
     def sample(
         self,
-        posterior: DiagonalGaussian,
+        posterior: Posterior,
         noise: Tensor,
         image_shape: Shape | None = None,
         labels: Tensor | None = None,

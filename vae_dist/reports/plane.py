@@ -14,7 +14,7 @@ from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.errors import UserError
 from vae_dist.models.inputs import read_inputs
-from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
 from vae_dist.reports.pictures import data_uri
@@ -163,7 +163,7 @@ def kl_chart(plane: Plane, source: str) -> Chart | None:
     )
 
 
-def _held_out(vae: VAE, config: Config) -> tuple[DiagonalGaussian, Tensor | None, str | None]:
+def _held_out(vae: VAE, config: Config) -> tuple[Posterior, Tensor | None, str | None]:
     """The posteriors and any labels of the first test images; if they can't be loaded, none of them and the reason."""
     try:
         test = datasets.load_test(config.data)

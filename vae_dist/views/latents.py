@@ -19,7 +19,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.inputs import read_inputs, read_labels
 from vae_dist.models.likelihoods import Likelihood
-from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
 from vae_dist.terminal.progress import progress
@@ -102,7 +102,7 @@ class TrainedVAE:
 
         return self.in_chunks("encoding", len(indices), codes)
 
-    def _posterior(self, indices: Sequence[int]) -> DiagonalGaussian:
+    def _posterior(self, indices: Sequence[int]) -> Posterior:
         return self.vae.infer(*read_inputs(self.vae, self.test, indices))
 
     def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -190,7 +190,7 @@ class TrainedVAE:
         return self.world.gather_rows(chunks, values, count)
 
 
-def mean_kl(posterior: DiagonalGaussian) -> Tensor:
+def mean_kl(posterior: Posterior) -> Tensor:
     """Each latent's KL from N(0, I), averaged over the N images: `(L,)` float64, nats."""
     # Some latents at a time: a float64 copy of all of them may not fit into memory.
     both = posterior.mean, posterior.log_variance
