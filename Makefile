@@ -5,6 +5,7 @@
 #   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine; several for make compare
 #   ARGS     key=value options                   make train ARGS="model.latent_dim=20 name=mine"
 #   DATA     the folder of MNIST for `make bench`
+#   WORKERS  how many processes share the tests
 #   KILLS    how often `make chaos` kills
 #   PYTHON   the Python of your own environment, with its own build of torch, instead of .venv
 
@@ -13,6 +14,7 @@ LAUNCH ?= launch/one_process.yaml
 RUN ?=
 ARGS ?=
 DATA ?= data
+WORKERS ?= 2
 KILLS ?= 20
 
 # The environment is ready when this file is newer than the lock file.
@@ -66,10 +68,10 @@ runs: $(READY) ## browse the runs' W&B records in the terminal, without an accou
 	$(PYTHON) $(dir $(lastword $(MAKEFILE_LIST)))vae_dist/browse.py $(CONFIG) $(ARGS)
 
 test: $(READY) ## run the tests
-	$(PYTHON) -m pytest -q -rs -m "not slow and not browser" $(ARGS)
+	$(PYTHON) -m pytest -q -rs -n $(WORKERS) --dist worksteal -m "not slow and not browser" $(ARGS)
 
 test-all: $(READY) ## run the tests, the slow ones included
-	$(PYTHON) -m pytest -q $(ARGS)
+	$(PYTHON) -m pytest -q -rs -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-browser: $(READY) ## run the report's tests in a browser; installs Debian's Chromium if that is allowed
 	@tests/install_chromium.sh
