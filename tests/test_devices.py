@@ -308,6 +308,12 @@ def test_collectives_get_tensors_on_the_gpu(card: World, monkeypatch: pytest.Mon
             r"several processes would compute on one GPU \(Duplicate .* 1000\): start at most one process for each GPU",
         ),
         (
+            "invalid usage",
+            "Multiple Ranks are using the same GPU/Partition. Set NCCL_MULTI_RANK_GPU_ENABLE=1 to enable this "
+            "configuration.",
+            UserError, r"several processes would compute on one GPU \(Multiple .* configuration\): start at most",
+        ),
+        (
             "unhandled system error", "socketStartConnect: Connect to 10.0.0.2<9999> failed", RunError,
             r"communication between the processes failed \(socketStartConnect: .* failed\); give the command again",
         ),
@@ -317,7 +323,7 @@ def test_collectives_get_tensors_on_the_gpu(card: World, monkeypatch: pytest.Mon
 def test_an_error_of_nccl_is_explained_by_its_own_reason(
     problem: str, last: str, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The texts are those of torch 2.11 and NCCL 2.28, in which the reason comes last."""
+    """The texts are those of torch 2.11 and NCCL 2.28, one of NCCL 2.30, in which the reason comes last."""
     monkeypatch.setattr(failures, "missing_processes", lambda rank, size: [])
     text = f"NCCL error in: /pytorch/NCCLUtils.cpp:93, {problem} (run with NCCL_DEBUG=WARN), NCCL version 2.28.9"
     with pytest.raises(kind, match=message), failures.explained(0, 2):

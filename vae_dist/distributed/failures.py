@@ -105,10 +105,10 @@ def explained(rank: int, size: int) -> Iterator[None]:
         if (failure := _failure_of_another(rank, size)) is not None:
             raise failure from error
         reason = _reason(str(error))
-        if "Duplicate GPU" in reason:  # Accelerate has given them out in turn
+        if "Duplicate GPU" in reason or "using the same GPU" in reason:  # Accelerate has given them out in turn
             raise UserError(
-                f"several processes would compute on one GPU ({reason}): start at most one process for each GPU, by "
-                "--num_processes of accelerate launch or --nproc-per-node of torchrun"
+                f"several processes would compute on one GPU ({reason.rstrip('.')}): start at most one process for "
+                "each GPU, by --num_processes of accelerate launch or --nproc-per-node of torchrun"
             ) from error
         missing = missing_processes(rank, size)
         if not missing:
