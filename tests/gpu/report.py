@@ -46,6 +46,7 @@ TESTS = {  # first the trainer, then the tests of most that was never run on a c
     "paths": ["tests/gpu/test_training.py", "-k", "not fp32 and not tf32 and not bf16 and not fp16 and not fp64"],
     "results": ["tests/gpu/test_results.py"],
     "processes": ["tests/gpu/test_processes.py"],
+    "two_processes": ["tests/gpu/test_two_processes.py"],
     "uses": ["tests/gpu/test_uses.py"],
     "first_stage": ["tests/gpu/test_first_stage.py", "-k", "not compiled"],
     **{
