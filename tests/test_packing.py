@@ -143,7 +143,13 @@ def test_a_killed_packing_continues_to_the_same_bytes(
     assert not list((tmp_path / "killed").glob("*.part"))
 
 
-@pytest.mark.parametrize("fault", ["pixels cut", "a pixel", "half a line", "a number", "another version", "nothing"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "pixels cut", "a pixel", "half a line", "a number", "damaged files without reasons", "damaged files of others",
+        "another version", "nothing",
+    ],
+)  # fmt: skip
 def test_what_a_killed_packing_left_is_used_as_far_as_it_is_right(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
 ) -> None:
@@ -167,13 +173,40 @@ def test_what_a_killed_packing_left_is_used_as_far_as_it_is_right(
         journal.write_text("".join(lines[:4]) + lines[4][:7])
     elif fault == "a number":
         journal.write_text("".join([*lines[:3], "7\n", *lines[4:]]))
+    elif fault.startswith("damaged files"):
+        entries = [8] if fault == "damaged files without reasons" else [[6, "cut off"], [99, "cut off"]]
+        journal.write_text("".join([*lines[:3], json.dumps([6 + len(entries), 0, 0, entries]) + "\n"]))
     elif fault == "another version":
         journal.write_text("".join([lines[0].replace("pillow", "other"), *lines[1:]]))
     decoded.clear()
     again = pack(folder, tmp_path / "killed")
     assert contents(again.folder) == contents(whole.folder)
-    expected = {"pixels cut": 14, "a pixel": 14, "half a line": 11, "a number": 14, "another version": 20, "nothing": 0}
-    assert len(decoded) == expected[fault]
+    expected = {"half a line": 11, "another version": 20, "nothing": 0}
+    assert len(decoded) == expected.get(fault, 14)
+
+
+def test_a_link_in_the_place_of_a_pack_is_removed_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pictures", numbered(6))
+    made, shared = pack(folder, tmp_path / "packed").folder, tmp_path / "shared"
+    before = contents(made)
+    made.rename(shared)
+    made.symlink_to(shared)
+    assert pack(folder, tmp_path / "packed").folder.is_symlink()
+    (folder / "new.png").write_bytes(image_bytes(7))
+    assert len(pack(folder, tmp_path / "packed").names) == 7
+    assert contents(shared) == before and not [path for path in (tmp_path / "packed").iterdir() if path.is_symlink()]
+
+
+def test_a_link_in_the_place_of_a_half_written_pack_is_refused(tmp_path: Path) -> None:
+    folder, theirs = write_images(tmp_path / "pictures", numbered(6)), tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "pixels.npy").write_bytes(b"precious")
+    target = packing(tmp_path / "packed", 8).target(folder)
+    target.parent.mkdir()
+    target.with_name(f".{target.name}.part").symlink_to(theirs)
+    with pytest.raises(UserError, match=r"\.part is a symbolic link, .*; remove it"):
+        pack(folder, tmp_path / "packed")
+    assert contents(theirs) == {"pixels.npy": b"precious"} and not target.exists()
 
 
 def test_of_several_processes_one_packs(
@@ -425,6 +458,20 @@ def test_what_is_no_regular_file_is_refused_at_once(
     folder = shutil.copytree(original, tmp_path / "pack")
     fault(folder / name)
     with pytest.raises(BadPackError):
+        open_pack(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("parts", {"train": [0, 20], "test": [16, 23]}), ("classes", ["cat", "cow", "cat"]), ("rule.channels", 3.0)],
+)
+def test_an_index_that_contradicts_itself_is_refused(key: str, value: Any, original: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(original, tmp_path / "pack")
+    about = json.loads((folder / "index.json").read_text())
+    section, _, inside = key.partition(".")
+    changed = {**about, section: {**about[section], inside: value} if inside else value}
+    (folder / "index.json").write_text(json.dumps(changed))
+    with pytest.raises(BadPackError, match=section):
         open_pack(folder)
 
 

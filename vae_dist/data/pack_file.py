@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, overload
 
@@ -105,18 +106,21 @@ def open_pack(folder: Path) -> Pack:
 def _open(folder: Path, index: dict[str, Any]) -> Pack:
     _require(index["format"] == FORMAT, "format")
     rule = Rule(*(index["rule"][name] for name in Rule._fields))
-    _require(type(rule.size) is int and 0 < rule.size <= 4096 and rule.channels in (1, 3), "rule")
+    _require(type(rule.size) is int and 0 < rule.size <= 4096, "rule")
+    _require(type(rule.channels) is int and rule.channels in (1, 3), "rule")
     _require(rule.resize in get_args(Resize) and isinstance(rule.background, str) and bool(rule.text), "rule")
     count, bytes_of_names = index["count"], index["bytes_of_names"]
-    shape = count, int(rule.channels), rule.size, rule.size
+    shape = count, rule.channels, rule.size, rule.size
     _require(type(count) is int and count > 0 and math.prod(shape) <= _LARGEST, "count")
     _require(type(bytes_of_names) is int and count <= bytes_of_names <= count * NAME_BYTES, "bytes_of_names")
     parts = {_text(part): range(*bounds) for part, bounds in index["parts"].items()}
     for part, images in parts.items():
         _require(part in PARTS.values() and images.step == 1 and 0 <= images.start < images.stop <= count, "parts")
     _require(not parts or "train" in parts, "parts")
+    ranges = sorted(parts.values(), key=lambda images: images.start)
+    _require(all(first.stop <= second.start for first, second in pairwise(ranges)), "parts")  # no image is in two
     classes = None if index["classes"] is None else tuple(map(_text, index["classes"]))
-    _require(classes is None or 0 < len(classes) <= count, "classes")
+    _require(classes is None or 0 < len(set(classes)) == len(classes) <= count, "classes")
     refused = tuple((_text(name), _text(why)) for name, why in index["refused"])
 
     pixels = _map(folder / PIXELS, np.uint8, shape)

@@ -29,12 +29,13 @@ class Journal:
     line before, and the damaged files. The first line says what is packed: another one starts from the beginning.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], image_bytes: int) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], count: int, image_bytes: int) -> None:
         self.done = 0  # files, damaged ones included
         self.damaged: list[tuple[int, str]] = []
         self.digest = hashlib.sha256()  # of the pixels
         self._rows = 0  # images that the journal vouches for
         self._new_rows, self._new_damaged, self._checksum = 0, 0, 0
+        self._count = count  # files in all
         self._image_bytes = image_bytes
         first = json.dumps(about) + "\n"
         lines = _lines(folder / JOURNAL)
@@ -94,6 +95,8 @@ class Journal:
             return False
         if type(rows) is not int or rows < 0 or type(done) is not int or type(damaged) is not list:
             return False
+        if not (self.done <= done <= self._count and _are_damaged(damaged, range(self.done, done))):
+            return False
         digest, found, left = self.digest.copy(), 0, rows * self._image_bytes
         while left:
             content = self._pixels.read(min(left, _AT_ONCE))
@@ -109,6 +112,13 @@ class Journal:
         self.damaged += [(file, reason) for file, reason in damaged]
         self._new_damaged = len(self.damaged)
         return True
+
+
+def _are_damaged(entries: list[Any], files: range) -> bool:
+    """Return whether these are pairs of one of the files and a reason, in the order of the files."""
+    pairs = [entry for entry in entries if isinstance(entry, list) and list(map(type, entry)) == [int, str]]
+    numbers = [file for file, _ in pairs]
+    return len(pairs) == len(entries) and numbers == sorted(set(numbers) & set(files))
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -127,6 +127,8 @@ def space(found: FolderIndex, packing: Packing) -> tuple[int, int]:
 
 def _pack(found: FolderIndex, packing: Packing, part: Path) -> None:
     """Write the whole pack to the folder `part`, or what is missing in it."""
+    if part.is_symlink():
+        raise UserError(f"{part} is a symbolic link, which would redirect the pack; remove it")
     with suppress(BadPackError):
         if open_pack(part).signature == signature(found):
             return  # killed before it was renamed
@@ -156,7 +158,7 @@ def _pack(found: FolderIndex, packing: Packing, part: Path) -> None:
 def _write_pixels(index: FolderIndex, packing: Packing, part: Path) -> tuple[list[tuple[int, str]], str]:
     """Decode what is missing, and append it to the file of pixels. Return the damaged files and the pixels' hash."""
     about = {"format": FORMAT, "rule": packing.rule.text, "files": signature(index), "versions": versions()}
-    with Journal(part, about, math.prod(packing.rule.shape)) as journal:
+    with Journal(part, about, len(index), math.prod(packing.rule.shape)) as journal:
         left = tasks(journal.done, len(index), packing.rule)
         if journal.done:
             logger.info("packing %s continues after %d of %d images", index.folder, journal.done, len(index))
@@ -232,8 +234,11 @@ def _publish(part: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a pack, but no file that packs don't have."""
+    """Remove a pack, but no file that packs don't have. Of a link only the link: others may use what it leads to."""
     with suppress(OSError):
+        if folder.is_symlink():
+            folder.unlink()
+            return
         for name in pack_file.FILES:
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
