@@ -412,3 +412,9 @@ def test_an_export_is_a_model_of_diffusers_with_the_scaling_of_its_latents(
         export(run, ["export.formats=[diffusers]", f"export.latents={tmp_path / 'none'}"])
     with pytest.raises(UserError, match=r"export.latents is for export.formats=\[diffusers\]"):
         export(run, ["export.formats=[]", f"export.latents={latents}"])
+    index = json.loads((latents / "index.json").read_text())
+    index["statistics"]["latents"] |= {"overall_standard_deviation": 0.0, "standard_deviation": [-1.0, *4 * [1.0]]}
+    (latents / "index.json").write_text(json.dumps(index))
+    for scaling in "factor", "channels":
+        with pytest.raises(UserError, match="latents without deviation, which no scaling brings to 1"):
+            export(run, [*formats, f"export.scaling={scaling}"])

@@ -20,6 +20,7 @@ from torch import Tensor
 from vae_dist.config.text import truncate
 from vae_dist.encoding.request import Request
 from vae_dist.files import ELSEWHERE, open_bounded, reason, write_atomically, writing
+from vae_dist.runs.checkpoint import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def read(path: Path, request: Request, shard: range) -> dict[str, Tensor] | None
         return None
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     threads = {} if (number := _threads(about)) is None else {THREADS: number}
-    if found == expected and about == _about(tensors, request, shard) | threads:
+    is_own = found == expected and about == _about(tensors, request, shard) | threads
+    if is_own and all_finite(tensors[name] for name in request.latents):
         return tensors
     logger.warning("%s is damaged (its content is not what it was written with); it is made again", path)
     return None

@@ -75,10 +75,10 @@ def _scaling(config: Config, checkpoint: Checkpoint, weights: str) -> Scaling:
             "export.latents"
         )
     if config.export.scaling == "factor":
-        mean, deviation = _numbers([_at(latents, f"overall_{name}") for name in _MOMENTS], path)
+        (mean,), (deviation,) = _moments([[_at(latents, f"overall_{name}")] for name in _MOMENTS], path)
         return Scaling(factor=1 / deviation, shift=mean)
-    means, deviations = (_at(latents, name) for name in _MOMENTS)
-    return Scaling(mean=_numbers(means, path), std=_numbers(deviations, path))
+    means, deviations = _moments([_at(latents, name) for name in _MOMENTS], path)
+    return Scaling(mean=means, std=deviations)
 
 
 def _at(values: Any, *keys: str) -> Any:
@@ -87,7 +87,11 @@ def _at(values: Any, *keys: str) -> Any:
     return values
 
 
-def _numbers(values: Any, path: Path) -> Sequence[float]:
-    if not isinstance(values, list) or not all(is_number(value) for value in values):
-        raise UserError(f"{path} does not hold the statistics of latents")
+def _moments(values: Sequence[Any], path: Path) -> Sequence[Sequence[float]]:
+    """Check the means and the deviations of some latents, and return both."""
+    for numbers in values:
+        if not isinstance(numbers, list) or not all(is_number(number) for number in numbers):
+            raise UserError(f"{path} does not hold the statistics of latents")
+    if not all(deviation > 0 for deviation in values[1]):
+        raise UserError(f"{path} has latents without deviation, which no scaling brings to 1; leave out export.latents")
     return values
