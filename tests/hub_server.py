@@ -42,6 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.token = token
         self.status: int | None = None  # the answer to every request, if it is to fail
+        self.failing: tuple[str, int] | None = None  # part of a path, and the answer to requests of it that are no HEAD
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # of Git LFS, by sha256
         self.requests: list[str] = []
@@ -72,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {path}")
         if self.server.status is not None:
             return self._answer(self.server.status, {"error": "no"})
+        if self.server.failing is not None and self.server.failing[0] in path and self.command != "HEAD":
+            return self._answer(self.server.failing[1], {"error": "no"})
         if self.command in ("POST", "PUT") and "/objects/store/" not in path and not self._is_known():
             return self._answer(401, {"error": "Invalid credentials"})
         for pattern, method in _ROUTES.items():

@@ -176,6 +176,34 @@ def test_a_refusal_is_one_message_without_the_token(server: HubServer, exported:
         assert "\n" not in str(refusal.value) and TOKEN not in str(refusal.value)
 
 
+def test_a_token_that_can_not_be_sent_is_named_without_it(
+    server: HubServer, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_é" + 30 * "x")
+    for call in (lambda: hub.push(exported, NAME), lambda: hub.fetch(f"hf://{NAME}")):
+        with pytest.raises(UserError, match=r"^the Hugging Face token has a character that no token has: run `hf auth"):
+            call()
+    assert not server.requests
+
+
+@pytest.mark.parametrize("status", [403, 429, 500])
+def test_an_answer_of_the_hub_is_no_broken_network(server: HubServer, exported: Path, status: int) -> None:
+    hub.push(exported, NAME)
+    server.status = status
+    with pytest.raises(UserError, match=rf"^can't download hf://{NAME}: the Hub answered with status {status}; "):
+        hub.fetch(f"hf://{NAME}")
+    server.status, server.failing = None, ("/objects/store/", 403)
+    with pytest.raises(UserError, match="the Hub answered with status 403; your token may not do this"):
+        hub.push(exported, NAME)
+
+
+def test_a_download_of_another_length_is_no_fault_of_the_cache(server: HubServer, exported: Path) -> None:
+    hub.push(exported, NAME)
+    server.failing = ("/resolve/", 200)
+    with pytest.raises(UserError, match=r"; check the network, or try again later$"):
+        hub.fetch(f"hf://{NAME}")
+
+
 @pytest.mark.parametrize(
     "name", ["hf://", "hf://a", "hf://a/b/c", "hf://../x", "hf://a/b@", "hf://a/b@-x y", "hf://a/b--c", "a/b", "hf://a/b@../x"]
 )  # fmt: skip

@@ -46,11 +46,22 @@ def check_repository(repository: str) -> None:
 
 
 def check_token() -> None:
-    """Raise UserError if this machine has no token of the Hub."""
+    """Raise UserError if this machine has no token of the Hub, or one that can't be sent."""
     from huggingface_hub import get_token
 
     if get_token() is None:
         raise UserError("uploading needs a Hugging Face token: run `hf auth login`, or set HF_TOKEN")
+    _check_characters()
+
+
+def _check_characters() -> None:
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        raise UserError(
+            "the Hugging Face token has a character that no token has: run `hf auth login`, or set HF_TOKEN again"
+        )
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -92,6 +103,7 @@ def fetch(name: str) -> Path:
             f"{name[:200]!a} is no model of the Hugging Face Hub: give hf://USER/NAME or hf://USER/NAME@REVISION"
         )
     check_repository(repository)
+    _check_characters()
     with _explained(f"can't download {name}"):
         snapshot = Path(
             snapshot_download(
@@ -162,21 +174,33 @@ def _explained(problem: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{problem}: it has no such revision") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
+    except Exception as error:  # of the client and its HTTP library, which differ from version to version
+        raise UserError(problem + _explanation(error)) from error
+
+
+def _explanation(error: Exception) -> str:
+    """Return why the Hub's client failed, and what to do."""
+    from huggingface_hub import errors
+
+    if (status := _status(error)) is not None:
         refused = "your token may not do this (`hf auth login`, or HF_TOKEN)"
         remedy = refused if status in (401, 403) else "try again later"
-        raise UserError(f"{problem}: the Hub answered with status {status}; {remedy}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{problem}: the Hugging Face Hub can't be reached, and it was not downloaded before; check the network"
-        ) from error
-    except OSError as error:
-        remedy = advice(error, _OTHER_CACHE)
-        raise UserError(f"{problem} ({_without_token(reason(error))}); {remedy}") from error
-    except Exception as error:  # of the client's HTTP library, which differs from version to version
-        line = _without_token(str(error).strip().partition("\n")[0][:200])
-        raise UserError(f"{problem} ({type(error).__name__}: {line}); check the network, or try again later") from error
+        return f": the Hub answered with status {status}; {remedy}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return ": the Hugging Face Hub can't be reached, and it was not downloaded before; check the network"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f" ({_without_token(reason(error))}); {advice(error, _OTHER_CACHE)}"
+    line = _without_token(str(error).strip().partition("\n")[0][:200])
+    return f" ({type(error).__name__}: {line}); check the network, or try again later"
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the status of the Hub's answer that caused an error; None if no answer did."""
+    from huggingface_hub import errors
+
+    while error is not None and not isinstance(error, errors.HfHubHTTPError):
+        error = error.__cause__
+    return None if error is None else int(error.response.status_code)
 
 
 def _without_token(text: str) -> str:
