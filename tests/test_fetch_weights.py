@@ -166,6 +166,30 @@ def test_a_transfer_that_breaks_off_continues_where_it_was(ranges: bool, server:
     assert left(tmp_path) == {"lpips_vgg.safetensors"}
 
 
+def test_a_page_in_the_place_of_a_file_spoils_no_transfer(server: Server, tmp_path: Path) -> None:
+    """A proxy that wants a login sends its page with status 200."""
+    backbone, heads = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
+    server.sends = 1000
+    with pytest.raises(UserError, match="it is truncated: 1000"):
+        fetch([f"output={tmp_path}"], small)
+    server.sends, server.ranges = None, False
+    content, server.contents["vgg16.pth"] = server.contents["vgg16.pth"], b"<html>"
+    with pytest.raises(UserError, match=r"it is another file, such as a page of a proxy: 6 of \d+ bytes\); try again"):
+        fetch([f"output={tmp_path}"], small)
+    server.ranges, server.contents["vgg16.pth"] = True, content
+    fetch([f"output={tmp_path}"], small)
+    assert server.requests[2] == ("/files/vgg16.pth", "bytes=1000-") and left(tmp_path) == {"lpips_vgg.safetensors"}
+
+
+def test_a_file_that_is_there_and_does_not_fit_is_to_be_deleted(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "lpips_vgg.safetensors"
+    path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"is no safetensors file \(.*\); delete it, and run this again"):
+        fetch([f"output={tmp_path}"], table(server, {}))
+    assert path.read_bytes() == b"junk" and not server.requests
+
+
 def test_a_part_that_is_too_long_is_loaded_again(server: Server, tmp_path: Path) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})

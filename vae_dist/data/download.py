@@ -115,6 +115,8 @@ def _receive_rest(url: str, part: Path, size: int) -> None:
         start = 0
     with _open(url, start) as response, _append_to(part) as file:
         if response.status != 206:  # the server sends the file from its beginning
+            if response.length is not None and response.length < size:
+                raise DownloadError(f"it is another file, such as a page of a proxy: {response.length} of {size} bytes")
             file.truncate(start := 0)
         elif not str(response.headers.get("Content-Range")).startswith(f"bytes {start}-"):
             raise DownloadError(f"it sends other bytes than those from {start} on")

@@ -25,7 +25,9 @@ class Loaded(NamedTuple, Generic[Network]):
     sha256: str
 
 
-def load(kind: type[Network], path: Path, key: str, device: torch.device | None = None) -> Loaded[Network]:
+def load(
+    kind: type[Network], path: Path, key: str, device: torch.device | None = None, remedy: str = REMEDY
+) -> Loaded[Network]:
     """Return the network of a file, on a device, by default the CPU. `key` is the option that names the file.
 
     Raises UserError if the file can't be read, or unless it holds the network's tensors: their names, shapes, float32,
@@ -37,14 +39,14 @@ def load(kind: type[Network], path: Path, key: str, device: torch.device | None 
     try:
         content = read_bounded(path, HEADER_BYTES + sum(tensor.nbytes for tensor in expected.values()))
     except OSError as error:
-        raise UserError(f"{key}={path} can't be read ({reason(error)}); {REMEDY}") from error
+        raise UserError(f"{key}={path} can't be read ({reason(error)}); {remedy}") from error
     try:
         tensors = parse(content)
     except Exception as error:  # an untrusted header can do anything to the parser
         text = str(error).partition("\n")[0][:200]
-        raise UserError(f"{key}={path} is no safetensors file ({text}); {REMEDY}") from error
+        raise UserError(f"{key}={path} is no safetensors file ({text}); {remedy}") from error
     if problem := unfit(tensors, expected):
-        raise UserError(f"{key}={path} does not hold the weights of {kind.__name__}: {problem}; {REMEDY}")
+        raise UserError(f"{key}={path} does not hold the weights of {kind.__name__}: {problem}; {remedy}")
     network.load_state_dict(tensors, strict=False, assign=True)  # batch norms ask for a count that they don't use
     return Loaded(network.to(device or "cpu"), hashlib.sha256(content).hexdigest())
 

@@ -128,7 +128,8 @@ def fetch(arguments: Sequence[str], published: Mapping[str, Weights] = WEIGHTS) 
             for name, path in paths.items():
                 if not path.exists():
                     _fetch_one(path, published[name], mirror)
-                loaded = files.load(published[name].network(), path, name)
+                remedy = "delete it, and run this again"
+                loaded = files.load(published[name].network(), path, name, remedy=remedy)
                 streams.say(f"{path}  sha256 {loaded.sha256}")
     except InUseError as error:
         raise UserError(f"another process has held {output / '.lock'} for {LOCK_SECONDS} s; stop it") from error
