@@ -1,5 +1,6 @@
 """Uploads to the Hugging Face Hub and downloads from it, by its real client, on a loopback port."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,14 +146,20 @@ def test_what_the_cache_has_in_part_is_no_model_and_is_completed_later(
     opened(hub.fetch(f"hf://{NAME}"))
 
 
-def test_a_damaged_download_is_refused_when_it_is_opened(server: HubServer, exported: Path) -> None:
+def test_a_damaged_download_is_refused_until_its_copy_is_removed(
+    server: HubServer, exported: Path, tmp_path: Path
+) -> None:
     hub.push(exported, NAME)
     files = list(server.repositories[NAME].commits.values())[-1]
-    weights = bytearray(files["model.safetensors"])
-    weights[-1] ^= 1
-    server.repositories[NAME].add({**files, "model.safetensors": bytes(weights)})
-    with pytest.raises(UserError, match="is damaged: its sha256 is not the manifest's"):
-        opened(hub.fetch(f"hf://{NAME}"))
+    weights = files["model.safetensors"]
+    files["model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])  # on its way
+    cached = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"sha256 is not the manifest's\); if it .*, remove {cached} and try"):
+            hub.fetch(f"hf://{NAME}")
+        files["model.safetensors"] = weights
+    shutil.rmtree(cached)
+    opened(hub.fetch(f"hf://{NAME}"))
 
 
 def test_a_push_needs_a_token_and_a_whole_export(

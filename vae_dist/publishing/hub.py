@@ -16,7 +16,7 @@ from vae_dist.locks import writing_alone
 from vae_dist.publishing import autoencoder, card, inference
 from vae_dist.publishing.programs import FORMATS
 from vae_dist.runs.checkpoint import Checkpoint
-from vae_dist.runs.manifest import MANIFEST
+from vae_dist.runs.manifest import MANIFEST, BadCheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ def fetch(name: str) -> Path:
     """Download what inference needs of `hf://USER/NAME[@REVISION]`, and return its folder.
 
     Downloaded files are kept in the Hub's cache, which also serves without a network. Programs and other files are
-    never downloaded. Raises UserError for other names, and if there is no such model or the Hub can't be reached.
+    never downloaded. Raises UserError for other names, if there is no such model, if the Hub can't be reached, and if a
+    file is damaged.
     """
     from huggingface_hub import cached_assets_path, snapshot_download
 
@@ -123,7 +124,15 @@ def fetch(name: str) -> Path:
                 "check the network, or upload the model again"
             )
         place = cached_assets_path("vae_dist", namespace="models", subfolder=repository.replace("/", "--"))
-        return _plain_files(snapshot, place / snapshot.name)
+        folder = _plain_files(snapshot, place / snapshot.name)
+    try:
+        Checkpoint(folder).verify()
+    except BadCheckpointError as error:  # the client compares sizes alone
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"{name} can't be used ({error}); if it is whole on the Hub, remove {snapshot.parents[1]} and try again"
+        ) from error
+    return folder
 
 
 def _plain_files(snapshot: Path, target: Path) -> Path:
