@@ -607,6 +607,15 @@ def test_an_untrusted_run_redirects_no_write(make_config: MakeConfig, tmp_path: 
     assert not list(mine.iterdir())
 
 
+def test_a_pipe_in_the_place_of_the_lock_of_an_untrusted_run_blocks_no_command(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_dir = written(make_config(), tmp_path, 1).parents[1]
+    (run_dir / ".lock").unlink(missing_ok=True)
+    os.mkfifo(run_dir / ".lock")
+    assert not opened(run_dir, [f"output={tmp_path / 'out'}"]).live
+
+
 def test_the_best_validation_of_an_earlier_version_is_read() -> None:
     written = json.dumps({"step": 7, "best": {"step": 3, "negative_elbo": 101.5}}).encode()
     assert parse_state(written, Path("state.json")).best == Best(3, 101.5, "negative_elbo")

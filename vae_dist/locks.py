@@ -29,6 +29,7 @@ POLL_SECONDS = 0.05
 SILENT_SECONDS = 1.0  # of waiting for a lock, before a message is logged
 REPEAT_SECONDS = 60.0  # between two such messages
 MARK_BYTES = 4096
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK  # of a lock's file, which may be untrusted: a link or a pipe
 CLOCK_SECONDS = 10.0  # by which two readings of a process's start time may differ
 
 
@@ -120,19 +121,22 @@ def marked(path: Path, seconds: float, subject: str, take_over: str | None) -> I
 
 def is_held(path: Path, operation: int, mark: Path | None = None) -> bool:
     """Return whether another process holds a lock of `path` that excludes `operation`, or without locks, a mark."""
+    access = os.O_RDONLY if operation == fcntl.LOCK_SH else os.O_RDWR
     try:
-        with open(path, "rb" if operation == fcntl.LOCK_SH else "r+b") as file:
-            return not _try_lock(file.fileno(), operation)
+        descriptor = os.open(path, access | _FLAGS)
+        try:
+            return not _try_lock(descriptor, operation)
+        finally:
+            os.close(descriptor)
     except OSError:
         return mark is not None and not _is_gone(_read_mark(mark))
 
 
 def _open_lock(path: Path) -> int:
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
     except PermissionError:  # another user's file can be locked all the same
-        return os.open(path, os.O_RDONLY | flags)
+        return os.open(path, os.O_RDONLY | _FLAGS)
 
 
 def _try_lock(descriptor: int, operation: int) -> bool:
