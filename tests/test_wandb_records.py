@@ -121,6 +121,14 @@ def test_a_record_without_a_kind_is_recognised_by_its_program(record: Path) -> N
         assert listed(runs) == [f"run-first 1 {kind}"]
 
 
+def test_pipes_in_a_run_of_others_block_no_list(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs" / "wandb" / "offline-run-20260102_030405-abc"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "kind.txt")
+    os.mkfifo(folder / "run-abc.wandb")
+    assert [name for name, _ in wandb_records.entries(tmp_path)] == ["run-theirs 1 record run-20260102_030405-abc"]
+
+
 def test_only_records_are_listed_and_only_old_links_are_removed(record: Path) -> None:
     runs = record.parents[2]
     folder = wandb_records.make_list(runs)
