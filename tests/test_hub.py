@@ -184,12 +184,18 @@ def test_a_refusal_is_one_message_without_the_token(server: HubServer, exported:
 
 
 def test_a_token_that_can_not_be_sent_is_named_without_it(
-    server: HubServer, exported: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def check(problem: str) -> None:
+        for call in (lambda: hub.push(exported, NAME), lambda: hub.fetch(f"hf://{NAME}")):
+            with pytest.raises(UserError, match=rf"^the Hugging Face token {problem}; run `hf auth login`, or set HF_"):
+                call()
+
     monkeypatch.setenv("HF_TOKEN", "hf_é" + 30 * "x")
-    for call in (lambda: hub.push(exported, NAME), lambda: hub.fetch(f"hf://{NAME}")):
-        with pytest.raises(UserError, match=r"^the Hugging Face token has a character that no token has: run `hf auth"):
-            call()
+    check("has a character that no token has")
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_bytes(b"hf_\xe9")
+    check(r"can't be read \(.*\)")
     assert not server.requests
 
 

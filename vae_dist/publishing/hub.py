@@ -46,22 +46,23 @@ def check_repository(repository: str) -> None:
 
 
 def check_token() -> None:
-    """Raise UserError if this machine has no token of the Hub, or one that can't be sent."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
+    """Raise UserError if this machine has no token of the Hub, or one that can't be read or sent."""
+    if _token() is None:
         raise UserError("uploading needs a Hugging Face token: run `hf auth login`, or set HF_TOKEN")
-    _check_characters()
 
 
-def _check_characters() -> None:
+def _token() -> str | None:
+    """Return the token of this machine; None without one. Raises UserError if it can't be read or sent."""
     from huggingface_hub import get_token
 
-    token = get_token() or ""
-    if not (token.isascii() and token.isprintable()):
-        raise UserError(
-            "the Hugging Face token has a character that no token has: run `hf auth login`, or set HF_TOKEN again"
-        )
+    remedy = "run `hf auth login`, or set HF_TOKEN again"
+    try:
+        token = get_token()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the Hugging Face token can't be read ({error}); {remedy}") from error
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise UserError(f"the Hugging Face token has a character that no token has; {remedy}")
+    return token
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -104,7 +105,7 @@ def fetch(name: str) -> Path:
             f"{name[:200]!a} is no model of the Hugging Face Hub: give hf://USER/NAME or hf://USER/NAME@REVISION"
         )
     check_repository(repository)
-    _check_characters()
+    _token()
     with _explained(f"can't download {name}"):
         snapshot = Path(
             snapshot_download(
@@ -213,7 +214,5 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _without_token(text: str) -> str:
-    from huggingface_hub import get_token
-
-    token = get_token()
+    token = _token()
     return text.replace(token, "***") if token else text
