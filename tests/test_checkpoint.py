@@ -63,13 +63,24 @@ def test_the_state_of_thousands_of_processes_can_be_read_back() -> None:
     assert parse_state(content, Path("state.json")) == state
 
 
-def test_a_saved_checkpoint_loads_bitwise(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_saved_checkpoint_loads_bitwise(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is flushed to the disk before the rename, the manifest as the last file, and the new name after it."""
     config = make_config()
     parts = trained(config, steps=3)
     window = [{"loss": 0.1 + 0.2, "updates": 3.0, "psnr": math.inf}, {"psnr": -math.inf}]  # an objective may log such
     state = TrainingState(12, window=window, features={"ema": {"decay": 0.9}})
-    folder = RunDirectory(tmp_path / "run").save(config, parts, state)
+    folder, synced = tmp_path / "run/checkpoints/step_00000012", []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, folder.exists())))
+        assert RunDirectory(tmp_path / "run").save(config, parts, state) == folder
     assert sorted(path.name for path in folder.iterdir()) == FILES
+    inodes = {path.stat().st_ino: path.name for path in (*folder.iterdir(), folder, folder.parent)}
+    *files, manifest_file, renamed, published = [(inodes[inode], is_there) for inode, is_there in synced]
+    assert sorted(files) == [(name, False) for name in FILES if name != "manifest.json"]
+    assert manifest_file == ("manifest.json", False)
+    assert (renamed, published) == ((folder.name, False), ("checkpoints", True))
 
     other = trained(config)
     assert Checkpoint(folder).load_training(other) == state

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -56,8 +57,18 @@ def final(run_dir: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
 
 
-def test_a_run_leaves_the_files_that_the_readme_names(make_config: MakeConfig) -> None:
+def test_a_run_leaves_the_files_that_the_readme_names(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics records have reached the disk before a checkpoint that comes after them is there."""
+    synced = set()  # records on the disk, and checkpoints that are there
+
+    def fsync(descriptor: int) -> None:
+        records = Path("runs/mine/metrics.jsonl")
+        if records.exists() and os.fstat(descriptor).st_ino == records.stat().st_ino:
+            synced.add((records.read_text().count("\n"), len(list(records.parent.glob("checkpoints/step_*")))))
+
+    monkeypatch.setattr(os, "fsync", fsync)
     run_dir = train(make_config("name=mine"))
+    assert {(5, 0), (10, 1)} <= synced  # of 20 steps each: four of training, and one of validation
     assert run_dir.name == "mine"
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
     pictures = {f"images/{kind}_step_{step:08d}.png" for kind in ("reconstructions", "samples") for step in (20, 40)}
