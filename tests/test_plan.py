@@ -13,6 +13,7 @@ from vae_dist.plan import (
     _normal_words,
     _words_as_int32,
     bernoulli_pixels,
+    binarized,
     bits,
     permutation,
     random_words,
@@ -37,6 +38,7 @@ def test_a_shard_s_noise_is_its_slice_of_the_batch_s_noise(world_size: int, late
     whole = plan.noise(range(17, 20), range(100), (latent_dim,))
     slices = [plan.noise(range(17, 20), shard(100, rank, world_size), (latent_dim,)) for rank in range(world_size)]
     assert torch.equal(torch.cat(slices, 1), whole)
+    torch.testing.assert_close(whole[1], standard_normal(3, Stream.POSTERIOR, 18, range(100), latent_dim))
 
 
 def test_noise_is_standard_normal() -> None:
@@ -53,13 +55,13 @@ def test_noise_differs_by_seed_stream_step_and_row() -> None:
         return standard_normal(seed, stream, step, range(row, row + 1), 1).item()
 
     draws = [
-        first(0, Stream.POSTERIOR, 0, 0),
+        *(first(0, stream, 0, 0) for stream in Stream.__members__.values()),  # with those of an equal number
         first(1, Stream.POSTERIOR, 0, 0),
-        first(0, Stream.EVALUATION, 0, 0),
         first(0, Stream.POSTERIOR, 1, 0),
         first(0, Stream.POSTERIOR, 0, 1),
     ]
     assert len(set(draws)) == len(draws)
+    assert [*map(int, Stream)] == [*range(8), *range(20, 29)]  # runs of earlier versions resume with these
 
 
 @pytest.mark.parametrize("latent_dim", [1, 13, 40])
@@ -126,6 +128,9 @@ def test_each_pixel_is_white_with_its_own_probability() -> None:
     frequency = (drawn == 255).double().mean(0).flatten()
     expected = torch.arange(256).double() / 255
     assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()  # 0 and 255: exactly
+    extremes = torch.tensor([0, -1], dtype=torch.int32)  # the smallest and the largest random number
+    assert binarized(torch.tensor([0, 255], dtype=torch.uint8), extremes).tolist() == [0, 255]
+    assert binarized(torch.tensor([1, 254], dtype=torch.uint8), extremes).tolist() == [255, 0]
 
 
 def test_a_shard_s_binary_pixels_are_its_slice_of_the_batch_s() -> None:
