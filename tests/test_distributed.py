@@ -136,6 +136,13 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
     ]
 
 
+def is_compared(job: tuple[str, str, list[str]]) -> bool:
+    """Whether a job is a training whose run by one process those of several are compared with."""
+    command, _, arguments = job
+    names = {"fp64", "fp32", "one_step", "half", "moved", "labelled"}
+    return command == "train" and any(f"name={name}" in arguments for name in names)
+
+
 def torchrun(world_size: int, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     return subprocess.run(
@@ -161,8 +168,7 @@ def roots(
             root.mkdir()
             listed = jobs(root, reference, smoke_arguments)
             if world_size == 1:
-                alone = ("batches", "train", "evaluate", "sample")
-                worker.main([job for job in listed if job[0] in alone])
+                worker.main([job for job in listed if job[0] in ("batches", "evaluate", "sample") or is_compared(job)])
             else:
                 (root / "jobs.json").write_text(json.dumps(listed))
                 command = str(REPOSITORY / "tests/worker.py"), str(root / "jobs.json")
@@ -383,7 +389,7 @@ def test_in_float32_fifty_steps_are_the_same_to_a_ten_thousandth(world_size: int
     assert largest_difference(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("world_size", [1, *WORLD_SIZES])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world_size: int, roots: dict[int, Path]) -> None:
     runs = roots[world_size] / "runs"
     ours, theirs = tensors(runs / "went_on"), tensors(runs / "never_stopped")
@@ -493,7 +499,7 @@ def test_a_warning_is_shown_once_by_one_process_or_by_all(world_size: int, roots
     assert re.fullmatch(rf"process [1-9] of {world_size} on {platform.node()}: said by the others", other)
 
 
-@pytest.mark.parametrize("world_size", [1, *WORLD_SIZES])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_two_networks_and_their_average_resume_bitwise(world_size: int, roots: dict[int, Path]) -> None:
     whole, cut = (roots[world_size] / f"runs/two_{name}/checkpoints/step_00000020" for name in ("whole", "cut"))
     names = {path.name for path in whole.glob("*.safetensors")}
