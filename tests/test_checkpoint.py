@@ -194,16 +194,16 @@ def test_a_failed_pruning_warns_and_the_run_continues(
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
-    """A real limit of the operating system, on the size of files."""
-    good = written(make_config(), tmp_path, 1)
+    """A real limit of the operating system, on the size of files. An older one is pruned only after a save."""
+    good = written(make_config(), tmp_path, 1, 2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(RunError, match=r"step 2 can't be saved in .*: File too large; make room .*ulimit.*"):
-            written(make_config("name=mine"), tmp_path, 2)
+        with pytest.raises(RunError, match=r"step 3 can't be saved in .*: File too large; make room .*ulimit.*"):
+            written(make_config("name=mine"), tmp_path, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in good.parent.iterdir()] == ["step_00000001"]
+    assert sorted(path.name for path in good.parent.iterdir()) == ["step_00000001", "step_00000002"]
     assert newest_checkpoint(tmp_path / "run") == good
 
 
