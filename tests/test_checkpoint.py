@@ -327,9 +327,10 @@ def test_unfinished_and_foreign_folders_are_no_checkpoints(make_config: MakeConf
     assert newest_checkpoint(tmp_path / "run") == folder
 
 
-def test_nothing_is_changed_when_a_checkpoint_does_not_fit(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unfit", ["model.latent_dim=3", "optim.optimizer=adamax"])  # the first file, and the last
+def test_nothing_is_changed_when_a_checkpoint_does_not_fit(unfit: str, make_config: MakeConfig, tmp_path: Path) -> None:
     folder = written(make_config(), tmp_path, 1)
-    other = trained(make_config("model.latent_dim=3"))
+    other = trained(make_config(unfit))
     before = {name: tensor.clone() for name, tensor in other.vae.state_dict().items()}
     with pytest.raises(BadCheckpointError, match="does not fit the config's model"):
         Checkpoint(folder).load_training(other)
@@ -369,19 +370,18 @@ def test_a_manifest_states_sizes_hashes_and_versions(make_config: MakeConfig, tm
     assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_tensors_of_another_shape_are_refused_despite_a_valid_hash(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_tensors_of_another_shape_or_type_are_refused_despite_a_valid_hash(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     folder = written(make_config(), tmp_path, 1)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["decoder.layers.0.bias"] = torch.zeros(1)
-    save_file(tensors, folder / "model.safetensors")
-    content = (folder / "model.safetensors").read_bytes()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert Checkpoint(folder).verify().step == 1
-    config = opened(folder).config
-    with pytest.raises(BadCheckpointError, match=r"does not fit the config's model: decoder.layers.0.bias"):
-        Checkpoint(folder).load_vae(config, torch.device("cpu"))
+    tensors, name = load_file(folder / "model.safetensors"), "decoder.layers.0.bias"
+    for other in (torch.zeros(1), tensors[name].double()):
+        save_file({**tensors, name: other}, folder / "model.safetensors")
+        reseal(folder)
+        assert Checkpoint(folder).verify().step == 1
+        config = opened(folder).config
+        with pytest.raises(BadCheckpointError, match=r"does not fit the config's model: decoder.layers.0.bias"):
+            Checkpoint(folder).load_vae(config, torch.device("cpu"))
 
 
 def reseal(folder: Path) -> None:
