@@ -40,7 +40,7 @@ from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
-from vae_dist.objectives import ElboTerms
+from vae_dist.objectives import OBJECTIVES, ElboTerms, Values
 from vae_dist.plan import Plan
 from vae_dist.runs.claim import claim
 from vae_dist.terminal import console
@@ -146,6 +146,22 @@ def spoil_step_8(patch: pytest.MonkeyPatch) -> None:
         return batch._replace(noise=batch.noise * torch.nan) if 7 in steps else batch
 
     patch.setattr(Batches, "__call__", spoiled)
+
+
+def spoil_the_loss_of_step_8(patch: pytest.MonkeyPatch) -> None:
+    """Make the loss of a step infinite, and no gradient."""
+    draw, elbo, taken = Batches.__call__, OBJECTIVES["elbo"], [range(0)]
+
+    def noted(batches: Batches, steps: range) -> Batch:
+        taken[0] = steps
+        return draw(batches, steps)
+
+    def spoiled(*given: Any) -> Values:
+        values = elbo(*given)
+        return {**values, "loss": values["loss"] + torch.inf} if 7 in taken[0] else values
+
+    patch.setattr(Batches, "__call__", noted)
+    patch.setitem(OBJECTIVES, "elbo", spoiled)
 
 
 def warn(output: str, arguments: list[str]) -> None:
@@ -275,6 +291,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "stop": on_last_process(ask_to_stop),
     "stop_in_validation": on_last_process(ask_to_stop_in_validation),
     "spoil": on_last_process(spoil_step_8),
+    "spoil_the_loss": on_last_process(spoil_the_loss_of_step_8),
     "full_disk": fill_the_disk,
     "warn": warn,
     "train_from_a_file": train_from_a_file,
