@@ -33,6 +33,7 @@ DISAGREEMENTS = {
     "data": "do not agree on the training images: ",
 }
 DRIFTS = {  # by where a state is compared: which fault, with which arguments
+    "the_start": ("start", "train.steps=2"),
     "a_record": ("weights", "train.log_every=2"),
     "a_save": ("moments", "checkpoint.every=2"),
     "an_extra_check": ("moments", "runtime.verify_every=2"),
@@ -333,8 +334,9 @@ def test_a_state_that_differs_ends_all_processes_and_is_never_saved(
     messages = {(roots[world_size] / f"{where}.{rank}").read_text() for rank in range(world_size)}
     assert len(messages) == 1
     last, host = world_size - 1, platform.node()
+    step = 0 if where == "the_start" else 2
     message = (
-        f"after step 2 the weights or moments of process {last} on {host} differ from those of process 0 on {host}"
+        f"after step {step} the weights or moments of process {last} on {host} differ from those of process 0 on {host}"
     )
     assert messages.pop().startswith(f"RunError: {message}, and they are not saved.")
     assert newest_checkpoint(roots[world_size] / "runs" / where) is None

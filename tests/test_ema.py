@@ -47,6 +47,8 @@ def test_it_is_the_average_of_the_weights_after_each_step(flat: bool, make_confi
                 assert not torch.equal(average[name], weight)
         assert update.require_healthy(12) == 1
     assert not any(parameter.requires_grad for parameter in networks["ema"].parameters())
+    compared = {tensor.untyped_storage().data_ptr() for tensor in update.recipe.tensors}  # with other processes'
+    assert all(average.untyped_storage().data_ptr() in compared for average in networks["ema"].parameters())
 
 
 def test_a_resumed_run_has_bitwise_the_same_average(make_config: MakeConfig) -> None:

@@ -40,11 +40,13 @@ from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
+from vae_dist.models.diffusers_start import start_vae
+from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES, ElboTerms, Values
 from vae_dist.plan import Plan
 from vae_dist.runs.claim import claim
 from vae_dist.terminal import console
-from vae_dist.training import milestones, schedules
+from vae_dist.training import loop, milestones, schedules
 from vae_dist.training.loop import train
 from vae_dist.training.recipes import RECIPES
 from vae_dist.training.update import Update
@@ -93,6 +95,8 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
                 patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
                 patch.setattr(datasets, "_read_digits", partial(with_another_pixel, datasets._read_digits))
+            elif what == "start":
+                patch.setattr(loop, "start_vae", partial(with_another_weight, start_vae))
             elif what in ("weights", "moments"):
                 patch.setattr(Update, "__call__", partialmethod(nudge, Update.__call__, what))
             return record_refusal(output, arguments)
@@ -197,11 +201,22 @@ def with_another_pixel(
     return tensors, datasets._digest(tensors)
 
 
+def with_another_weight(start: Callable[..., VAE], *given: Any) -> VAE:
+    """Return a first model of which one weight is another one."""
+    vae = start(*given)
+    next(vae.parameters()).data.view(-1)[0] += 1e-6
+    return vae
+
+
 def nudge(update: Update, take: Callable[..., None], what: str, *inputs: Any) -> None:
-    """Change one bias, or one second moment, on this process alone, then take a step."""
+    """Take a step; change one bias before it, or one second moment after the second one, on this process alone."""
+    optimizer = update.recipe.optimizers["optimizer"]
     with torch.no_grad():
-        update.recipe.optimizers["optimizer"].tensors[1 if what == "weights" else -2].view(-1)[0] += 1e-6
+        if what == "weights":
+            optimizer.tensors[1].view(-1)[0] += 1e-6
     take(update, *inputs)
+    if what == "moments" and optimizer.updates == 2:  # no weight has felt it yet
+        optimizer.tensors[-2].view(-1)[0] += 1e-6
 
 
 def on_unlike_processors(output: str, arguments: list[str]) -> None:
@@ -284,7 +299,10 @@ assert RECIPES["two_networks"] is TwoNetworks  # its import has registered it
 COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "batches": record_batches,
     "refusal": record_refusal,
-    **{f"disagree_{what}": disagree(what) for what in ("config", "code", "torch", "data", "weights", "moments")},
+    **{
+        f"disagree_{what}": disagree(what)
+        for what in ("config", "code", "torch", "data", "start", "weights", "moments")
+    },
     "unlike_processors": on_unlike_processors,
     "with_a_loss_scaler": with_a_loss_scaler,
     **{f"compiled_where_{name}": compiled_where(name) for name in (0, 2, None)},
