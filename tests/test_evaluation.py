@@ -20,7 +20,7 @@ from vae_dist.data.source import Source, read, select
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.evaluation.metrics import encode, negative_log_likelihood, score
+from vae_dist.evaluation.metrics import encode, measure, negative_log_likelihood, score
 from vae_dist.evaluation.protocol import comparison_warning
 from vae_dist.models import build_vae
 from vae_dist.models.likelihoods import GaussianPixels
@@ -176,7 +176,8 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
     class Spoiled(Gaussian):
         def log_prob(self, images: Tensor) -> Tensor:
             values = super().log_prob(images)
-            values[33] = bad  # of 1200: four samples of each of the 300 images
+            if len(values) == 1200:  # four samples of each of the 300 images: the ELBO, of one sample, stays finite
+                values[33] = bad
             return values
 
     class SpoiledPixels(GaussianPixels):
@@ -184,10 +185,13 @@ def test_a_weight_that_is_not_finite_makes_its_estimate_nan(bad: float) -> None:
             return Spoiled(location, sigma)
 
     vae.likelihood = SpoiledPixels(ObjectiveConfig(sigma=SIGMA))
-    estimates = estimate(
-        vae, of_pixels(PIXELS), "evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200"
-    )
+    arguments = ["evaluate.importance_samples=4", "evaluate.batch_size=300", "evaluate.chunk=1200"]
+    estimates = estimate(vae, of_pixels(PIXELS), *arguments)
     assert estimates[33].isnan() and estimates.isfinite().sum() == 299
+    message = r"negative_log_likelihood is not finite for 1 of 300 images \(the first: image 33\)"
+    settings = config.load(["device=cpu", *arguments])
+    with processes.join(settings) as world, pytest.raises(UserError, match=message):
+        measure(vae, of_pixels(PIXELS), world, settings)
 
 
 def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
@@ -200,7 +204,7 @@ def test_a_model_whose_metrics_are_not_finite_is_refused(run_dir: Path) -> None:
     state.step = 11
     RunDirectory(run_dir).save(source.config, parts, state)
     with pytest.raises(UserError, match=r"negative_elbo is not finite for 200 of 200 images .* evaluate an earlier"):
-        evaluate(run_dir)
+        evaluate(run_dir, ["evaluate.importance_samples=0"])
     assert not (run_dir / "evaluation.json").exists()
     assert evaluate(run_dir / "checkpoints/step_00000010")["step"] == 10
 
