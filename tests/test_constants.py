@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import opened
 from vae_dist import config
 from vae_dist.config import ObjectiveConfig
 from vae_dist.distributed.world import World
@@ -170,5 +171,8 @@ def test_an_evaluation_has_them_for_a_conditional_model_too(smoke_arguments: lis
     assert 0 <= result["constant_grid"] < 128 and 0 < result["constant_border"] < 255
     text = "2, decoded from the posterior mean, not rounded; period 4 pixels; of the classes in turn"
     assert result["protocol"]["constant_images"] == text
+    checkpoint, settings, *_ = opened(run_dir, ["evaluate.batch_size=1"])
+    one_by_one = constants.measure(checkpoint.load_vae(settings, torch.device("cpu")), ALONE, settings)
+    assert one_by_one["constant_border"].mean().item() == pytest.approx(result["constant_border"], rel=1e-5)
     record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["test/constant_border"] == result["constant_border"]

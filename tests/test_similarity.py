@@ -253,7 +253,10 @@ def test_the_fid_is_the_distance_of_images_and_samples(conditional: str, make_co
         metrics, _ = measure(vae, test, world, source.config, Networks(inception=Averages()))
         reference = torch.ones(1, 4)
         assert fid.fid(vae, Averages(), reference, world, source.config) is None
+        features = fid._of_samples(vae, Averages(), world, source.config)
     samples = load_file(sample(run_dir, ["sample.count=101"]) / "samples.safetensors")["images"]
+    # One by one: after few steps they are so alike that others would have nearly the same distance.
+    torch.testing.assert_close(features.double(), averages(samples), rtol=0, atol=0.02)
     images = read_inputs(vae, test, range(test.info.count)).images
     expected = fid.frechet_distance(averages(images), averages(samples))
     assert metrics["fid"] == pytest.approx(expected, rel=1e-3) and metrics["fid_samples"] == 101
