@@ -127,6 +127,9 @@ def test_a_scaler_s_state_moves_once_during_the_capture() -> None:
     assert scale == {"scale": 16.0}
     captured(torch.zeros(1))
     assert scale == {"scale": 32.0} and not captured.failed
+    forgetful = CapturedSteps(steps, [], doing_nothing, scale.copy, scale.update)
+    forgetful(torch.zeros(1))
+    assert scale == {"scale": 64.0} and forgetful.failed
 
 
 @pytest.mark.parametrize(("flat", "optimizer"), [(False, "adam"), (True, "adam"), (True, "adamax")])
