@@ -320,9 +320,10 @@ def test_the_autoencoder_does_not_feel_the_discriminator_before_its_start() -> N
 
 def test_a_spike_changes_nothing_and_is_counted() -> None:
     with recipe_of(*ADVERSARIAL, "first_stage.skip_norm=1e-6") as recipe:
-        before = [tensor.clone() for tensor in recipe._optimizer.tensors]
+        tensors = [tensor for optimizer in recipe.optimizers.values() for tensor in optimizer.tensors]
+        before = [tensor.clone() for tensor in tensors]
         totals = take(recipe, random_batch(recipe.model))
-        assert all(map(torch.equal, before, recipe._optimizer.tensors))
+        assert len(recipe.optimizers) == 2 and all(map(torch.equal, before, tensors))
         names = [*recipe.image_values, *recipe.norms]
         assert totals[names.index("spikes")] == 1 and recipe.memory.spikes == 1
         assert totals[-3:].tolist() == [1, 1, 0]  # the run goes on
