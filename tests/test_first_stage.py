@@ -319,8 +319,9 @@ def test_the_autoencoder_does_not_feel_the_discriminator_before_its_start() -> N
 
 
 def test_a_spike_changes_nothing_and_is_counted() -> None:
-    with recipe_of(*ADVERSARIAL, "first_stage.skip_norm=1e-6") as recipe:
-        tensors = [tensor for optimizer in recipe.optimizers.values() for tensor in optimizer.tensors]
+    with recipe_of(*ADVERSARIAL, "first_stage.skip_norm=1e-6", "ema.decay=0.5") as recipe:
+        averages = [weight.zero_() for weight in recipe.networks["ema"].parameters()]  # other ones than the weights
+        tensors = [tensor for optimizer in recipe.optimizers.values() for tensor in optimizer.tensors] + averages
         before = [tensor.clone() for tensor in tensors]
         totals = take(recipe, random_batch(recipe.model))
         assert len(recipe.optimizers) == 2 and all(map(torch.equal, before, tensors))
