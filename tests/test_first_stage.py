@@ -318,6 +318,14 @@ def test_the_autoencoder_does_not_feel_the_discriminator_before_its_start() -> N
 # ---- Updates that are skipped
 
 
+def test_every_number_of_a_checkpoint_is_compared_over_the_processes() -> None:
+    with recipe_of(*ADVERSARIAL, "first_stage.adaptive=true", "ema.decay=0.5") as recipe:
+        compared = {tensor.data_ptr() for tensor in recipe.tensors}
+        for name, network in recipe.networks.items():
+            for key, tensor in network.state_dict().items():
+                assert tensor.data_ptr() in compared, (name, key)
+
+
 def test_a_spike_changes_nothing_and_is_counted() -> None:
     with recipe_of(*ADVERSARIAL, "first_stage.skip_norm=1e-6", "ema.decay=0.5") as recipe:
         averages = [weight.zero_() for weight in recipe.networks["ema"].parameters()]  # other ones than the weights

@@ -21,7 +21,7 @@ from vae_dist import locks
 from vae_dist.data import decoding, pack_file, pack_journal
 from vae_dist.data import packing as packings
 from vae_dist.data.folder_index import listed
-from vae_dist.data.pack_file import BadPackError, Pack, is_pack, open_pack
+from vae_dist.data.pack_file import BadPackError, Pack, is_pack, open_pack, sampled
 from vae_dist.data.packing import packed
 from vae_dist.data.pixels import Rule, decode
 from vae_dist.errors import UserError
@@ -472,6 +472,26 @@ def test_an_index_that_contradicts_itself_is_refused(key: str, value: Any, origi
     changed = {**about, section: {**about[section], inside: value} if inside else value}
     (folder / "index.json").write_text(json.dumps(changed))
     with pytest.raises(BadPackError, match=section):
+        open_pack(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("labels.npy", -1, 3), ("labels.npy", 0, -1), ("sizes.npy", 0, -1), ("offsets.npy", 0, 1),
+        ("offsets.npy", 2, 0), ("offsets.npy", -1, 0), ("pixels.npy", 0, 255),
+    ],
+)  # fmt: skip
+def test_an_array_that_contradicts_the_index_is_refused(
+    name: str, place: int, value: int, original: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(original, tmp_path / "pack")
+    array = np.load(folder / name, mmap_mode="r+")
+    chosen = sampled(len(array))[0] if name == "pixels.npy" else place
+    assert (array[chosen] != value).any()
+    array[chosen] = value
+    array.flush()
+    with pytest.raises(BadPackError, match=name):
         open_pack(folder)
 
 
