@@ -23,7 +23,7 @@ def choose_device(device: str) -> str:
     if device not in available:
         raise UserError(f"unknown device {device!r}; choose from auto, {', '.join(sorted(available))}")
     if not available[device]:
-        raise UserError(f"device={device} can't be used on this machine; use device=cpu or leave it out")
+        raise UserError(f"device={device} can't be used on this machine; use device=cpu")
     return device
 
 
