@@ -185,8 +185,8 @@ def _warn_of_no_sync(device: int, path: Path, problem: str) -> None:
 
 
 def read_bounded(path: Path, limit: int, *, follow: bool = True) -> bytes:
-    """Return a regular file's content, `limit` bytes at most. Raises OSError as `open_bounded` does."""
-    with open_bounded(path, limit, follow=follow) as file:
+    """Return a regular file's content, `limit` bytes at most. Raises OSError as `open_regular` does."""
+    with open_regular(path, limit, follow=follow) as file:
         return file.read(os.fstat(file.fileno()).st_size)
 
 
@@ -201,8 +201,8 @@ def parse_object(content: bytes, constant: Callable[[str], object] | None = None
     return values
 
 
-def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BufferedReader:
-    """Open a regular file of at most `limit` bytes for reading.
+def open_regular(path: Path, limit: int | None = None, *, follow: bool = True) -> BufferedReader:
+    """Open a regular file, of at most `limit` bytes unless that is None, for reading.
 
     Raises OSError for a longer file, and at once for a pipe or a device, which might never end or never begin; without
     `follow` for a symbolic link too.
@@ -214,7 +214,7 @@ def open_bounded(path: Path, limit: int, *, follow: bool = True) -> BufferedRead
         if not stat.S_ISREG(status.st_mode):
             kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "Is not a regular file"
             raise OSError(errno.EINVAL, kind, str(path))
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise OSError(errno.EFBIG, f"Has more than {limit} bytes", str(path))
         return open(descriptor, "rb")
     except BaseException:

@@ -21,11 +21,10 @@ from numpy.lib import format as npy
 
 from vae_dist.config import as_text
 from vae_dist.errors import UserError
-from vae_dist.files import open_bounded, reason
+from vae_dist.files import open_regular, reason
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
-ANY_SIZE = 2**63  # of a file: it is mapped, not read
 HEADER_BYTES = 2**20  # of an array, or of the list of a file's arrays
 MOST_DIMENSIONS = 32
 
@@ -63,7 +62,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 def members(path: Path) -> dict[str, Member]:
     """Return the arrays of a file by name; that of a .npy file has the name "". Raises BadArrayError or OSError."""
-    with open_bounded(path, ANY_SIZE) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise BadArrayError("it is empty; write it again")
@@ -77,7 +76,7 @@ def members(path: Path) -> dict[str, Member]:
 
 def mapped(path: Path, member: Member) -> npt.NDArray[Any]:
     """Return an array of a file as a read-only memory map. Raises BadArrayError or OSError."""
-    with open_bounded(path, ANY_SIZE) as file:
+    with open_regular(path) as file:
         try:
             return np.asarray(np.memmap(file, member.code, "r", member.offset, member.shape))
         except ValueError as error:

@@ -70,7 +70,7 @@ class Header(NamedTuple):
 
 def header(path: Path) -> Header:
     """Read a file's header; nothing is decoded. Raises DamagedError, and UserError if the system fails to read."""
-    with explained(path), files.open_bounded(path, MAX_BYTES, follow=False) as file:
+    with explained(path), files.open_regular(path, MAX_BYTES, follow=False) as file:
         image = open_image(file)
         return Header(image.format or "", *image.size)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vae_dist.data.arrangement import PARTS, Arrangement
 from vae_dist.data.pixels import Resize, Rule
 from vae_dist.errors import UNPRINTABLE, UserError
-from vae_dist.files import open_bounded, parse_object, read_bounded
+from vae_dist.files import open_regular, parse_object, read_bounded
 from vae_dist.plan import FIXED_SEED
 
 FORMAT = "vae_dist packed images, version 1"
@@ -188,6 +188,6 @@ def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray
     """Map the array of a .npy file of exactly this form. Writes to it would stay in memory."""
     expected = header(dtype, shape)
     size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
-    with open_bounded(path, size, follow=False) as file:
+    with open_regular(path, size, follow=False) as file:
         _require(file.read(len(expected)) == expected and file.seek(0, 2) == size, path.name)
         return np.memmap(file, dtype, "c", len(expected), shape)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vae_dist.config.text import truncate
 from vae_dist.encoding.request import Request
-from vae_dist.files import ELSEWHERE, open_bounded, reason, write_atomically, writing
+from vae_dist.files import ELSEWHERE, open_regular, reason, write_atomically, writing
 from vae_dist.runs.checkpoint import all_finite
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 METADATA = "vae_dist"  # one key: safetensors writes several in an order that changes
 THREADS = "threads"  # entry of the metadata; shards of a GPU and of old versions have none
 HEADER_BYTES = 2**16  # of a shard, at most
-ANY_SIZE = 2**62
 MOST_THREADS = 1024  # as for train.threads
 PATTERN = "latents-*.safetensors"
 
@@ -81,7 +80,7 @@ def read(path: Path, request: Request, shard: range) -> dict[str, Tensor] | None
 
 def describe(path: Path, shard: range) -> File:
     """Return a shard on the disk as the index lists it."""
-    with open_bounded(path, ANY_SIZE, follow=False) as file:
+    with open_regular(path, follow=False) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return File(path.name, shard.start, len(shard), file.tell(), digest)
 
@@ -101,7 +100,7 @@ def threads_of(folder: Path) -> list[int]:
 
 def _stated(path: Path) -> Any:
     try:
-        return _load(path, ANY_SIZE, with_tensors=False)[0]
+        return _load(path, None, with_tensors=False)[0]
     except Exception:  # as in `read`
         return None
 
@@ -111,8 +110,8 @@ def _threads(about: Any) -> int | None:
     return number if type(number) is int and 1 <= number <= MOST_THREADS else None
 
 
-def _load(path: Path, limit: int, *, with_tensors: bool = True) -> tuple[Any, dict[str, Tensor]]:
-    open_bounded(path, limit, follow=False).close()
+def _load(path: Path, limit: int | None, *, with_tensors: bool = True) -> tuple[Any, dict[str, Tensor]]:
+    open_regular(path, limit, follow=False).close()
     with safe_open(path, "pt") as file:
         names = list(file.keys()) if with_tensors else []
         return json.loads((file.metadata() or {}).get(METADATA, "")), {name: file.get_tensor(name) for name in names}

@@ -10,7 +10,7 @@ from safetensors.torch import load as parse
 from torch import Tensor, nn
 
 from vae_dist.errors import UserError
-from vae_dist.files import open_bounded, read_bounded, reason
+from vae_dist.files import open_regular, read_bounded, reason
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -54,7 +54,7 @@ def load(
 def digest(path: Path) -> str | None:
     """Return the sha256 of a network's file, as `load` does; None if it can't be read."""
     try:
-        with open_bounded(path, 2**32) as file:
+        with open_regular(path, 2**32) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 import vae_dist
 from vae_dist.errors import UserError
-from vae_dist.files import open_bounded, parse_object
+from vae_dist.files import open_regular, parse_object
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "state.json", "config.yaml")  # of every checkpoint; a training's has others too
 MOST_FILES = 32
-ANY_SIZE = 2**63  # of a file, whose size the manifest says
 SMALL_FILE_BYTES = 2**22  # more than manifest and config have, and the state of thousands of processes
 
 _TENSORS = re.compile(r"[a-z][a-z0-9_]{0,60}\.safetensors")  # names of other files
@@ -143,15 +142,15 @@ def require_size(path: Path, sealed: Sealed) -> None:
 
 
 def _open_sealed(path: Path, sealed: Sealed) -> BufferedReader:
-    file = _open(path, ANY_SIZE)
+    file = _open(path, None)
     if (size := os.fstat(file.fileno()).st_size) != sealed.bytes:
         file.close()
         raise BadCheckpointError(f"{path} has {size} bytes, not {sealed.bytes}")
     return file
 
 
-def _open(path: Path, limit: int) -> BufferedReader:
+def _open(path: Path, limit: int | None) -> BufferedReader:
     try:
-        return open_bounded(path, limit, follow=False)
+        return open_regular(path, limit, follow=False)
     except OSError as error:
         raise BadCheckpointError(f"{path} can't be read ({error.strerror})") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args
 
 from vae_dist.errors import UserError
-from vae_dist.files import make_folder, open_bounded, writing
+from vae_dist.files import make_folder, open_regular, writing
 from vae_dist.runs.wandb_client import is_installed
 
 Kind = Literal["training", "evaluation", "samples"]
@@ -32,7 +32,6 @@ _PROGRAM = re.compile(rb"/vae_dist/(" + b"|".join(map(re.escape, _PROGRAMS)) + r
 _PROGRAM_WITHIN = 2**16  # bytes; it comes after the config
 _FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-.+", re.DOTALL)
 _FILE = re.compile(r"run-([\w.-]{1,64})\.wandb", re.ASCII)
-_ANY_SIZE = 2**63  # of a file: its beginning is read
 _LONGEST = 140  # bytes of a run's name in the list, so that all of an entry fits into the 255 of a file's name
 
 
@@ -125,10 +124,10 @@ def _records(run_dir: Path) -> list[WandbRecord]:
 
 def _kind(file: Path) -> str:
     """Return the kind noted next to a record; for records of earlier versions, that of the program that made it."""
-    with suppress(OSError), open_bounded(file.with_name(KIND), _ANY_SIZE) as note:
+    with suppress(OSError), open_regular(file.with_name(KIND)) as note:
         kind = note.read(100).decode(errors="replace").strip()
         return kind if kind in get_args(Kind) else "record"
-    with suppress(OSError), open_bounded(file, _ANY_SIZE) as record:
+    with suppress(OSError), open_regular(file) as record:
         if match := _PROGRAM.search(record.read(_PROGRAM_WITHIN)):
             return _PROGRAMS[match[1]]
     return "record"
