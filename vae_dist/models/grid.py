@@ -15,12 +15,13 @@ class GridVAE(VAE):
     def __init__(self, options: GridConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int) -> None:
         super().__init__(image_shape, likelihood, classes)
         self.options = options
+        self.factor = options.factor  # torch.compile does not follow the property of a subclass
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
         channels, height, width = image_shape
         if channels != self.image_shape[0]:
             raise ValueError(f"images for this model have channels={self.image_shape[0]}, not {channels}")
-        factor = self.options.factor
+        factor = self.factor
         if height % factor or width % factor:
             raise ValueError(
                 f"images of {height} x {width} can't be encoded: use sizes that {factor} divides, {self.remedy}"
