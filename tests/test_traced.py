@@ -1,5 +1,6 @@
 """What a compiler traces for a GPU, where plain operations replace those whose compiled forms are slow there."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from vae_dist.models.blocks import repeated
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.vae_recipe import VAERecipe
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 MODULES = autoencoder_kl, blocks, norms, pixel_distributions, tensors  # that write something anew for a GPU
 NETWORK = [
@@ -60,16 +63,16 @@ def test_attention_of_many_pixels_is_left_to_the_kernel_that_keeps_no_weights(mo
     assert list(sizes.values()) == ["products", "products", "kernel", "kernel"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", [["model.architecture=conv"], ["model.architecture=resnet", "model.blocks=1"]])
 @pytest.mark.parametrize(
     "options",
     [
-        ["objective.reconstruction=bernoulli"], ["objective.reconstruction=gaussian", "objective.sigma_kind=optimal"],
-        ["objective.reconstruction=gaussian", "objective.sigma_kind=learned", "objective.bound=iwae"],
+        slow(["objective.reconstruction=bernoulli"]),
+        slow(["objective.reconstruction=gaussian", "objective.sigma_kind=optimal"]),
+        slow(["objective.reconstruction=gaussian", "objective.sigma_kind=learned", "objective.bound=iwae"]),
         ["objective.reconstruction=laplace", "model.conditional=true"],
     ],
-)  # fmt: skip
+)
 def test_gradients_traced_for_a_gpu_are_those_of_autograd(
     network: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
