@@ -88,7 +88,7 @@ def comparison_warning(config: Config) -> str | None:
     cautions = [_caution_of_pixels(config)]
     if config.model.conditional:
         cautions.append(
-            "this model is told each image's label: its figures are of p(x|y), not of p(x), and compare with those of "
+            "this model is told each image's label: its numbers are of p(x|y), not of p(x), and compare with those of "
             "other models that are told it"
         )
     return "; ".join(filter(None, cautions)) or None
@@ -99,7 +99,7 @@ def _caution_of_pixels(config: Config) -> str | None:
     caution = likelihood_kind(config.objective).caution(config.data.binarize, name)
     if caution is None and config.data.binarize == "threshold":
         return (
-            f"these pixels were cut at half of white: compare these figures with others on {name} cut so, not with "
+            f"these pixels were cut at half of white: compare these numbers with others on {name} cut so, not with "
             "papers, which draw binary pixels at random (train with data.binarize=dynamic for that)"
         )
     return caution

@@ -81,7 +81,7 @@ class BernoulliPixels(LikelihoodKind):
         if binarize != "none":
             return None
         return (
-            "a Bernoulli of pixels that are not binary is not a likelihood: compare these figures with others on the "
+            "a Bernoulli of pixels that are not binary is not a likelihood: compare these numbers with others on the "
             f"same pixels of {dataset}, not with papers on binarised images (for those, train on grey images with "
             "data.binarize=dynamic)"
         )
@@ -119,7 +119,7 @@ class LocationScaleKind(LikelihoodKind):
         if self.scale.is_fitted:
             size, others = "whose sigma was fitted", "a fitted sigma"
         return (
-            f"a {self.name.capitalize()} of pixels is a density, {size}: compare these figures with others of "
+            f"a {self.name.capitalize()} of pixels is a density, {size}: compare these numbers with others of "
             f"{others} on the same pixels, not with probabilities of images"
         )
 
