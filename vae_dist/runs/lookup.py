@@ -19,7 +19,7 @@ from vae_dist.runs.run import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-READ_ATTEMPTS = 5  # to open a checkpoint of a live training before it is pruned
+READ_ATTEMPTS = 20  # to open a checkpoint of a live training before it is pruned
 
 
 class Opened(NamedTuple):
