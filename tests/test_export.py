@@ -318,9 +318,10 @@ target, moment = Path(sys.argv[1]), int(sys.argv[2])
 rename, renamed = Path.rename, []
 
 def until_killed(path, to):
-    if len(renamed) == moment:
-        os.kill(os.getpid(), signal.SIGKILL)
-    renamed.append(to)
+    if path.is_dir():
+        if len(renamed) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        renamed.append(to)
     return rename(path, to)
 
 Path.rename = until_killed

@@ -103,11 +103,7 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
             written[partial] = path
             _fill(descriptor, content, path, durable=durable)
         for partial, path in written.items():
-            try:
-                os.replace(partial, path)
-            except OSError as error:
-                if error.errno not in _NOT_RENAMED:
-                    raise
+            if not renamed(partial, path):
                 # Overwrite the old content, don't truncate it first: content that is not longer needs no new space.
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 _fill(descriptor, contents[path], path, durable=durable)
@@ -116,10 +112,10 @@ def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> N
             partial.unlink(missing_ok=True)
 
 
-def renamed(folder: Path, target: Path) -> bool:
-    """Rename a folder; return whether the file system could. Raises OSError if copying could not either."""
+def renamed(path: Path, target: Path) -> bool:
+    """Rename a file or a folder; return whether the file system could. Raises OSError if copying could not either."""
     try:
-        folder.rename(target)
+        path.rename(target)
     except OSError as error:
         if error.errno not in _NOT_RENAMED:
             raise

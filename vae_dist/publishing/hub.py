@@ -105,7 +105,7 @@ def fetch(name: str) -> Path:
             f"{name[:200]!a} is no model of the Hugging Face Hub: give hf://USER/NAME or hf://USER/NAME@REVISION"
         )
     check_repository(repository)
-    _token()
+    _token()  # the client says of a bad one that the network fails
     with _explained(f"can't download {name}"):
         snapshot = Path(
             snapshot_download(
