@@ -329,6 +329,7 @@ def test_every_picture_is_that_of_the_command(runs: Runs, test_images: Tensor, t
         "neighbours": (run.show_neighbours(codes=[[0, 1]], steps=3), ["sample.codes=[[0,1]]", "sample.steps=3"]),
         "interpolation": (run.show_interpolation(images=[0, 1]), ["sample.images=[0,1]"]),
         "manifold": (run.show_manifold(steps=4), ["sample.steps=4"]),
+        "levels": (run.show_levels(images=[3]), ["sample.images=[3]"]),
         "scatter": (run.show_scatter(), []),
         "reconstruction": (run.show_reconstructions(), []),
         "codes": (run.show_codes(torch.zeros(2, 2)), ["sample.codes=[[0,0],[0,0]]"]),

@@ -300,6 +300,7 @@ EVERY_KIND = {
     "traversal": ["sample.labels=[2]"],
     "manifold": ["sample.steps=4"],
     "reconstruction": ["sample.pixels=draw"],
+    "levels": ["sample.images=[3,7]"],
     "scatter": [],
 }
 
@@ -321,6 +322,7 @@ def test_a_view_decodes_every_code_as_the_class_that_it_states(kind: str, run_di
         "neighbours": lambda: stored["test_labels"].expand(50),
         "traversal": lambda: torch.full((104,), 2),
         "manifold": lambda: torch.zeros(16, dtype=torch.int64),
+        "levels": lambda: stored["test_labels"],
         "reconstruction": lambda: stored["test_labels"].repeat_interleave(9),
     }
     if kind in expected:

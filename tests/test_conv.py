@@ -193,6 +193,7 @@ SAMPLED = {
     "traversal": ["sample.kind=traversal", "sample.rows=3"],
     "manifold": ["sample.kind=manifold", "sample.steps=3"],
     "reconstruction": ["sample.kind=reconstruction", "sample.images=[0,1]", "sample.steps=2"],
+    "levels": ["sample.kind=levels", "sample.images=[0,1]"],
     "scatter": ["sample.kind=scatter"],
 }
 STOPPED = ["train.steps=6", "checkpoint.every=3", "ema.decay=0.9", "optim.max_grad_norm=1"]

@@ -69,6 +69,7 @@ EVERY_KIND = {
     "traversal": ["sample.kind=traversal"],
     "manifold": ["sample.kind=manifold", "sample.steps=4"],
     "reconstruction": ["sample.kind=reconstruction"],
+    "levels": ["sample.kind=levels"],
     "scatter": ["sample.kind=scatter"],
 }
 

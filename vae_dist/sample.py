@@ -10,6 +10,7 @@ KIND        prior            draws, 64 by default (sample.count); sample.sampler
             traversal        each latent from -3 to 3
             manifold         a plane of the latent space
             reconstruction   test images, and decoded draws from their posteriors
+            levels           test images from the first levels of their latents (ladder), one more in each column
             scatter          the posterior means of all test images, by label
 RUN         a run's directory, or one of its checkpoints; by default the newest run in runs_dir
 key=value   one of the options below, none of which belongs to the training

@@ -117,6 +117,10 @@ class Run(TrainedModel):
         """Draw a plane of the latent space. `options`: steps, the images on a side."""
         return self._drawn("manifold", **options)
 
+    def show_levels(self, **options: Any) -> Image.Image:
+        """Draw test images decoded from the first levels of their latents. `options`: images."""
+        return self._drawn("levels", **options)
+
     def show_scatter(self) -> Image.Image:
         """Plot the posterior means of the test images, by label."""
         return self._drawn("scatter")

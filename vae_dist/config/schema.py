@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vae_dist.config.architectures import MLPConfig, ModelConfig
 from vae_dist.config.data import DataConfig
 from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.fields import option
 from vae_dist.config.first_stage import FirstStageConfig
+from vae_dist.config.networks import MLPConfig, ModelConfig
 from vae_dist.config.optimization import EmaConfig, ObjectiveConfig, OptimConfig
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -114,8 +114,8 @@ class RuntimeConfig:
 class SampleConfig:
     kind: str | None = option(
         None,
-        "prior, codes, neighbours, interpolation, traversal, manifold, reconstruction or scatter; null: codes if "
-        "sample.codes is given, otherwise prior",
+        "prior, codes, neighbours, interpolation, traversal, manifold, reconstruction, levels or scatter; null: codes "
+        "if sample.codes is given, otherwise prior",
     )
     count: int = option(64, "images to draw (prior)", at_least=1)
     seed: int = option(0, "seed of the draws (prior, neighbours, reconstruction)", at_least=0)

@@ -205,9 +205,18 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.
         "kl_per_latent" if len(encodings.kl) == vae.latent_dim else "kl_per_group": encodings.kl.tolist(),
+        **_kl_per_level(vae, encodings.kl),
         "standard_errors": {name: _standard_error(values) for name, values in by_image.items()},
     }
     return Measured(metrics, by_image)
+
+
+def _kl_per_level(vae: VAE, kl: Tensor) -> dict[str, list[float]]:
+    """Return the KL of each level of latents; nothing for a model of one level, or without a KL of each latent."""
+    sizes = [math.prod(shape) for shape in vae.latent_shapes(vae.image_shape)]
+    if len(sizes) == 1 or len(kl) != vae.latent_dim:
+        return {}
+    return {"kl_per_level": [part.sum().item() for part in kl.split(sizes)]}
 
 
 def _standard_error(values: Tensor) -> float | None:

@@ -1,5 +1,7 @@
 """Views that start from test images: their posteriors, and the codes between them. A function for each kind."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -89,6 +91,36 @@ def reconstruction(trained: TrainedVAE) -> View:
     return View(
         f"test images ({selection.image_words(originals)}), each with its posterior's mean and {steps} draws from it, "
         "decoded",
+        {"images": decoded, "latents": latents, **originals, **label_tensors(labels)},
+        draw,
+    )
+
+
+def levels(trained: TrainedVAE) -> View:
+    """Decode the posterior means of the first level of latents, of the first two and so on, for some test images."""
+    indices, shapes = selection.images(trained), trained.vae.latent_shapes(trained.vae.image_shape)
+    ends = torch.tensor([math.prod(shape) for shape in shapes]).cumsum(0)
+    kept = torch.arange(trained.vae.latent_dim) < ends.unsqueeze(1)
+    means = trained.encode(indices).mean.unsqueeze(1)
+    latents = torch.where(kept, means, trained.origin).flatten(0, 1)
+    originals = selection.image_tensors(trained, indices)
+    labels = originals["test_labels"].repeat_interleave(len(shapes)) if trained.vae.classes else None
+    decoded = trained.decode(latents, labels)
+
+    def draw() -> Image.Image:
+        rows = torch.cat([originals["test_images"].unsqueeze(1), decoded.unflatten(0, (-1, len(shapes)))], dim=1)
+        return pictures.labelled_grid(
+            rows.flatten(0, 1),
+            len(shapes) + 1,
+            left=selection.image_texts(originals),
+            top=["image", *map(str, range(1, len(shapes) + 1))],
+            gaps=[1],
+        )
+
+    sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
+    return View(
+        f"test images ({selection.image_words(originals)}), each decoded from the posterior means of its first levels "
+        f"of latents, as many as stand above, and the origin of the others; {len(shapes)} levels: {sizes}",
         {"images": decoded, "latents": latents, **originals, **label_tensors(labels)},
         draw,
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.views.from_codes import codes, manifold, neighbours, prior, traversal
-from vae_dist.views.from_images import interpolation, reconstruction, scatter
+from vae_dist.views.from_images import interpolation, levels, reconstruction, scatter
 from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.view import View
 
@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[Callable[[TrainedVAE], View], set[str]]] = {
     "traversal": (traversal, {"codes", "images", "labels", "rows", "steps", "files"}),
     "manifold": (manifold, {"labels", "steps", "files"}),
     "reconstruction": (reconstruction, {"images", "steps", "seed", "pixels", "files"}),
+    "levels": (levels, {"images", "files"}),
     "scatter": (scatter, set()),
 }
 
