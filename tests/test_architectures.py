@@ -14,6 +14,7 @@ from vae_dist.errors import UserError
 from vae_dist.reports import facts
 
 CONV = "model.architecture=conv"
+NAMES = "mlp, conv, ladder, resnet, autoencoder_kl"
 
 
 def test_an_entry_has_its_name_the_shared_options_and_no_key_of_another_type() -> None:
@@ -46,15 +47,21 @@ def test_the_last_architecture_wins_wherever_its_options_are_given() -> None:
         ),
         (["model.channels=[8]"], "model.channels does not apply to model.architecture=mlp, which has model.latent_dim"),
         (["name=a${model.blocks}"], "name: model.blocks does not apply to model.architecture=mlp"),
-        (["model.architecture=cnn"], "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not cnn"),
-        (["model.architecture=null"], "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not null"),
+        (
+            ["model.architecture=cnn"],
+            "model.architecture must be one of mlp, conv, ladder, resnet, autoencoder_kl, not cnn",
+        ),
+        (
+            ["model.architecture=null"],
+            "model.architecture must be one of mlp, conv, ladder, resnet, autoencoder_kl, not null",
+        ),
         (
             ["model.architecture=[conv]"],
-            "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not ['conv']",
+            f"model.architecture must be one of {NAMES}, not ['conv']",
         ),
         (
             [CONV, "model.architecture=[]", CONV],
-            "model.architecture must be one of mlp, conv, resnet, autoencoder_kl, not []",
+            f"model.architecture must be one of {NAMES}, not []",
         ),
         (["model.architecture=${model.architecture}"], "takes a key whose value has no ${...}"),
         (["model.chanels=[8]"], "did you mean model.channels"),
@@ -97,7 +104,7 @@ def test_a_config_that_was_saved_before_there_were_priors_is_read() -> None:
 
 def test_help_says_which_architecture_a_key_is_for() -> None:
     text = config.help_text("usage")
-    assert "model.architecture=mlp   [one of mlp, conv, resnet, autoencoder_kl]" in text
+    assert f"model.architecture=mlp   [one of {NAMES}]" in text
     assert "  mlp: number of latents (at least 1)" in text and "  conv: residual blocks at each" in text
     assert text.index("model.prior=") < text.index("model.hidden_dims=") < text.index("model.channels=")
 

@@ -133,6 +133,7 @@ def test_the_programs_of_a_run_equal_its_model_at_any_batch(run_dir: Path, expor
 
 MODELS = {
     "conv": ["model.architecture=conv", "model.channels=[4,8]", "model.blocks=1", "model.latent_channels=2"],
+    "ladder": ["model.architecture=ladder", "model.channels=[4,8]", "model.levels=[1,2]", "model.patch=2"],
     "resnet": ["model.architecture=resnet", "model.channels=[4,8]", "model.blocks=1", "model.attention=[1,2]"],
     "conditional": ["model.conditional=true", "data.classes=[a,b,c]", "model.hidden_dims=[16]"],
     "conditional conv": ["model.architecture=conv", "model.patch=2", "model.conditional=true", "data.classes=[a,b]"],

@@ -24,6 +24,7 @@ from vae_dist.objectives import OBJECTIVES
 SMALL = {  # by architecture
     "mlp": ["model.hidden_dims=[16,8]", "model.latent_dim=3"],
     "conv": ["model.channels=[8,16]", "model.latent_channels=2"],
+    "ladder": ["model.channels=[8,16]", "model.levels=[1,2]", "model.latent_channels=2"],
     "resnet": ["model.channels=[8,16]", "model.latent_channels=2", "model.blocks=1", "model.attention=[2]"],
     "autoencoder_kl": [
         "model.channels=[8,16]",

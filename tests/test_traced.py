@@ -63,7 +63,14 @@ def test_attention_of_many_pixels_is_left_to_the_kernel_that_keeps_no_weights(mo
     assert list(sizes.values()) == ["products", "products", "kernel", "kernel"]
 
 
-@pytest.mark.parametrize("network", [["model.architecture=conv"], ["model.architecture=resnet", "model.blocks=1"]])
+@pytest.mark.parametrize(
+    "network",
+    [
+        ["model.architecture=conv"],
+        ["model.architecture=ladder", "model.levels=[1,1]"],
+        ["model.architecture=resnet", "model.blocks=1"],
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [

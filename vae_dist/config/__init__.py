@@ -8,16 +8,9 @@ Files and arguments may be untrusted. They hold keys, lists and text, within bou
 OmegaConf's resolvers, which read the environment or import modules, are refused.
 """
 
-from vae_dist.config.architectures import (
-    ARCHITECTURES,
-    AutoencoderKLConfig,
-    ConvConfig,
-    GridConfig,
-    MLPConfig,
-    ModelConfig,
-    ResNetConfig,
-)
+from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.arguments import argument, split_key, split_run, split_runs, training_command
+from vae_dist.config.autoencoder_kl import AutoencoderKLConfig
 from vae_dist.config.checks import check
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.differences import READER_KEYS, differing, resume
@@ -25,6 +18,7 @@ from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.keys import flatten, help_text, options
 from vae_dist.config.loading import load, load_reader, read, save, take, to_yaml
+from vae_dist.config.networks import ConvConfig, GridConfig, LadderConfig, MLPConfig, ModelConfig, ResNetConfig
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
 from vae_dist.config.ranges import check_numbers, suspects
@@ -55,6 +49,7 @@ __all__ = [
     "ExportConfig",
     "FirstStageConfig",
     "GridConfig",
+    "LadderConfig",
     "MLPConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -10,7 +10,8 @@ from operator import attrgetter
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vae_dist.config.architectures import ARCHITECTURES, ModelConfig
+from vae_dist.config.architectures import ARCHITECTURES
+from vae_dist.config.networks import ModelConfig
 from vae_dist.config.schema import Config
 from vae_dist.config.text import as_text, truncate
 from vae_dist.errors import UserError

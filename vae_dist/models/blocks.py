@@ -24,9 +24,12 @@ class Network(nn.Sequential):
 
     With `recomputes` the backward pass computes the activations inside a residual block, and of the layers between it
     and the block before, a second time instead of keeping them (Chen et al. 2016). Neither output nor gradients change.
+    The layers after the last block are computed once, unless the network `is_inner`: of the whole model's last ones the
+    backward pass needs the activations first.
     """
 
     recomputes = False
+    is_inner = False
 
     def forward(self, input: Tensor, embedded: Tensor | None = None) -> Tensor:
         layers: list[nn.Module] = []
@@ -35,7 +38,7 @@ class Network(nn.Sequential):
             if isinstance(layer, ResidualBlock):
                 input = self._segment(layers, input, embedded)
                 layers = []
-        return _run(layers, input, embedded)  # its activations are the first that the backward pass needs
+        return self._segment(layers, input, embedded) if self.is_inner else _run(layers, input, embedded)
 
     def _segment(self, layers: list[nn.Module], input: Tensor, embedded: Tensor | None) -> Tensor:
         run = partial(_run, layers)

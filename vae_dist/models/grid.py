@@ -29,6 +29,6 @@ class GridVAE(VAE):
         return ((self.options.latent_channels, height // factor, width // factor),)
 
     def recompute_activations(self) -> None:
-        for network in (self.encoder, self.decoder):
-            assert isinstance(network, Network)
-            network.recomputes = True
+        for module in self.modules():
+            if isinstance(module, Network):
+                module.recomputes = True

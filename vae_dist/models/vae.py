@@ -57,6 +57,7 @@ class VAE(nn.Module):
     decoder: nn.Module
     p_z: Prior
     worth_compiling: ClassVar[bool] = False  # on a CPU, where a long run compiles its step if train.compile is null
+    infers_with_decoder: ClassVar[bool] = False  # whether a posterior depends on the decoder's weights
 
     def __init__(self, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
         super().__init__()
@@ -118,14 +119,9 @@ class VAE(nn.Module):
         labels: Tensor | None = None,
     ) -> Inference:
         """Draw with standard normal noise `(K, B, L)` from the posterior of images of a shape, and decode."""
-        if noise.ndim != 3 or noise.shape[1:] != posterior.mean.shape:
-            expected = ", ".join(map(str, posterior.mean.shape))
-            raise ShapeError(f"noise must have the shape (K, {expected}), not {tuple(noise.shape)}")
+        require_noise(noise, posterior.mean.shape)
         latents = posterior.sample(noise)
-        log_ratio = self.p_z.log_ratio(posterior, latents, noise)
-        require_shape(log_ratio, noise.shape[:2], "the prior's log ratio")
-        kl = self.p_z.kl(posterior, latents, log_ratio)
-        require_shape(kl, (*noise.shape[:2], kl.shape[-1]), "the prior's KL by group of latents")
+        kl, log_ratio = self._divergence(posterior, latents, noise)
         repeated = None if labels is None else torch.cat([labels] * len(noise))
         return Inference(self.decode(latents.flatten(0, 1), image_shape, repeated), kl, log_ratio, latents, posterior)
 
@@ -143,14 +139,30 @@ class VAE(nn.Module):
         image_shape, count = image_shape or self.image_shape, latents.shape[0]
         require_shape(latents, (count, self._latents(image_shape)), "latents")
         embedded = self._embedded(labels, count)
-        output = self.decoder(latents.unflatten(1, self.latent_shapes(image_shape)[0]), *embedded)
-        require_shape(output, (count, *self.likelihood.output_shape(image_shape)), "the decoder's output")
-        likelihood: Likelihood = self.likelihood(output)
-        return likelihood
+        return self._likelihood(self._decoded(latents, image_shape, *embedded), count, image_shape)
 
     def forward(self, images: Tensor, noise: Tensor, labels: Tensor | None = None) -> Inference:
         """Infer the posterior of images `(B, C, H, W)`, and sample it with standard normal noise `(K, B, L)`."""
         return self.sample(self.infer(images, labels), noise, tuple(images.shape[1:]), labels)
+
+    def _decoded(self, latents: Tensor, image_shape: Shape, *embedded: Tensor) -> Tensor:
+        """The decoder's output for codes `(B, L)`."""
+        output: Tensor = self.decoder(latents.unflatten(1, self.latent_shapes(image_shape)[0]), *embedded)
+        return output
+
+    def _likelihood(self, output: Tensor, count: int, image_shape: Shape) -> Likelihood:
+        """The likelihood of `count` images of a shape from the decoder's output."""
+        require_shape(output, (count, *self.likelihood.output_shape(image_shape)), "the decoder's output")
+        likelihood: Likelihood = self.likelihood(output)
+        return likelihood
+
+    def _divergence(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The KL `(K, B, G)`, and the log ratio `(K, B)`, of latents that were drawn with `noise` `(K, B, L)`."""
+        log_ratio = self.p_z.log_ratio(posterior, latents, noise)
+        require_shape(log_ratio, noise.shape[:2], "the prior's log ratio")
+        kl = self.p_z.kl(posterior, latents, log_ratio)
+        require_shape(kl, (*noise.shape[:2], kl.shape[-1]), "the prior's KL by group of latents")
+        return kl, log_ratio
 
     def _embedded(self, labels: Tensor | None, count: int) -> tuple[Tensor, ...]:
         """The argument that tells encoder and decoder the classes of `count` images; none if not conditional."""
@@ -165,6 +177,12 @@ class VAE(nn.Module):
 
     def _latents(self, image_shape: Shape) -> int:
         return self.latent_dim if image_shape == self.image_shape else _size(self.latent_shapes(tuple(image_shape)))
+
+
+def require_noise(noise: Tensor, expected: Shape) -> None:
+    """Raise ShapeError unless noise has the shape of K draws from posteriors `(B, L)`."""
+    if noise.ndim != 3 or noise.shape[1:] != expected:
+        raise ShapeError(f"noise must have the shape (K, {', '.join(map(str, expected))}), not {tuple(noise.shape)}")
 
 
 def _size(shapes: tuple[Shape, ...]) -> int:

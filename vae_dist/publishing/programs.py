@@ -37,7 +37,7 @@ class Encoder(nn.Module):
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
-        self.vae = _part(vae, without="decoder")
+        self.vae = _part(vae, without=None if vae.infers_with_decoder else "decoder")
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         posterior = self.vae.infer(images, labels)
@@ -136,10 +136,11 @@ def _contents(module: Encoder | Decoder, formats: Sequence[str]) -> dict[str, by
         ) from error
 
 
-def _part(vae: VAE, without: str) -> VAE:
-    """Copy a model to the CPU in float32, without one of its networks."""
+def _part(vae: VAE, without: str | None) -> VAE:
+    """Copy a model to the CPU in float32, without one of its networks, if any."""
     part = deepcopy(vae).to("cpu", torch.float32)
-    setattr(part, without, nn.Identity())
+    if without is not None:
+        setattr(part, without, nn.Identity())
     return part
 
 
