@@ -252,8 +252,11 @@ def test_a_step_of_a_first_stage_stays_on_the_gpu(card: World, monkeypatch: pyte
     assert {tensor.device for tensor in [*recipe.tensors, update.totals]} == {CARD}
 
 
-def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VAE, card: World) -> None:
-    settings = config_of("evaluate.importance_samples=3")
+@pytest.mark.parametrize("architecture", ["mlp", "ladder"])
+def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(architecture: str, card: World) -> None:
+    settings = config_of("evaluate.importance_samples=3", f"model.architecture={architecture}")
+    with CARD:
+        vae = build_vae(settings, (1, 28, 28))
     trained = TrainedVAE(vae, settings, card)
     trained.__dict__["test"] = of_pixels(pixels())  # a cached property
     encodings = metrics.encode(vae, of_pixels(pixels()), card, settings)
@@ -263,7 +266,7 @@ def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(vae: VA
         encodings.squared_error,
         metrics.negative_log_likelihood(vae, of_pixels(pixels()), card, settings),
         *trained.encode(range(COUNT)),
-        trained.decode(torch.zeros(COUNT, 40)),
+        trained.decode(torch.zeros(COUNT, vae.latent_dim)),
     ]
     assert {tensor.device.type for tensor in [*results, encodings.kl, encodings.variance]} == {"cpu"}
     assert {len(tensor) for tensor in results} == {COUNT}

@@ -36,7 +36,7 @@ PYTEST = [
     sys.executable, "-m", "pytest", "-q", "--no-header", "-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu",
     "--confcutdir", "tests/gpu",
 ]  # fmt: skip
-ARCHITECTURES = "mlp", "conv", "resnet", "autoencoder_kl"
+ARCHITECTURES = "mlp", "conv", "ladder", "resnet", "autoencoder_kl"
 PRECISIONS = "bf16", "fp32"  # of the tests that compile a network
 TESTS = {  # first the trainer, then the tests of most that was never run on a card, then what compiles longest
     **{

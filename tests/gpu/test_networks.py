@@ -21,6 +21,7 @@ LEARNED, OPTIMAL = "objective.sigma_kind=learned", "objective.sigma_kind=optimal
 NETWORKS = {
     "mlp": ["model.hidden_dims=[64]", "model.latent_dim=8", "objective.reconstruction=gaussian", OPTIMAL],
     "conv": [*GRID, LEARNED, "model.conditional=true", "ema.decay=0.9", "optim.max_grad_norm=50"],
+    "ladder": [*GRID, "model.levels=[1,1]", LEARNED],
     "resnet": [*SMALL_GRID, OPTIMAL, "train.accumulate=2"],
     "autoencoder_kl": [*SMALL_GRID, LEARNED, "model.norm_groups=4"],
 }
@@ -98,7 +99,7 @@ def gradients(architecture: str, *, recomputed: bool) -> Sequence[Tensor]:
     return torch.autograd.grad(loss, list(vae.parameters()))
 
 
-@pytest.mark.parametrize("architecture", ["conv", "resnet", "autoencoder_kl"])
+@pytest.mark.parametrize("architecture", ["conv", "ladder", "resnet", "autoencoder_kl"])
 def test_gradients_with_activations_computed_twice_are_bitwise_the_plain_ones(architecture: str) -> None:
     with processes.join(config.load([*given_to(architecture), "device=cuda"])):  # deterministic
         plain, twice = (gradients(architecture, recomputed=recomputed) for recomputed in (False, True))
