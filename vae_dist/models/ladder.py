@@ -14,6 +14,7 @@ K draws, B batch, N images and their draws, L latents, C, H, W image, c channels
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -104,23 +105,22 @@ class LadderPosterior:
     ) -> None:
         """`shapes` are those of the levels. `features` are the encoder's, of B images; `embedded` their labels."""
         self._vae = vae
-        self._sides = shapes[0][1:]
-        self._sizes = _sizes(shapes)
+        self._shapes = shapes
         self._features = features
         self._embedded = embedded
 
     @property
     def shape(self) -> Shape:
         """(B, L)."""
-        return self._features[0].shape[0], sum(self._sizes)
+        return self._features[0].shape[0], sum(_sizes(self._shapes))
 
     @property
     def mean(self) -> Tensor:
-        return self._at_means().mean
+        return self._at_means.mean
 
     @property
     def log_variance(self) -> Tensor:
-        return self._at_means().log_variance
+        return self._at_means.log_variance
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.draw(noise).codes
@@ -129,23 +129,23 @@ class LadderPosterior:
         return self._descend(latents, lambda posterior, codes: codes).posterior.log_prob(latents)
 
     def detached(self) -> "LadderPosterior":
-        detached = copy.copy(self)  # with a copy of the model that shares its weights, but no gradients
-        detached._vae = copy.deepcopy(self._vae, {id(weight): weight.detach() for weight in self._vae.parameters()})
-        detached._features = [features.detach() for features in self._features]
-        detached._embedded = [embedded.detach() for embedded in self._embedded]
-        return detached
+        # The copy of the model shares its weights, without their gradients.
+        vae = copy.deepcopy(self._vae, {id(weight): weight.detach() for weight in self._vae.parameters()})
+        features, embedded = ([tensor.detach() for tensor in part] for part in (self._features, self._embedded))
+        return LadderPosterior(vae, self._shapes, features, embedded)
 
     def draw(self, noise: Tensor) -> Descent:
         """Draw codes with standard normal noise `(..., B, L)`, and decode them."""
         return self._descend(noise, DiagonalGaussian.sample)
 
+    @cached_property
     def _at_means(self) -> DiagonalGaussian:
         return self.draw(torch.zeros(self.shape, device=self._features[0].device)).posterior
 
     def _descend(self, numbers: Tensor, choose: Callable[[DiagonalGaussian, Tensor], Tensor]) -> Descent:
         """Descend with the codes that `choose` makes of a level's posterior and its part of `numbers` `(..., B, L)`."""
         shape, draws = numbers.shape, math.prod(numbers.shape[:-2])
-        parts = numbers.reshape(-1, shape[-1]).split(self._sizes, 1)
+        parts = numbers.reshape(-1, shape[-1]).split(_sizes(self._shapes), 1)
         features, embedded = ([_repeated(x, draws) for x in part] for part in (self._features, self._embedded))
         posteriors: list[DiagonalGaussian] = []
         codes: list[Tensor] = []
@@ -155,7 +155,7 @@ class LadderPosterior:
             codes.append(choose(posteriors[-1], parts[level]))
             return codes[-1]
 
-        output = self._vae.decoder(codes_of, draws * shape[-2], self._sides, *embedded)
+        output = self._vae.decoder(codes_of, draws * shape[-2], self._shapes[0][1:], *embedded)
         means, log_variances = (torch.cat(of_levels, 1).view(shape) for of_levels in zip(*posteriors, strict=True))
         return Descent(DiagonalGaussian(means, log_variances), torch.cat(codes, 1).view(shape), output)
 
