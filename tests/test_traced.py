@@ -84,6 +84,7 @@ def test_gradients_traced_for_a_gpu_are_those_of_autograd(
     network: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing relies on the order of images in memory, which is another one there."""
+    torch.compiler.reset()  # it compiles one function eight times at most
     for module in MODULES:
         monkeypatch.setattr(module, "traced_on_gpu", lambda x: torch.compiler.is_compiling())
     given = [*network, *options, "model.channels=[4,8]", "data.name=synthetic_digits", "train.batch_size=2"]
