@@ -183,6 +183,7 @@ def test_bf16_is_off_by_rounding() -> None:
     ("arguments", "message"),
     [
         (["objective.reconstruction=bernoulli"], "use objective.reconstruction=laplace or gaussian"),
+        (["objective.reconstruction=discretized_logistic_mixture"], "use objective.reconstruction=laplace or gaussian"),
         (["model.conditional=true", "data.classes=[a,b]"], "its networks take no labels; use model.conditional=false"),
         (["model.channels=[8,16,16,16]"], "images of 8 x 12 can't be encoded: use sizes that 8 divides, or fewer"),
     ],

@@ -115,7 +115,7 @@ def test_a_likelihood_says_what_it_is(name: str, description: str, probabilities
         caution = kind.caution(binarize, "kmnist")
         assert (caution is None) is (binarize in probabilities)  # probabilities of images can be compared
         assert caution is None or ("pixels of kmnist" if name == "bernoulli" else "same sigma") in caution
-    assert set(LIKELIHOODS) == {"bernoulli", "gaussian", "laplace"}
+    assert set(LIKELIHOODS) == {"bernoulli", "gaussian", "laplace", "discretized_logistic_mixture"}
 
 
 def test_drawn_pixels_have_the_likelihoods_moments() -> None:

@@ -146,6 +146,7 @@ MODELS = {
         "objective.reconstruction=laplace",
     ],
     "laplace": ["objective.reconstruction=laplace", "model.hidden_dims=[30,20]", "objective.sigma=0.1"],
+    "discretized_logistic_mixture": ["objective.reconstruction=discretized_logistic_mixture", "model.hidden_dims=[16]"],
 }
 
 

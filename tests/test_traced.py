@@ -77,6 +77,7 @@ def test_attention_of_many_pixels_is_left_to_the_kernel_that_keeps_no_weights(mo
         slow(["objective.reconstruction=bernoulli"]),
         slow(["objective.reconstruction=gaussian", "objective.sigma_kind=optimal"]),
         slow(["objective.reconstruction=gaussian", "objective.sigma_kind=learned", "objective.bound=iwae"]),
+        slow(["objective.reconstruction=discretized_logistic_mixture", "objective.bound=iwae"]),
         ["objective.reconstruction=laplace", "model.conditional=true"],
     ],
 )

@@ -12,7 +12,11 @@ SIGMA_FLOOR = 1 / (255 * 12**0.5)
 
 @dataclass
 class ObjectiveConfig:
-    reconstruction: str = option("bernoulli", "likelihood of the pixels: bernoulli, gaussian or laplace")
+    reconstruction: str = option(
+        "bernoulli",
+        "likelihood of the pixels: bernoulli, gaussian, laplace, or discretized_logistic_mixture, the probability of "
+        "8-bit values (Salimans et al. 2017)",
+    )
     sigma: float | None = option(
         None,
         "standard deviation of the gaussian likelihood, scale b of the laplace one, exp(-|x-m|/b)/2b; pixels lie in "
@@ -28,6 +32,7 @@ class ObjectiveConfig:
     sigma_rate: float = option(
         10.0, "learning rate of a learned sigma's logarithm, as a multiple of optim.learning_rate", above=0, at_most=1e4
     )
+    mixtures: int = option(10, "logistics in the mixture of discretized_logistic_mixture", at_least=1, at_most=256)
     bound: str = option(
         "elbo",
         "bound on log p(x) that the training maximizes: elbo, or iwae, the importance-weighted bound of Burda et al. "

@@ -13,7 +13,7 @@ from vae_dist.models.vae import VAE
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError if the config names an unknown prior or likelihood, or a scale that the likelihood lacks."""
+    """Raise UserError for an unknown prior or likelihood, and for a scale or images that the likelihood can't have."""
     named: dict[str, tuple[str, Collection[str]]] = {
         "prior": (config.model.prior, PRIORS),
         "reconstruction": (config.objective.reconstruction, LIKELIHOODS),
@@ -21,7 +21,13 @@ def check_names(config: Config) -> None:
     for what, (name, known) in named.items():
         if name not in known:
             raise UserError(f"unknown {what} {name!r}; choose from {', '.join(sorted(known))}")
-    likelihood_kind(config.objective)
+    kind, binarize = likelihood_kind(config.objective), config.data.binarize
+    if binarize != "none" and not kind.takes_binary:
+        raise UserError(
+            f"objective.reconstruction={kind.name} is the probability of 256 levels of grey, and "
+            f"data.binarize={binarize} leaves black and white: use data.binarize=none, or "
+            "objective.reconstruction=bernoulli"
+        )
 
 
 def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:

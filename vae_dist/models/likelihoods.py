@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vae_dist.config import ObjectiveConfig
 from vae_dist.errors import UserError
+from vae_dist.models.discretized import DiscretizedLogisticMixture, outputs_per_component
 from vae_dist.models.pixel_distributions import Bernoulli, Gaussian, Laplace, Number
 from vae_dist.models.scales import SCALES
 from vae_dist.models.tensors import Shape
@@ -40,6 +41,7 @@ class LikelihoodKind(nn.Module, ABC):
 
     name: str
     has_scale: bool = False  # whether it depends on objective.sigma
+    takes_binary: bool = True  # whether images may be binarised
 
     @property
     def description(self) -> str:
@@ -144,11 +146,40 @@ class LaplacePixels(LocationScaleKind):
         return Laplace(location, sigma)
 
 
+class DiscretizedLogisticMixturePixels(LikelihoodKind):
+    """A mixture of `objective.mixtures` discretised logistics of each pixel: the probability of its 8-bit values."""
+
+    name = "discretized_logistic_mixture"
+    takes_binary = False
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self._components = config.mixtures
+
+    @property
+    def description(self) -> str:
+        return f"{self.name}, {self._components} components"
+
+    def output_shape(self, image_shape: Shape) -> Shape:
+        channels, *size = image_shape
+        return (self._components * outputs_per_component(channels), *size)
+
+    def forward(self, output: Tensor) -> DiscretizedLogisticMixture:
+        return DiscretizedLogisticMixture.from_network(output, self._components)
+
+    def is_probability(self, binarize: str) -> bool:
+        return binarize == "none"
+
+    def caution(self, binarize: str, dataset: str) -> str | None:
+        return None
+
+
 # Name in a config -> the kind of p(x|z) with the config's options.
 LIKELIHOODS: dict[str, Callable[[ObjectiveConfig], LikelihoodKind]] = {
     "bernoulli": BernoulliPixels,
     "gaussian": GaussianPixels,
     "laplace": LaplacePixels,
+    DiscretizedLogisticMixturePixels.name: DiscretizedLogisticMixturePixels,
 }
 
 
