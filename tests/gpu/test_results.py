@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.gpu.conftest import Train
+from vae_dist import config
+from vae_dist.distributed import processes
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.models.discretized import DiscretizedLogisticMixture
 from vae_dist.plan import Draws, Stream, bits, standard_normals
 from vae_dist.reports.comparison import compare
 from vae_dist.reports.report import report
@@ -95,6 +98,25 @@ def test_every_kind_of_sample_is_that_of_a_cpu(kind: str, run: Train, tmp_path: 
         if path.suffix == ".safetensors":
             card, cpu = load_file(tmp_path / "cuda" / path), load_file(tmp_path / "cpu" / path)
             torch.testing.assert_close(card, cpu, rtol=1e-3, atol=2e-3)
+
+
+def test_the_probability_of_8_bit_pixels_and_draws_from_it_are_those_of_a_cpu() -> None:
+    torch.manual_seed(0)
+    output, noise = 2 * torch.randn(6, 100, 8, 8), torch.randn(6, 3, 8, 8)
+    images = torch.randint(0, 256, (6, 3, 8, 8)) / 255
+    results = []
+    with processes.join(config.load(["device=cuda"])):  # deterministic
+        for device in ("cuda", "cpu"):
+            given = output.to(device).requires_grad_()
+            log_prob = DiscretizedLogisticMixture.from_network(given, 10).log_prob(images.to(device))
+            (gradient,) = torch.autograd.grad(log_prob.sum(), given)
+            likelihood = DiscretizedLogisticMixture.from_network(given.detach(), 10)
+            values = log_prob.detach(), gradient, likelihood.mean, likelihood.sample(noise.to(device))
+            results.append([value.cpu() for value in values])
+    for card, cpu in zip(*(of_device[:3] for of_device in results), strict=True):
+        torch.testing.assert_close(card, cpu, rtol=1e-4, atol=1e-4)
+    draws = [of_device[3] for of_device in results]
+    assert (draws[0] == draws[1]).float().mean() > 0.99  # a rounding may choose another level or component
 
 
 def test_runs_are_reported_and_compared(run: Train) -> None:

@@ -5,6 +5,7 @@ Numbers are in levels from middle grey: 0 is -127.5, 255 is 127.5. N images, C, 
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,8 @@ class DiscretizedLogisticMixture(NamedTuple):
         """Draw 8-bit pixels. The first channel's noise chooses the component too: its probability has that to spare."""
         require_shape(noise, self._image_shape, "noise")
         noise, weights = noise.to(self.logits.dtype), self.logits.softmax(1)
-        ends, rounding = weights.cumsum(1), torch.finfo(weights.dtype).eps
+        # Not a cumsum: on a GPU it is added up in an order that changes.
+        ends, rounding = torch.stack(list(accumulate(weights.unbind(1), torch.add)), 1), torch.finfo(weights.dtype).eps
         uniform = torch.special.ndtr(noise[:, :1]).clamp(max=1 - rounding) * ends[:, -1:]
         chosen = (uniform >= ends).sum(1, keepdim=True)
         weight = weights.gather(1, chosen)
