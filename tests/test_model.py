@@ -106,6 +106,12 @@ def test_weights_are_a_function_of_the_seed_alone() -> None:
     assert not torch.equal(first["encoder.layers.0.weight"], other["encoder.layers.0.weight"])
 
 
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "resnet", "autoencoder_kl"])
+def test_images_with_their_channels_last_are_refused_before_anything_is_trained(architecture: str) -> None:
+    with pytest.raises(UserError, match=r"images of shape \[28, 28, 1\] can't be drawn: .* with at most 4 channels"):
+        build_vae(make(architecture=architecture), (28, 28, 1))
+
+
 def test_the_likelihood_is_the_configs() -> None:
     assert isinstance(build_vae(make(), (1, 4, 4)).decode(torch.zeros(1, 3)), Bernoulli)
     gaussian = build_vae(make("objective.reconstruction=gaussian", "objective.sigma=0.5"), (1, 4, 4))

@@ -11,6 +11,8 @@ from vae_dist.models.likelihoods import LIKELIHOODS, likelihood_kind
 from vae_dist.models.priors import PRIORS
 from vae_dist.models.vae import VAE
 
+MOST_CHANNELS = 4  # that a PNG file has
+
 
 def check_names(config: Config) -> None:
     """Raise UserError for an unknown prior or likelihood, and for a scale or images that the likelihood can't have."""
@@ -35,10 +37,15 @@ def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
 
     A conditional one has the classes of `data.classes`.
 
-    Raises UserError for unknown names, for images that the architecture can't encode, and for a model that does not fit
-    into memory.
+    Raises UserError for unknown names, for images that can't be drawn or that the architecture can't encode, and for a
+    model that does not fit into memory.
     """
     check_names(config)
+    if image_shape[0] > MOST_CHANNELS:
+        raise UserError(
+            f"images of shape {list(image_shape)} can't be drawn: shapes are channels, height and width, with at most "
+            f"{MOST_CHANNELS} channels"
+        )
     if config.model.conditional and config.data.classes is None:
         raise UserError("a conditional model needs data.classes, the names of its classes; a training sets it")
     classes = len(config.data.classes or ()) if config.model.conditional else 0
