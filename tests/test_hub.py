@@ -1,6 +1,7 @@
 """Uploads to the Hugging Face Hub and downloads from it, by its real client, on a loopback port."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +133,23 @@ def test_without_a_network_the_cache_serves(
         hub.fetch("hf://somebody/other")
     with pytest.raises(UserError, match=f"can't upload to {NAME} .*check the network"):
         hub.push(exported, NAME)
+
+
+def test_a_hub_that_accepts_and_says_nothing_is_given_up(
+    server: HubServer, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(exported, NAME)
+    folder = hub.fetch(f"hf://{NAME}")
+    hooks = huggingface_hub.get_session().event_hooks
+    monkeypatch.setattr(hub, "SILENT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, monkeypatch)
+        assert hub.fetch(f"hf://{NAME}") == folder
+        with pytest.raises(UserError, match="the Hugging Face Hub can't be reached, and it was not downloaded before"):
+            hub.fetch("hf://somebody/other")
+        with pytest.raises(UserError, match=rf"can't upload to {NAME} \(ReadTimeout: .*\); check the network"):
+            hub.push(exported, NAME)
+    assert huggingface_hub.get_session().event_hooks == hooks
 
 
 def test_what_the_cache_has_in_part_is_no_model_and_is_completed_later(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import vae_dist
 from vae_dist.errors import UserError
@@ -28,6 +29,7 @@ UPLOADED = (*DOWNLOADED, *PROGRAMS, *autoencoder.FILES, CARD, EXPORT, card.SAMPL
 
 MOST_CHARACTERS = 96  # of a repository's name
 LOCK_SECONDS = 60.0  # for another process to make a folder of a snapshot
+SILENT_SECONDS = 60.0  # that a request may get no answer
 
 _OTHER_CACHE = "set HF_HOME to a folder that can be written to"
 
@@ -171,11 +173,12 @@ def _link_or_copy(snapshot: Path, target: Path) -> None:
 
 @contextmanager
 def _explained(problem: str) -> Iterator[None]:
-    """Turn the errors of the Hub's client into a UserError of one line, without the token."""
+    """Turn the errors of the Hub's client into a UserError of one line, without the token. A silent Hub is an error."""
     from huggingface_hub import errors
 
     try:
-        yield
+        with _impatient():
+            yield
     except UserError:
         raise
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
@@ -186,6 +189,25 @@ def _explained(problem: str) -> Iterator[None]:
         raise UserError(f"{problem}: it has no such revision") from error
     except Exception as error:  # of the client and its HTTP library, which differ from version to version
         raise UserError(problem + _explanation(error)) from error
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Give up the client's requests after SILENT_SECONDS without an answer. It would wait for ever for some of them."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
+
+
+def _limit(request: Any) -> None:  # of the client's HTTP library
+    waits = request.extensions["timeout"]
+    waits.update({phase: SILENT_SECONDS for phase, seconds in waits.items() if seconds is None})
 
 
 def _explanation(error: Exception) -> str:
