@@ -365,6 +365,25 @@ def test_two_trainings_never_write_one_directory(make_config: MakeConfig, monkey
     train(make_config("name=a", "train.steps=10"))
 
 
+def test_a_run_that_another_training_has_made_meanwhile_is_not_overwritten(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = datasets.split
+
+    def after_another(*given: Any) -> Any:
+        monkeypatch.setattr(datasets, "split", splits)
+        first.append(final(train(make_config("name=a", "train.steps=5"))))
+        return splits(*given)
+
+    first: list[dict[str, bytes]] = []
+    monkeypatch.setattr(datasets, "split", after_another)
+    with pytest.raises(
+        UserError, match=r"another training has just written .*/a; run the same command again to resume"
+    ):
+        train(make_config("name=a", "train.steps=10", "seed=1"))
+    assert first == [final(train(make_config("name=a", "train.steps=5")))]
+
+
 def test_an_update_that_is_not_finite_is_never_applied(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
