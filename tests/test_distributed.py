@@ -31,6 +31,7 @@ DISAGREEMENTS = {
     "code": "do not agree on the code: ",
     "torch": "do not agree on torch's version: ",
     "data": "do not agree on the training images: ",
+    "checkpoint": "do not agree on the checkpoint: ",
 }
 DRIFTS = {  # by where a state is compared: which fault, with which arguments
     "the_start": ("start", "train.steps=2"),
@@ -92,7 +93,14 @@ def jobs(root: Path, reference: Path, smoke: list[str]) -> list[tuple[str, str, 
             for kind in SAMPLED.values()
         ],
         ("refusal", str(root / "refusal"), [*common, "train.batch_size=2", "train.accumulate=2"]),
-        *[(f"disagree_{what}", str(root / what), [*common, "name=odd", "train.steps=5"]) for what in DISAGREEMENTS],
+        *[
+            (
+                f"disagree_{what}",
+                str(root / what),
+                [*common, "name=odd", "train.steps=5", f"checkpoint.resume={reference.parent / 'one_step'}"],
+            )
+            for what in DISAGREEMENTS
+        ],
         *[
             (f"disagree_{what}", str(root / where), [*common, f"name={where}", "train.log_every=50", check])
             for where, (what, check) in DRIFTS.items()

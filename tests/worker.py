@@ -8,6 +8,7 @@ JOBS.json is a list of [command, output, arguments]. One launch serves many clai
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -44,7 +45,10 @@ from vae_dist.models.diffusers_start import start_vae
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES, ElboTerms, Values
 from vae_dist.plan import Plan
+from vae_dist.runs import checkpoint
+from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.claim import claim
+from vae_dist.runs.manifest import MANIFEST
 from vae_dist.terminal import console
 from vae_dist.training import loop, milestones, schedules
 from vae_dist.training.loop import train
@@ -95,6 +99,8 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
                 patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
                 patch.setattr(datasets, "_read_digits", partial(with_another_pixel, datasets._read_digits))
+            elif what == "checkpoint":
+                patch.setattr(checkpoint, "open_when_visible", partial(another_machines, Path(f"{output}.there")))
             elif what == "start":
                 patch.setattr(loop, "start_vae", partial(with_another_weight, start_vae))
             elif what in ("weights", "moments"):
@@ -201,6 +207,13 @@ def with_another_pixel(
     return tensors, datasets._digest(tensors)
 
 
+def another_machines(place: Path, folder: Path) -> Checkpoint:
+    """Open the checkpoint of the same name on a machine with a file system of its own: that of another version."""
+    sealed = json.loads((shutil.copytree(folder, place) / MANIFEST).read_text())
+    (place / MANIFEST).write_text(json.dumps({**sealed, "versions": {"torch": "1.0"}}))
+    return Checkpoint(place)
+
+
 def with_another_weight(start: Callable[..., VAE], *given: Any) -> VAE:
     """Return a first model of which one weight is another one."""
     vae = start(*given)
@@ -301,7 +314,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], object]] = {
     "refusal": record_refusal,
     **{
         f"disagree_{what}": disagree(what)
-        for what in ("config", "code", "torch", "data", "start", "weights", "moments")
+        for what in ("config", "code", "torch", "data", "checkpoint", "start", "weights", "moments")
     },
     "unlike_processors": on_unlike_processors,
     "with_a_loss_scaler": with_a_loss_scaler,
