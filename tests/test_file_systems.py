@@ -1,10 +1,12 @@
 """Runs on file systems that are limited, full or read-only, and under paths with any characters."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -120,8 +122,11 @@ def test_a_mark_names_its_process_and_ends_with_it(tmp_path: Path) -> None:
     with pytest.raises(locks.InUseError, match=f"process {process.pid} on .*, since 20") as refused:
         locks.marked(path, 0.1, "", "another").__enter__()
     assert refused.value.mark is not None
+    no_lock = tmp_path / "lock"
+    assert locks.is_held(no_lock, fcntl.LOCK_SH, path)
     process.kill()
     time.sleep(0.1)  # it has ended and was not waited for: a zombie
+    assert not locks.is_held(no_lock, fcntl.LOCK_SH, path)
     with locks.marked(path, 0.1, "", None):
         assert json.loads(path.read_text())["process"] == os.getpid()
     process.communicate()
@@ -144,6 +149,46 @@ def test_a_mark_of_an_unknown_process_holds_until_taken_over(change: dict[str, o
     assert path.read_bytes() == left
     with locks.marked(path, 0, "", refused.value.mark):
         assert path.read_bytes() != left
+
+
+def test_a_mark_of_a_process_whose_number_another_one_has_now_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "mark"
+    with locks.marked(path, 0, "", None):
+        own = json.loads(path.read_text())
+    path.write_text(json.dumps({**own, "started": own["started"] - 100}))
+    with locks.marked(path, 0, "", None):
+        assert json.loads(path.read_text()) == own
+
+
+def test_a_mark_that_was_taken_over_stays(tmp_path: Path) -> None:
+    path = tmp_path / "mark"
+    with locks.marked(path, 0, "", None):
+        path.write_text("another's")
+    assert path.read_text() == "another's"
+
+
+def test_a_mark_that_does_not_fit_on_the_disk_keeps_nobody_out(tmp_path: Path) -> None:
+    path, before = tmp_path / "mark", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError):
+            locks.marked(path, 0, "", None).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not path.exists()
+
+
+def test_a_lock_ends_although_a_child_has_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    childs = locks._open_lock(tmp_path / "lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_open_lock", lambda path: os.dup(childs))
+        with locks.locked(tmp_path / "lock", 0, ""):
+            pass
+    try:
+        with locks.locked(tmp_path / "lock", 0, "") as problem:
+            assert problem is None
+    finally:
+        os.close(childs)
 
 
 def test_waiting_for_a_lock_is_logged(
