@@ -73,7 +73,7 @@ def test_what_a_killed_process_has_left_goes_with_the_next_write(tmp_path: Path)
     write_atomically(tmp_path / "some.json", b"1")
     assert temporary_files(tmp_path) == written  # a process that is not yet reaped is there
     os.waitpid(child, 0)
-    live, foreign = leftovers.temporary(tmp_path / "a"), tmp_path / (written[0][:-24] + 24 * "f")
+    live, foreign = leftovers.temporary(tmp_path / "a"), tmp_path / (written[0][:-24] + 8 * "f" + written[0][-16:])
     for path in (live, foreign, tmp_path / ".other.0123456789abcdef"):
         path.touch()
     (tmp_path / "new").mkdir()
