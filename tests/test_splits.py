@@ -183,6 +183,10 @@ def test_a_tiny_set_has_a_test_image_that_training_never_sees(count: int) -> Non
     assert left.info.count > validation.info.count or validation.info.count == 0
 
 
+def test_a_tenth_is_held_out_and_at_most_5000() -> None:
+    assert [default_held_out(count) for count in (9, 10, 999, 50_000, 60_000, 10**9)] == [0, 1, 99, 5000, 5000, 5000]
+
+
 def test_one_image_is_too_few() -> None:
     with pytest.raises(UserError, match=r"own.npy has one image; a training needs at least two"):
         with_test_part(named(["a"]), None, settings())
