@@ -190,6 +190,24 @@ def test_a_file_that_is_there_and_does_not_fit_is_to_be_deleted(server: Server, 
     assert path.read_bytes() == b"junk" and not server.requests
 
 
+def test_a_transfer_that_was_killed_at_its_end_is_complete(server: Server, tmp_path: Path) -> None:
+    backbone, heads = small_tensors()
+    small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
+    (tmp_path / "..vgg16.pth.part").write_bytes(server.contents["vgg16.pth"])
+    fetch([f"output={tmp_path}"], small)
+    assert server.requests == [("/files/heads.pth", None)]
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(server: Server, tmp_path: Path) -> None:
+    small = table(server, {"vgg16.pth": saved(small_tensors()[0])})
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "mine").write_bytes(b"")
+    (tmp_path / "weights/..vgg16.pth.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"can't download vgg16.pth"):
+        fetch([f"output={tmp_path}/weights"], small)
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
 def test_a_part_that_is_too_long_is_loaded_again(server: Server, tmp_path: Path) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})

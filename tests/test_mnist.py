@@ -1,7 +1,9 @@
 import fcntl
 import gzip
 import hashlib
+import io
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -9,8 +11,11 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import OpenerDirector, Request
 
 import numpy as np
 import pytest
@@ -161,6 +166,24 @@ def test_a_second_mirror_serves_what_the_first_does_not(
     datasets.load_training_set(config(tmp_path))
 
 
+def test_a_disk_that_is_full_during_a_download_keeps_no_part_of_a_file(server: Server, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # less than the training images
+    try:
+        assert "make room" in refusal(config(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert datasets.load_training_set(config(tmp_path)).info.count == 30
+
+
+def test_other_labels_are_another_set(server: Server, tmp_path: Path) -> None:
+    before = datasets.load_training_set(config(tmp_path)).info.identity
+    labels = tmp_path / "data/KMNIST/raw/train-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.write_bytes(content[:-1] + bytes([(content[-1] + 1) % 10]))
+    assert datasets.load_training_set(config(tmp_path)).info.identity != before
+
+
 @pytest.mark.parametrize(("behaviour", "expected"), [("truncate", "truncated"), ("corrupt", "corrupt")])
 def test_a_bad_copy_is_named_and_never_kept(behaviour: str, expected: str, server: Server, tmp_path: Path) -> None:
     server.behaviour = behaviour
@@ -226,6 +249,17 @@ def test_an_unsafe_or_endless_redirect_is_not_followed(
     server.behaviour, server.elsewhere = "redirect", elsewhere
     message = refusal(config(tmp_path))
     assert expected in message and message.isprintable()
+
+
+def test_a_redirect_from_https_to_http_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def redirect(opener: OpenerDirector, request: Request, timeout: float) -> None:
+        headers = Message()
+        headers["Location"] = "http://elsewhere/x"
+        raise HTTPError(request.full_url, 302, "Found", headers, io.BytesIO())
+
+    monkeypatch.setattr(OpenerDirector, "open", redirect)
+    with pytest.raises(download.DownloadError, match="redirects to http://elsewhere/x, which is not followed"):
+        download.fetch("https://here/x", "")
 
 
 def test_a_redirect_is_followed_and_its_body_not_read(server: Server, tmp_path: Path) -> None:
