@@ -184,6 +184,11 @@ def test_classes_are_those_of_all_parts(tmp_path: Path) -> None:
     assert [datasets.load_test(config).info.classes, datasets.load_training(config)[0].info.classes] == [4, 4]
 
 
+def test_labels_of_another_byte_order_are_the_same_labels(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "a.npy", GREY, LABELS.astype(">i2")))
+    assert whole(source).labels.tolist() == LABELS.tolist()
+
+
 def test_the_identity_follows_pixels_labels_and_channels(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
     changed = GREY.copy()

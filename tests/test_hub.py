@@ -201,6 +201,17 @@ def test_a_refusal_is_one_message_without_the_token(server: HubServer, exported:
         assert "\n" not in str(refusal.value) and TOKEN not in str(refusal.value)
 
 
+def test_an_error_of_the_client_that_quotes_the_token_is_told_without_it(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ValueError(f"bad header: Bearer {TOKEN}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"\(ValueError: bad header: Bearer \*\*\*\); check the network"):
+        hub.fetch(f"hf://{NAME}")
+
+
 def test_a_token_that_can_not_be_sent_is_named_without_it(
     server: HubServer, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
