@@ -187,7 +187,18 @@ def test_the_error_is_relative_to_the_largest_value() -> None:
     assert programs.relative_error(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0])) == 0.125
     assert programs.relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert programs.relative_error(torch.zeros(2, 1), torch.zeros(2)) == float("inf")
-    assert not programs.relative_error(torch.tensor([float("nan")]), torch.ones(1)) <= 1
+    assert programs.relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+
+
+def test_a_program_that_gives_nan_for_one_batch_of_all_is_not_published() -> None:
+    decoder = programs.Decoder(build_vae(config.load(["model.hidden_dims=[4]"]), SHAPE))
+
+    def run(arguments: tuple[Tensor, ...]) -> list[Tensor]:
+        images = decoder(*arguments)[0]
+        return [images * torch.nan if len(images) == 3 else images]
+
+    with pytest.raises(RunError, match=r"decoder.onnx differs from the model: its output images by inf"):
+        programs._errors(decoder, run, "decoder.onnx")
 
 
 def test_formats_are_checked_before_anything_is_written(

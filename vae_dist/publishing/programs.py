@@ -226,8 +226,8 @@ def _errors(module: Encoder | Decoder, run: _Run, name: str) -> dict[str, float]
 
 
 def relative_error(own: Tensor, expected: Tensor) -> float:
-    """Return the largest of |own - expected| over the largest of |expected|; infinite for another shape."""
-    if own.shape != expected.shape:
+    """Return the largest of |own - expected| over the largest of |expected|; infinite for another shape, or for NaN."""
+    if own.shape != expected.shape or own.isnan().any():
         return float("inf")
     difference = (own.double() - expected.double()).abs().amax().item()
     return difference / expected.abs().amax().item() if difference else 0.0
