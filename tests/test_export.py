@@ -38,7 +38,7 @@ from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.publishing import card, inference, programs
 from vae_dist.publishing import export as exports
-from vae_dist.publishing.export import export
+from vae_dist.publishing.export import _evaluation, export
 from vae_dist.publishing.markdown import code, escape
 from vae_dist.reports.report import report
 from vae_dist.runs.checkpoint import Checkpoint
@@ -282,6 +282,10 @@ def test_of_paths_to_own_images_the_last_name_stays() -> None:
     network = config.load(["evaluate.inception=/home/me/inception", "evaluate.perceptual=/b", "evaluate.fid_samples=9"])
     assert inference.scrubbed(network).evaluate == config.load([]).evaluate
     assert inference.scrubbed(config.load(["first_stage.perceptual=/home/me/vgg"])).first_stage.perceptual == "vgg"
+    machine = config.load(
+        ["data.mirror=https://inside/mnist", "data.root=/home/me/data", "data.pack_dir=/home/me/packs"]
+    )
+    assert inference.scrubbed(machine).data == config.load([]).data
     expression = replace(own, data=replace(own.data, group="^(.*)/", path="/"))
     assert inference.scrubbed(expression).data.group == "^(.*)/"
     config.check(inference.scrubbed(expression))
@@ -449,6 +453,16 @@ def test_the_snippet_of_the_card_runs(exported: Path, monkeypatch: pytest.Monkey
     values: dict[str, Any] = {"images": np.zeros((3, 1, 28, 28), np.float32)}
     exec(snippet, values)
     assert values["pictures"].shape == (3, 1, 28, 28)
+
+
+def test_the_evaluation_is_of_the_step_and_of_test_images_rather_than_others(run_dir: Path, tmp_path: Path) -> None:
+    of_run = json.loads((run_dir / "evaluation.json").read_text())
+    found = opened(run_dir, [f"output={tmp_path}"])
+    for other, expected in ({"step": 9}, 0.0), ({"split": "validation"}, 0.0), ({}, 1.0):
+        newer = {**of_run, **other, "negative_elbo": of_run["negative_elbo"] + 1}
+        (tmp_path / "evaluation.json").write_text(json.dumps(newer))
+        chosen = _evaluation(found, "ema")
+        assert chosen is not None and chosen["negative_elbo"] == of_run["negative_elbo"] + expected
 
 
 def test_without_an_evaluation_of_this_step_and_weights_the_card_says_how_to_make_one(
