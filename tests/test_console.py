@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import logging
 import os
 import platform
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,14 +131,36 @@ def test_a_hangup_or_a_warning_outside_of_a_training_ends_with_the_promised_code
         "console.run(lambda: (print(1, flush=True), time.sleep(60)))"
     )
     numbers = (signal.SIGHUP, signal.SIGUSR1)  # the latter is SLURM's warning
-    started = [
-        subprocess.Popen([sys.executable, "-c", waiting], cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in numbers
-    ]
-    for process, number in zip(started, numbers, strict=True):
+    programs = [[sys.executable, "-c", waiting] for _ in numbers] + [["nohup", sys.executable, "-c", waiting]]
+    *started, ignoring = [subprocess.Popen(each, cwd=REPOSITORY, stdout=subprocess.PIPE) for each in programs]
+    for process, number in zip((*started, ignoring), (*numbers, signal.SIGHUP), strict=True):
         assert process.stdout is not None and process.stdout.readline()
         process.send_signal(number)
-        assert process.wait(10) == 143
-        process.stdout.close()
+    assert [process.wait(10) for process in started] == [143, 143]
+    with pytest.raises(subprocess.TimeoutExpired):
+        ignoring.wait(0.2)
+    ignoring.kill()
+    for process in (*started, ignoring):
+        process.communicate()
+
+
+def test_a_pipe_that_does_not_block_gets_the_whole_text() -> None:
+    text, received = os.urandom(2**20), bytearray()
+    with pipe() as (reader, writer):
+        os.set_blocking(writer, False)
+        writing = threading.Thread(target=streams._write, args=[writer, text])
+        writing.start()
+        while len(received) < len(text) and select.select([reader], [], [], 5)[0]:
+            received += os.read(reader, 2**16)
+        writing.join(5)
+    assert received == text
+
+
+def test_a_caller_s_stream_gets_what_its_encoding_lacks_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(file, "ascii"))
+    streams.messages.print("caf\u00e9")
+    assert file.getvalue() == b"caf\\xe9\n"
 
 
 @pytest.mark.parametrize("arguments, code", [("--help", 0), ("--print-config", 0), ("model.latnt_dim=3", 2)])
