@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -210,6 +211,37 @@ def test_records_beyond_the_checkpoint_and_half_records_are_removed(tmp_path: Pa
         directory = MetricsLog(tmp_path, start=10)
         directory.scalars(15, {"train/loss": 1.5})
         assert rows_of(tmp_path) == [*rows[:2], {"step": 15, "train/loss": 1.5}]
+
+
+def test_beside_a_live_training_nothing_goes_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(wandb_run, "start", lambda config, run_dir, kind: started.append(kind))
+    for live in (True, False):
+        with tracking.track(Config(), tmp_path, is_main=True, kind="evaluation", live=live) as tracker:
+            tracker.scalars(1, {"test/negative_elbo": 1.0})
+    assert started == ["evaluation"] and len(rows_of(tmp_path)) == 2
+
+
+def test_a_client_that_falls_far_behind_is_left_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
+    monkeypatch.setattr(wandb_client, "BACKLOG", 2)
+    release = threading.Event()
+
+    class Run:
+        dir = str(tmp_path / "files")
+
+        def log(self, values: object) -> None:
+            release.wait(10)
+
+    monkeypatch.setattr(wandb_run.WandbRun, "_begin", lambda *_: Run())
+    run = wandb_run.WandbRun(Config(), tmp_path, "offline", "training")
+    for step in range(9):
+        run.scalars(step, {"train/loss": 1.0})
+    release.set()
+    run._worker.end()
+    assert caplog.text.count("W&B is lost (it takes too long)") == 1
 
 
 def test_flushed_records_have_reached_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
