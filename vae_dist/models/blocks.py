@@ -80,6 +80,19 @@ class ResidualBlock(nn.Module):
         return (x if self.shortcut is None else self.shortcut(x)) + branch
 
 
+def residual_blocks(channels: int, count: int, scale: float, label: int) -> list[nn.Module]:
+    """Return the residual blocks of one resolution, whose channels do not change."""
+    return [ResidualBlock(channels, channels, scale, label) for _ in range(count)]
+
+
+def branch_scale(branches: int) -> float:
+    """Return the scale of the initial weights of a network's branches, which are added to what they branch from.
+
+    It is one over the root of their number: the variance of their sum does not grow with the depth (Child 2021).
+    """
+    return float(branches**-0.5)
+
+
 def output_layers(channels: int, outputs: int) -> list[nn.Module]:
     """Return the last layers, whose output starts near 0: a posterior near the prior, pixels near grey."""
     return [group_norm(channels), nn.SiLU(), scaled(convolution(channels, outputs), OUTPUT_SCALE)]

@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import nn
 
 from vae_dist.config import ConvConfig
-from vae_dist.models.blocks import Network, ResidualBlock, Upsample, convolution, output_layers
+from vae_dist.models.blocks import Network, Upsample, branch_scale, convolution, output_layers, residual_blocks
 from vae_dist.models.grid import GridVAE
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
@@ -46,10 +46,10 @@ def encoder(inputs: int, channels: list[int], blocks: int, outputs: int, label: 
 
     `label` is the size of an embedded label, 0 without labels.
     """
-    depth = len(channels)
-    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, depth, label)]
+    scale = branch_scale(blocks * len(channels))
+    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, scale, label)]
     for before, after in pairwise(channels):
-        layers += [convolution(before, after, stride=2), *residual_blocks(after, blocks, depth, label)]
+        layers += [convolution(before, after, stride=2), *residual_blocks(after, blocks, scale, label)]
     return Network(*layers, *output_layers(channels[-1], outputs))
 
 
@@ -58,18 +58,9 @@ def decoder(inputs: int, channels: list[int], blocks: int, outputs: int, label: 
 
     It repeats pixels and convolves them: a transposed convolution draws checkerboards (Odena et al. 2016).
     """
-    depth = len(channels)
-    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, depth, label)]
+    scale = branch_scale(blocks * len(channels))
+    layers: list[nn.Module] = [convolution(inputs, channels[0]), *residual_blocks(channels[0], blocks, scale, label)]
     for before, after in pairwise(channels):
         layers += [Upsample(), convolution(before, after)]
-        layers += residual_blocks(after, blocks, depth, label)
+        layers += residual_blocks(after, blocks, scale, label)
     return Network(*layers, *output_layers(channels[-1], outputs))
-
-
-def residual_blocks(channels: int, count: int, resolutions: int, label: int) -> list[nn.Module]:
-    """Return the blocks of one resolution.
-
-    Their initial weights are scaled by one over the root of the number of all blocks, so that the variance of their sum
-    does not grow with the depth (Child 2021).
-    """
-    return [ResidualBlock(channels, channels, (count * resolutions) ** -0.5, label) for _ in range(count)]

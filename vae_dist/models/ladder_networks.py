@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.config import LadderConfig
-from vae_dist.models.blocks import Network, ResidualBlock, Upsample, convolution, output_layers, scaled
+from vae_dist.models.blocks import (
+    Network,
+    ResidualBlock,
+    Upsample,
+    branch_scale,
+    convolution,
+    output_layers,
+    residual_blocks,
+    scaled,
+)
 from vae_dist.models.posteriors import DiagonalGaussian, soft_bound
 from vae_dist.models.tensors import Shape, at_least_float32
 
@@ -21,12 +30,12 @@ class Encoder(nn.Module):
     def __init__(self, options: LadderConfig, inputs: int, label: int) -> None:
         """`label` is the size of an embedded label, 0 without labels."""
         super().__init__()
-        scale = (options.blocks * len(options.channels)) ** -0.5
+        scale = branch_scale(options.blocks * len(options.channels))
         before = inputs * options.patch**2
         self.patches = nn.PixelUnshuffle(options.patch)  # a square of pixels becomes channels (Shi et al. 2016)
         self.resolutions = nn.ModuleList()
         for number, channels in enumerate(options.channels):
-            blocks = [ResidualBlock(channels, channels, scale, label) for _ in range(options.blocks)]
+            blocks = residual_blocks(channels, options.blocks, scale, label)
             self.resolutions.append(Network(convolution(before, channels, stride=2 if number else 1), *blocks))
             before = channels
         self._resolution_of = [
@@ -58,13 +67,13 @@ class Decoder(nn.Module):
     def __init__(self, options: LadderConfig, outputs: int, label: int) -> None:
         """`label` is the size of an embedded label, 0 without labels."""
         super().__init__()
-        scale = (options.blocks * (len(options.channels) - 1) + sum(options.levels)) ** -0.5
+        scale = branch_scale(options.blocks * (len(options.channels) - 1) + sum(options.levels))
         self.start = nn.Parameter(torch.randn(options.channels[-1], 1, 1))
         self.layers = nn.ModuleList()
         before = None
         for channels, levels in zip(reversed(options.channels), reversed(options.levels), strict=True):
             if before is not None:
-                blocks = [ResidualBlock(channels, channels, scale, label) for _ in range(options.blocks)]
+                blocks = residual_blocks(channels, options.blocks, scale, label)
                 self.layers.append(Network(Upsample(), convolution(before, channels), *blocks))
             self.layers.extend(Level(channels, options.latent_channels, scale, label) for _ in range(levels))
             before = channels

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vae_dist.config import ResNetConfig
-from vae_dist.models.blocks import Network, ResidualBlock, Upsample, convolution, output_layers, scaled
+from vae_dist.models.blocks import Network, ResidualBlock, Upsample, branch_scale, convolution, output_layers, scaled
 from vae_dist.models.grid import GridVAE
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
@@ -69,18 +69,14 @@ def decoder(options: ResNetConfig, inputs: int, outputs: int, label: int = 0) ->
 
 
 class Parts:
-    """Makes the blocks of a network.
-
-    Their initial weights are scaled by one over the root of the number of all branches, attention among them, so that
-    the variance of their sum does not grow with the depth (Child 2021).
-    """
+    """Makes the blocks of a network, whose branches are residual blocks and attention."""
 
     def __init__(self, options: ResNetConfig, blocks: int, label: int) -> None:
         """`blocks` is the number of residual blocks at each resolution."""
         self._blocks = blocks
         self._label = label
         branches = blocks * sum(1 + attends for attends in options.attention_levels) + 2 + options.mid_attention
-        self._scale = branches**-0.5
+        self._scale = branch_scale(branches)
 
     def resolution(self, inputs: int, outputs: int, attends: bool) -> list[nn.Module]:
         """Return the blocks of one resolution, each followed by attention if it `attends`."""
