@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vae_dist.config.fields import option
-from vae_dist.config.networks import ATTENTION, AttentionConfig, ModelConfig
+from vae_dist.config.networks import ATTENTION, CHANNELS, AttentionConfig, ModelConfig
 from vae_dist.errors import UserError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -20,8 +20,7 @@ class AutoencoderKLConfig(AttentionConfig):
     architecture: str = "autoencoder_kl"
     channels: list[int] = option(
         [128, 256, 512, 512],
-        "channels at each resolution from the image's to the latents'; each after the first halves height and width "
-        "(diffusers' block_out_channels)",
+        f"{CHANNELS} (diffusers' block_out_channels)",
         at_least=1,
         at_most=2**16,
     )

@@ -81,14 +81,13 @@ class GridConfig(ModelConfig):
         return f"{self.architecture} {'-'.join(map(str, self.channels))}"
 
 
+CHANNELS = "channels at each resolution from the image's to the latents'; each after the first halves height and width"
+
+
 @dataclass
 class ConvConfig(GridConfig):
     architecture: str = "conv"
-    channels: list[int] = option(
-        [32, 64, 128],
-        "channels at each resolution from the image's to the latents'; each after the first halves height and width",
-        at_least=1,
-    )
+    channels: list[int] = option([32, 64, 128], CHANNELS, at_least=1)
     patch: int = option(
         1,
         "side of the squares of pixels that become channels before the first convolution; 2 or 4 makes a step cheaper, "
@@ -182,11 +181,7 @@ class AttentionConfig(GridConfig):
 @dataclass
 class ResNetConfig(AttentionConfig):
     architecture: str = "resnet"
-    channels: list[int] = option(
-        [32, 64, 128],
-        "channels at each resolution from the image's to the latents'; each after the first halves height and width",
-        at_least=1,
-    )
+    channels: list[int] = option([32, 64, 128], CHANNELS, at_least=1)
     blocks: int = option(2, "residual blocks at each resolution, one more in the decoder", at_least=1)
     latent_channels: int = option(4, "channels of the latents", at_least=1)
     attention: list[int] = option([], ATTENTION, at_least=1)

@@ -20,6 +20,7 @@ from vae_dist.errors import UserError
 from vae_dist.evaluation import constants, fid, similarity
 from vae_dist.evaluation.networks import NO_NETWORKS, Networks
 from vae_dist.models.inputs import Inputs, read_inputs
+from vae_dist.models.tensors import sizes
 from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
 from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
@@ -213,10 +214,10 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
 
 def _kl_per_level(vae: VAE, kl: Tensor) -> dict[str, list[float]]:
     """Return the KL of each level of latents; nothing for a model of one level, or without a KL of each latent."""
-    sizes = [math.prod(shape) for shape in vae.latent_shapes(vae.image_shape)]
-    if len(sizes) == 1 or len(kl) != vae.latent_dim:
+    shapes = vae.latent_shapes(vae.image_shape)
+    if len(shapes) == 1 or len(kl) != vae.latent_dim:
         return {}
-    return {"kl_per_level": [part.sum().item() for part in kl.split(sizes)]}
+    return {"kl_per_level": [part.sum().item() for part in kl.split(sizes(shapes))]}
 
 
 def _standard_error(values: Tensor) -> float | None:

@@ -27,7 +27,7 @@ from vae_dist.models.ladder_networks import Decoder, Encoder
 from vae_dist.models.likelihoods import LikelihoodKind
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.priors import PRIORS
-from vae_dist.models.tensors import Shape
+from vae_dist.models.tensors import Shape, sizes
 from vae_dist.models.vae import Inference, require_noise
 
 
@@ -36,12 +36,12 @@ class LadderVAE(GridVAE):
 
     infers_with_decoder = True
     remedy = "fewer model.channels or a smaller model.patch"
-    encoder: "Encoder"
-    decoder: "Decoder"
+    options: LadderConfig
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(self, options: LadderConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
         super().__init__(options, image_shape, likelihood, classes)
-        self._levels = options.levels
         label = embedding_size(classes)
         self.encoder = Encoder(options, image_shape[0], label)
         self.decoder = Decoder(options, likelihood.output_shape(image_shape)[0], label)
@@ -52,7 +52,7 @@ class LadderVAE(GridVAE):
         ((channels, height, width),) = super().latent_shapes(image_shape)
         return tuple(
             (channels, height << number, width << number)
-            for number, levels in enumerate(reversed(self._levels))
+            for number, levels in enumerate(reversed(self.options.levels))
             for _ in range(levels)
         )
 
@@ -78,7 +78,7 @@ class LadderVAE(GridVAE):
 
     def _decoded(self, latents: Tensor, image_shape: Shape, *embedded: Tensor) -> Tensor:
         shapes = self.latent_shapes(image_shape)
-        levels = latents.split(_sizes(shapes), 1)
+        levels = latents.split(sizes(shapes), 1)
         output: Tensor = self.decoder(lambda level, features: levels[level], latents.shape[0], shapes[0][1:], *embedded)
         return output
 
@@ -112,7 +112,7 @@ class LadderPosterior:
     @property
     def shape(self) -> Shape:
         """(B, L)."""
-        return self._features[0].shape[0], sum(_sizes(self._shapes))
+        return self._features[0].shape[0], sum(sizes(self._shapes))
 
     @property
     def mean(self) -> Tensor:
@@ -145,7 +145,7 @@ class LadderPosterior:
     def _descend(self, numbers: Tensor, choose: Callable[[DiagonalGaussian, Tensor], Tensor]) -> Descent:
         """Descend with the codes that `choose` makes of a level's posterior and its part of `numbers` `(..., B, L)`."""
         shape, draws = numbers.shape, math.prod(numbers.shape[:-2])
-        parts = numbers.reshape(-1, shape[-1]).split(_sizes(self._shapes), 1)
+        parts = numbers.reshape(-1, shape[-1]).split(sizes(self._shapes), 1)
         features, embedded = ([_repeated(x, draws) for x in part] for part in (self._features, self._embedded))
         posteriors: list[DiagonalGaussian] = []
         codes: list[Tensor] = []
@@ -158,10 +158,6 @@ class LadderPosterior:
         output = self._vae.decoder(codes_of, draws * shape[-2], self._shapes[0][1:], *embedded)
         means, log_variances = (torch.cat(of_levels, 1).view(shape) for of_levels in zip(*posteriors, strict=True))
         return Descent(DiagonalGaussian(means, log_variances), torch.cat(codes, 1).view(shape), output)
-
-
-def _sizes(shapes: Sequence[Shape]) -> list[int]:
-    return [math.prod(shape) for shape in shapes]
 
 
 def _repeated(x: Tensor, draws: int) -> Tensor:

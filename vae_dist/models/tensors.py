@@ -1,9 +1,17 @@
 """Shapes and floating-point types at the border of a model."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+
+def sizes(shapes: Sequence[Shape]) -> list[int]:
+    """Return how many numbers a tensor of each shape has."""
+    return [math.prod(shape) for shape in shapes]
 
 
 class ShapeError(ValueError):

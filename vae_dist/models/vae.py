@@ -4,7 +4,6 @@ Codes are flat at the border: `(B, L)`, whatever shape a network gives its laten
 in C, H, W order. K draws, B batch, L latents, G groups of latents, C, H, W image.
 """
 
-import math
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -16,7 +15,7 @@ from vae_dist.models.labels import LabelEmbedding
 from vae_dist.models.likelihoods import Likelihood, LikelihoodKind
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.priors import Prior
-from vae_dist.models.tensors import Shape, ShapeError, at_least_float32, require_shape
+from vae_dist.models.tensors import Shape, ShapeError, at_least_float32, require_shape, sizes
 
 
 class Inference(NamedTuple):
@@ -73,7 +72,7 @@ class VAE(nn.Module):
     @cached_property
     def latent_dim(self) -> int:
         """L, the number of latents of an image of `image_shape`."""
-        return _size(self.latent_shapes(self.image_shape))
+        return sum(sizes(self.latent_shapes(self.image_shape)))
 
     @property
     def prior_numbers(self) -> int:
@@ -176,14 +175,12 @@ class VAE(nn.Module):
         return (self.embedding(labels),)
 
     def _latents(self, image_shape: Shape) -> int:
-        return self.latent_dim if image_shape == self.image_shape else _size(self.latent_shapes(tuple(image_shape)))
+        if image_shape == self.image_shape:
+            return self.latent_dim
+        return sum(sizes(self.latent_shapes(tuple(image_shape))))
 
 
 def require_noise(noise: Tensor, expected: Shape) -> None:
     """Raise ShapeError unless noise has the shape of K draws from posteriors `(B, L)`."""
     if noise.ndim != 3 or noise.shape[1:] != expected:
         raise ShapeError(f"noise must have the shape (K, {', '.join(map(str, expected))}), not {tuple(noise.shape)}")
-
-
-def _size(shapes: tuple[Shape, ...]) -> int:
-    return sum(math.prod(shape) for shape in shapes)

@@ -1,7 +1,5 @@
 """Views that start from test images: their posteriors, and the codes between them. A function for each kind."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from vae_dist.data.source import every_label
 from vae_dist.errors import UserError
+from vae_dist.models.tensors import sizes
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
 from vae_dist.views.components import principal_components
@@ -99,7 +98,7 @@ def reconstruction(trained: TrainedVAE) -> View:
 def levels(trained: TrainedVAE) -> View:
     """Decode the posterior means of the first level of latents, of the first two and so on, for some test images."""
     indices, shapes = selection.images(trained), trained.vae.latent_shapes(trained.vae.image_shape)
-    ends = torch.tensor([math.prod(shape) for shape in shapes]).cumsum(0)
+    ends = torch.tensor(sizes(shapes)).cumsum(0)
     kept = torch.arange(trained.vae.latent_dim) < ends.unsqueeze(1)
     means = trained.encode(indices).mean.unsqueeze(1)
     latents = torch.where(kept, means, trained.origin).flatten(0, 1)
@@ -117,10 +116,10 @@ def levels(trained: TrainedVAE) -> View:
             gaps=[1],
         )
 
-    sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
+    named = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
     return View(
         f"test images ({selection.image_words(originals)}), each decoded from the posterior means of its first levels "
-        f"of latents, as many as stand above, and the origin of the others; {len(shapes)} levels: {sizes}",
+        f"of latents, as many as stand above, and the origin of the others; {len(shapes)} levels: {named}",
         {"images": decoded, "latents": latents, **originals, **label_tensors(labels)},
         draw,
     )
