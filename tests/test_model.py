@@ -89,6 +89,18 @@ def test_the_decoder_mirrors_any_hidden_sizes(hidden_dims: str) -> None:
     assert sizes == mirrored[::-1]
 
 
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_hidden_layers_have_the_activation_of_the_config(name: str) -> None:
+    vae = build_vae(make(f"model.activation={name}"), (1, 4, 4)).double()
+    images, latents = torch.rand(5, 1, 4, 4).double(), torch.randn(5, 3).double()
+    for network, inputs in (vae.encoder, images), (vae.decoder, latents):
+        expected = inputs.flatten(1)
+        *hidden, last = (module for module in network.modules() if isinstance(module, nn.Linear))
+        for layer in hidden:
+            expected = {"relu": torch.relu, "tanh": torch.tanh}[name](expected @ layer.weight.T + layer.bias)
+        torch.testing.assert_close(network(inputs).flatten(1), expected @ last.weight.T + last.bias)
+
+
 def test_the_default_is_the_tutorials_network() -> None:
     vae = build_vae(config.load([]), (1, 28, 28))
     shapes = [tuple(parameter.shape) for parameter in vae.parameters() if parameter.ndim == 2]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from vae_dist.config.fields import option
 from vae_dist.errors import UserError
@@ -44,6 +44,7 @@ class MLPConfig(ModelConfig):
     architecture: str = "mlp"
     latent_dim: int = option(40, "number of latents", at_least=1)
     hidden_dims: list[int] = option([400], "sizes of the encoder's hidden layers; the decoder mirrors them", at_least=1)
+    activation: Literal["relu", "tanh"] = option("relu", "function between layers; tanh as in Burda et al. (2016)")
 
     def weights_at_least(self, image_shape: Sequence[int]) -> int:
         # The encoder and the decoder each have a matrix between two successive sizes.

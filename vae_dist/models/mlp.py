@@ -1,4 +1,4 @@
-"""The tutorial's networks: fully connected layers with ReLU between them. B batch, L latents, C, H, W image.
+"""The tutorial's networks: fully connected layers with ReLU or tanh between them. B batch, L latents, C, H, W image.
 
 In a conditional VAE the embedded label is joined to the pixels and to the latents.
 """
@@ -17,6 +17,7 @@ from vae_dist.models.priors import PRIORS
 from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
 
+_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 TRANSPOSED_ROWS = 256  # the largest batch that is computed as its transpose
 
 
@@ -28,9 +29,9 @@ class MLP(VAE):
     def __init__(self, options: MLPConfig, image_shape: Shape, likelihood: LikelihoodKind, classes: int = 0) -> None:
         super().__init__(image_shape, likelihood, classes)
         self._latent_dim = options.latent_dim
-        sizes, output_shape, label = options.hidden_dims, likelihood.output_shape(image_shape), embedding_size(classes)
-        self.encoder = MLPEncoder(image_shape, sizes, options.latent_dim, label)
-        self.decoder = MLPDecoder(output_shape, sizes, options.latent_dim, label)
+        label = embedding_size(classes)
+        self.encoder = MLPEncoder(image_shape, options, label)
+        self.decoder = MLPDecoder(likelihood.output_shape(image_shape), options, label)
         self.p_z = PRIORS[options.prior](options.latent_dim)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
@@ -45,9 +46,10 @@ build = MLP
 class MLPEncoder(nn.Module):
     """Images `(B, C, H, W)`, and embedded labels `(B, label)` if any, to posterior parameters `(B, 2 L)`."""
 
-    def __init__(self, image_shape: Shape, hidden_dims: Sequence[int], latent_dim: int, label: int = 0) -> None:
+    def __init__(self, image_shape: Shape, options: MLPConfig, label: int = 0) -> None:
         super().__init__()
-        self.layers = _mlp([math.prod(image_shape) + label, *hidden_dims, 2 * latent_dim])
+        sizes = [math.prod(image_shape) + label, *options.hidden_dims, 2 * options.latent_dim]
+        self.layers = _mlp(sizes, options.activation)
 
     def forward(self, images: Tensor, embedded: Tensor | None = None) -> Tensor:
         return self.layers(_joined(images.flatten(1), embedded))
@@ -59,9 +61,10 @@ class MLPDecoder(nn.Module):
     The hidden layers have the encoder's sizes in reverse.
     """
 
-    def __init__(self, output_shape: Shape, hidden_dims: Sequence[int], latent_dim: int, label: int = 0) -> None:
+    def __init__(self, output_shape: Shape, options: MLPConfig, label: int = 0) -> None:
         super().__init__()
-        self.layers = _mlp([latent_dim + label, *reversed(hidden_dims), math.prod(output_shape)])
+        sizes = [options.latent_dim + label, *reversed(options.hidden_dims), math.prod(output_shape)]
+        self.layers = _mlp(sizes, options.activation)
         self.output_shape = output_shape
 
     def forward(self, latents: Tensor, embedded: Tensor | None = None) -> Tensor:
@@ -92,8 +95,8 @@ def _joined(inputs: Tensor, embedded: Tensor | None) -> Tensor:
     return inputs if embedded is None else torch.cat([inputs, embedded], 1)
 
 
-def _mlp(sizes: Sequence[int]) -> Layers:
+def _mlp(sizes: Sequence[int], activation: str) -> Layers:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), _ACTIVATIONS[activation]()]
     return Layers(*layers[:-1])
