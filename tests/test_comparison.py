@@ -123,6 +123,14 @@ def test_curves_of_several_bounds_are_of_the_negative_elbo(change: dict[str, Any
     assert curves([first, second])[1] == ("optimizer steps", f"{axis}, nats per image")
 
 
+def test_curves_of_one_bound_with_two_gradients_are_of_the_loss(pair: list[Path]) -> None:
+    runs = []
+    for run, bound in zip(map(opened, pair), ("iwae", "iwae_dreg"), strict=True):
+        objective = replace(run.config.objective, bound=bound, samples=5)
+        runs.append(run._replace(config=replace(run.config, objective=objective)))
+    assert curves(runs)[1] == ("optimizer steps", "training loss, nats per image")
+
+
 def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun, pair: list[Path]) -> None:
     again = make_run("name=again", "model.latent_dim=2", "checkpoint.keep=7", "train.log_every=3", "device=auto")
     run = opened(pair[0])

@@ -379,11 +379,17 @@ def test_a_longer_run_is_refused_if_its_schedule_depends_on_its_length(schedule:
         resumed([schedule, fixed], [schedule, fixed, "train.epochs=9"])
 
 
+@pytest.mark.parametrize("bound", ["iwae", "iwae_dreg"])
 @pytest.mark.parametrize("weight", ["objective.beta=0.5", "objective.beta_warmup_steps=3"])
-def test_an_importance_weighted_bound_has_no_beta(weight: str) -> None:
-    assert "objective.bound=iwae has no KL term to weigh" in refusal("objective.bound=iwae", weight)
-    loaded = config.load(["objective.bound=iwae", "objective.samples=50"])
-    assert (loaded.objective.bound, loaded.objective.samples) == ("iwae", 50)
+def test_an_importance_weighted_bound_has_no_beta(weight: str, bound: str) -> None:
+    assert f"objective.bound={bound} has no KL term to weigh" in refusal(f"objective.bound={bound}", weight)
+    loaded = config.load([f"objective.bound={bound}", "objective.samples=50"])
+    assert (loaded.objective.bound, loaded.objective.samples) == (bound, 50)
+
+
+def test_the_doubly_reparameterised_gradient_is_for_one_level_of_latents() -> None:
+    message = refusal("model.architecture=ladder", "objective.bound=iwae_dreg")
+    assert message.endswith("model.architecture=ladder has several: use objective.bound=iwae")
 
 
 def test_readers_choose_the_weights_and_runs_do_not_differ_by_them() -> None:

@@ -117,6 +117,85 @@ def test_with_one_draw_the_importance_weighted_bound_is_the_elbos_estimate() -> 
     torch.testing.assert_close(values["loss"], -(each["p(x|z)"] + each["p(z)"] - each["q(z|x)"])[0])
 
 
+def gradients_of(vae: VAE, images: Tensor, noise: Tensor, bound: str) -> dict[str, Tensor]:
+    """The gradient of the summed loss by each weight of the model."""
+    loss = OBJECTIVES[bound](vae(images, noise), images, torch.tensor(1.0))["loss"].sum()
+    weights = dict(vae.named_parameters())
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_the_doubly_reparameterised_gradient_is_the_papers_formula(draws: int, likelihood: str) -> None:
+    """Tucker et al. (2019), equation 8: the log-weights depend on the encoder through the draws alone."""
+    vae = small_vae(f"objective.reconstruction={likelihood}")
+    images, noise = torch.rand(3, 1, 6, 6).double().round(), torch.randn(draws, 3, 5).double()
+    posterior = vae.infer(images)
+    deviation = (0.5 * posterior.log_variance).exp()
+    latents = posterior.mean + deviation * noise
+    log_ratio = Normal(0.0, 1.0).log_prob(latents) - Normal(posterior.mean.detach(), deviation.detach()).log_prob(
+        latents
+    )
+    log_likelihood = torch.stack([vae.decode(of_draw).log_prob(images) for of_draw in latents])
+    log_weights = log_likelihood + log_ratio.sum(2)
+    normalised = log_weights.detach().exp() / log_weights.detach().exp().sum(0)
+    losses = {"encoder": -(normalised**2 * log_weights).sum(), "decoder": -(normalised * log_weights).sum()}
+    for name, found in gradients_of(vae, images, noise, "iwae_dreg").items():
+        loss = losses[name.partition(".")[0]]
+        expected = torch.autograd.grad(loss, vae.get_parameter(name), retain_graph=True)[0]
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_doubly_reparameterised_gradient_has_the_values_and_the_decoders_gradient_of_the_plain_one() -> None:
+    vae = small_vae()
+    images, noise = torch.rand(3, 1, 6, 6).double().round(), torch.randn(4, 3, 5).double()
+    values = [OBJECTIVES[bound](vae(images, noise), images, torch.tensor(1.0)) for bound in ("iwae", "iwae_dreg")]
+    torch.testing.assert_close(*values)
+    plain, doubly = (gradients_of(vae, images, noise, bound) for bound in ("iwae", "iwae_dreg"))
+    for name in plain:
+        assert torch.allclose(plain[name], doubly[name]) == name.startswith("decoder"), name
+
+
+def test_the_doubly_reparameterised_gradient_is_on_average_the_plain_one_with_less_variance() -> None:
+    vae = small_vae()
+    image = torch.rand(1, 1, 6, 6).double().round()
+    noise = torch.randn(3, 20_000, 5, generator=torch.Generator().manual_seed(0)).double()
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    for bound in ("iwae", "iwae_dreg"):
+        mean = vae.infer(image).mean.detach().expand(20_000, -1).requires_grad_()
+        posterior = DiagonalGaussian(mean, vae.infer(image).log_variance.detach().expand(20_000, -1))
+        inference = vae.sample(posterior, noise)
+        loss = OBJECTIVES[bound](inference, image.expand(20_000, -1, -1, -1), torch.tensor(1.0))["loss"]
+        gradients = torch.autograd.grad(loss.sum(), mean)[0]  # of each draw of K by itself
+        means.append(gradients.mean(0))
+        variances.append(gradients.var(0))
+    standard_error = (torch.stack(variances).sum(0) / 20_000).sqrt()
+    assert ((means[0] - means[1]).abs() < 4 * standard_error).all()
+    assert (means[0].abs() > 4 * standard_error).any()  # something is there to agree on
+    assert (variances[1] < variances[0]).all()
+
+
+def test_with_the_exact_posterior_the_doubly_reparameterised_gradient_of_the_encoder_is_zero() -> None:
+    """Of a linear Gaussian model: every importance weight is then p(x), whatever is drawn."""
+    linear = ["model.latent_dim=2", "model.hidden_dims=[]", "objective.reconstruction=gaussian"]
+    vae = build_vae(config.load(linear), (1, 3, 3)).double()
+    decoder, bias = (parameter.detach() for parameter in vae.decoder.parameters())
+    images, noise = torch.rand(4, 1, 3, 3).double(), torch.randn(5, 4, 2).double()
+    directions, lengths, _ = torch.linalg.svd(decoder.T, full_matrices=False)
+    decoder.copy_((directions.T @ decoder.T).T)  # its columns are orthogonal now, and so the posterior is diagonal
+    precision = decoder.square().sum(0) + 1
+    torch.testing.assert_close(precision, lengths**2 + 1)
+    mean = ((images.flatten(1) - bias) @ decoder / precision).requires_grad_()
+    log_variance = -precision.log().expand(4, 2).clone().requires_grad_()
+    gradients = {}
+    for bound in ("iwae", "iwae_dreg"):
+        inference = vae.sample(DiagonalGaussian(mean, log_variance), noise)
+        loss = OBJECTIVES[bound](inference, images, torch.tensor(1.0))["loss"].sum()
+        gradients[bound] = torch.cat(torch.autograd.grad(loss, [mean, log_variance]))
+    assert gradients["iwae_dreg"].abs().max() < 1e-12 < 1e-3 < gradients["iwae"].abs().max()
+
+
 def test_a_latent_is_active_above_a_variance_of_a_hundredth() -> None:
     deviations = torch.tensor([1.0, 0.101, 0.099, 0.0])  # their squares: 1, 0.0102, 0.0098, 0
     means = 7 + deviations * torch.tensor([1.0, -1.0]).repeat(500).unsqueeze(1)

@@ -85,10 +85,22 @@ def test_gradients_traced_for_a_gpu_are_those_of_autograd(
     network: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing relies on the order of images in memory, which is another one there."""
+    check_gradients([*network, *options], monkeypatch)
+
+
+def test_doubly_reparameterised_gradients_traced_for_a_gpu_are_those_of_autograd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hook on the draws weighs their gradients."""
+    check_gradients(["model.architecture=conv", "objective.bound=iwae_dreg"], monkeypatch)
+
+
+def check_gradients(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the gradients that the compiler traces with those of autograd."""
     torch.compiler.reset()  # it compiles one function eight times at most
     for module in MODULES:
         monkeypatch.setattr(module, "traced_on_gpu", lambda x: torch.compiler.is_compiling())
-    given = [*network, *options, "model.channels=[4,8]", "data.name=synthetic_digits", "train.batch_size=2"]
+    given = [*options, "model.channels=[4,8]", "data.name=synthetic_digits", "train.batch_size=2"]
     settings = config.load([*given, "device=cpu", "train.threads=1", "objective.samples=3"])
     settings.data.classes = ["a", "b"]
     with processes.join(settings) as world:

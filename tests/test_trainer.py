@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributions import Normal
 
 from tests.conftest import MakeConfig, newest_checkpoint
 from tests.sources import mapped, whole
@@ -98,7 +99,7 @@ def test_records_hold_the_metrics_by_their_names(make_config: MakeConfig) -> Non
     assert training[-1]["train/loss"] < 0.7 * training[0]["train/loss"]
 
 
-@pytest.mark.parametrize(("bound", "draws"), [("elbo", 1), ("elbo", 3), ("iwae", 3)])
+@pytest.mark.parametrize(("bound", "draws"), [("elbo", 1), ("elbo", 3), ("iwae", 3), ("iwae_dreg", 3)])
 def test_training_is_a_plain_loop_over_the_plan(bound: str, draws: int, make_config: MakeConfig) -> None:
     """The oracle: twelve steps of textbook PyTorch on the plan's batches and noise."""
     run_config = make_config(
@@ -116,12 +117,17 @@ def test_training_is_a_plain_loop_over_the_plan(bound: str, draws: int, make_con
         noise = plan.noise(range(step, step + 1), range(50), (draws, 8))[0].transpose(0, 1).double()
         output = vae(images, noise)
         log_likelihood = output.likelihood.log_prob(images.repeat(draws, 1, 1, 1)).view(draws, 50)
-        if bound == "elbo":
-            loss = (output.kl.sum() - log_likelihood.sum()) / draws / 50
-        else:
-            loss = -(torch.logsumexp(log_likelihood + output.log_ratio, 0) - math.log(draws)).sum() / 50
         optimizer.zero_grad()
-        loss.backward()
+        if bound == "elbo":
+            ((output.kl.sum() - log_likelihood.sum()) / draws / 50).backward()
+        elif bound == "iwae":
+            (-(torch.logsumexp(log_likelihood + output.log_ratio, 0) - math.log(draws)).sum() / 50).backward()
+        else:  # equation 8 of Tucker et al. (2019)
+            latents, posterior = output.latents, output.posterior.detached()
+            weights = log_likelihood + Normal(0.0, 1.0).log_prob(latents).sum(2) - posterior.log_prob(latents)
+            normalised = weights.detach().softmax(0)
+            for part, factor in (vae.encoder, normalised**2), (vae.decoder, normalised):
+                (-(factor * weights).sum() / 50).backward(retain_graph=True, inputs=list(part.parameters()))
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 20)
         for group in optimizer.param_groups:
             learning_rate = schedules.learning_rate(run_config.optim, step, 12)

@@ -66,15 +66,26 @@ def elbo(inference: Inference, images: Tensor, beta: Tensor) -> Values:
 
 def iwae(inference: Inference, images: Tensor, beta: Tensor) -> Values:
     """The negative importance-weighted bound of K draws (Burda et al. 2016, equation 8), and the ELBO's terms."""
-    log_likelihood = inference.log_likelihood(images)
-    weights = log_likelihood + inference.log_ratio
-    terms = _terms(inference, log_likelihood)
-    loss = math.log(len(weights)) - weights.logsumexp(0)
-    return {"loss": loss, "reconstruction": terms.reconstruction, "kl": terms.kl}
+    return _importance_weighted(inference, inference.log_likelihood(images), inference.log_ratio)
+
+
+def iwae_dreg(inference: Inference, images: Tensor, beta: Tensor) -> Values:
+    """The values of `iwae`, with the doubly reparameterised gradient (Tucker et al. 2019, equation 8).
+
+    The decoder's gradient is that of `iwae`. The encoder's has the same expectation and less variance: it is taken
+    through the draws alone, each weighed by the square of its normalised importance weight. With one draw it is that of
+    Roeder et al. (2017). `inference.latents` must be what was decoded: those of a hierarchy are not.
+    """
+    latents, log_likelihood = inference.latents, inference.log_likelihood(images)
+    log_ratio = inference.log_prior - inference.posterior.detached().log_prob(latents)
+    if latents.requires_grad:  # their gradient of the bound has each draw's weight as a factor already
+        weights = (log_likelihood + log_ratio).detach().softmax(0).unsqueeze(2)
+        latents.register_hook(lambda gradient: gradient * weights)
+    return _importance_weighted(inference, log_likelihood, log_ratio)
 
 
 # Name in a config (`objective.bound`) -> the values of each image.
-OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae}
+OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae, "iwae_dreg": iwae_dreg}
 
 
 def check_bound(config: ObjectiveConfig) -> None:
@@ -89,6 +100,13 @@ def with_bound(means: Mapping[str, float]) -> dict[str, float]:
         return dict(means)
     bound = {"negative_elbo": means["reconstruction"] + means["kl"]}
     return {name: value for name, value in means.items() if name == "loss"} | bound | dict(means)
+
+
+def _importance_weighted(inference: Inference, log_likelihood: Tensor, log_ratio: Tensor) -> Values:
+    """The bound of K draws with log p(x|z) and log p(z) - log q(z|x) `(K, B)`, and the ELBO's terms."""
+    terms, weights = _terms(inference, log_likelihood), log_likelihood + log_ratio
+    loss = math.log(len(weights)) - weights.logsumexp(0)
+    return {"loss": loss, "reconstruction": terms.reconstruction, "kl": terms.kl}
 
 
 def _terms(inference: Inference, log_likelihood: Tensor) -> ElboTerms:

@@ -16,6 +16,7 @@ from vae_dist.config import yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.data import OWN_IMAGES, DataConfig
 from vae_dist.config.keys import Option, flatten, options
+from vae_dist.config.networks import ModelConfig
 from vae_dist.config.optimization import SIGMA_FLOOR, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import PATHS, check_path
 from vae_dist.config.schema import Config, TrackingConfig
@@ -67,7 +68,7 @@ def check(config: Config) -> None:
             "leave out evaluate.fid_samples"
         )
     _check_checkpointing(config)
-    _check_objective(config.objective)
+    _check_objective(config.objective, config.model)
     _check_optim(config.optim)
     _check_size(config)
     _check_memory(config)
@@ -107,16 +108,21 @@ def _check_checkpointing(config: Config) -> None:
         )
 
 
-def _check_objective(objective: ObjectiveConfig) -> None:
-    if objective.bound == "iwae" and (objective.beta != 1 or objective.beta_warmup_steps):
+def _check_objective(objective: ObjectiveConfig, model: ModelConfig) -> None:
+    if objective.is_importance_weighted and (objective.beta != 1 or objective.beta_warmup_steps):
         raise UserError(
-            "objective.bound=iwae has no KL term to weigh: use objective.beta=1 and objective.beta_warmup_steps=0, or "
-            "objective.bound=elbo"
+            f"objective.bound={objective.bound} has no KL term to weigh: use objective.beta=1 and "
+            "objective.beta_warmup_steps=0, or objective.bound=elbo"
         )
-    if objective.sigma_kind == "optimal" and objective.bound == "iwae":
+    if objective.bound == "iwae_dreg" and model.HIERARCHICAL:
+        raise UserError(
+            f"objective.bound=iwae_dreg is for one level of latents, and model.architecture={model.architecture} has "
+            "several: use objective.bound=iwae"
+        )
+    if objective.sigma_kind == "optimal" and objective.is_importance_weighted:
         raise UserError(
             "objective.sigma_kind=optimal is the optimum of the ELBO: use objective.sigma_kind=learned with "
-            "objective.bound=iwae"
+            f"objective.bound={objective.bound}"
         )
     if objective.sigma_kind != "fixed" and objective.sigma is not None and objective.sigma <= SIGMA_FLOOR:
         raise UserError(

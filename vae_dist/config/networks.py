@@ -15,6 +15,7 @@ class ModelConfig:
     """The options that every architecture has."""
 
     RECOMPUTES: ClassVar[bool] = False  # whether train.checkpointing applies
+    HIERARCHICAL: ClassVar[bool] = False  # whether there are levels of latents that depend on those before
     architecture: str = option("mlp", "networks of encoder and decoder; each architecture has options of its own")
     prior: str = option("standard_normal", "distribution of the latents: standard_normal")
     conditional: bool = option(False, "give the labels to encoder and decoder, so that samples can be drawn by class")
@@ -115,6 +116,7 @@ class ConvConfig(GridConfig):
 
 @dataclass
 class LadderConfig(ConvConfig):
+    HIERARCHICAL: ClassVar[bool] = True
     architecture: str = "ladder"
     levels: list[int] = option(
         [0, 1, 2],

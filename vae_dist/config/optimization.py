@@ -35,8 +35,9 @@ class ObjectiveConfig:
     mixtures: int = option(10, "logistics in the mixture of discretized_logistic_mixture", at_least=1, at_most=256)
     bound: str = option(
         "elbo",
-        "bound on log p(x) that the training maximizes: elbo, or iwae, the importance-weighted bound of Burda et al. "
-        "(2016), which needs objective.beta=1",
+        "bound on log p(x) that the training maximizes: elbo; iwae, the importance-weighted bound of Burda et al. "
+        "(2016), which needs objective.beta=1; or iwae_dreg, the same with the doubly reparameterised gradient of "
+        "Tucker et al. (2019)",
     )
     samples: int = option(
         1, "posterior samples per image in a training step: elbo averages over them, iwae takes their bound", at_least=1
@@ -45,6 +46,11 @@ class ObjectiveConfig:
         1.0, "weight of the KL in the training loss; the reported ELBO always has a weight of 1", at_least=0
     )
     beta_warmup_steps: int = option(0, "optimizer steps over which beta rises linearly from 0", at_least=0)
+
+    @property
+    def is_importance_weighted(self) -> bool:
+        """Whether the bound is that of Burda et al. (2016), which depends on the number of samples."""
+        return self.bound in ("iwae", "iwae_dreg")
 
 
 @dataclass

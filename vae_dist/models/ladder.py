@@ -72,9 +72,9 @@ class LadderVAE(GridVAE):
         assert isinstance(posterior, LadderPosterior)
         require_noise(noise, posterior.shape)
         given, latents, output = posterior.draw(noise)
-        kl, log_ratio = self._divergence(given, latents, noise)
+        kl, log_ratio, log_prior = self._divergence(given, latents, noise)
         likelihood = self._likelihood(output, noise.shape[0] * noise.shape[1], image_shape or self.image_shape)
-        return Inference(likelihood, kl, log_ratio, latents, posterior)
+        return Inference(likelihood, kl, log_ratio, latents, posterior, log_prior)
 
     def _decoded(self, latents: Tensor, image_shape: Shape, *embedded: Tensor) -> Tensor:
         shapes = self.latent_shapes(image_shape)

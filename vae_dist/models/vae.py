@@ -26,6 +26,7 @@ class Inference(NamedTuple):
     log_ratio: Tensor  # (K, B), nats: log p(z) - log q(z|x) of the draws
     latents: Tensor  # (K, B, L), the draws
     posterior: Posterior  # q(z|x)
+    log_prior: Tensor  # (K, B), nats: log p(z) of the draws
 
     def log_likelihood(self, images: Tensor) -> Tensor:
         """log p(x|z) of images `(B, C, H, W)` given each draw: `(K, B)`, nats, in float32 at least."""
@@ -120,9 +121,10 @@ class VAE(nn.Module):
         """Draw with standard normal noise `(K, B, L)` from the posterior of images of a shape, and decode."""
         require_noise(noise, posterior.mean.shape)
         latents = posterior.sample(noise)
-        kl, log_ratio = self._divergence(posterior, latents, noise)
+        kl, log_ratio, log_prior = self._divergence(posterior, latents, noise)
         repeated = None if labels is None else torch.cat([labels] * len(noise))
-        return Inference(self.decode(latents.flatten(0, 1), image_shape, repeated), kl, log_ratio, latents, posterior)
+        likelihood = self.decode(latents.flatten(0, 1), image_shape, repeated)
+        return Inference(likelihood, kl, log_ratio, latents, posterior, log_prior)
 
     def prior(self, noise: Tensor) -> Tensor:
         """Draw codes `(B, L)` from the prior with standard normal noise `(B, prior_numbers)`.
@@ -155,13 +157,14 @@ class VAE(nn.Module):
         likelihood: Likelihood = self.likelihood(output)
         return likelihood
 
-    def _divergence(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The KL `(K, B, G)`, and the log ratio `(K, B)`, of latents that were drawn with `noise` `(K, B, L)`."""
-        log_ratio = self.p_z.log_ratio(posterior, latents, noise)
+    def _divergence(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """KL `(K, B, G)`, log ratio and log p(z) `(K, B)` of latents that were drawn with `noise` `(K, B, L)`."""
+        log_prior, log_ratio = self.p_z.log_prob(latents), self.p_z.log_ratio(posterior, latents, noise)
+        require_shape(log_prior, noise.shape[:2], "the prior's log-probability")
         require_shape(log_ratio, noise.shape[:2], "the prior's log ratio")
         kl = self.p_z.kl(posterior, latents, log_ratio)
         require_shape(kl, (*noise.shape[:2], kl.shape[-1]), "the prior's KL by group of latents")
-        return kl, log_ratio
+        return kl, log_ratio, log_prior
 
     def _embedded(self, labels: Tensor | None, count: int) -> tuple[Tensor, ...]:
         """The argument that tells encoder and decoder the classes of `count` images; none if not conditional."""

@@ -111,8 +111,9 @@ def _loss(config: Config) -> tuple[object, ...]:
     if config.train.recipe == "autoencoder":
         return astuple(config.first_stage)
     objective = config.objective
-    samples = objective.samples if objective.bound == "iwae" else None  # an ELBO is the same with any number
-    return objective.bound, samples, objective.beta, objective.beta_warmup_steps
+    # An ELBO is the same with any number of samples.
+    bound = ("iwae", objective.samples) if objective.is_importance_weighted else (objective.bound, None)
+    return *bound, objective.beta, objective.beta_warmup_steps
 
 
 def _write(folder: Path, opened: Sequence[Opened], evaluations: Sequence[Any], device: torch.device) -> None:
