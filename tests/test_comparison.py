@@ -419,6 +419,17 @@ def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
     ]
 
 
+def test_bits_per_dimension_say_how_many_samples_they_are_of(pair: list[Path]) -> None:
+    """None: of the ELBO."""
+    runs = [opened(run) for run in pair]
+    bits: list[dict[str, Any]] = [{"bits_per_dimension": 2.9841, "importance_samples": count} for count in (0, 64)]
+    assert make_table(runs, [], [bits[1], {"bits_per_dimension": None}]).header[1:-1] == ["bits per dimension (K=64) ↓"]
+    table = make_table(runs, [], bits)
+    assert (table.header[1:-1], [row[1] for row in table.rows]) == (
+        ["bits per dimension ↓"], ["2.984 (K=0)", "2.984 (K=64)"]
+    )  # fmt: skip
+
+
 def test_runs_tested_on_other_images_have_their_own_originals(make_run: MakeRun, pair: list[Path]) -> None:
     binary = make_run("name=binary", "data.binarize=dynamic")
     grid = cells(reconstructions([opened(run) for run in (pair[0], binary)], CPU).image, 10)

@@ -28,7 +28,10 @@ METRICS = (
     Metric("negative_elbo", "negative ELBO", "nats", better="lower"),
     Metric("reconstruction", "reconstruction", "nats", "the distortion", is_term=True),
     Metric("kl", "KL", "nats", "the rate", is_term=True),
-    Metric("bits_per_dimension", "bits per dimension", "", "from the {bound}", "lower", digits=None),
+    Metric(
+        "bits_per_dimension", "bits per dimension", "", "from the {bound}", "lower", digits=3,
+        samples=("importance_samples", "K"),
+    ),
     Metric("mean_squared_error", "mean squared error", "per pixel", better="lower", digits=None),
     Metric("psnr", "PSNR", "dB", "8-bit values", "higher"),
     Metric("ssim", "SSIM", "", "1 if equal; 8-bit values", "higher", digits=4),
