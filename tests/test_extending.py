@@ -215,7 +215,7 @@ def test_the_standard_normal_prior_estimates_the_kl_of_a_posterior_that_is_not_d
     noise = torch.randn(100_000, 1, 2)
     latents = posterior.sample(noise)
     prior: Any = StandardNormal(2)
-    kl = prior.kl(posterior, latents, prior.log_ratio(posterior, latents, noise))
+    kl = prior.kl(posterior, latents, prior.log_ratio(posterior, latents, noise, prior.log_prob(latents)))
     shear = torch.tensor([[1.0, 0.0], [SHEAR, 1.0]])
     covariance = shear @ posterior.base.log_variance[0].exp().diag() @ shear.T
     q = MultivariateNormal(posterior.mean[0], covariance)

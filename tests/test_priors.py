@@ -1,4 +1,4 @@
-"""A prior without a closed-form KL in everything that a run goes through: a mixture of two Gaussians."""
+"""Priors, and one without a closed-form KL in everything that a run goes through: a learned mixture."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from tests.conftest import MakeConfig, newest_checkpoint, opened
@@ -19,39 +19,28 @@ from vae_dist.data.source import read
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.posteriors import DiagonalGaussian
-from vae_dist.models.priors import PRIORS, Prior, StandardNormal
+from vae_dist.models.priors import Mixture, Prior, StandardNormal
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.training.loop import train
 from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
-PRIOR = "model.prior=two_gaussians"
+PRIOR = ["model.prior=mixture", "model.prior_components=3"]
 
 
-class TwoGaussians(Prior):
-    """Two Gaussians of equal weight with learned means; the last number of a draw chooses the component."""
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim)
-        self.numbers = latent_dim + 1
-        self.means = nn.Parameter(torch.linspace(-1, 1, 2 * latent_dim).view(2, latent_dim))
-
-    def forward(self, noise: Tensor) -> Tensor:
-        return self.means[(noise[:, -1] > 0).long()] + noise[:, :-1]
-
-    def log_prob(self, latents: Tensor) -> Tensor:
-        squares = (latents.unsqueeze(-2) - self.means).square().sum(-1)
-        constant = np.log(2) + 0.5 * latents.shape[-1] * np.log(2 * np.pi)
-        return torch.logsumexp(-0.5 * squares, -1) - constant
+def mixture(latent_dim: int) -> Mixture:
+    """Three components of several weights and scales."""
+    torch.manual_seed(1)
+    prior = Mixture(latent_dim, 3).double()
+    prior.logits.data.copy_(torch.tensor([0.5, -1.0, 1.0]))
+    prior.log_scales.data.normal_(std=0.5)
+    return prior
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRIORS, "two_gaussians", TwoGaussians)
-
-
-def oracle(prior: TwoGaussians) -> MixtureSameFamily:
-    return MixtureSameFamily(Categorical(torch.ones(2)), Independent(Normal(prior.means.detach().double(), 1.0), 1))
+def oracle(prior: Mixture) -> MixtureSameFamily:
+    means, scales = prior.means.detach().double(), prior.log_scales.detach().double().exp()
+    weights = Categorical(logits=prior.logits.detach().double())
+    return MixtureSameFamily(weights, Independent(Normal(means, scales), 1))
 
 
 @pytest.fixture
@@ -61,13 +50,13 @@ def posterior() -> DiagonalGaussian:
 
 
 def test_its_values_are_those_of_torch_distributions(posterior: DiagonalGaussian) -> None:
-    prior = TwoGaussians(5).double()
+    prior = mixture(5)
     noise = torch.randn(3, 6, 5).double()
     latents = posterior.sample(noise)
     q = Independent(Normal(posterior.mean, (0.5 * posterior.log_variance).exp()), 1)
     torch.testing.assert_close(prior.log_prob(latents), oracle(prior).log_prob(latents))
     expected = oracle(prior).log_prob(latents) - q.log_prob(latents)
-    ratio = prior.log_ratio(posterior, latents, noise)
+    ratio = prior.log_ratio(posterior, latents, noise, prior.log_prob(latents))
     torch.testing.assert_close(ratio, expected)
     kl = prior.kl(posterior, latents, ratio)  # one group
     assert kl.shape == (3, 6, 1)
@@ -79,8 +68,8 @@ def test_the_standard_normals_ratio_and_kl_are_those_of_any_prior(posterior: Dia
     prior = StandardNormal(5)
     noise = torch.randn(20_000, 6, 5).double()
     latents = posterior.sample(noise)
-    ratio = prior.log_ratio(posterior, latents, noise)
-    torch.testing.assert_close(ratio, Prior.log_ratio(prior, posterior, latents, noise))
+    ratio = prior.log_ratio(posterior, latents, noise, prior.log_prob(latents))
+    torch.testing.assert_close(ratio, Prior.log_ratio(prior, posterior, latents, noise, prior.log_prob(latents)))
     kl = prior.kl(posterior, latents, ratio)
     assert kl.shape == (20_000, 6, 5)
     estimates = Prior.kl(prior, posterior, latents, ratio).squeeze(2)
@@ -88,28 +77,53 @@ def test_the_standard_normals_ratio_and_kl_are_those_of_any_prior(posterior: Dia
     assert ((estimates.mean(0) - kl[0].sum(1)).abs() < 5 * error).all()
 
 
+def test_its_draws_have_the_components_in_their_shares() -> None:
+    """The three lie far apart, so that a draw tells its component."""
+    prior = mixture(2)
+    prior.means.data.mul_(1000)
+    codes = prior(torch.randn(40_000, 3).double()).detach()
+    nearest = torch.cdist(codes, prior.means.detach()).argmin(1)
+    shares = prior.logits.detach().softmax(0)
+    torch.testing.assert_close(nearest.bincount() / 40_000.0, shares, rtol=0, atol=0.01, check_dtype=False)
+    for component in range(3):
+        drawn = codes[nearest == component]
+        torch.testing.assert_close(drawn.mean(0), prior.means[component].detach(), rtol=0, atol=0.1)
+        torch.testing.assert_close(drawn.std(0), prior.log_scales[component].detach().exp(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("number", [-40.0, 0.0, 40.0])
+def test_any_number_chooses_a_component(number: float) -> None:
+    """The first at one end, the last at the other; noise of zeros gives a component's mean."""
+    prior = mixture(2).float()
+    code = prior(torch.tensor([[0.0, 0.0, number]]))
+    distances = (prior.means - code).norm(dim=1)
+    assert distances.min() == 0
+    if number:
+        assert distances.argmin() == (2 if number > 0 else 0)
+
+
 def test_a_model_draws_from_it_with_as_many_numbers_as_it_needs() -> None:
-    vae = build_vae(config.load(["model.latent_dim=5", "model.hidden_dims=[8]", PRIOR]), (1, 4, 4)).double()
+    vae = build_vae(config.load(["model.latent_dim=5", "model.hidden_dims=[8]", *PRIOR]), (1, 4, 4)).double()
     assert vae.latent_dim == 5 and vae.prior_numbers == 6
+    assert isinstance(vae.p_z, Mixture) and len(vae.p_z.means) == 3
     codes = vae.prior(torch.randn(40_000, 6).double()).detach()
-    drawn, of_prior = codes.mean(0), oracle(vae.p_z)  # type: ignore[arg-type]
-    torch.testing.assert_close(drawn, of_prior.mean, rtol=0, atol=0.03)
-    torch.testing.assert_close(codes.var(0), of_prior.variance, rtol=0.05, atol=0)
+    torch.testing.assert_close(codes.mean(0), oracle(vae.p_z).mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(codes.var(0), oracle(vae.p_z).variance, rtol=0.05, atol=0)
     with pytest.raises(ValueError, match=r"noise must have the shape \(3, 6\), not \(3, 5\)"):
         vae.prior(torch.zeros(3, 5).double())
     inference = vae(torch.rand(3, 1, 4, 4).double(), torch.randn(2, 3, 5).double())
     assert inference.kl.shape == (2, 3, 1)
     inference.log_ratio.sum().backward()
-    assert vae.p_z.get_parameter("means").grad is not None
+    assert all(weight.grad is not None and weight.grad.any() for weight in vae.p_z.parameters())
 
 
 @pytest.fixture
 def run_dir(make_config: MakeConfig) -> Path:
-    return train(make_config("name=a", PRIOR, "train.steps=20"))
+    return train(make_config("name=a", *PRIOR, "train.steps=20"))
 
 
 def test_a_run_learns_it_and_resumes_bitwise(make_config: MakeConfig) -> None:
-    settings = [PRIOR, "checkpoint.every=13", "train.log_every=13", "objective.beta=0.5"]
+    settings = [*PRIOR, "checkpoint.every=13", "train.log_every=13", "objective.beta=0.5"]
     whole = train(make_config("name=whole", *settings))
     for steps in (13, 26, 40):
         parts = train(make_config("name=parts", f"train.steps={steps}", *settings))
@@ -121,7 +135,9 @@ def test_a_run_learns_it_and_resumes_bitwise(make_config: MakeConfig) -> None:
     assert losses[-1]["train/loss"] < losses[0]["train/loss"]
     assert rows(whole)[-1]["validation/negative_elbo"] < rows(whole)[0]["train/negative_elbo"]
     weights = load_file((newest_checkpoint(whole) or Path()) / "model.safetensors")
-    assert not torch.equal(weights["p_z.means"], TwoGaussians(8).means.detach())
+    start = build_vae(config.load([*PRIOR, "model.latent_dim=8", "model.hidden_dims=[16]"]), (1, 28, 28)).state_dict()
+    for name in ("p_z.logits", "p_z.means", "p_z.log_scales"):
+        assert weights[name].shape == start[name].shape and not torch.equal(weights[name], start[name])
 
 
 def test_its_evaluation_has_the_kl_of_the_group_and_the_oracles_values(run_dir: Path) -> None:
@@ -133,7 +149,7 @@ def test_its_evaluation_has_the_kl_of_the_group_and_the_oracles_values(run_dir: 
 
     source = opened(run_dir)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu")).double()
-    assert isinstance(vae.p_z, TwoGaussians)
+    assert isinstance(vae.p_z, Mixture)
     prior = oracle(vae.p_z)
     elbos, likelihoods, kls = [], [], []
     test = read(datasets.load_test(source.config.data), range(200))
@@ -172,6 +188,6 @@ def test_samples_come_from_it(run_dir: Path) -> None:
     latents = load_file(folder / "samples.safetensors")["latents"].double()
     source = opened(run_dir)
     prior = source.checkpoint.load_vae(source.config, torch.device("cpu")).p_z
-    assert isinstance(prior, TwoGaussians)
+    assert isinstance(prior, Mixture)
     torch.testing.assert_close(latents.mean(0), oracle(prior).mean, rtol=0, atol=0.2)
     torch.testing.assert_close(latents.var(0), oracle(prior).variance, rtol=0.2, atol=0)

@@ -109,13 +109,19 @@ def test_an_update_that_is_not_finite_can_be_skipped(precision: str, spoilt: Non
     assert max(row.get("train/skipped_updates", 0) for row in outcome(plain)[2]) >= 1
 
 
-@pytest.mark.parametrize(("bound", "samples"), [("elbo", 1), ("iwae_dreg", 3)])
-def test_a_cpu_and_a_gpu_see_the_same_losses(bound: str, samples: int, run: Train) -> None:
-    given = ["train.steps=50", "train.log_every=5", "objective.beta_warmup_steps=0"]
-    given += [f"objective.bound={bound}", f"objective.samples={samples}"]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("usual", []),
+        ("dreg", ["objective.bound=iwae_dreg", "objective.samples=3", "model.activation=tanh"]),
+        ("mixture", ["model.prior=mixture"]),
+    ],
+)
+def test_a_cpu_and_a_gpu_see_the_same_losses(name: str, options: list[str], run: Train) -> None:
+    given = ["train.steps=50", "train.log_every=5", "objective.beta_warmup_steps=0", *options]
     losses = []
     for device in ("cpu", "cuda"):
-        rows = outcome(run(f"{bound}_on_{device}", *given, f"device={device}"), 50)[2]
+        rows = outcome(run(f"{name}_on_{device}", *given, f"device={device}"), 50)[2]
         losses.append([row["train/loss"] for row in rows if "train/loss" in row])
     assert len(losses[0]) == 10
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)

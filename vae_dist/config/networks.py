@@ -17,7 +17,11 @@ class ModelConfig:
     RECOMPUTES: ClassVar[bool] = False  # whether train.checkpointing applies
     HIERARCHICAL: ClassVar[bool] = False  # whether there are levels of latents that depend on those before
     architecture: str = option("mlp", "networks of encoder and decoder; each architecture has options of its own")
-    prior: str = option("standard_normal", "distribution of the latents: standard_normal")
+    prior: str = option(
+        "standard_normal",
+        "distribution of the latents: standard_normal, or mixture, of normal distributions that are learned",
+    )
+    prior_components: int = option(100, "normal distributions of model.prior=mixture", at_least=1)
     conditional: bool = option(False, "give the labels to encoder and decoder, so that samples can be drawn by class")
 
     def check(self) -> None:

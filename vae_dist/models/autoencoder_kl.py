@@ -19,7 +19,7 @@ from vae_dist.models.grid import GridVAE
 from vae_dist.models.likelihoods import LikelihoodKind, LocationScaleKind
 from vae_dist.models.norms import with_own_norms
 from vae_dist.models.posteriors import DiagonalGaussian
-from vae_dist.models.priors import PRIORS
+from vae_dist.models.priors import build_prior
 from vae_dist.models.tensors import Shape, at_least_float32, in_gpu_order, traced_on_gpu
 
 LOG_VARIANCES = -30.0, 20.0  # between which diffusers' DiagonalGaussianDistribution clamps them
@@ -64,7 +64,7 @@ class AutoencoderKLVAE(GridVAE):
                     attention.set_processor(OneWideHead(attention.processor))
         self.encoder = Encoder(network)
         self.decoder = Decoder(network)
-        self.p_z = PRIORS[options.prior](latents)
+        self.p_z = build_prior(latents, options)
 
     def recompute_activations(self) -> None:
         networks: list[Any] = [self.encoder.encoder, self.decoder.decoder]

@@ -16,7 +16,7 @@ from vae_dist.models.blocks import Network, Upsample, branch_scale, convolution,
 from vae_dist.models.grid import GridVAE
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
-from vae_dist.models.priors import PRIORS
+from vae_dist.models.priors import build_prior
 from vae_dist.models.tensors import Shape
 
 
@@ -35,7 +35,7 @@ class ConvVAE(GridVAE):
         if patch > 1:  # a square of pixels becomes channels, and back (Shi et al. 2016, "sub-pixel convolution")
             self.encoder.insert(0, nn.PixelUnshuffle(patch))
             self.decoder.append(nn.PixelShuffle(patch))
-        self.p_z = PRIORS[options.prior](self.latent_dim)
+        self.p_z = build_prior(self.latent_dim, options)
 
 
 build = ConvVAE

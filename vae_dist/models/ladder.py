@@ -26,7 +26,7 @@ from vae_dist.models.labels import embedding_size
 from vae_dist.models.ladder_networks import Decoder, Encoder
 from vae_dist.models.likelihoods import LikelihoodKind
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
-from vae_dist.models.priors import PRIORS
+from vae_dist.models.priors import build_prior
 from vae_dist.models.tensors import Shape, sizes
 from vae_dist.models.vae import Inference, require_noise
 
@@ -45,7 +45,7 @@ class LadderVAE(GridVAE):
         label = embedding_size(classes)
         self.encoder = Encoder(options, image_shape[0], label)
         self.decoder = Decoder(options, likelihood.output_shape(image_shape)[0], label)
-        self.p_z = PRIORS[options.prior](self.latent_dim)
+        self.p_z = build_prior(self.latent_dim, options)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
         """The shapes of an image's latents, one per level, those of the lowest resolution first."""

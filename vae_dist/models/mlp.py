@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vae_dist.config import MLPConfig
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
-from vae_dist.models.priors import PRIORS
+from vae_dist.models.priors import build_prior
 from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
 
@@ -32,7 +32,7 @@ class MLP(VAE):
         label = embedding_size(classes)
         self.encoder = MLPEncoder(image_shape, options, label)
         self.decoder = MLPDecoder(likelihood.output_shape(image_shape), options, label)
-        self.p_z = PRIORS[options.prior](options.latent_dim)
+        self.p_z = build_prior(options.latent_dim, options)
 
     def latent_shapes(self, image_shape: Shape) -> tuple[Shape, ...]:
         if image_shape != self.image_shape:

@@ -1,11 +1,13 @@
 """Priors p(z) by name. A new prior is a class here and a line in PRIORS. K draws, B batch, L latents, G groups."""
 
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from itertools import accumulate
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
+from vae_dist.config import ModelConfig
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 
 
@@ -22,6 +24,11 @@ class Prior(nn.Module):
         super().__init__()
         self.numbers = latent_dim  # normal numbers that a draw needs
 
+    @classmethod
+    def build(cls, latent_dim: int, options: ModelConfig) -> Self:
+        """Make the prior of a model with these options."""
+        return cls(latent_dim)
+
     def forward(self, noise: Tensor) -> Tensor:
         """Draw codes `(B, L)` from standard normal noise `(B, numbers)`. Noise of zeros gives a typical code."""
         return noise
@@ -30,9 +37,12 @@ class Prior(nn.Module):
         """log p(z) of latents `(K, B, L)`: `(K, B)`, nats."""
         raise NotImplementedError
 
-    def log_ratio(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> Tensor:
-        """log p(z) - log q(z|x) of the latents `(K, B, L)` that the posterior draws with `noise`: `(K, B)`, nats."""
-        return self.log_prob(latents) - posterior.log_prob(latents)
+    def log_ratio(self, posterior: Posterior, latents: Tensor, noise: Tensor, log_prior: Tensor) -> Tensor:
+        """log p(z) - log q(z|x) of the latents `(K, B, L)` that the posterior draws with `noise`: `(K, B)`, nats.
+
+        `log_prior` is their `log_prob`.
+        """
+        return log_prior - posterior.log_prob(latents)
 
     def kl(self, posterior: Posterior, latents: Tensor, log_ratio: Tensor) -> Tensor:
         """KL(q(z|x) || p(z)) by group of latents: `(K, B, G)`, nats.
@@ -50,10 +60,10 @@ class StandardNormal(Prior):
     def log_prob(self, latents: Tensor) -> Tensor:
         return -0.5 * (latents.square() + math.log(2 * math.pi)).sum(-1)
 
-    def log_ratio(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> Tensor:
+    def log_ratio(self, posterior: Posterior, latents: Tensor, noise: Tensor, log_prior: Tensor) -> Tensor:
         """The constants cancel, and the noise is z's distance from the mean in standard deviations."""
         if type(posterior) is not DiagonalGaussian:
-            return super().log_ratio(posterior, latents, noise)
+            return super().log_ratio(posterior, latents, noise, log_prior)
         return 0.5 * (posterior.log_variance + noise.square() - latents.square()).sum(-1)
 
     def kl(self, posterior: Posterior, latents: Tensor, log_ratio: Tensor) -> Tensor:
@@ -62,5 +72,42 @@ class StandardNormal(Prior):
         return posterior.kl_from_standard_normal().expand(len(latents), -1, -1)
 
 
-# Name in a config -> p(z) of so many latents.
-PRIORS: dict[str, Callable[[int], Prior]] = {"standard_normal": StandardNormal}
+class Mixture(Prior):
+    """A mixture of normal distributions with diagonal covariances, whose parameters are learned with the networks.
+
+    Tomczak and Welling (2018) compare it with N(0, I) and with their own prior. The last number of a draw chooses the
+    component. C components.
+    """
+
+    def __init__(self, latent_dim: int, components: int) -> None:
+        super().__init__(latent_dim)
+        self.numbers = latent_dim + 1
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.means = nn.Parameter(torch.randn(components, latent_dim))
+        self.log_scales = nn.Parameter(torch.zeros(components, latent_dim))
+
+    @classmethod
+    def build(cls, latent_dim: int, options: ModelConfig) -> Self:
+        return cls(latent_dim, options.prior_components)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        # Not a cumsum: on a GPU it is added up in an order that changes.
+        ends = torch.stack(list(accumulate(self.logits.softmax(0).unbind(), torch.add)))
+        uniform = torch.special.ndtr(noise[:, -1:]) * ends[-1]
+        chosen = (uniform >= ends).sum(1).clamp(max=len(ends) - 1)
+        return self.means[chosen] + self.log_scales[chosen].exp() * noise[:, :-1]
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        distances = (latents.unsqueeze(-2) - self.means) * (-self.log_scales).exp()  # (K, B, C, L)
+        densities = -(0.5 * distances.square() + self.log_scales).sum(-1)
+        constant = 0.5 * latents.shape[-1] * math.log(2 * math.pi)
+        return (self.logits.log_softmax(0) + densities).logsumexp(-1) - constant
+
+
+# Name in a config -> p(z).
+PRIORS: dict[str, type[Prior]] = {"standard_normal": StandardNormal, "mixture": Mixture}
+
+
+def build_prior(latent_dim: int, options: ModelConfig) -> Prior:
+    """Make the prior that the options name, of so many latents."""
+    return PRIORS[options.prior].build(latent_dim, options)

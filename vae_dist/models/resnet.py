@@ -16,7 +16,7 @@ from vae_dist.models.grid import GridVAE
 from vae_dist.models.labels import embedding_size
 from vae_dist.models.likelihoods import LikelihoodKind
 from vae_dist.models.norms import group_norm
-from vae_dist.models.priors import PRIORS
+from vae_dist.models.priors import build_prior
 from vae_dist.models.tensors import Shape
 
 HEAD_CHANNELS = 64  # of an attention's head, at most
@@ -31,7 +31,7 @@ class ResNetVAE(GridVAE):
         label = embedding_size(classes)
         self.encoder = encoder(options, image_shape[0], 2 * latents, label)
         self.decoder = decoder(options, latents, outputs, label)
-        self.p_z = PRIORS[options.prior](self.latent_dim)
+        self.p_z = build_prior(self.latent_dim, options)
 
 
 build = ResNetVAE

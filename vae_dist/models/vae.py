@@ -159,8 +159,9 @@ class VAE(nn.Module):
 
     def _divergence(self, posterior: Posterior, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """KL `(K, B, G)`, log ratio and log p(z) `(K, B)` of latents that were drawn with `noise` `(K, B, L)`."""
-        log_prior, log_ratio = self.p_z.log_prob(latents), self.p_z.log_ratio(posterior, latents, noise)
+        log_prior = self.p_z.log_prob(latents)
         require_shape(log_prior, noise.shape[:2], "the prior's log-probability")
+        log_ratio = self.p_z.log_ratio(posterior, latents, noise, log_prior)
         require_shape(log_ratio, noise.shape[:2], "the prior's log ratio")
         kl = self.p_z.kl(posterior, latents, log_ratio)
         require_shape(kl, (*noise.shape[:2], kl.shape[-1]), "the prior's KL by group of latents")
