@@ -47,6 +47,8 @@ def test_a_study_is_refused_before_the_first_of_its_runs(smoke_arguments: list[s
     arguments = [*smoke_arguments, f"runs_dir={tmp_path / 'runs'}", "name=s", "optim.learning_rate=1e-3,1e39"]
     with pytest.raises(UserError, match=r"optim.learning_rate=1e\+39 can't"):
         study(config.load_study(arguments))
+    with pytest.raises(UserError, match=r"optim.eps=1e-40 can't be used in fp32"):  # what train.precision=auto allows
+        study(config.load_study([*arguments[:-1], "optim.eps=1e-8,1e-40"]))
     assert not (tmp_path / "runs").exists()
 
 

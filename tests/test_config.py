@@ -229,6 +229,7 @@ def test_a_runs_path_must_be_printable() -> None:
     [
         ("latent_dim=3", "did you mean model.latent_dim?"),
         ("model.latentdim=3", "did you mean model.latent_dim"),
+        ("train.epoch=3", "did you mean train.epochs?"),
         ("optim.lr=3", "unknown key 'optim.lr'; did you mean optim.learning_rate?"),
         ("batch=3", "did you mean train.batch_size or evaluate.batch_size?"),
         ("--batch-size=3", "did you mean train.batch_size or evaluate.batch_size?"),
@@ -330,6 +331,7 @@ def test_help_shows_every_key_with_type_default_and_meaning() -> None:
         assert len(option.help) > 5
     assert "model.latent_dim=40   [int]" in text
     assert "number of latents (at least 1)" in text
+    assert "before the run stops (at least 0)" in " ".join(text.split())
 
 
 def test_readers_may_not_change_the_model() -> None:
@@ -341,6 +343,31 @@ def test_readers_may_not_change_the_model() -> None:
         config.load_reader(stored, ["sampel.count=3"])
 
 
+@pytest.mark.parametrize(
+    "argument",
+    ["device=cpu", "output=there", "weights=raw", "data.root=there", "data.path=there", "data.pack=never",
+     "data.pack_dir=there", "data.workers=2", "data.download=false", "data.mirror=https://a.org", "train.threads=2",
+     "tracking.wandb=offline", "runtime.timeout=9", "evaluate.batch_size=9", "sample.seed=9", "encode.folder=there"],
+)  # fmt: skip
+def test_readers_choose_where_and_how_they_compute(argument: str) -> None:
+    key, value = argument.split("=")
+    stored = config.load(["name=a", "data.name=folder", "data.path=here", "data.image_shape=[1,8,8]"])
+    assert config.as_text(config.flatten(config.load_reader(stored, [argument]))[key]) in (value, f"{value}.0")
+
+
+def test_a_command_on_one_run_refuses_several() -> None:
+    assert config.split_run(["a", "seed=1"]) == (Path("a"), ["seed=1"])
+    with pytest.raises(UserError, match=r"give one run, not a, b"):
+        config.split_run(["a", "seed=1", "b"])
+
+
+def test_a_folder_whose_name_begins_with_a_dash_is_no_option() -> None:
+    with pytest.raises(UserError, match="unknown option -a"):
+        config.split_run(["-a"])
+    Path("-a").mkdir()
+    assert config.split_run(["-a"])[0] == Path("-a")
+
+
 def resumed(before: list[str], now: list[str]) -> Config:
     return config.resume(config.load(["name=a", *now]), config.load(["name=a", *before]))
 
@@ -350,11 +377,18 @@ def test_a_resumed_run_keeps_what_auto_was_resolved_to() -> None:
     merged = resumed(before, [])
     assert (merged.data.name, merged.train.precision) == ("synthetic_digits", "bf16")
     assert resumed(before, ["train.precision=fp32"]).train.precision == "fp32"
+    gaussian = "objective.reconstruction=gaussian"
+    assert resumed([gaussian, "objective.sigma=0.3"], [gaussian]).objective.sigma == 0.3
+    with pytest.raises(UserError, match=r"objective\.sigma \(was 0\.3, now 0\.4\)"):
+        resumed([gaussian, "objective.sigma=0.3"], [gaussian, "objective.sigma=0.4"])
 
 
 @pytest.mark.parametrize(
-    "change", ["train.epochs=9", "train.log_every=7", "runs_dir=other", "train.accumulate=2", "weights=raw"]
-)
+    "change",
+    ["train.epochs=9", "train.steps=9", "train.log_every=7", "runs_dir=other", "train.accumulate=2", "weights=raw",
+     "train.compile=false", "train.nonfinite=skip", "train.max_skipped=3",
+     "train.validate_every=3", "checkpoint.every=3", "data.check=decode", "train.precision=bf16"],
+)  # fmt: skip
 def test_options_that_do_not_change_learning_may_change_on_resume(change: str) -> None:
     resumed([], [change])
 
@@ -369,6 +403,16 @@ def test_options_that_do_not_change_learning_may_change_on_resume(change: str) -
 def test_options_that_change_learning_may_not_change_on_resume(change: str) -> None:
     with pytest.raises(UserError, match=change.split("=")[0]):
         resumed([], [change])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_weights_in_float64_stay_in_float64(precision: str) -> None:
+    merged = ["train.precision=fp64"]
+    if precision == "auto":
+        assert resumed(merged, ["train.precision=auto"]).train.precision == "fp64"
+        return
+    with pytest.raises(UserError, match=rf"train\.precision \(was fp64, now {precision}\)"):
+        resumed(merged, [f"train.precision={precision}"])
 
 
 @pytest.mark.parametrize("schedule", ["optim.schedule=cosine", "optim.schedule=linear"])

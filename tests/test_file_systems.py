@@ -442,6 +442,13 @@ def test_a_value_survives_being_written_as_an_argument(key: str) -> None:
         assert config.flatten(config.load([config.argument(key, value)]))[key] == value
 
 
+@pytest.mark.parametrize("text", ["[draft] of mine", "[1, 2]", "{mine}", "~"])
+def test_text_that_yaml_would_take_for_something_else_is_kept(text: str) -> None:
+    if text != "~":  # typed, it is null
+        assert config.load([f"tracking.notes={text}"]).tracking.notes == text
+    assert config.load([config.argument("tracking.notes", text)]).tracking.notes == text
+
+
 def test_characters_that_the_encoding_of_paths_lacks_are_one_message(tmp_path: Path) -> None:
     (tmp_path / "some.yaml").write_text("runs_dir: ü🙂\n", encoding="utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -329,6 +329,12 @@ def test_the_command_brings_names_of_classes_and_a_long_name_through_a_shell(tra
     assert config.load(shlex.split(config.training_command(stored, ["train"]))[1:]).data.classes == classes
 
 
+def test_the_command_is_of_another_run_than_the_one_it_repeats() -> None:
+    """Two trainings under one W&B id would mix their records."""
+    own = ["name=a", "runs_dir=b", "output=c", "tracking.id=abc", "tracking.owner=d", "tracking.group=e", "seed=3"]
+    assert config.training_command(config.load(own), ["train"]) == "train seed=3 name=a-again"
+
+
 def test_pictures_are_those_of_the_run(trained: Path, page: Page) -> None:
     pictures = page.all("img")
     assert [(one["data-step"], "hidden" in one) for one in pictures] == [("20", True), ("40", False)] * 2
