@@ -12,6 +12,7 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -372,6 +373,51 @@ def test_a_process_that_waits_for_a_gpu_ends_with_the_one_that_has_failed(
     message = f"the run has ended: process 1 of 2 on {platform.node()}: no image 17"
     assert set(codes) == ({code} if kind else set())
     assert {record.getMessage() for record in caplog.records} == ({message} if kind else set())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [(("input", "input"), UserError), (("input", "run"), RunError), (("run", "input"), RunError)],
+)
+def test_input_is_blamed_if_all_that_failed_blame_it(
+    kinds: tuple[str, str], expected: type[UserError] | type[RunError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit code 2 says that the same command can't work, 1 that it may work again."""
+    store = HashStore()
+    monkeypatch.setattr(failures, "store", lambda: store)
+    for rank, kind in enumerate(kinds):
+        failures._report(store, rank, 3, UserError("bad") if kind == "input" else RunError("lost"), 0)
+    with pytest.raises(expected, match=r"process 0 of 3 on .*; process 1 of 3 on ") as ended, failures.explained(2, 3):
+        raise RuntimeError("closed by peer")
+    assert type(ended.value) is expected and ended.value.reporting_rank == 2
+
+
+def test_only_a_gpu_that_the_machine_has_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert environment.to_device("cuda:1") == torch.device("cuda:1")
+    assert environment.to_device("cuda") == torch.device("cuda")
+    with pytest.raises(UserError, match="device=cuda:2 can't be used: this machine has 2 GPUs"):
+        environment.to_device("cuda:2")
+
+
+def test_the_best_device_is_chosen_and_cores_are_shared_by_the_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    available = {"cuda": True, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available["mps"])
+    assert environment.choose_device("auto") == "cuda"
+    available["cuda"] = False
+    assert environment.choose_device("auto") == "mps"
+    available["mps"] = False
+    assert environment.choose_device("auto") == "cpu"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16 if logical else 6)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    for processes_here, threads in ("1", 6), ("2", 3), ("4", 1), ("100", 1):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
+        assert environment._fair_threads() == threads
 
 
 @pytest.mark.parametrize(("device", "size", "watches"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])

@@ -42,7 +42,10 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_", "MV2_", "ACCELERATE_")) or name in PLACE:
+        if (
+            name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_", "MV2_", "ACCELERATE_", "LOCAL_", "MASTER_"))
+            or name in PLACE
+        ):
             monkeypatch.delenv(name)
 
 
@@ -61,6 +64,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**PLACE, "MASTER_ADDR": " "}, "WORLD_SIZE=2 means .* MASTER_ADDR is not set"),
         ({**PLACE, "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is not a number"),
         ({**PLACE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
+        ({**PLACE, "MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port"),
         (OPEN_MPI, "OMPI_COMM_WORLD_SIZE=2 means .* MASTER_ADDR is not set: .* set the missing variables"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}, "PMI_SIZE=2 means .* MASTER_ADDR is not set"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "turns on DeepSpeed .* --config_file launch/one_process.yaml"),
@@ -74,9 +78,33 @@ def test_bad_launcher_variables_give_one_message_with_the_remedy(
 ) -> None:
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message) as refused, processes.join(make_config()):
+    with pytest.raises(UserError, match=message) as refused, processes.join(make_config("runtime.start_timeout=1")):
         pass
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "local_rank", "local_size"),
+    [
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "SLURM_LOCALID", ""),
+    ],
+)
+def test_the_last_process_of_two_machines_has_its_rank_from_any_launcher(
+    rank: str, size: str, local_rank: str, local_size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {rank: "3", size: "4", local_rank: "1", local_size: "2", "MASTER_ADDR": "first"}.items():
+        if name:
+            monkeypatch.setenv(name, value)
+    expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    if local_size:
+        expected["LOCAL_WORLD_SIZE"] = "2"
+    assert launcher.process_variables() == expected
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert launcher.process_variables() == {**expected, "MASTER_PORT": "1234"}
 
 
 _DYNAMO = {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}

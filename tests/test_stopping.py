@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint
 from tests.test_trainer import final, timeless
 from vae_dist.config import Config
-from vae_dist.distributed.stopping import SIGNALS, StopRequests
+from vae_dist.distributed.stopping import SIGNALS, StopRequests, Watch
 from vae_dist.errors import StoppedError
 from vae_dist.evaluation import metrics
 from vae_dist.objectives import ElboTerms
@@ -116,6 +116,20 @@ def test_handlers_are_what_they_were_afterwards() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
+def test_a_caller_s_event_loop_hears_of_signals_afterwards() -> None:
+    reader, writer = os.pipe()  # as asyncio and a notebook's kernel have one
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with StopRequests():
+            pass
+    finally:
+        restored = signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+    assert restored == writer
+
+
 def test_outside_the_main_thread_a_training_runs_without_them(make_config: MakeConfig) -> None:
     done = []
     thread = threading.Thread(target=lambda: done.append(train(make_config("name=a", "train.steps=3"))))
@@ -135,6 +149,29 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_the_first_of_several_signals_counts() -> None:
+    with StopRequests() as requests:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)  # at once, as by a launcher that forwards the request
+    assert requests.poll() == signal.SIGUSR1  # leaving waits for the thread that takes them
+
+
+class Alone:
+    is_main, size = True, 1
+
+
+def test_the_steps_between_two_checks_double_at_most_and_last_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fast steps 512 take half a second; slow ones are checked one by one."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch, steps, step = Watch(StopRequests(), Alone(), 0), [], 0  # type: ignore[arg-type]
+    for seconds in [2.0**-10] * 11 + [2.0] * 2:
+        now, step = now + seconds * (watch.next_step - step), watch.next_step
+        watch.check_stop_after(step)
+        steps.append(watch.next_step - step)
+    assert steps == [2, 4, 8, 16, 32, 64, 128, 256, 512, 512, 512, 1, 1]
+
+
 BLOCKED = """
 import ctypes, sys
 from vae_dist.distributed.stopping import SIGNALS, StopRequests
@@ -150,7 +187,7 @@ def test_a_second_signal_ends_even_a_stuck_process_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # the same request, by the scheduler and by the launcher
+    process.send_signal(signal.SIGUSR1)  # the same request: two of one signal may arrive as one
     time.sleep(0.7)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
