@@ -23,7 +23,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.forked import ForkServer
 from tests.test_mnist import idx
-from vae_dist.errors import RunError, UserError
+from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.runs.lookup import find
 from vae_dist.terminal import console, streams, tables
 from vae_dist.terminal.tables import Metric
@@ -150,10 +150,39 @@ def test_a_pipe_that_does_not_block_gets_the_whole_text() -> None:
         os.set_blocking(writer, False)
         writing = threading.Thread(target=streams._write, args=[writer, text])
         writing.start()
+        writing.join(0.1)  # until the pipe is full
         while len(received) < len(text) and select.select([reader], [], [], 5)[0]:
             received += os.read(reader, 2**16)
         writing.join(5)
     assert received == text
+
+
+def test_a_command_s_output_waits_for_its_reader_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pipe() as (reader, writer):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, bytes(4096))  # no room is left
+        with open(os.dup(writer), "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            monkeypatch.setattr(sys, "__stdout__", stdout)
+            monkeypatch.setattr(streams, "STALL_SECONDS", 0.01)
+            saying = threading.Thread(target=streams.say, args=["the config"], daemon=True)
+            saying.start()
+            saying.join(0.3)
+            waits = saying.is_alive()
+            os.read(reader, 4096)
+            read_until(reader, b"the config\n")
+            saying.join(60)
+    assert waits
+
+
+def test_earlier_prints_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "output", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "__stdout__", stdout)
+        print("of a library")
+        streams.say("of a command")
+        monkeypatch.undo()
+    assert (tmp_path / "output").read_text() == "of a library\nof a command\n"
 
 
 def test_a_caller_s_stream_gets_what_its_encoding_lacks_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +299,21 @@ def test_a_bug_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
     assert "1 / 0" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (UserError("the reason"), "ERROR"),
+        (RunError("the reason"), "ERROR"),
+        (StoppedError("the reason", 143), "WARNING"),
+    ],
+)
+def test_an_end_that_is_no_bug_is_one_line_in_the_log(error: Exception, level: str, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), console.logged_to(tmp_path / "log.txt"):
+        raise error
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.split(" ", 2)[2] == f"{level} the reason"
+
+
 def test_messages_before_the_log_opens_are_in_it_once(tmp_path: Path) -> None:
     console.start(Alone())
     console.logger.warning("of an earlier run")
@@ -283,6 +327,20 @@ def test_messages_before_the_log_opens_are_in_it_once(tmp_path: Path) -> None:
         "WARNING later",
     ]
     assert "early" not in (tmp_path / "second").read_text()
+
+
+def test_a_warning_is_shown_once_in_each_run_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    shown: set[str] = set()
+
+    class Once(Alone):
+        def should_log(self, text: str) -> bool:
+            return text not in shown and not shown.add(text)  # type: ignore[func-returns-value]
+
+    for _ in range(2):
+        console.start(Once())
+        console.logger.warning("too few images")
+        console.logger.warning("too few images")
+    assert capsys.readouterr().err == "too few images\n" * 2
 
 
 @pytest.mark.parametrize(
@@ -325,6 +383,7 @@ def test_a_process_that_could_not_leave_its_group_ends_at_once(error: str, code:
         from vae_dist.terminal import console
 
         def fail():
+            print("a result")
             raise {error}("the reason")
 
         torch.distributed.is_initialized = lambda: True
@@ -332,7 +391,55 @@ def test_a_process_that_could_not_leave_its_group_ends_at_once(error: str, code:
         console.run(fail)
     """
     ended = fork_server.run("-c", program, folders=[REPOSITORY])
-    assert (ended.returncode, ended.stdout) == (code, "") and "the reason" in ended.stderr
+    assert (ended.returncode, ended.stdout) == (code, "a result\n") and "the reason" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [
+        ("raise UserError('why')", 2, "error: why\n"),
+        ("raise RunError('why')", 1, "the run has ended: why\n"),
+        ("raise StoppedError('why', 143)", 143, "why\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("return", 0, ""),
+    ],
+)
+def test_what_was_said_before_the_processes_joined_comes_before_the_end(
+    end: str, code: int, last: str, fork_server: ForkServer
+) -> None:
+    program = f"""if True:
+        import logging
+        from vae_dist.errors import RunError, StoppedError, UserError
+        from vae_dist.terminal import console
+
+        def command():
+            logging.getLogger("vae_dist.data").warning("said early")
+            {end}
+
+        console.run(command)
+    """
+    ended = fork_server.run("-c", program, folders=[REPOSITORY])
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", f"said early\n{last}")
+
+
+def test_what_was_said_before_the_processes_joined_is_in_the_log(fork_server: ForkServer, tmp_path: Path) -> None:
+    program = f"""if True:
+        import logging
+        from pathlib import Path
+        from tests.test_console import Alone
+        from vae_dist.terminal import console
+
+        def command():
+            logging.getLogger("vae_dist.data").warning("said early")
+            console.start(Alone())
+            with console.logged_to(Path({str(tmp_path / "log.txt")!r})):
+                pass
+
+        console.run(command)
+    """
+    ended = fork_server.run("-c", program, folders=[REPOSITORY])
+    assert (ended.returncode, ended.stderr) == (0, "said early\n")
+    assert (tmp_path / "log.txt").read_text().endswith("WARNING said early\n")
 
 
 def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(

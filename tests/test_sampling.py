@@ -365,6 +365,41 @@ def test_the_time_that_is_left_has_hours_if_it_is_longer_than_one(
     assert caplog.messages[0].endswith(f", {left} left")
 
 
+def test_the_time_left_of_long_work_is_that_of_its_remaining_parts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with caplog.at_level("INFO", "vae_dist.progress"), progress.progress("decoding", 100, is_main=True) as advance:
+        now = 20.0
+        advance(20)
+        now = 25.0  # less than LINE_SECONDS later
+        advance(5)
+        now = 60.0
+        advance(50)
+    assert caplog.messages == ["decoding: 20%, 1:20 left", "decoding: 75%, 0:20 left"]
+
+
+def test_a_line_tells_the_epoch_the_loss_and_the_time_since_the_resume(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65 steps are six epochs of ten steps and half of a seventh. The last step always has a line."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    training = progress.TrainingProgress(is_main=True, start=30, last_step=65, steps_per_epoch=10)
+    with caplog.at_level("INFO", "vae_dist.progress"):
+        for seconds, step, loss in (5.0, 35, 123.456), (12.0, 42, 0.5), (20.0, 50, 0.01234), (21.0, 65, -12.0):
+            now = seconds
+            training.show(step, {"train/loss": loss, "train/images_per_second": 1234.0})
+        progress.TrainingProgress(is_main=True, start=0, last_step=20, steps_per_epoch=10).show(20, {"train/loss": 1.0})
+    assert caplog.messages[3].startswith("epoch 2/2, step 20/20, loss 1, ")
+    assert caplog.messages[:3] == [
+        "epoch 4/7, step 35/65, loss 123.46, 1,234 images/s, 0:30 left",
+        "epoch 6/7, step 50/65, loss 0.01234, 1,234 images/s, 0:15 left",
+        "epoch 7/7, step 65/65, loss -12.00, 1,234 images/s, 0:00 left",
+    ]
+
+
 @pytest.mark.parametrize("kind", [[], ["sample.codes=[[0,0,0,0,0,0,0,0],[1,1,1,1,1,1,1,1]]"]])
 def test_pixels_are_drawn_from_the_likelihood_of_the_same_latents(kind: list[str], run_dir: Path) -> None:
     means = tensors(run_dir, *kind)
