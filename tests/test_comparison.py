@@ -509,13 +509,16 @@ def test_a_study_varies_one_key_and_the_default_is_the_tutorials() -> None:
             {"hidden_dims-400": [400], "hidden_dims-400-400": [400, 400], "hidden_dims-empty": []},
         ),
         ("tracking.entity=\"a,b\",'c',null", {"entity-a-b": "a,b", "entity-c": "c", "entity-null": None}),
+        ("tracking.notes=don't,do", {"notes-don_t": "don't", "notes-do": "do"}),
         ("sample.codes=[[0,1],[2,3]],[[0,0]]", {"codes-0.0-1.0-2.0-3.0": [[0, 1], [2, 3]], "codes-0.0-0.0": [[0, 0]]}),
     ],
 )
 def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(
     argument: str, expected: dict[str, object]
 ) -> None:
-    planned = config.load_study([argument, "name=mine-{time}", "tracking.group=ours", "output=there"])
+    others = ["name=mine-{time}", "tracking.group=ours", "output=there", "data.root=one,folder"]
+    planned = config.load_study([argument, *others])
+    assert {run.data.root for run in planned.configs} == {"one,folder"}
     assert dict(zip(names(planned), (config.flatten(run)[planned.key] for run in planned.configs), strict=True)) == {
         f"mine-{name}": value for name, value in expected.items()
     }
@@ -534,6 +537,7 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(
         (["model.latent_dim=2,0"], "model.latent_dim must be at least 1, not 0"),
         (["optim.learning_rate=1e-3,0.001"], "two of the values are the same: optim.learning_rate=1e-3,0.001"),
         (["name=a,b"], "a study can't vary name"),
+        (["seed=1,2", f"name={'n' * 128}"], "name"),
         (["tracking.id=mine"], "tracking.id is one run's, and a study has several"),
         (["name=a-{time}-b"], "leave {time} out of a-{time}-b-latent_dim"),
         (["--verbose"], "can't use '--verbose': give a YAML file, or key=value"),
