@@ -142,6 +142,7 @@ def test_colours_are_grey_levels_and_primaries_and_those_of_binary_pixels() -> N
 
 
 CONV = ["model.architecture=conv", "model.latent_channels=1"]
+LADDER = ["model.architecture=ladder", "model.latent_channels=1", "model.patch=1"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ CONV = ["model.architecture=conv", "model.latent_channels=1"]
         ((1, 28, 28), [*CONV, "model.channels=[4,4,4]"], 4),
         ((1, 16, 24), [*CONV, "model.channels=[4,4,4]"], 4),
         ((3, 32, 32), [*CONV, "model.channels=[4,4]", "model.patch=4"], 8),
+        ((1, 32, 32), [*LADDER, "model.channels=[4,4,4]", "model.levels=[1,1,1]"], 4),  # of the lowest resolution
         ((1, 12, 28), [*CONV, "model.channels=[4,4,4]"], None),  # three latents: no centre
         ((1, 28, 28), [*CONV, "model.channels=[4]"], None),  # a latent for each pixel
         ((1, 28, 28), [], None),  # latents that lie on no grid

@@ -104,12 +104,20 @@ def test_the_lines_of_the_table_are_told_apart_and_documented() -> None:
         ({"negative_log_likelihood": 90.5, "importance_samples": [1]}, "nats"),
         ({"bits_per_dimension": 1.5, "importance_samples": 2}, "from the log-likelihood"),
         ({"bits_per_dimension": 1.5}, "from the ELBO"),
+        ({"bits_per_dimension": 1.5, "importance_samples": 0}, "from the ELBO"),  # as evaluations state it
         ({"active_units": 3}, ""),  # evaluations of earlier versions do not say of how many latents
         ({"active_units": 3, "latents": 1024}, "of 1,024 latents"),
     ],
 )
 def test_a_note_states_numbers_that_the_evaluation_has(stated: dict[str, object], unit: str) -> None:
     assert [measured.unit for measured in measurements(stated)] == [unit]
+
+
+def test_an_arrow_points_to_what_is_better() -> None:
+    """The rate and the distortion have none: either can be had at the cost of the other."""
+    better = {metric.key: metric.better for metric in METRICS if metric.better is not None}
+    assert {key for key, direction in better.items() if direction == "higher"} == {"psnr", "ssim"}
+    assert better.keys() == {metric.key for metric in METRICS} - {"reconstruction", "kl", "active_units"}
 
 
 def test_of_an_untrusted_file_only_numbers_are_metrics() -> None:

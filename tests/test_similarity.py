@@ -214,6 +214,13 @@ def test_the_frechet_distance_is_that_of_the_formula_with_a_root() -> None:
     assert distance == pytest.approx(expected, rel=1e-9)
 
 
+def test_one_image_has_no_frechet_distance(make_config: MakeConfig) -> None:
+    """Its covariance would be a division by 0."""
+    with processes.join(make_config()) as world:
+        assert fid.rfid(torch.rand(1, 2, 4), world) is None
+        assert fid.rfid(torch.rand(2, 2, 4), world) is not None
+
+
 class Averages(torch.nn.Module):
     """A stand-in for Inception: the averages of four quarters of a colour image of 8-bit values."""
 
