@@ -38,7 +38,7 @@ from vae_dist.reports.charts import Chart, Curve
 from vae_dist.reports.pictures import GRIDS_CHARACTERS, MOST_GRIDS
 from vae_dist.reports.report import TEMPLATES, environment, report
 from vae_dist.reports.subject import subject_of
-from vae_dist.reports.text import format_number
+from vae_dist.reports.text import format_number, printable
 from vae_dist.runs import manifest
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.run import RunDirectory
@@ -180,8 +180,14 @@ def test_numbers_have_the_decimals_that_people_read() -> None:
         0.04123: "0.0412",
         0.0: "0",
         -3.5: "-3.50",
+        -6412.4: "-6,412",
     }
     assert {number: format_number(number) for number in written} == written
+
+
+def test_lines_of_a_log_stay_lines_and_text_that_hides_or_turns_is_marked() -> None:
+    assert printable("one\ntwo\tcolumns\n") == "one\ntwo\tcolumns\n"
+    assert printable("a\u202eb\x1b[31m\rc\n") == "a\ufffdb\ufffd[31m\ufffdc\n"
 
 
 def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: Path) -> None:
@@ -694,6 +700,13 @@ def test_names_below_bars_have_space() -> None:
 
     assert names(range(48)) == [str(latent) for latent in range(48)] and not any(names(range(49)))
     assert names(range(1000, 1040)) == [str(latent) if latent % 2 == 0 else "" for latent in range(1000, 1040)]
+
+
+def test_a_bar_of_a_negative_value_has_no_height() -> None:
+    """A KL that is estimated from draws can be slightly below 0."""
+    chart = charts.bar_chart("KL", "nats", "latents", [("0", "", 2.0), ("1", "", -1.0)], [])
+    assert chart.bars[0].height == pytest.approx(100 / 1.05)
+    assert (chart.bars[1].y, chart.bars[1].height) == (100, 0)
 
 
 # ---- The package
