@@ -159,6 +159,32 @@ def test_a_run_stored_without_an_owner_is_recognised_by_its_name(make_config: Ma
         assert wandb_identity.own_id(stored, run_dir) == expected
 
 
+def test_a_directory_keeps_its_identity_where_it_moves_and_a_copy_has_none(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "mine"
+    run_dir.mkdir()
+    stored = make_config("name=mine", "tracking.id=abc")
+    stored.tracking.owner = wandb_identity.owner(run_dir)
+    copy = Path(shutil.copytree(run_dir, tmp_path / "copy/mine"))
+    assert wandb_identity.own_id(stored, run_dir) == "abc" and wandb_identity.own_id(stored, copy) is None
+    moved = run_dir.rename(tmp_path / "moved")
+    assert wandb_identity.own_id(stored, moved) == "abc"
+    another = Path(shutil.copytree(moved, tmp_path / "copy/another"))
+    ids = [wandb_identity.for_reading(stored, run, []).tracking.id for run in (moved, copy, copy, another)]
+    assert ids[1] == ids[2] and len(set(ids)) == 3 and ids[0] == "abc"
+    assert wandb_identity.for_reading(stored, moved, ["tracking.id=given"]).tracking.id == "given"
+
+
+def test_only_an_agent_of_a_sweep_chooses_the_identity_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WANDB_RUN_ID alone may be left from another run: two trainings under one id would mix their records."""
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    assert wandb_identity.new_id() != "abc" and wandb_identity.new_id() != wandb_identity.new_id()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert wandb_identity.new_id() == "abc"
+
+
 def test_the_best_checkpoint_is_an_artifact_on_request(make_config: MakeConfig) -> None:
     """The client's record names it and holds the digest of each of its files."""
     settings = ["tracking.wandb=offline", "train.steps=30", "train.validate_every=10", "checkpoint.every=10"]
@@ -243,6 +269,41 @@ def test_a_client_that_falls_far_behind_is_left_with_one_warning(
     run._worker.end()
     lost = [record for record in caplog.records if "W&B is lost (it takes too long)" in record.getMessage()]
     assert len({id(record) for record in lost}) == 1, [(r.created, r.threadName, logging.root.handlers) for r in lost]
+
+
+def test_several_calls_that_fail_are_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls that wait for the client fail one after the other when its service is gone."""
+    monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
+    release = threading.Event()
+
+    class Run:
+        dir = str(tmp_path / "files")
+
+        def log(self, values: object) -> None:
+            release.wait(60)
+            raise ConnectionResetError("the service is gone")
+
+    monkeypatch.setattr(wandb_run.WandbRun, "_begin", lambda *_: Run())
+    run = wandb_run.WandbRun(Config(), tmp_path, "offline", "training")
+    for step in range(3):
+        run.scalars(step, {"train/loss": 1.0})
+    done = run._worker.do(lambda: None)
+    release.set()
+    done.result(60)
+    run._worker.end()
+    lost = {id(record): record.getMessage() for record in caplog.records}
+    assert list(lost.values()) == [
+        f"W&B is lost (the service is gone): metrics and pictures go to {tmp_path} alone from here on"
+    ]
+
+
+def test_a_record_without_metrics_is_not_logged(tmp_path: Path, make_config: MakeConfig) -> None:
+    with tracking.track(make_config(), tmp_path, is_main=True, start=0) as tracker:
+        tracker.scalars(1, {})
+        tracker.scalars(2, {"train/loss": 1.0})
+    assert rows_of(tmp_path) == [{"step": 2, "train/loss": 1.0}]
 
 
 def test_flushed_records_have_reached_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
