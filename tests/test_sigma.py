@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -353,3 +354,21 @@ def test_densities_of_fitted_scales_compare_with_one_another(make_config: MakeCo
     assert incomparable([runs[0], runs[1]]) is None
     warning = incomparable([runs[0], runs[2]])
     assert warning is not None and "objective.sigma (fitted, 0.3)" in warning
+
+
+@pytest.mark.parametrize(
+    ("arguments", "idle"),
+    [
+        (["objective.sigma=0.3", "objective.mixtures=5"], ["sigma", "mixtures"]),
+        (["objective.reconstruction=discretized_logistic_mixture", "objective.sigma=0.3"], ["sigma"]),
+        ([GAUSSIAN, "objective.sigma_rate=3", "objective.mixtures=5"], ["sigma_rate", "mixtures"]),
+        ([GAUSSIAN, LEARNED, "objective.sigma=0.3", "objective.sigma_rate=3"], []),
+        (["objective.reconstruction=discretized_logistic_mixture", "objective.mixtures=5"], []),
+    ],
+)
+def test_options_of_another_likelihood_have_a_warning(
+    arguments: list[str], idle: list[str], make_config: MakeConfig
+) -> None:
+    run_dir = train(make_config("name=idle", "train.steps=1", *arguments))
+    warnings = re.findall(r"WARNING objective\.(\w+) has no effect with", (run_dir / "log.txt").read_text())
+    assert warnings == idle

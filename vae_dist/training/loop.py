@@ -24,10 +24,9 @@ from vae_dist.runs.state import TrainingState
 from vae_dist.terminal import console
 from vae_dist.terminal.progress import TrainingProgress
 from vae_dist.training.cadence import Cadence, due, launches
-from vae_dist.training.first_stage import warn_of_idle_terms
 from vae_dist.training.meter import Meter
 from vae_dist.training.milestones import Milestones, Outputs
-from vae_dist.training.recipes import check_recipe
+from vae_dist.training.recipes import check_recipe, warn_of_idle_options
 from vae_dist.training.update import make_update
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ def _log_start(resolved: Resolved, world: World, step: int, last_step: int, plan
     )  # fmt: skip
     if config.train.compile:
         logger.info("the step is compiled, which takes some seconds (train.compile=false runs it uncompiled)")
-    warn_of_idle_terms(config.first_stage, last_step)
+    warn_of_idle_options(config, last_step)
     if step:
         logger.info("resuming after step %d of %d", step, last_step)
     else:

@@ -3,22 +3,26 @@
 b is the size of the shard, C, H, W image.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from vae_dist.config import Config, FirstStageConfig
+from vae_dist.config import Config, FirstStageConfig, ObjectiveConfig
 from vae_dist.data.batches import Batch
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
+from vae_dist.models.likelihoods import BernoulliPixels, LocationScaleKind, likelihood_kind
 from vae_dist.models.vae import VAE
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
-from vae_dist.training.first_stage import check_options
+from vae_dist.training.first_stage import check_options, warn_of_idle_terms
 from vae_dist.training.guard import COUNTS
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.optimizers import Optimizer
 from vae_dist.training.vae_recipe import VAERecipe
+
+logger = logging.getLogger(__name__)
 
 
 class Recipe(Protocol):
@@ -69,6 +73,27 @@ def check_recipe(config: Config) -> None:
         raise UserError("the options of first_stage are for train.recipe=autoencoder: add it, or leave them out")
     if config.train.recipe == "autoencoder":
         check_options(config)
+
+
+def warn_of_idle_options(config: Config, last_step: int) -> None:
+    """Log options of the loss that never act in a run of so many steps."""
+    _warn_of_idle_likelihood(config.objective)
+    warn_of_idle_terms(config.first_stage, last_step)
+
+
+def _warn_of_idle_likelihood(objective: ObjectiveConfig) -> None:
+    kind, default = likelihood_kind(objective), ObjectiveConfig()
+    has_no_mixture = isinstance(kind, BernoulliPixels | LocationScaleKind)
+    idle = {
+        "sigma": not kind.has_scale and objective.sigma not in (None, 1.0),  # 1 is resolved from null
+        "sigma_rate": objective.sigma_kind != "learned" and objective.sigma_rate != default.sigma_rate,
+        "mixtures": has_no_mixture and objective.mixtures != default.mixtures,
+    }
+    for key in (key for key, is_idle in idle.items() if is_idle):
+        logger.warning(
+            "objective.%s has no effect with objective.reconstruction=%s and objective.sigma_kind=%s",
+            key, objective.reconstruction, objective.sigma_kind,
+        )  # fmt: skip
 
 
 def totals_of(recipe: Recipe) -> tuple[str, ...]:
