@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -380,12 +381,20 @@ def test_incomparable_metrics_come_with_a_warning(
     assert warning in (folder / "table.md").read_text() and warning in capsys.readouterr().out
 
 
+def test_probabilities_of_pixels_are_compared_in_bits_too(make_run: MakeRun) -> None:
+    folder = compare([make_run("name=binary", "data.binarize=dynamic", "train.steps=2")])
+    header, _, row = re.findall(r"^\|.*\|$", (folder / "table.md").read_text(), re.MULTILINE)
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    nats = compared(folder)[0]["evaluation"]["negative_log_likelihood"]
+    assert cells["bits per dimension (K=2) ↓"] == f"{nats / (28 * 28 * math.log(2)):.3f}"
+
+
 @pytest.mark.parametrize(
     ("concern", "change", "metrics", "difference"),
     [
         ("objective", {"reconstruction": "gaussian"}, "METRICS IN NATS", "reconstruction (bernoulli, gaussian)"),
         ("data", {"synthetic_images": 600}, "METRICS", "synthetic_images (1200, 600)"),
-        ("model", {"conditional": True}, "METRICS IN NATS", "conditional (False, True)"),
+        ("model", {"conditional": True}, "METRICS IN NATS", "conditional (false, true)"),
     ],
 )
 def test_other_images_likelihoods_and_labels_do_not_compare(

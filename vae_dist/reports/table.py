@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vae_dist.config import Config
+from vae_dist.config import Config, text_of
 from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.labels import held_out_set, names, settings, short_key, subject
@@ -67,7 +67,7 @@ def incomparable(opened: Sequence[Opened]) -> str | None:
 def _differing(facts: Sequence[Mapping[str, object]]) -> list[str]:
     """The keys of which several values are there, with these."""
     keys = dict.fromkeys(key for fact in facts for key in fact)
-    values = {key: dict.fromkeys(str(fact[key]) for fact in facts if key in fact) for key in keys}
+    values = {key: dict.fromkeys(text_of(fact[key]) for fact in facts if key in fact) for key in keys}
     return [f"{key} ({', '.join(several)})" for key, several in values.items() if len(several) > 1]
 
 
