@@ -460,6 +460,13 @@ def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(
     assert len(printed(12, 20)[0]) == 12  # too wide in both ways
 
 
+def test_a_large_standard_error_has_no_exponent(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = {"± 254": 253.7, "± 100": 99.6, "± 99": 99.4, "± 0.097": 0.0971, "± 2.5e+08": 2.5e8}
+    tables.metrics("bits", [Metric(f"metric {index}", 1.0, error) for index, error in enumerate(errors.values())])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "metric" in line]
+    assert [row.split("│")[3].strip() for row in rows] == list(errors)
+
+
 def test_a_narrow_console_cuts_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams.results, "_width", 36)
     rows = [Metric("negative log-likelihood", -12341.6012, 0.00093, "nats, at most; 128 samples")]

@@ -38,7 +38,7 @@ def metrics(title: str, rows: Sequence[Metric], *protocol: str, warning: str | N
     for justify in ("left", "right", "left", "left"):
         result.add_column(justify=justify, overflow="fold")
     for row in rows:
-        error = "" if row.standard_error is None else f"± {row.standard_error:.2g}"
+        error = "" if row.standard_error is None else f"± {_two_digits(row.standard_error)}"
         result.add_row(plain(row.name), format_number(row.value), error, plain(row.remark))
     results.print(result)
     for line in protocol:
@@ -71,6 +71,11 @@ def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], not
 def _width(table: Table) -> int:
     """The columns of the console that a table takes if nothing in it is folded."""
     return Measurement.get(results, results.options.update(width=UNLIMITED), table).maximum
+
+
+def _two_digits(error: float) -> str:
+    """A standard error of two digits, or without decimals."""
+    return f"{error:.0f}" if 99.5 <= error < 1e6 else f"{error:.2g}"
 
 
 def format_number(value: object) -> str:
