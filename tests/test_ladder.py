@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from tests.conftest import opened
 from tests.test_config import refusal
 from vae_dist import config
+from vae_dist.distributed import processes
 from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
@@ -23,6 +24,8 @@ from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
 from vae_dist.objectives import log_weights
 from vae_dist.reports.report import report
 from vae_dist.training.loop import train
+from vae_dist.views.from_images import levels
+from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.sampling import sample
 
 LADDER = "model.architecture=ladder"
@@ -254,3 +257,12 @@ def test_draws_are_encoded_and_posteriors_are_refused(run_dir: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_report_is_written(run_dir: Path) -> None:
     assert "ladder 4-8-8, levels 0-2-1" in report(run_dir).read_text()
+
+
+@pytest.mark.parametrize(("network", "counted"), [(SMALL, "; 3 levels: "), (["model.latent_dim=4"], "; 1 level: 4")])
+def test_a_caption_counts_the_levels(network: list[str], counted: str, data_root: Path) -> None:
+    digits = ["data.name=synthetic_digits", "data.synthetic_images=600", "data.image_shape=[1,28,28]"]
+    settings = config.load([*network, *digits, f"data.root={data_root}", "device=cpu", "train.threads=1"])
+    with processes.join(settings) as world:
+        trained = TrainedVAE(build_vae(settings, (1, 28, 28)), settings, world)
+        assert counted in levels(trained).description

@@ -117,9 +117,10 @@ def levels(trained: TrainedVAE) -> View:
         )
 
     named = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
+    count = "1 level" if len(shapes) == 1 else f"{len(shapes)} levels"
     return View(
         f"test images ({selection.image_words(originals)}), each decoded from the posterior means of its first levels "
-        f"of latents, as many as stand above, and the origin of the others; {len(shapes)} levels: {named}",
+        f"of latents, as many as stand above, and the origin of the others; {count}: {named}",
         {"images": decoded, "latents": latents, **originals, **label_tensors(labels)},
         draw,
     )

@@ -44,7 +44,7 @@ def sample(run: Path | None, arguments: Sequence[str] = ()) -> Path:
             with track(tracked, output, is_main=world.is_main, live=live, kind="samples") as tracker:
                 _write(target, view.tensors, picture, separate_files=config.sample.files)
                 tracker.pictures(step, lambda: {f"sample_{name}": picture})
-            logger.info("%d latents and their picture in %s", len(view.tensors["latents"]), target)
+            logger.info("%d codes and their picture in %s", len(view.tensors["latents"]), target)
 
         world.on_main(keep)
     return target
