@@ -359,16 +359,18 @@ def test_densities_of_fitted_scales_compare_with_one_another(make_config: MakeCo
 @pytest.mark.parametrize(
     ("arguments", "idle"),
     [
-        (["objective.sigma=0.3", "objective.mixtures=5"], ["sigma", "mixtures"]),
-        (["objective.reconstruction=discretized_logistic_mixture", "objective.sigma=0.3"], ["sigma"]),
-        ([GAUSSIAN, "objective.sigma_rate=3", "objective.mixtures=5"], ["sigma_rate", "mixtures"]),
+        (["objective.sigma=0.3", "objective.mixtures=5"], ["objective.sigma", "objective.mixtures"]),
+        (["objective.reconstruction=discretized_logistic_mixture", "objective.sigma=0.3"], ["objective.sigma"]),
+        ([GAUSSIAN, "objective.sigma_rate=3", "objective.mixtures=5"], ["objective.sigma_rate", "objective.mixtures"]),
+        (["model.prior_components=5"], ["model.prior_components"]),
+        (["model.prior=mixture", "model.prior_components=5"], []),
         ([GAUSSIAN, LEARNED, "objective.sigma=0.3", "objective.sigma_rate=3"], []),
         (["objective.reconstruction=discretized_logistic_mixture", "objective.mixtures=5"], []),
     ],
 )
-def test_options_of_another_likelihood_have_a_warning(
+def test_options_of_another_likelihood_or_prior_have_a_warning(
     arguments: list[str], idle: list[str], make_config: MakeConfig
 ) -> None:
     run_dir = train(make_config("name=idle", "train.steps=1", *arguments))
-    warnings = re.findall(r"WARNING objective\.(\w+) has no effect with", (run_dir / "log.txt").read_text())
+    warnings = re.findall(r"WARNING (\S+) has no effect with", (run_dir / "log.txt").read_text())
     assert warnings == idle

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from vae_dist.config import Config, FirstStageConfig, ObjectiveConfig
+from vae_dist.config import Config, FirstStageConfig, ModelConfig, ObjectiveConfig
 from vae_dist.data.batches import Batch
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
@@ -76,8 +76,10 @@ def check_recipe(config: Config) -> None:
 
 
 def warn_of_idle_options(config: Config, last_step: int) -> None:
-    """Log options of the loss that never act in a run of so many steps."""
+    """Log options of the model and the loss that never act in a run of so many steps."""
     _warn_of_idle_likelihood(config.objective)
+    if config.model.prior == "standard_normal" and config.model.prior_components != ModelConfig().prior_components:
+        logger.warning("model.prior_components has no effect with model.prior=standard_normal")
     warn_of_idle_terms(config.first_stage, last_step)
 
 
