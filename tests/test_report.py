@@ -194,7 +194,10 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
     result = json.loads((run_dir / "evaluation.json").read_text())
     result |= {
         "negative_log_likelihood": 90.126, "importance_samples": 64, "active_units": 5, "mean_squared_error": 0.0412345,
-        "standard_errors": {"negative_log_likelihood": 0.7071, "mean_squared_error": 0.00012},
+        "bits_per_dimension": 0.1984,
+        "standard_errors": {
+            "negative_log_likelihood": 0.7071, "mean_squared_error": 0.00012, "bits_per_dimension": 0.000212
+        },
         "protocol": {"pixels": "grey, 0 to 1", "likelihood": "bernoulli", "versions": {"torch": "9.9"}},
         "warning": "not to be compared",
     }  # fmt: skip
@@ -204,7 +207,7 @@ def test_the_headline_is_the_best_estimate_with_its_error_and_protocol(run_dir: 
     assert headline == ["90.13", " ± 0.71"]
     for sentence in (
         "negative log-likelihood", "nats, at most; 64 samples", "pixels: grey, 0 to 1; likelihood: bernoulli; step 40",
-        "Not to be compared.", "0.0412", " ± 0.0001", "versions: torch", "9.9",
+        "Not to be compared.", "0.0412", " ± 0.0001", "0.198", " ± 0.00021", "versions: torch", "9.9",
     ):  # fmt: skip
         assert sentence in page.text
 

@@ -64,7 +64,13 @@ def _formatted(measurement: Measurement, of: str = "") -> Metric:
     metric, value, error, unit = measurement
     text = format_number(value) if isinstance(value, float) else f"{value:,}"
     places = len(text.partition(".")[2]) if "e" not in text else 0
-    return Metric(metric.title + of, text, "" if error is None else f"{error:.{places}f}", unit)
+    return Metric(metric.title + of, text, "" if error is None else _rounded(error, places), unit)
+
+
+def _rounded(error: float, places: int) -> str:
+    """A standard error with as many decimals as its value, or with two digits if these would all be 0."""
+    text = f"{error:.{places}f}"
+    return text if float(text) or not error else f"{error:.2g}"
 
 
 def _conditions(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
