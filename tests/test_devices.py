@@ -30,8 +30,9 @@ from vae_dist.data.batches import Batch, Batches, place
 from vae_dist.distributed import environment, failures, launcher, processes
 from vae_dist.distributed import world as worlds
 from vae_dist.distributed.world import World
+from vae_dist.encoding.latents import _encode_batch
 from vae_dist.errors import RunError, UserError
-from vae_dist.evaluation import metrics
+from vae_dist.evaluation import constants, metrics
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
@@ -40,11 +41,12 @@ from vae_dist.training.differentiate import Differentiate
 from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.meter import Meter
 from vae_dist.training.update import Update
-from vae_dist.views import pictures
+from vae_dist.views import from_images, pictures
 from vae_dist.views.latents import TrainedVAE
 
 CARD = torch.device("cuda", 0)
 COUNT = 700
+LADDER = ["model.architecture=ladder", "objective.reconstruction=discretized_logistic_mixture"]
 
 
 @pytest.fixture
@@ -155,33 +157,33 @@ def test_images_that_do_not_fit_stay_on_the_host(card: World, monkeypatch: pytes
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # where the average copies the network
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_step_stays_on_the_gpu(processes: int, vae: VAE, card: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "processes"), [([], 1), ([], 2), ([*LADDER, "objective.bound=iwae", "objective.samples=2"], 1)]
+)
+def test_a_step_stays_on_the_gpu(
+    options: list[str], processes: int, card: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All but the backward pass: gradients are zeros. A host sync would fail, for a fake tensor has no values."""
     reduced = []
 
     def all_reduce(values: Tensor) -> None:
         reduced.append(values.device)
 
-    def functional(
-        self: Differentiate,
-        scale: Tensor,
-        images: Tensor,
-        noise: Tensor,
-        labels: Tensor,
-        values: Tensor,
-        *weights: Tensor,
-    ) -> list[Tensor]:
-        assert {tensor.device for tensor in (scale, images, noise, labels, values, *weights)} == {CARD}
-        self._network(images, noise)
-        return [images.sum(), torch.zeros(3, dtype=torch.float64, device=CARD), *map(torch.zeros_like, weights)]
+    def functional(self: Differentiate, scale: Tensor, *tensors: Tensor) -> list[Tensor]:
+        assert {tensor.device for tensor in (scale, *tensors)} == {CARD}
+        inputs, weights = self._inputs_and_weights(tensors)
+        loss, _, (sums, _) = self._reduced(self._network, inputs, nullcontext)
+        return [loss, sums, *map(torch.zeros_like, weights)]
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(Differentiate, "functional", functional)
-    update = update_of(config_of("train.accumulate=2", "ema.decay=0.9"), world_of(processes), (1, 28, 28), vae=vae)
+    settings = config_of("train.accumulate=2", "ema.decay=0.9", *options)
+    with CARD:
+        vae = build_vae(settings, (1, 28, 28))
+    update = update_of(settings, world_of(processes), (1, 28, 28), vae=vae)
     batches = Batch(
         torch.zeros(3, 100, 1, 28, 28, dtype=torch.uint8, device=CARD),
-        torch.zeros(3, 100, 1, 40, device=CARD),
+        torch.zeros(3, 100, *update.recipe.noise_shape, device=CARD),
         torch.empty(3, 0, dtype=torch.int64, device=CARD),
     )
     with BlockingCopies() as copies:
@@ -253,23 +255,28 @@ def test_a_step_of_a_first_stage_stays_on_the_gpu(card: World, monkeypatch: pyte
     assert {tensor.device for tensor in [*recipe.tensors, update.totals]} == {CARD}
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "ladder"])
-def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(architecture: str, card: World) -> None:
-    settings = config_of("evaluate.importance_samples=3", f"model.architecture={architecture}")
+@pytest.mark.parametrize("options", [[], LADDER])
+def test_evaluations_and_views_compute_on_the_gpu_and_gather_on_the_host(options: list[str], card: World) -> None:
+    settings = config_of("evaluate.importance_samples=3", "encode.latents=draws", *options)
     with CARD:
         vae = build_vae(settings, (1, 28, 28))
     trained = TrainedVAE(vae, settings, card)
     trained.__dict__["test"] = of_pixels(pixels())  # a cached property
-    encodings = metrics.encode(vae, of_pixels(pixels()), card, settings)
+    encodings, codes = metrics.encode(vae, of_pixels(pixels()), card, settings), torch.zeros(COUNT, vae.latent_dim)
     results = [
         *metrics.score(vae, of_pixels(pixels()), card, settings),
         *encodings.terms,
         encodings.squared_error,
         metrics.negative_log_likelihood(vae, of_pixels(pixels()), card, settings),
         *trained.encode(range(COUNT)),
-        trained.decode(torch.zeros(COUNT, vae.latent_dim)),
+        trained.mean_and_draws(range(COUNT), torch.zeros(2, COUNT, vae.latent_dim)),
+        trained.decode(codes),
+        trained.draw_pixels(codes, None, lambda chunk, columns: torch.zeros(len(chunk), columns)),
+        *_encode_batch(vae, of_pixels(pixels()), settings, range(COUNT)).values(),
     ]
-    assert {tensor.device.type for tensor in [*results, encodings.kl, encodings.variance]} == {"cpu"}
+    others = [encodings.kl, encodings.variance, *constants.measure(vae, card, settings).values()]
+    others += from_images.levels(trained).tensors.values()
+    assert {tensor.device.type for tensor in [*results, *others]} == {"cpu"}
     assert {len(tensor) for tensor in results} == {COUNT}
 
 
