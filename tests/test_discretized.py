@@ -113,6 +113,18 @@ def test_gradients_are_finite_at_any_output(channels: int, dtype: torch.dtype) -
         assert output.grad is not None and output.grad.isfinite().all(), (size, level)
 
 
+def test_a_compiler_traces_it_whole() -> None:
+    """That of the oldest torch too. Otherwise a step would run uncompiled."""
+    torch.compiler.reset()
+    output, images = torch.randn(2, 10 * 3, 4, 4), torch.rand(2, 3, 4, 4)
+
+    def log_prob(output: Tensor, images: Tensor) -> Tensor:
+        return made(output, 3).log_prob(images)
+
+    traced = torch.compile(log_prob, fullgraph=True, backend="eager")
+    assert torch.equal(traced(output, images), log_prob(output, images))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_gradient_is_that_of_differences(channels: int) -> None:
     output = outputs(channels, 1.0, count=3, components=2).double().requires_grad_()

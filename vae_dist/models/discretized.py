@@ -49,7 +49,7 @@ class DiscretizedLogisticMixture(NamedTuple):
 
     def log_prob(self, images: Tensor) -> Tensor:
         """log p(x|z) of images `(N, C, H, W)` in [0, 1], as 8-bit values: `(N,)`, nats. Images get no gradient."""
-        require_shape(images, self._image_shape, "images")
+        require_shape(images, self._image_shape(), "images")
         levels = (images.to(self.logits.dtype) * 255).round().clamp(0, 255) - MIDDLE
         low = torch.where(levels == -MIDDLE, -_FAR, levels - 0.5).unsqueeze(2).unbind(1)
         high = torch.where(levels == MIDDLE, _FAR, levels + 0.5).unsqueeze(2).unbind(1)
@@ -71,7 +71,7 @@ class DiscretizedLogisticMixture(NamedTuple):
 
     def sample(self, noise: Tensor) -> Tensor:
         """Draw 8-bit pixels. The first channel's noise chooses the component too: its probability has that to spare."""
-        require_shape(noise, self._image_shape, "noise")
+        require_shape(noise, self._image_shape(), "noise")
         noise, weights = noise.to(self.logits.dtype), self.logits.softmax(1)
         # Not a cumsum: on a GPU it is added up in an order that changes.
         ends, rounding = torch.stack(list(accumulate(weights.unbind(1), torch.add)), 1), torch.finfo(weights.dtype).eps
@@ -89,7 +89,7 @@ class DiscretizedLogisticMixture(NamedTuple):
             drawn.append((value + MIDDLE).round().clamp(0, 255) - MIDDLE)
         return (torch.cat(drawn, dim=1) + MIDDLE) / 255
 
-    @property
+    # A method, and no property: torch 2.10 can't compile a NamedTuple's.
     def _image_shape(self) -> tuple[int, ...]:
         count, channels, _, *size = self.location.shape
         return (count, channels, *size)
