@@ -102,6 +102,11 @@ def unused_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def own_lines(text: str) -> list[str]:
+    """Return the lines that processes have printed, without those in which torch 2.10 tells of its connections."""
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+
+
 def _read(descriptor: int) -> str:
     with open(descriptor) as file:
         return file.read()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, newest_checkpoint
-from tests.forked import ForkServer, Result
+from tests.forked import ForkServer, Result, own_lines
 
 COMMANDS = (
     "train", "evaluate", "sample", "encode", "compare", "study", "report", "browse", "pack", "export", "fetch_weights",
@@ -132,8 +132,8 @@ def test_the_launch_file_for_cpus_starts_processes_that_train_together(data_root
 def test_one_of_several_processes_prints_the_message(fork_server: ForkServer) -> None:
     ended = fork_server.launch(2, TRAIN, "data.name=synthetic_digits", "train.batch_size=1", "device=cpu", *TINY)
     assert [refused.returncode for refused in ended] == [2, 2]
-    said = "".join(refused.stdout + refused.stderr for refused in ended)
-    assert said.count("it must be at least 2") == 1 == said.count("\n")
+    (message,) = own_lines("".join(refused.stdout + refused.stderr for refused in ended))
+    assert "it must be at least 2" in message
     assert not Path("runs").exists()
 
 

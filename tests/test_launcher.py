@@ -21,7 +21,7 @@ from accelerate.utils.launch import (
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.conftest import REPOSITORY, MakeConfig
-from tests.forked import ForkServer, unused_port
+from tests.forked import ForkServer, own_lines, unused_port
 from vae_dist import config
 from vae_dist.distributed import launcher, precision, processes
 from vae_dist.errors import UserError
@@ -268,7 +268,7 @@ def test_processes_join_as_often_as_a_program_asks(fork_server: ForkServer) -> N
     common = {**os.environ, **PLACE, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     ranks = [{**common, "TORCHELASTIC_RESTART_COUNT": "0", "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     ended = fork_server.run_group(ranks, "-c", program, folders=[REPOSITORY] * 2, timeout=30)
-    assert [(one.returncode, one.stdout) for one in ended] == [(0, "[0, 1]\n" * 3)] * 2, ended
+    assert [(one.returncode, own_lines(one.stdout)) for one in ended] == [(0, ["[0, 1]"] * 3)] * 2, ended
     del store
 
 
