@@ -225,12 +225,15 @@ def test_a_run_resumes_bitwise(run_dir: Path, smoke_arguments: list[str], tmp_pa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_an_evaluation_has_the_kl_of_each_level(run_dir: Path) -> None:
+def test_an_evaluation_has_the_kl_of_each_level(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluate(run_dir, ["evaluate.importance_samples=3", "train.threads=1"])
     assert len(result["kl_per_latent"]) == result["latents"] == 2 * (49 + 2 * 196)
     assert len(result["kl_per_level"]) == 3 and sum(result["kl_per_level"]) == pytest.approx(result["kl"], rel=1e-5)
     assert result["kl_per_level"][0] == pytest.approx(sum(result["kl_per_latent"][:98]), rel=1e-6)
     assert result["negative_log_likelihood"] <= result["negative_elbo"] + 1
+    printed = [row.split("│")[1:3] for row in capsys.readouterr().out.splitlines() if "of level" in row]
+    assert [name.strip() for name, _ in printed] == [f"KL of level {number}" for number in (1, 2, 3)]
+    assert [float(value) for _, value in printed] == pytest.approx(result["kl_per_level"], abs=1e-4)
 
 
 def test_the_columns_of_levels_keep_the_first_ones_alone(run_dir: Path) -> None:

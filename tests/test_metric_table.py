@@ -120,6 +120,16 @@ def test_an_arrow_points_to_what_is_better() -> None:
     assert better.keys() == {metric.key for metric in METRICS} - {"reconstruction", "kl", "active_units"}
 
 
+def test_the_levels_of_a_hierarchy_follow_their_sum() -> None:
+    shown = measurements({"negative_elbo": 9.0, "kl": 3.5, "kl_per_level": [1.5, 2.0], "psnr": 20.0})
+    assert [(one.metric.title, one.value) for one in shown] == [
+        ("negative ELBO", 9.0), ("KL", 3.5), ("KL of level 1", 1.5), ("KL of level 2", 2.0), ("PSNR", 20.0)
+    ]  # fmt: skip
+    for odd in ([1.5, "2"], [[1.5]], "1", {"0": 1.5}, 1.5):
+        assert measurements({"kl_per_level": odd}) == []
+    assert len(measurements({"kl_per_level": [0.0] * 1000})) == 100
+
+
 def test_of_an_untrusted_file_only_numbers_are_metrics() -> None:
     odd = {"kl": "{0}", "psnr": True, "ssim": float("nan"), "lpips": 1e300, "fid": None, "rfid": 2.5, "mine": 1.0}
     for errors in ({"rfid": "1"}, {"rfid": float("nan")}, [1], None):

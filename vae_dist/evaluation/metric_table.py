@@ -20,6 +20,8 @@ class Metric(NamedTuple):
     network: str | None = None  # the key of the sha256 of the network that measures it, in the protocol
 
 
+MOST_LEVELS = 100  # whose KL is shown
+
 METRICS = (
     Metric(
         "negative_log_likelihood", "negative log-likelihood", "nats", "at most; {importance_samples} samples", "lower",
@@ -68,10 +70,22 @@ def measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
     errors = {key: error for key, error in kept.items() if is_number(error)} if isinstance(kept, dict) else {}
     numbers = {key: f"{value:,}" for key, value in evaluation.items() if is_number(value)}
     numbers["bound"] = "log-likelihood" if evaluation.get("importance_samples") else "ELBO"
+    found: list[Measurement] = []
+    for metric in METRICS:
+        if is_number(evaluation.get(metric.key)):
+            error, unit = errors.get(metric.key), _unit(metric, numbers)
+            found.append(Measurement(metric, evaluation[metric.key], error, unit))
+        if metric.key == "kl":
+            found += _levels(evaluation.get("kl_per_level"))
+    return found
+
+
+def _levels(kl: object) -> list[Measurement]:
+    """The KL of each level of a hierarchy, the lowest resolution first, from a file that may be untrusted."""
+    levels = kl[:MOST_LEVELS] if isinstance(kl, list) and all(map(is_number, kl)) else []
     return [
-        Measurement(metric, evaluation[metric.key], errors.get(metric.key), _unit(metric, numbers))
-        for metric in METRICS
-        if is_number(evaluation.get(metric.key))
+        Measurement(Metric(f"kl_of_level_{number}", f"KL of level {number}", "nats", is_term=True), value, None, "nats")
+        for number, value in enumerate(levels, start=1)
     ]
 
 
