@@ -42,7 +42,7 @@ def test_a_draw_of_many_steps_equals_single_draws(
     """Over the ends of blocks and of epochs, wherever the images are."""
     config = make_config(f"data.binarize={binarize}")
     training, _ = datasets.load_training(config.data)
-    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", steps_at_once * 50 * 784)
+    monkeypatch.setattr(batches, "_NUMBERS_AT_A_LAUNCH", steps_at_once * 50 * 784)
     with processes.join(config) as world:
         expected = draw(Batches(training, Plan(3, 1000, 50), config, world, (8,)), range(60))
         near = Batches(training, Plan(3, 1000, 50), config, world, (8,))
@@ -54,6 +54,18 @@ def test_a_draw_of_many_steps_equals_single_draws(
                 for place, step in enumerate(steps):
                     assert torch.equal(pixels[place], expected[3 * step][0])
                     assert torch.equal(noise[place], expected[3 * step + 1][0])
+
+
+@pytest.mark.parametrize(("noise_shape", "most"), [((1, 8), 7), ((98, 8), 7), ((99, 8), 6), ((10_000, 8), 1)])
+def test_steps_are_launched_together_up_to_a_bound_of_their_pixels_and_noise(
+    noise_shape: tuple[int, int], most: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """98 draws of 8 latents are as many numbers as an image of 784 pixels has."""
+    config = make_config()
+    training, _ = datasets.load_training(config.data)
+    monkeypatch.setattr(batches, "_NUMBERS_AT_A_LAUNCH", 7 * 50 * 784)
+    with processes.join(config) as world:
+        assert Batches(training, Plan(3, 1000, 50), config, world, noise_shape).most_steps == most
 
 
 @pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])

@@ -58,7 +58,7 @@ def test_images_on_the_host_train_as_those_on_the_gpu(
     given = [f"data.binarize={binarize}", "train.accumulate=3", "optim.max_grad_norm=20", "optim.warmup_steps=30"]
     card = run(f"{binarize}_card", *given)
     monkeypatch.setattr("vae_dist.data.batches.place", lambda pixels, device: (pixels, False))
-    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 100 * 784 * 7)  # blocks that end within launches
+    monkeypatch.setattr(batches, "_NUMBERS_AT_A_LAUNCH", 100 * 784 * 7)  # blocks that end within launches
     assert outcome(run(f"{binarize}_host", *given)) == outcome(card)
 
 

@@ -22,7 +22,7 @@ from vae_dist.plan import Draws, Plan, Stream, binarized, bits, flipped, shard
 # Draw noise for many steps at a time: per call, the overhead would cost as much as the numbers. On a GPU one draw is a
 # few hundred kernels, however many numbers it makes.
 _NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
-_PIXELS_AT_ONCE = 2**26  # of the steps that are launched together: they are copied into one tensor
+_NUMBERS_AT_A_LAUNCH = 2**26  # pixels of the steps that are launched together, and numbers of their noise
 _PIXELS_PER_READ = 2**22  # of a source that is not in memory: the first step waits for a whole read
 _IMAGES_PER_READ = 2**10  # of such a source: it may decode them
 
@@ -64,7 +64,8 @@ class Batches:
         self._binarization = BlockDraw(binarization, at_once // self._pixel_count)
         self._flips = BlockDraw(partial(self._draw_bits, Stream.FLIP, 1), at_once) if config.data.flip else None
         pixels = len(self._rows) * self._pixel_count  # of a step
-        self.most_steps = max(_PIXELS_AT_ONCE // pixels, 1)
+        numbers = len(self._rows) * math.prod(noise_shape)
+        self.most_steps = max(_NUMBERS_AT_A_LAUNCH // max(pixels, numbers), 1)
         if not isinstance(source, InMemory):
             most = min(_PIXELS_PER_READ // pixels, _IMAGES_PER_READ // len(self._rows))
             self._load: Callable[[range], Tensor] = self._prefetched(self._read, most)
