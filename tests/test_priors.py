@@ -33,6 +33,7 @@ def mixture(latent_dim: int) -> Mixture:
     torch.manual_seed(1)
     prior = Mixture(latent_dim, 3).double()
     prior.logits.data.copy_(torch.tensor([0.5, -1.0, 1.0]))
+    prior.means.data.normal_()
     prior.log_scales.data.normal_(std=0.5)
     return prior
 
@@ -75,6 +76,14 @@ def test_the_standard_normals_ratio_and_kl_are_those_of_any_prior(posterior: Dia
     estimates = Prior.kl(prior, posterior, latents, ratio).squeeze(2)
     error = estimates.std(0) / 20_000**0.5
     assert ((estimates.mean(0) - kl[0].sum(1)).abs() < 5 * error).all()
+
+
+def test_it_starts_near_the_standard_normal() -> None:
+    """Means of deviation 1 would be 10 nats away."""
+    torch.manual_seed(0)
+    latents = torch.randn(1, 1000, 50)
+    difference = Mixture(50, 100).log_prob(latents) - StandardNormal(50).log_prob(latents)
+    assert abs(difference.mean().item()) < 0.5
 
 
 def test_its_draws_have_the_components_in_their_shares() -> None:
