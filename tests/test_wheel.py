@@ -131,7 +131,7 @@ def test_each_command_answers_help_as_its_script_does(fork_server: ForkServer, c
         (["evaluate"], "unknown command 'evaluate'; did you mean eval?"),
         (["trian", "name=a"], "unknown command 'trian'; did you mean train?"),
         (["name=a"], "unknown command 'name=a'; the commands are train, eval, "),
-        (["train", "configs/smok.yaml"], "No such file or directory; vae_dist has configs/conv.yaml, "),
+        (["train", "configs/smok.yaml"], "No such file or directory; vae_dist has configs/burda.yaml, "),
         (["eval", "nowhere"], "there is no run at nowhere"),
     ],
 )  # fmt: skip

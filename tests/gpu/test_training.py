@@ -113,7 +113,8 @@ def test_an_update_that_is_not_finite_can_be_skipped(precision: str, spoilt: Non
     ("name", "options"),
     [
         ("usual", []),
-        ("dreg", ["objective.bound=iwae_dreg", "objective.samples=3", "model.activation=tanh"]),
+        # Not compiled: older versions of torch compile no hooks.
+        ("dreg", ["objective.bound=iwae_dreg", "objective.samples=3", "model.activation=tanh", "train.compile=false"]),
         ("mixture", ["model.prior=mixture"]),
     ],
 )
