@@ -136,7 +136,8 @@ def test_a_study_varies_architectures_or_the_options_of_one() -> None:
 def test_a_report_has_the_keys_of_its_run_and_the_command_that_repeats_it() -> None:
     loaded = config.load([CONV, "model.channels=[8,16]", "name=a"])
     shown = {setting.name: setting for setting in facts.settings(loaded)["model"]}
-    assert list(shown) == ["architecture", "prior", "conditional", "channels", "patch", "blocks", "latent_channels"]
+    common = ["architecture", "prior", "prior_components", "conditional"]
+    assert list(shown) == [*common, "channels", "patch", "blocks", "latent_channels"]
     assert [name for name in shown if shown[name].is_changed] == ["architecture", "channels"]
     words = shlex.split(config.training_command(loaded, ["python", "vae_dist/train.py"]))
     assert words[:2] == ["python", "vae_dist/train.py"]

@@ -208,10 +208,11 @@ def _check_memory(config: Config) -> None:
     """Raise UserError for sizes whose numbers alone would not fit into this machine's memory."""
     memory = psutil.virtual_memory().total
     shape = config.data.image_shape or [1, 1, 1]
-    own = [option.key for option in options(config) if option.architecture is not None]
+    values = flatten(config)
+    sizes = [one.key for one in options(config) if one.architecture and type(values[one.key]) in (int, list)]
     latents = config.model.latents(shape)
     bytes_of = {
-        f"the model's weights ({', '.join(own)})": 4 * config.model.weights_at_least(shape),
+        f"the model's weights ({', '.join(sizes)})": 4 * config.model.weights_at_least(shape),
         "the latents of sample.count images": 4 * config.sample.count * latents,
         "the latents of objective.samples samples of an image": 4 * config.objective.samples * latents,
     }
