@@ -62,6 +62,18 @@ def pipe() -> Iterator[tuple[int, int]]:
             assert error.errno == errno.EBADF  # the test has closed it
 
 
+@contextmanager
+def full_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Standard output is a pipe without room; gives its end to read from, 4096 bytes at first."""
+    with pipe() as (reader, writer):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, bytes(4096))
+        with open(os.dup(writer), "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            monkeypatch.setattr(sys, "__stdout__", stdout)
+            yield reader
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_closed_pipe_changes_neither_training_nor_exit_code(stopped: bool, smoke_arguments: list[str]) -> None:
@@ -83,21 +95,16 @@ def test_a_closed_pipe_changes_neither_training_nor_exit_code(stopped: bool, smo
 
 
 def test_a_stalled_reader_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pipe() as (reader, writer):
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-        os.write(writer, bytes(4096))  # no room is left
-        with open(os.dup(writer), "w") as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
-            monkeypatch.setattr(sys, "__stdout__", stdout)
-            monkeypatch.setattr(streams, "STALL_SECONDS", 0.1)
-            started = time.monotonic()
-            for line in ("first", "second", "third"):
-                tables.columns(line, ["head"], [["cell"]])
-            assert 0.1 <= time.monotonic() - started < 0.2
-            os.read(reader, 4096)
-            read_until(reader, b"first")
-            streams.say("fourth")
-            read_until(reader, b"fourth")
+    with full_pipe(monkeypatch) as reader:
+        monkeypatch.setattr(streams, "STALL_SECONDS", 0.1)
+        started = time.monotonic()
+        for line in ("first", "second", "third"):
+            tables.columns(line, ["head"], [["cell"]])
+        assert 0.1 <= time.monotonic() - started < 0.2
+        os.read(reader, 4096)
+        read_until(reader, b"first")
+        streams.say("fourth")
+        read_until(reader, b"fourth")
 
 
 @pytest.mark.slow
@@ -158,20 +165,15 @@ def test_a_pipe_that_does_not_block_gets_the_whole_text() -> None:
 
 
 def test_a_command_s_output_waits_for_its_reader_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pipe() as (reader, writer):
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-        os.write(writer, bytes(4096))  # no room is left
-        with open(os.dup(writer), "w") as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
-            monkeypatch.setattr(sys, "__stdout__", stdout)
-            monkeypatch.setattr(streams, "STALL_SECONDS", 0.01)
-            saying = threading.Thread(target=streams.say, args=["the config"], daemon=True)
-            saying.start()
-            saying.join(0.3)
-            waits = saying.is_alive()
-            os.read(reader, 4096)
-            read_until(reader, b"the config\n")
-            saying.join(60)
+    with full_pipe(monkeypatch) as reader:
+        monkeypatch.setattr(streams, "STALL_SECONDS", 0.01)
+        saying = threading.Thread(target=streams.say, args=["the config"], daemon=True)
+        saying.start()
+        saying.join(0.3)
+        waits = saying.is_alive()
+        os.read(reader, 4096)
+        read_until(reader, b"the config\n")
+        saying.join(60)
     assert waits
 
 
