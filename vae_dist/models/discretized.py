@@ -5,14 +5,13 @@ Numbers are in levels from middle grey: 0 is -127.5, 255 is 127.5. N images, C, 
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae_dist.models.tensors import at_least_float32, require_shape
+from vae_dist.models.tensors import at_least_float32, require_shape, running_sums
 
 MIDDLE = 127.5
 START_SCALE = 40.0  # of an output of 0: all levels alike then cost 8.3 bits, black and white 4.6, middle grey 7.3
@@ -73,8 +72,7 @@ class DiscretizedLogisticMixture(NamedTuple):
         """Draw 8-bit pixels. The first channel's noise chooses the component too: its probability has that to spare."""
         require_shape(noise, self._image_shape(), "noise")
         noise, weights = noise.to(self.logits.dtype), self.logits.softmax(1)
-        # Not a cumsum: on a GPU it is added up in an order that changes.
-        ends, rounding = torch.stack(list(accumulate(weights.unbind(1), torch.add)), 1), torch.finfo(weights.dtype).eps
+        ends, rounding = running_sums(weights, 1), torch.finfo(weights.dtype).eps
         uniform = torch.special.ndtr(noise[:, :1]).clamp(max=1 - rounding) * ends[:, -1:]
         chosen = (uniform >= ends).sum(1, keepdim=True)
         weight = weights.gather(1, chosen)

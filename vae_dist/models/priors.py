@@ -1,7 +1,6 @@
 """Priors p(z) by name. A new prior is a class here and a line in PRIORS. K draws, B batch, L latents, G groups."""
 
 import math
-from itertools import accumulate
 from typing import ClassVar, Self
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from vae_dist.config import ModelConfig
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
+from vae_dist.models.tensors import running_sums
 
 START = 0.1  # deviation of the components' initial means; from 1, an MLP ended 6 nats above one with N(0, I)
 
@@ -93,8 +93,7 @@ class Mixture(Prior):
         return cls(latent_dim, options.prior_components)
 
     def forward(self, noise: Tensor) -> Tensor:
-        # Not a cumsum: on a GPU it is added up in an order that changes.
-        ends = torch.stack(list(accumulate(self.logits.softmax(0).unbind(), torch.add)))
+        ends = running_sums(self.logits.softmax(0), 0)
         uniform = torch.special.ndtr(noise[:, -1:]) * ends[-1]
         chosen = (uniform >= ends).sum(1).clamp(max=len(ends) - 1)
         return self.means[chosen] + self.log_scales[chosen].exp() * noise[:, :-1]

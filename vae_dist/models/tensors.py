@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ Shape = tuple[int, ...]
 def sizes(shapes: Sequence[Shape]) -> list[int]:
     """Return how many numbers a tensor of each shape has."""
     return [math.prod(shape) for shape in shapes]
+
+
+def running_sums(x: Tensor, dim: int) -> Tensor:
+    """Sum along a dimension as torch.cumsum does, whose sums of floats change from run to run on a GPU."""
+    return torch.stack(list(accumulate(x.unbind(dim), torch.add)), dim)
 
 
 class ShapeError(ValueError):
