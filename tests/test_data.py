@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 
 from tests.sources import whole
 from vae_dist.config import DataConfig
-from vae_dist.data import datasets, digits
+from vae_dist.data import datasets, digit_set, digits
 from vae_dist.errors import UserError
 
 
@@ -94,7 +94,7 @@ def rehashed(content: bytes) -> bytes:
     """Return the content with a matching digest, as an attacker would write it."""
     kept = load(content)
     kept.pop("sha256")
-    return save({**kept, "sha256": datasets._digest(kept)})
+    return save({**kept, "sha256": digit_set._digest(kept)})
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_changed_cache_of_digits_is_rejected(
 
 def test_cached_digits_are_read_and_not_drawn(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true = whole(datasets.load_test(settings(data_root)))
-    monkeypatch.delattr(datasets, "_draw_digits")
+    monkeypatch.delattr(digit_set, "_draw_digits")
     assert torch.equal(whole(datasets.load_test(settings(data_root))).pixels, true.pixels)
 
 

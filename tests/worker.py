@@ -32,7 +32,7 @@ from tests.two_networks import TwoNetworks
 from vae_dist import config
 from vae_dist.compute.compiled import Compiled, Function
 from vae_dist.config import Precision
-from vae_dist.data import datasets
+from vae_dist.data import datasets, digit_set
 from vae_dist.data.batches import Batch, Batches
 from vae_dist.distributed import environment, failures, fingerprints, precision, processes, stopping
 from vae_dist.encoding import shards
@@ -98,7 +98,7 @@ def disagree(what: str) -> Callable[[str, list[str]], None]:
             elif what == "torch":
                 patch.setattr(torch, "__version__", "1.0")
             elif what == "data":
-                patch.setattr(datasets, "_read_digits", partial(with_another_pixel, datasets._read_digits))
+                patch.setattr(digit_set, "_read_digits", partial(with_another_pixel, digit_set._read_digits))
             elif what == "checkpoint":
                 patch.setattr(checkpoint, "open_when_visible", partial(another_machines, Path(f"{output}.there")))
             elif what == "start":
@@ -204,7 +204,7 @@ def with_another_pixel(
     """Return digits of another intact file."""
     tensors, _ = read(cache, count)
     tensors["train_pixels"][0, 0, 0, 0] += 1
-    return tensors, datasets._digest(tensors)
+    return tensors, digit_set._digest(tensors)
 
 
 def another_machines(place: Path, folder: Path) -> Checkpoint:
