@@ -3,9 +3,7 @@
 import hashlib
 import io
 import pickle
-import threading
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,12 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.file_server import FileServer
 from vae_dist.data import download
+from vae_dist.data.download import Published
 from vae_dist.errors import UserError
 from vae_dist.features.lpips import LPIPS
-from vae_dist.features.published import WEIGHTS, Published, Weights, fetch
+from vae_dist.features.published import WEIGHTS, Weights, fetch
 
 
 class Small(nn.Module):
@@ -29,50 +29,9 @@ class Small(nn.Module):
         self.heads = nn.ParameterList([nn.Parameter(torch.zeros(4))])
 
 
-class Server:
-    """A server of files that breaks off on demand."""
-
-    def __init__(self) -> None:
-        self.contents: dict[str, bytes] = {}
-        self.sends: int | None = None  # bytes of a body, at most
-        self.ranges = True
-        self.requests: list[tuple[str, str | None]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                wanted = self.headers.get("Range")
-                outer.requests.append((self.path, wanted))
-                content = outer.contents.get(self.path.removeprefix("/files/"))
-                if content is None:
-                    self.send_error(404)
-                    return
-                start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and outer.ranges else 0
-                if start >= len(content):
-                    self.send_error(416)
-                    return
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-                self.send_header("Content-Length", str(len(content) - start))
-                self.end_headers()
-                self.wfile.write(content[start:][: outer.sends])
-
-            def log_message(self, format: str, *args: object) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/files/"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
+def server() -> Iterator[FileServer]:
+    server = FileServer()
     yield server
     server.close()
 
@@ -92,7 +51,7 @@ def small_tensors() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return backbone, {"lin0.model.1.weight": torch.rand(1, 4, 1, 1)}
 
 
-def table(server: Server, contents: Mapping[str, bytes]) -> dict[str, Weights]:
+def table(server: FileServer, contents: Mapping[str, bytes]) -> dict[str, Weights]:
     """Serve these files in place of those of LPIPS."""
     server.contents = dict(contents)
     files = [
@@ -107,7 +66,7 @@ def left(folder: Path) -> set[str]:
 
 
 def test_the_published_tensors_become_one_safetensors_file(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
@@ -124,7 +83,7 @@ def test_the_published_tensors_become_one_safetensors_file(
     assert len(server.requests) == requests and digest in capsys.readouterr().out
 
 
-def test_another_digest_is_refused_and_nothing_stays(server: Server, tmp_path: Path) -> None:
+def test_another_digest_is_refused_and_nothing_stays(server: FileServer, tmp_path: Path) -> None:
     backbone, _ = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone)})
     server.contents["vgg16.pth"] = server.contents["vgg16.pth"][:-1] + b"?"
@@ -133,7 +92,7 @@ def test_another_digest_is_refused_and_nothing_stays(server: Server, tmp_path: P
     assert left(tmp_path) == set()
 
 
-def test_a_pickle_that_does_more_than_hold_tensors_is_never_run(server: Server, tmp_path: Path) -> None:
+def test_a_pickle_that_does_more_than_hold_tensors_is_never_run(server: FileServer, tmp_path: Path) -> None:
     class Malice:
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (tmp_path / "run",)
@@ -144,7 +103,7 @@ def test_a_pickle_that_does_more_than_hold_tensors_is_never_run(server: Server, 
     assert not (tmp_path / "run").exists()
 
 
-def test_tensors_of_another_network_are_refused(server: Server, tmp_path: Path) -> None:
+def test_tensors_of_another_network_are_refused(server: FileServer, tmp_path: Path) -> None:
     _, heads = small_tensors()
     small = table(server, {"heads.pth": saved(heads)})
     with pytest.raises(UserError, match=r"do not hold the weights of lpips_vgg: vgg.0.bias is missing"):
@@ -153,7 +112,7 @@ def test_tensors_of_another_network_are_refused(server: Server, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_transfer_that_breaks_off_continues_where_it_was(ranges: bool, server: Server, tmp_path: Path) -> None:
+def test_a_transfer_that_breaks_off_continues_where_it_was(ranges: bool, server: FileServer, tmp_path: Path) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
     server.sends, server.ranges = 1000, ranges
@@ -166,7 +125,7 @@ def test_a_transfer_that_breaks_off_continues_where_it_was(ranges: bool, server:
     assert left(tmp_path) == {"lpips_vgg.safetensors"}
 
 
-def test_a_page_in_the_place_of_a_file_spoils_no_transfer(server: Server, tmp_path: Path) -> None:
+def test_a_page_in_the_place_of_a_file_spoils_no_transfer(server: FileServer, tmp_path: Path) -> None:
     """A proxy that wants a login sends its page with status 200."""
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
@@ -182,7 +141,7 @@ def test_a_page_in_the_place_of_a_file_spoils_no_transfer(server: Server, tmp_pa
     assert server.requests[2] == ("/files/vgg16.pth", "bytes=1000-") and left(tmp_path) == {"lpips_vgg.safetensors"}
 
 
-def test_a_file_that_is_there_and_does_not_fit_is_to_be_deleted(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_is_there_and_does_not_fit_is_to_be_deleted(server: FileServer, tmp_path: Path) -> None:
     path = tmp_path / "lpips_vgg.safetensors"
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"is no safetensors file \(.*\); delete it, and run this again"):
@@ -190,7 +149,7 @@ def test_a_file_that_is_there_and_does_not_fit_is_to_be_deleted(server: Server, 
     assert path.read_bytes() == b"junk" and not server.requests
 
 
-def test_a_transfer_that_was_killed_at_its_end_is_complete(server: Server, tmp_path: Path) -> None:
+def test_a_transfer_that_was_killed_at_its_end_is_complete(server: FileServer, tmp_path: Path) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
     (tmp_path / "..vgg16.pth.part").write_bytes(server.contents["vgg16.pth"])
@@ -198,7 +157,7 @@ def test_a_transfer_that_was_killed_at_its_end_is_complete(server: Server, tmp_p
     assert server.requests == [("/files/heads.pth", None)]
 
 
-def test_a_link_in_the_place_of_a_part_is_not_followed(server: Server, tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_part_is_not_followed(server: FileServer, tmp_path: Path) -> None:
     small = table(server, {"vgg16.pth": saved(small_tensors()[0])})
     (tmp_path / "weights").mkdir()
     (tmp_path / "mine").write_bytes(b"")
@@ -208,7 +167,7 @@ def test_a_link_in_the_place_of_a_part_is_not_followed(server: Server, tmp_path:
     assert (tmp_path / "mine").read_bytes() == b""
 
 
-def test_a_part_that_is_too_long_is_loaded_again(server: Server, tmp_path: Path) -> None:
+def test_a_part_that_is_too_long_is_loaded_again(server: FileServer, tmp_path: Path) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
     (tmp_path / "..vgg16.pth.part").write_bytes(bytes(len(server.contents["vgg16.pth"]) + 1))
@@ -216,7 +175,7 @@ def test_a_part_that_is_too_long_is_loaded_again(server: Server, tmp_path: Path)
     assert left(tmp_path) == {"lpips_vgg.safetensors"}
 
 
-def test_a_file_that_came_stays_for_the_next_call(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_came_stays_for_the_next_call(server: FileServer, tmp_path: Path) -> None:
     backbone, heads = small_tensors()
     small = table(server, {"vgg16.pth": saved(backbone), "heads.pth": saved(heads)})
     content = server.contents.pop("heads.pth")
@@ -228,7 +187,7 @@ def test_a_file_that_came_stays_for_the_next_call(server: Server, tmp_path: Path
     assert left(tmp_path) == {"lpips_vgg.safetensors"}
 
 
-def test_a_mirror_replaces_the_published_addresses(server: Server, tmp_path: Path) -> None:
+def test_a_mirror_replaces_the_published_addresses(server: FileServer, tmp_path: Path) -> None:
     small = table(server, {f"{name}.pth": saved(part) for name, part in zip("ab", small_tensors(), strict=True)})
     elsewhere = [file._replace(folder="http://127.0.0.1:9") for file in small["lpips_vgg"].files]
     moved = {"lpips_vgg": small["lpips_vgg"]._replace(files=elsewhere)}
@@ -236,7 +195,7 @@ def test_a_mirror_replaces_the_published_addresses(server: Server, tmp_path: Pat
 
 
 def test_a_file_longer_than_published_is_given_up(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = table(server, {"vgg16.pth": saved(small_tensors()[0])})
     server.contents["vgg16.pth"] += b"more"

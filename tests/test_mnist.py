@@ -26,7 +26,7 @@ from tests.conftest import REPOSITORY
 from tests.forked import unused_port
 from tests.sources import whole
 from vae_dist.config import DataConfig
-from vae_dist.data import datasets, download, mnist
+from vae_dist.data import datasets, download, public_files
 from vae_dist.data.idx import FILE_BYTES
 from vae_dist.errors import UserError
 
@@ -324,7 +324,7 @@ print(datasets.load_training_set(DataConfig(name="kmnist", root={str(tmp_path / 
 def test_a_lock_that_is_never_released_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mnist, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(public_files, "LOCK_SECONDS", 0.2)
     folder = tmp_path / "data/KMNIST/raw"
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as held:

@@ -37,13 +37,13 @@ def to_images(images: Any, vae: VAE, data: DataConfig) -> Tensor:
         vae.latent_shapes(tuple(unit.shape[1:]))
     except ValueError as error:
         raise UserError(str(error)) from error
-    if data.binarize == "none":
+    if data.binarization == "none":
         return unit
     grey = (unit * 255).round().to(torch.uint8)
-    if data.binarize == "dynamic":
-        grey = bernoulli_pixels(grey.cpu(), FIXED_SEED, TEST_STEP, range(len(grey)))
-    else:
+    if data.binarization == "threshold":
         grey = cut_pixels(grey)
+    else:
+        grey = bernoulli_pixels(grey.cpu(), FIXED_SEED, TEST_STEP, range(len(grey)))
     return vae.to_input(grey)
 
 

@@ -14,7 +14,7 @@ from PIL import ImageColor
 
 from vae_dist.config import yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
-from vae_dist.config.data import OWN_IMAGES, DataConfig
+from vae_dist.config.data import BINARY_SETS, OWN_IMAGES, DataConfig
 from vae_dist.config.keys import Option, flatten, options
 from vae_dist.config.networks import ModelConfig
 from vae_dist.config.optimization import SIGMA_FLOOR, ObjectiveConfig, OptimConfig
@@ -153,6 +153,11 @@ def _check_own_images(data: DataConfig) -> None:
         raise UserError(f"data.name={data.name} needs data.path, the path of your images")
     if data.path is not None and data.name not in OWN_IMAGES:
         raise UserError(f"data.path is for data.name={' or '.join(OWN_IMAGES)}, not for data.name={data.name}")
+    if data.name in BINARY_SETS and data.binarize != "none":
+        raise UserError(
+            f"data.binarize={data.binarize} is for grey images, and those of {data.name} are black and white already: "
+            "use data.binarize=none, or data.name=mnist"
+        )
     if data.channels == 2:
         raise UserError("data.channels must be 1 (grey) or 3 (colour), not 2")
     if data.binarize != "none" and data.channels != 1 and data.name in OWN_IMAGES:

@@ -7,14 +7,16 @@ from typing import Literal
 from vae_dist.config.fields import option
 
 OWN_IMAGES = ("folder", "array")  # data sets of the user's own images, in data.path
+BINARY_SETS = ("binarized_mnist",)  # data sets whose pixels are published as black or white
 
 
 @dataclass
 class DataConfig:
     name: str = option(
         "auto",
-        "mnist, fashion_mnist, kmnist or synthetic_digits; folder or array: your own images in data.path; auto: MNIST "
-        "if it is under data.root or can be downloaded, otherwise synthetic_digits",
+        "mnist, fashion_mnist, kmnist, binarized_mnist (drawn once by Larochelle and Murray 2011), cifar10 or "
+        "synthetic_digits; folder or array: your own images in data.path; auto: MNIST if it is under data.root or can "
+        "be downloaded, otherwise synthetic_digits",
     )
     root: str = option("data", "folder of the data sets, in torchvision's layout")
     download: bool = option(True, "download a data set that is missing under data.root")
@@ -88,3 +90,8 @@ class DataConfig:
     def title(self) -> str:
         """The data set's name in captions; of own images that of their folder or file."""
         return self.name if self.path is None else Path(self.path).name or self.name
+
+    @property
+    def binarization(self) -> str:
+        """How pixels became black or white: `binarize`, or "fixed" for a set published so; "none" if they are grey."""
+        return "fixed" if self.name in BINARY_SETS else self.binarize

@@ -5,19 +5,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vae_dist.config import DataConfig
 from vae_dist.data.source import Source, process
 from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 
 DYNAMIC_STEP = 2  # of the training images' fixed binarisation: 0 is the validation images', 1 the test images'
 
 
-def binarize_once(source: Source, config: DataConfig, step: int) -> Source:
-    """Binarise images that are read with a trained model. The seed is fixed: every run reads the same ones."""
-    if config.binarize == "dynamic":
+def binarize_once(source: Source, binarization: str, step: int) -> Source:
+    """Binarise grey images that are read with a model of such images (`DataConfig.binarization`).
+
+    Draws have a fixed seed: every run reads the same ones.
+    """
+    if binarization in ("dynamic", "fixed"):
         words = f"binary: 1 with the grey level's probability, drawn once with seed {FIXED_SEED}"
         return process(source, partial(_draw, step=step), words, f"step {step}")
-    return cut(source) if config.binarize == "threshold" else source
+    return cut(source) if binarization == "threshold" else source
 
 
 def _draw(pixels: Tensor, indices: Tensor, step: int) -> Tensor:

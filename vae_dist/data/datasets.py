@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vae_dist.config import OWN_IMAGES, DataConfig, expand
-from vae_dist.data import arrays, digit_set, folder, mnist
+from vae_dist.data import arrays, binarized_mnist, cifar10, digit_set, folder, mnist
 from vae_dist.data.binarization import binarize_once, cut
+from vae_dist.data.public_files import UnreachableError
 from vae_dist.data.source import DataInfo, Source, in_memory, resident
 from vae_dist.data.splits import default_held_out, hold_out
 from vae_dist.errors import UserError
@@ -46,7 +47,7 @@ def load_training_set(config: DataConfig) -> Source:
         return _load(config, "train")
     try:
         return _load(replace(config, name="mnist"), "train")
-    except mnist.UnreachableError as error:
+    except UnreachableError as error:
         logger.warning("MNIST is not available: %s", error)
         warn_of_fallback()
     return _load(replace(config, name=FALLBACK), "train")
@@ -69,7 +70,7 @@ def split(training_set: Source, config: DataConfig) -> tuple[Source, Source]:
         training, validation = hold_out(training, count, config, "validation")
     if config.binarize == "threshold":
         training = cut(training)  # "dynamic" is left to the plan, which draws again at every step
-    return resident(training), resident(binarize_once(validation, config, step=0))
+    return resident(training), resident(binarize_once(validation, config.binarize, step=0))
 
 
 def has_validation_part(config: DataConfig) -> bool:
@@ -83,7 +84,7 @@ def _validation_part(config: DataConfig) -> Source | None:
     part = None if load is None else load(config)
     if part is not None and config.validation_images is not None:
         raise UserError(
-            f"{config.path} has {part.info.count} validation images of its own: leave out data.validation_images"
+            f"{config.title} has {part.info.count} validation images of its own: use data.validation_images=null"
         )
     return part
 
@@ -101,7 +102,7 @@ def load_test(config: DataConfig) -> Source:
     _require_name(config)
     if config.name in OWN_IMAGES:
         _require_identity(config, _load(config, "train").info)
-    return resident(binarize_once(_load(config, "test"), config, step=1))
+    return resident(binarize_once(_load(config, "test"), config.binarize, step=1))
 
 
 def forget() -> None:
@@ -150,6 +151,10 @@ def _load_mnist(config: DataConfig, part: Part, name: str) -> Source:
     return in_memory(name, pixels, labels, identity)
 
 
+def _load_public(config: DataConfig, part: str, load: Callable[..., Source]) -> Source:
+    return load(_root(config), part, download=config.download, mirror=config.mirror)
+
+
 def _load_digits(config: DataConfig, part: Part) -> Source:
     return digit_set.load(_root(config), part, config.synthetic_images)
 
@@ -161,12 +166,15 @@ def _root(config: DataConfig) -> Path:
 # Name in a config -> the set's own validation part, or None. Of other sets it is held out of the training part.
 VALIDATION_PARTS: dict[str, Callable[[DataConfig], Source | None]] = {
     "array": arrays.load_validation,
+    binarized_mnist.NAME: partial(_load_public, part="validation", load=binarized_mnist.load),
     "folder": folder.load_validation,
 }
 
 # Name in a config -> the source of one part, of that name. Missing files are downloaded or made.
 DATASETS: dict[str, Callable[[DataConfig, Part], Source]] = {
     "array": arrays.load,
+    binarized_mnist.NAME: partial(_load_public, load=binarized_mnist.load),
+    cifar10.NAME: partial(_load_public, load=cifar10.load),
     "fashion_mnist": partial(_load_mnist, name="fashion_mnist"),
     "folder": folder.load,
     "kmnist": partial(_load_mnist, name="kmnist"),

@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse
 from io import BufferedWriter
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urljoin
 
@@ -34,6 +34,19 @@ _HANDLERS = (
     urllib.request.HTTPDefaultErrorHandler,
     urllib.request.UnknownHandler,
 )
+
+
+class Published(NamedTuple):
+    """A file at a public address, of known content."""
+
+    folder: str  # its address, without the name
+    name: str
+    bytes: int
+    sha256: str
+
+    def url(self, mirror: str | None) -> str:
+        """The file's address, in its own folder or in a mirror's."""
+        return f"{(mirror or self.folder).rstrip('/')}/{self.name}"
 
 
 class DownloadError(Exception):

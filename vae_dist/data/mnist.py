@@ -17,15 +17,14 @@ from torch import Tensor
 from vae_dist.data import idx
 from vae_dist.data.download import ARCHIVE_BYTES, DownloadError, fetch
 from vae_dist.data.idx import BadFileError, IdxFile
+from vae_dist.data.public_files import UnreachableError, downloading
 from vae_dist.errors import UserError
-from vae_dist.files import advice, read_bounded, reason, write_atomically
-from vae_dist.locks import InUseError, locked
+from vae_dist.files import read_bounded, reason, write_atomically
 
 logger = logging.getLogger(__name__)
 
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
-LOCK_SECONDS = 3600  # for another process that downloads the same files to finish
 MOST_NAMED = 5  # files of other formats, in a message
 
 # The files of a set, and the number of axes of each.
@@ -46,10 +45,6 @@ _SHA256 = {
         "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     }
 }
-
-
-class UnreachableError(UserError):
-    """The set is not on this machine, and it can't be downloaded or must not be."""
 
 
 def load(name: str, root: Path, split: str, *, download: bool, mirror: str | None) -> tuple[Tensor, Tensor, str]:
@@ -169,16 +164,8 @@ def _torchvision(name: str) -> Any:
 def _download(name: str, folder: Path, missing: Sequence[str], mirror: str | None) -> None:
     dataset = _torchvision(name)
     md5_by_archive = {archive: md5 for archive, md5 in dataset.resources if archive.removesuffix(".gz") in missing}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Other processes and runs wait, then find the files. On a file system without locks each downloads for itself.
-        with locked(folder / ".lock", LOCK_SECONDS, f"another process downloads into {folder}"):
-            _download_from_any([mirror] if mirror else dataset.mirrors, md5_by_archive, folder)
-    except InUseError as error:
-        raise UnreachableError(f"another process has held {folder / '.lock'} for {LOCK_SECONDS} s; stop it") from error
-    except OSError as error:
-        remedy = advice(error, "choose another data.root")
-        raise UnreachableError(f"can't download into {folder} ({reason(error)}); {remedy}") from error
+    with downloading(folder):
+        _download_from_any([mirror] if mirror else dataset.mirrors, md5_by_archive, folder)
 
 
 def _download_from_any(mirrors: Sequence[str], md5_by_archive: dict[str, str], folder: Path) -> None:

@@ -99,14 +99,28 @@ class Mapped(InFile):
         self.read = self._held.read
 
 
-def in_memory(name: str, pixels: Tensor, labels: Tensor | None, identity: str) -> InMemory:
-    """Return a source of images `(N, C, H, W)` uint8 with labels `(N,)` int64 or without. Raises ValueError."""
+def in_memory(
+    name: str,
+    pixels: Tensor,
+    labels: Tensor | None,
+    identity: str,
+    *,
+    processing: str | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> InMemory:
+    """Return a source of images `(N, C, H, W)` uint8 with labels `(N,)` int64 or without.
+
+    `processing` describes the pixels, by default as grey or colour. Raises ValueError.
+    """
     if pixels.ndim != 4:
         raise ValueError(f"the pixels of {name} must be (N, C, H, W), not {tuple(pixels.shape)}")
     count, channels, height, width = pixels.shape
     classes = None if labels is None else int(labels.max()) + 1 if len(labels) else 0
-    colours = "grey" if channels == 1 else "colour"
-    info = DataInfo(name, count, (channels, height, width), classes, f"{colours}, 0 to 1", identity)
+    if class_names is not None:
+        classes = len(class_names)
+    if processing is None:
+        processing = f"{'grey' if channels == 1 else 'colour'}, 0 to 1"
+    info = DataInfo(name, count, (channels, height, width), classes, processing, identity, class_names)
     return InMemory(info, pixels, labels)
 
 

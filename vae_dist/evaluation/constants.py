@@ -45,21 +45,21 @@ def protocol(vae: VAE, config: Config) -> dict[str, str]:
     """Return the conditions of `constant_grid` and `constant_border`; empty for a model that has none."""
     if (pixels := period(vae)) is None:
         return {}
-    images = constant_images(vae.image_shape, config.data.binarize)
+    images = constant_images(vae.image_shape, config.data.binarization)
     return {
         "constant_images": f"{len(images)}, decoded from the posterior mean, not rounded; period {pixels} pixels"
         + ("; of the classes in turn" if vae.classes else "")
     }
 
 
-def constant_images(image_shape: tuple[int, ...], binarize: str) -> Tensor:
+def constant_images(image_shape: tuple[int, ...], binarization: str) -> Tensor:
     """Return the images of one colour that are decoded: `(N, C, H, W)`, uint8.
 
-    Nine grey levels, of colour images red, green and blue too; of binarised images (`data.binarize`) black and white
+    Nine grey levels, of colour images red, green and blue too; of binarised images black and white
     alone.
     """
     channels, *sides = image_shape
-    levels = LEVELS if binarize == "none" else (0, 255)
+    levels = LEVELS if binarization == "none" else (0, 255)
     colours = [(level,) * channels for level in levels] + (list(PRIMARIES) if channels == 3 else [])
     return torch.tensor(colours, dtype=torch.uint8).view(-1, channels, 1, 1).repeat(1, 1, *sides)
 
@@ -71,7 +71,7 @@ def measure(vae: VAE, world: World, config: Config) -> dict[str, Tensor]:
     """
     if (pixels := period(vae)) is None:
         return {}
-    images = constant_images(vae.image_shape, config.data.binarize)
+    images = constant_images(vae.image_shape, config.data.binarization)
     chunks = world.chunks(len(images), config.evaluate.images_at_once(vae.image_shape))
     values = []
     with torch.inference_mode():

@@ -45,7 +45,7 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
             "run": config.name,
             "dataset": dataset,
             "split": split,
-            "binarize": config.data.binarize,
+            "binarize": config.data.binarization,
             "likelihood": config.objective.reconstruction,
             "images": source.info.count,
             "step": step,

@@ -195,7 +195,7 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         **{name: means[name] for name in ("negative_elbo", "reconstruction", "kl")},
         "negative_log_likelihood": means.get("negative_log_likelihood"),
         "importance_samples": config.evaluate.importance_samples or 0,
-        "bits_per_dimension": bits if vae.likelihood.is_probability(config.data.binarize) else None,
+        "bits_per_dimension": bits if vae.likelihood.is_probability(config.data.binarization) else None,
         "mean_squared_error": means["mean_squared_error"],
         "psnr": means["psnr"],
         "ssim": means.get("ssim"),

@@ -96,7 +96,7 @@ def comparison_warning(config: Config) -> str | None:
 
 def _caution_of_pixels(config: Config) -> str | None:
     name = config.data.title
-    caution = likelihood_kind(config.objective).caution(config.data.binarize, name)
+    caution = likelihood_kind(config.objective).caution(config.data.binarization, name)
     if caution is None and config.data.binarize == "threshold":
         return (
             f"these pixels were cut at half of white: compare these numbers with others on {name} cut so, not with "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vae_dist.config import expand
 from vae_dist.config.text import truncate
-from vae_dist.data.download import DownloadError, fetch_file
+from vae_dist.data.download import DownloadError, Published, fetch_file
 from vae_dist.errors import UserError
 from vae_dist.features import files
 from vae_dist.files import ELSEWHERE, make_folder, write_atomically, writing
@@ -31,15 +31,6 @@ OUTPUT = "weights"
 
 _VGG_LAYER = re.compile(r"features\.(\d+\.(?:weight|bias))")
 _HEAD = re.compile(r"lin(\d)\.model\.1\.weight")
-
-
-class Published(NamedTuple):
-    """A published file."""
-
-    folder: str  # its address, without the name
-    name: str
-    bytes: int
-    sha256: str
 
 
 class Weights(NamedTuple):
@@ -159,7 +150,7 @@ def _fetch_one(path: Path, weights: Weights, mirror: str | None) -> None:
     tensors: dict[str, Tensor] = {}
     sources = [path.with_name(f".{file.name}") for file in weights.files]
     for file, source in zip(weights.files, sources, strict=True):
-        url = f"{(mirror or file.folder).rstrip('/')}/{file.name}"
+        url = file.url(mirror)
         try:
             if source.exists() and _digest(source) == file.sha256:  # of an earlier call, which failed later
                 continue

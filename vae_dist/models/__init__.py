@@ -23,12 +23,14 @@ def check_names(config: Config) -> None:
     for what, (name, known) in named.items():
         if name not in known:
             raise UserError(f"unknown {what} {name!r}; choose from {', '.join(sorted(known))}")
-    kind, binarize = likelihood_kind(config.objective), config.data.binarize
-    if binarize != "none" and not kind.takes_binary:
+    kind, data = likelihood_kind(config.objective), config.data
+    if data.binarization != "none" and not kind.takes_binary:
+        cause, remedy = f"data.binarize={data.binarize} leaves", "data.binarize=none, or "
+        if data.binarize == "none":
+            cause, remedy = f"the images of {data.name} are", ""
         raise UserError(
-            f"objective.reconstruction={kind.name} is the probability of 256 levels of grey, and "
-            f"data.binarize={binarize} leaves black and white: use data.binarize=none, or "
-            "objective.reconstruction=bernoulli"
+            f"objective.reconstruction={kind.name} is the probability of 256 levels of grey, and {cause} black and "
+            f"white: use {remedy}objective.reconstruction=bernoulli"
         )
 
 

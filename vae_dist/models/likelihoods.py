@@ -57,11 +57,11 @@ class LikelihoodKind(nn.Module, ABC):
         """The likelihood of N images from a decoder's output `(N, *output_shape)`."""
 
     @abstractmethod
-    def is_probability(self, binarize: str) -> bool:
-        """Return whether images binarised so (`data.binarize`) get a probability, as opposed to a density or a loss."""
+    def is_probability(self, binarization: str) -> bool:
+        """Return whether images get a probability, as opposed to a density or a loss: `DataConfig.binarization`."""
 
     @abstractmethod
-    def caution(self, binarize: str, dataset: str) -> str | None:
+    def caution(self, binarization: str, dataset: str) -> str | None:
         """Return why values on a data set can't be compared with published likelihoods; None if they can."""
 
 
@@ -76,11 +76,11 @@ class BernoulliPixels(LikelihoodKind):
     def forward(self, output: Tensor) -> Bernoulli:
         return Bernoulli(output)
 
-    def is_probability(self, binarize: str) -> bool:
-        return binarize != "none"
+    def is_probability(self, binarization: str) -> bool:
+        return binarization != "none"
 
-    def caution(self, binarize: str, dataset: str) -> str | None:
-        if binarize != "none":
+    def caution(self, binarization: str, dataset: str) -> str | None:
+        if binarization != "none":
             return None
         return (
             "a Bernoulli of pixels that are not binary is not a likelihood: compare these numbers with others on the "
@@ -113,10 +113,10 @@ class LocationScaleKind(LikelihoodKind):
     def forward(self, output: Tensor) -> Likelihood:
         return self.distribution(output, self.scale(math.prod(output.shape[1:])))
 
-    def is_probability(self, binarize: str) -> bool:
+    def is_probability(self, binarization: str) -> bool:
         return False
 
-    def caution(self, binarize: str, dataset: str) -> str | None:
+    def caution(self, binarization: str, dataset: str) -> str | None:
         size, others = "of which sigma decides the size", "the same sigma"
         if self.scale.is_fitted:
             size, others = "whose sigma was fitted", "a fitted sigma"
@@ -167,10 +167,10 @@ class DiscretizedLogisticMixturePixels(LikelihoodKind):
     def forward(self, output: Tensor) -> DiscretizedLogisticMixture:
         return DiscretizedLogisticMixture.from_network(output, self._components)
 
-    def is_probability(self, binarize: str) -> bool:
-        return binarize == "none"
+    def is_probability(self, binarization: str) -> bool:
+        return binarization == "none"
 
-    def caution(self, binarize: str, dataset: str) -> str | None:
+    def caution(self, binarization: str, dataset: str) -> str | None:
         return None
 
 

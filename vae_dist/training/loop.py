@@ -135,7 +135,7 @@ def _log_start(resolved: Resolved, world: World, step: int, last_step: int, plan
     logger.info("%s: %s on %s%s, %s", run.directory, processes, world.device.type, threads, config.train.precision)
     logger.info(
         "%s: %d training images, binarize=%s, %d steps an epoch",
-        config.data.title, plan.size, config.data.binarize, plan.steps_per_epoch,
+        config.data.title, plan.size, config.data.binarization, plan.steps_per_epoch,
     )  # fmt: skip
     if config.train.compile:
         logger.info("the step is compiled, which takes some seconds (train.compile=false runs it uncompiled)")
