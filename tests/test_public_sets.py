@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import vae_dist
-from tests.conftest import opened
+from tests.conftest import REPOSITORY, opened
 from tests.file_server import FileServer
 from tests.sources import whole
 from vae_dist import UserError
 from vae_dist.api.images import to_images
-from vae_dist.config import DataConfig
+from vae_dist.config import OWN_IMAGES, DataConfig
+from vae_dist.config.keys import options
 from vae_dist.data import binarized_mnist, cifar10, datasets
 from vae_dist.data.download import Published
 from vae_dist.data.public_files import UnreachableError
@@ -256,3 +257,10 @@ def test_files_that_cannot_be_had_or_used(name: str, server: FileServer, tmp_pat
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UnreachableError, match=r"can't download into .*; choose another data.root"):
         datasets.load_test(settings(tmp_path / "file", name, server))
+
+
+def test_the_option_and_the_documentation_name_every_set() -> None:
+    text = next(option.help for option in options() if option.key == "data.name")
+    page = (REPOSITORY / "docs/commands.md").read_text()
+    for name in datasets.DATASETS:
+        assert name in text and (f"`{name}`" in page or name in OWN_IMAGES)
