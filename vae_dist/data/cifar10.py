@@ -43,7 +43,7 @@ ARCHIVE = Published(
 
 
 def _batch(name: str, sha256: str) -> Published:
-    return Published(ARCHIVE.folder, name, 10_000 * RECORD_BYTES, sha256)
+    return Published(ARCHIVE.url(None), name, 10_000 * RECORD_BYTES, sha256)
 
 
 FILES = {
