@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from tests.conftest import MakeConfig, batch_of, update_of
 from tests.test_trainer import final
+from tests.worker import scaled_accelerator
 from vae_dist import config
 from vae_dist.compute.compiled import Compiled
 from vae_dist.config import Precision
+from vae_dist.distributed import gradients, processes
 from vae_dist.distributed import precision as precisions
-from vae_dist.distributed import processes
+from vae_dist.errors import RunError
 from vae_dist.models import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import elbo
@@ -161,3 +164,35 @@ def test_short_runs_are_not_compiled_and_long_ones_are(make_config: MakeConfig, 
     assert is_compiled("train.steps=10000000") is (shutil.which("g++") is not None)
     assert is_compiled("train.steps=10000000", "train.compile=false") is False
     assert is_compiled("train.epochs=2", "train.compile=true") is True
+
+
+@pytest.mark.parametrize(("fault", "ends"), [(math.nan, False), (2.0**-10, True)])
+def test_a_gradient_that_no_loss_scale_mends_stops_the_run(
+    fault: float, ends: bool, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that overflows with every scale above a small one does not."""
+    differentiate = Differentiate.eager
+
+    def faulty(self: Differentiate, scale: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+        loss, sums, first, *others = differentiate(self, scale, *tensors)
+        overflows = torch.where(scale > fault, math.inf, first) if ends else first * fault
+        return [loss, sums, overflows, *others]
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-3)
+    monkeypatch.setattr(Differentiate, "eager", faulty)
+    monkeypatch.setattr(precisions, "accelerator", scaled_accelerator(scaler))
+    run = make_config("train.steps=40", "train.log_every=40", "name=a")
+    if ends:
+        record = json.loads((train(run) / "metrics.jsonl").read_text().splitlines()[-1])
+        assert scaler.get_scale() == 2.0**-10 and record["step"] == 40
+    else:
+        with pytest.raises(RunError, match="not finite"):
+            train(run)
+        assert scaler.get_scale() < 2.0**-24  # smaller scales were tried first
+
+
+def test_gradients_are_exchanged_in_whole_tensors_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "MOST_EXCHANGED", 10)
+    sizes = [3, 3, 4, 1, 12, 2, 8, 9, 2]
+    parts = list(gradients._parts([torch.empty(size) for size in sizes]))
+    assert [[tensor.numel() for tensor in part] for part in parts] == [[3, 3, 4], [1], [12], [2, 8], [9], [2]]

@@ -32,9 +32,11 @@ def average_gradients(gradients: Sequence[Tensor], loss: Tensor, world: World) -
 def _parts(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """Cut a list of tensors into parts of about MOST_EXCHANGED numbers."""
     part: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if part and sum(other.numel() for other in part) + tensor.numel() > MOST_EXCHANGED:
+        if part and size + tensor.numel() > MOST_EXCHANGED:
             yield part
-            part = []
+            part, size = [], 0
         part.append(tensor)
+        size += tensor.numel()
     yield part

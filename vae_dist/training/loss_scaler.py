@@ -11,6 +11,8 @@ from vae_dist.config import Precision
 from vae_dist.distributed import precision as precisions
 from vae_dist.training.optimizers import Optimizer
 
+LEAST_SCALE = 2.0**-24  # of smaller ones no gradient of a sound step overflows: they were above 2**39
+
 
 class LossScaler:
     """Accelerate's gradient scaler for an optimizer that is given its gradients.

@@ -27,8 +27,10 @@ from vae_dist.training.differentiate import Differentiate, Losses
 from vae_dist.training.ema import Ema
 from vae_dist.training.flat_adam import FLAT_OPTIMIZERS, FlatAdam
 from vae_dist.training.guard import Guard, clip
-from vae_dist.training.loss_scaler import LossScaler
+from vae_dist.training.loss_scaler import LEAST_SCALE, LossScaler
 from vae_dist.training.optimizers import OPTIMIZERS, Optimizer, trained_parameters
+
+LEARNING_RATE, BETA, EMA_DECAY = range(3)  # positions in the values of a step
 
 
 class VAERecipe:
@@ -111,7 +113,7 @@ class VAERecipe:
         if self._calibration is not None:
             self._calibration.update(values[-1], self._optimizer.updates, skip)
         if self._ema is not None:
-            self._ema.update(values[2], skip)
+            self._ema.update(values[EMA_DECAY], skip)
 
     def _update(self, batch: Batch, values: Tensor, totals: Tensor) -> Tensor:
         """Update the weights, and return whether that was skipped: 1 or 0 `()`."""
@@ -121,7 +123,7 @@ class VAERecipe:
             self._agree_on_programs(batch, values, totals)
         guarded = self._guarded_gradients if self._program is None else self._program
         skip, *gradients = guarded(*batch, values, totals, *self._optimizer.weights)
-        learning_rate = values[0].float()
+        learning_rate = values[LEARNING_RATE].float()
         if self._scaler.active:
             self._scaler.step(self._optimizer, gradients, learning_rate, skip)
         else:
@@ -138,7 +140,7 @@ class VAERecipe:
         means, mean_loss = average_gradients(gradients, loss, self._world)
         if self._scaler.active:
             self._scaler.unscale(self._optimizer, means)
-        return self._guarded(mean_loss, sums, totals, *means)
+        return self._guarded(mean_loss, sums, totals, self._scaler.scale(), *means)
 
     def _accumulated_gradients(self, batch: Batch, values: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """Return [loss, sums, *gradients] of the shard, summed over its micro-batches."""
@@ -168,18 +170,20 @@ class VAERecipe:
         inference = vae(images, noise, labels)
         if self._calibration is not None:
             inference = with_sigma(inference, values[-1])
-        values_of_images = OBJECTIVES[self._config.objective.bound](inference, images, values[1])
+        values_of_images = OBJECTIVES[self._config.objective.bound](inference, images, values[BETA])
         losses = {name: values_of_images[name] for name in self._names}
         if self._logs_sigma:
             losses["sigma"] = inference.likelihood.sigma.to(losses["loss"].dtype).expand(len(images))
         return Losses(losses)
 
-    def _clip_and_guard(self, loss: Tensor, sums: Tensor, totals: Tensor, *gradients: Tensor) -> list[Tensor]:
+    def _clip_and_guard(
+        self, loss: Tensor, sums: Tensor, totals: Tensor, scale: Tensor, *gradients: Tensor
+    ) -> list[Tensor]:
         """Return [skip, *gradients], the gradients clipped, and add the step to `totals`."""
         norm, clipped = clip(gradients, self._config.optim.max_grad_norm)
-        if self._scaler.active:  # an infinite norm is of a scale too large: the scaler tries a smaller one
+        if self._scaler.active:  # an infinite norm is of a scale too large, unless smaller ones have all been tried
             is_finite = norm.isfinite()
-            norm = torch.where(is_finite, norm, 0.0)
+            norm = torch.where(is_finite | (scale < LEAST_SCALE), norm, 0.0)
         healthy = self._guard.healthy([loss, norm], totals)
         self._guard.count(totals, healthy, sums, [norm])
         applied = healthy & is_finite if self._scaler.active else healthy
@@ -213,7 +217,7 @@ class VAERecipe:
         optimizer = self._optimizer
         assert isinstance(optimizer, FlatAdam)
         skip, gradient = self._guarded_gradients(pixels, noise, labels, values, totals, *optimizer.split(state[0]))
-        optimizer.update(state, gradient, values[0].float(), skip)
+        optimizer.update(state, gradient, values[LEARNING_RATE].float(), skip)
         return [skip]
 
     def _agree_on_programs(self, batch: Batch, values: Tensor, totals: Tensor) -> None:
