@@ -456,3 +456,26 @@ def test_characters_that_the_encoding_of_paths_lacks_are_one_message(tmp_path: P
     ended = subprocess.run(command, env={**os.environ, **ascii_only}, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "PYTHONUTF8=1" in ended.stderr
+
+
+def test_two_processes_that_take_over_one_mark_do_not_both_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has read the dead mark too, and removes ours right after it is made."""
+    path = tmp_path / "mark"
+    dead = hold(path)
+    dead.kill()
+    dead.communicate()
+    others: list[subprocess.Popen[bytes]] = []
+
+    def meanwhile(seconds: float) -> None:
+        if not others:
+            path.unlink()
+            others.append(hold(path))
+
+    monkeypatch.setattr("vae_dist.locks.time.sleep", meanwhile)
+    with pytest.raises(locks.InUseError, match=r"process \d+ on"):
+        locks.marked(path, 0, "", None).__enter__()
+    assert json.loads(path.read_text())["process"] == others[0].pid
+    others[0].kill()
+    others[0].communicate()

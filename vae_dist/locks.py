@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 SILENT_SECONDS = 1.0  # of waiting for a lock, before a message is logged
 REPEAT_SECONDS = 60.0  # between two such messages
+SETTLE_SECONDS = 0.1  # in which another process that takes over the same mark has removed ours
 MARK_BYTES = 4096
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK  # of a lock's file, which may be untrusted: a link or a pipe
 CLOCK_SECONDS = 10.0  # by which two readings of a process's start time may differ
@@ -91,9 +92,10 @@ def marked(path: Path, seconds: float, subject: str, take_over: str | None) -> I
 
     def attempt() -> bool:
         other = _read_mark(path)
-        if other is not None and (_is_gone(other) or take_over == _mark_name(other)):
+        takes_over = other is not None and (_is_gone(other) or take_over == _mark_name(other))
+        if takes_over:
+            path.unlink(missing_ok=True)  # at once: by now another process may take over, too
             logger.warning("%s was left by %s; taking over", path, _describe(other))
-            path.unlink(missing_ok=True)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -104,7 +106,9 @@ def marked(path: Path, seconds: float, subject: str, take_over: str | None) -> I
         except OSError:
             path.unlink(missing_ok=True)
             raise
-        return True
+        if takes_over:  # a process that has read the other mark before may be removing this one
+            time.sleep(SETTLE_SECONDS)
+        return not takes_over or _read_mark(path) == mine
 
     try:
         _wait_for(attempt, seconds, subject, lambda: _describe(_read_mark(path)))
