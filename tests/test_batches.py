@@ -206,3 +206,22 @@ def test_labels_are_those_of_the_images_of_a_step(make_config: MakeConfig, tmp_p
         for source in training, Mapped(training, tmp_path):
             drawn = Batches(source, Plan(3, 1000, 100), config, world, (8,))(range(8, 13)).labels
             assert torch.equal(drawn, torch.stack([labels[Plan(3, 1000, 100).batch(step)] for step in range(8, 13)]))
+
+
+def test_small_steps_are_not_drawn_by_the_ten_thousand(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes time to draw, however few numbers it needs: the first one would wait for all of them."""
+    drawn: dict[Stream, int] = {}
+    draw_bits = Batches._draw_bits
+
+    def recorded(self: Batches, stream: Stream, columns: int, steps: range) -> Tensor:
+        drawn[stream] = len(steps)
+        return draw_bits(self, stream, columns, steps)
+
+    monkeypatch.setattr(Batches, "_draw_bits", recorded)
+    config = make_config("data.flip=true", "data.binarize=dynamic")
+    training, _ = datasets.load_training(config.data)
+    with processes.join(config) as world:
+        Batches(training, Plan(3, 1000, 2), config, world, (1,))(range(1))
+    assert drawn[Stream.FLIP] == 2**10 and 1 <= drawn[Stream.BINARIZATION] < 2**10

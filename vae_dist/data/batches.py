@@ -22,6 +22,7 @@ from vae_dist.plan import Draws, Plan, Stream, binarized, bits, flipped, shard
 # Draw noise for many steps at a time: per call, the overhead would cost as much as the numbers. On a GPU one draw is a
 # few hundred kernels, however many numbers it makes.
 _NUMBERS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
+_STEPS_AT_ONCE = 2**10  # a step takes time to draw, however few numbers it needs
 _NUMBERS_AT_A_LAUNCH = 2**26  # pixels of the steps that are launched together, and numbers of their noise
 _PIXELS_PER_READ = 2**22  # of a source that is not in memory: the first step waits for a whole read
 _IMAGES_PER_READ = 2**10  # of such a source: it may decode them
@@ -55,14 +56,15 @@ class Batches:
         self._image_shape = source.info.image_shape
         self._pixel_count = math.prod(self._image_shape)
         self._labels = _labels(source) if config.model.conditional else None
-        self._held_on, self._order, self._epoch = _CPU, torch.empty(0), -1
+        self._held_on, self._order = _CPU, (-1, torch.empty(0))  # an epoch, and its order
         # Noise is computed in float64, which mps lacks.
         self._drawn_on = world.device if world.device.type == "cuda" else _CPU
         at_once = _NUMBERS_AT_ONCE[self._drawn_on.type] // len(self._rows)
-        self._noise = BlockDraw(self._draw_noise, at_once // math.prod(noise_shape))
+        self._noise = BlockDraw(self._draw_noise, min(at_once // math.prod(noise_shape), _STEPS_AT_ONCE))
         binarization = partial(self._draw_bits, Stream.BINARIZATION, self._pixel_count)
-        self._binarization = BlockDraw(binarization, at_once // self._pixel_count)
-        self._flips = BlockDraw(partial(self._draw_bits, Stream.FLIP, 1), at_once) if config.data.flip else None
+        self._binarization = BlockDraw(binarization, min(at_once // self._pixel_count, _STEPS_AT_ONCE))
+        flips = partial(self._draw_bits, Stream.FLIP, 1)
+        self._flips = BlockDraw(flips, min(at_once, _STEPS_AT_ONCE)) if config.data.flip else None
         pixels = len(self._rows) * self._pixel_count  # of a step
         numbers = len(self._rows) * math.prod(noise_shape)
         self.most_steps = max(_NUMBERS_AT_A_LAUNCH // max(pixels, numbers), 1)
@@ -131,9 +133,11 @@ class Batches:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _epoch_order(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            self._order, self._epoch = sent(self._plan.order(epoch), self._held_on), epoch
-        return self._order
+        held, order = self._order
+        if held != epoch:
+            order = sent(self._plan.order(epoch), self._held_on)
+            self._order = epoch, order  # both at once: another thread reads labels
+        return order
 
     def _draw_noise(self, steps: range) -> Tensor:
         noise = self._plan.noise(steps, self._rows, self._noise_shape, self._drawn_on, self._compiled)
@@ -141,7 +145,8 @@ class Batches:
 
     def _draw_bits(self, stream: Stream, columns: int, steps: range) -> Tensor:
         draws = Draws(self._plan.seed, stream, steps, self._rows, columns)
-        return bits(draws, self._drawn_on, self._compiled).to(self._device)
+        drawn = bits(draws, self._drawn_on, self._compiled)
+        return drawn.contiguous().to(self._device)  # not a view that would keep the numbers drawn with these
 
 
 def _labels(source: Source) -> Tensor | None:
