@@ -633,3 +633,10 @@ def test_the_best_validation_of_an_earlier_version_is_read() -> None:
     for best in {"negative_elbo": 1.0}, {"step": 3, "value": 1.0, "metric": 5}, {"step": 3, "value": "1"}:
         with pytest.raises(BadCheckpointError, match="is not a training's state"):
             parse_state(json.dumps({"step": 7, "best": best}).encode(), Path("state.json"))
+
+
+def test_the_config_is_that_of_the_verified_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config("seed=7"), tmp_path, 1)
+    checkpoint = Checkpoint(folder).verify()
+    (folder / "config.yaml").unlink()  # another process prunes the checkpoint
+    assert checkpoint.config.seed == 7

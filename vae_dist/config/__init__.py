@@ -17,7 +17,7 @@ from vae_dist.config.differences import READER_KEYS, differing, resume
 from vae_dist.config.evaluation import EvaluateConfig
 from vae_dist.config.first_stage import FirstStageConfig
 from vae_dist.config.keys import flatten, help_text, options
-from vae_dist.config.loading import load, load_reader, read, save, take, to_yaml
+from vae_dist.config.loading import load, load_reader, parse, read, save, take, to_yaml
 from vae_dist.config.networks import ConvConfig, GridConfig, LadderConfig, MLPConfig, ModelConfig, ResNetConfig
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
@@ -70,6 +70,7 @@ __all__ = [
     "load_reader",
     "load_study",
     "options",
+    "parse",
     "read",
     "resume",
     "save",

@@ -97,7 +97,15 @@ def take(arguments: Sequence[str], key: str) -> tuple[str, list[str]]:
 
 def read(path: Path) -> Config:
     """The config that `save` wrote. All values are literal: `${key}` is refused, and `~` is no home."""
-    settings = _read_settings(path)
+    return _saved(_read_settings(path), path)
+
+
+def parse(content: bytes, path: Path) -> Config:
+    """The config in the content of a file that `save` wrote, as `read` returns it."""
+    return _saved(_settings(yaml_text.decode(content, path), path), path)
+
+
+def _saved(settings: Sequence[Setting], path: Path) -> Config:
     if any("${" in text for setting in settings for text in leaves(setting.value) if isinstance(text, str)):
         raise UserError(f"{path} holds an interpolation, which a saved config never does; don't trust it")
     config = _apply(Config(), settings, has_homes=False)
@@ -129,7 +137,12 @@ def _read_settings(path: Path, if_missing: str = "") -> list[Setting]:
     if path.suffix not in YAML:
         value = f"{str(path).lstrip('-')}=VALUE" if str(path).lstrip("-") in by_key() else "key=value"
         raise UserError(f"can't use {truncate(repr(str(path)))}: give a YAML file, or {value} (--help lists the keys)")
-    settings = list(_flat_settings(yaml_text.read(path, if_missing), f"{path}: "))
+    return _settings(yaml_text.read(path, if_missing), path)
+
+
+def _settings(values: Any, path: Path) -> list[Setting]:
+    """The settings in the values of a file. Raises UserError for unknown keys, and for a key that is given twice."""
+    settings = list(_flat_settings(values, f"{path}: "))
     if twice := [key for key, count in Counter(setting.key for setting in settings).items() if count > 1]:
         raise UserError(f"{path}: {twice[0]} is given twice")
     return settings

@@ -88,10 +88,17 @@ def _load(text: str) -> Any:
 def read(path: Path, if_missing: str = "") -> Any:
     """The value of the YAML file, as `parse` returns it. `if_missing` ends the message if there is no such file."""
     try:
-        text = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+        content = read_bounded(path, MAX_BYTES)
     except OSError as error:
         advice = if_missing if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"can't read the config file {truncate(str(path))}: {error.strerror}{advice}") from error
+    return decode(content, path)
+
+
+def decode(content: bytes, path: Path) -> Any:
+    """The value in the content of a YAML file, as `parse` returns it."""
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"can't read the config file {path}: byte {error.start} is not UTF-8 text") from error
     return parse(text, str(path))

@@ -99,8 +99,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> Config:
         """The run's config. Raises UserError for one that can't be used."""
-        self._content(CONFIG)  # verified
-        return configs.read(self.folder / CONFIG)
+        return configs.parse(self._content(CONFIG), self.folder / CONFIG)
 
     def verify(self, names: Collection[str] | None = None) -> "Checkpoint":
         """Check the size of every file and the hashes of `names`, by default of all; return the checkpoint."""
@@ -128,6 +127,7 @@ class Checkpoint:
             raise BadCheckpointError(f"{self.folder / CONFIG} describes a model that can't be built") from error
         is_average = self.weights(config) == "ema" and self.has_average
         weights = self._tensors(EMA if is_average else MODEL, expected)
+        self._contents.pop(MODEL if is_average else EMA, None)  # verified, and not needed here
         vae = build_vae(config, shape).to(dtype)
         vae.load_state_dict(weights)
         return vae.to(device).eval().requires_grad_(False)
