@@ -1041,3 +1041,25 @@ def test_on_several_processes_the_main_one_writes_the_same_report(trained: Path,
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("written to") == 1
     assert (tmp_path / "two/report.html").read_bytes() == alone
+
+
+def test_the_plane_takes_no_more_images_at_once_than_an_evaluation(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(run_dir, ["evaluate.batch_size=7"])
+    vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
+    sizes: set[int] = set()
+    infer, decode = vae.infer, vae.decode
+
+    def inferred(images: torch.Tensor, labels: torch.Tensor | None = None) -> object:
+        sizes.add(len(images))
+        return infer(images, labels)
+
+    def decoded(latents: torch.Tensor, labels: torch.Tensor | None = None) -> object:
+        sizes.add(len(latents))
+        return decode(latents, labels=labels)
+
+    monkeypatch.setattr(vae, "infer", inferred)
+    monkeypatch.setattr(vae, "decode", decoded)
+    seen = plane.decode_plane(vae, run.config, None)
+    assert len(seen.means) == 200 and max(sizes) == 7

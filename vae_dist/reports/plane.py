@@ -11,15 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from vae_dist.config import Config
-from vae_dist.data import datasets
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.models.inputs import read_inputs
-from vae_dist.models.posteriors import DiagonalGaussian, Posterior
+from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
 from vae_dist.reports.pictures import data_uri
 from vae_dist.reports.text import format_number
-from vae_dist.views.latents import kl_name, mean_kl, origin
+from vae_dist.views.latents import TrainedVAE, kl_name, mean_kl, origin
 
 HELD_OUT = 1000  # the first images of the test set
 EXTENT = 3.0  # codes go from -3 to 3, which holds 99.7% of the prior along an axis
@@ -114,12 +113,13 @@ class Plane(NamedTuple):
 
 def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     """The plane of the two latents with the largest KL; `kl` `(L,)` is averaged over the held-out images if None."""
-    posterior, labels, without_images = _held_out(vae, config)
+    trained = TrainedVAE(vae, config, World.alone(vae.device))
+    posterior, labels, without_images = _held_out(trained)
     if kl is None and len(posterior.mean) > 0:
         kl = mean_kl(posterior).tolist()
     falling = sorted(range(vae.latent_dim), key=lambda latent: -kl[latent] if kl else 0.0)
     latents = falling[:2] if vae.latent_dim > 2 else sorted(falling)
-    sprite, cell, columns, rows = _decode(vae, latents, config.data.image_shape or [])
+    sprite, cell, columns, rows = _decode(trained, latents)
     return Plane(
         sprite,
         cell,
@@ -163,33 +163,30 @@ def kl_chart(plane: Plane, source: str) -> Chart | None:
     )
 
 
-def _held_out(vae: VAE, config: Config) -> tuple[Posterior, Tensor | None, str | None]:
+def _held_out(trained: TrainedVAE) -> tuple[DiagonalGaussian, Tensor | None, str | None]:
     """The posteriors and any labels of the first test images; if they can't be loaded, none of them and the reason."""
     try:
-        test = datasets.load_test(config.data)
-        indices = torch.arange(min(HELD_OUT, test.info.count))
-        inputs, labels = read_inputs(vae, test, indices), test.labels(indices)
+        indices = range(min(HELD_OUT, trained.test.info.count))
+        return trained.encode(indices), trained.test.labels(torch.arange(len(indices))), None
     except UserError as error:
-        nothing = torch.empty(0, vae.latent_dim)
+        nothing = torch.empty(0, trained.vae.latent_dim)
         return DiagonalGaussian(nothing, nothing), None, str(error)
-    with torch.inference_mode():
-        return vae.infer(*inputs), labels, None
 
 
-def _decode(vae: VAE, latents: list[int], image_shape: list[int]) -> tuple[Image.Image, tuple[int, int], int, int]:
+def _decode(trained: TrainedVAE, latents: list[int]) -> tuple[Image.Image, tuple[int, int], int, int]:
     """The means of p(x|z) over the plane as one picture, the size of a cell, and the numbers of columns and rows."""
-    channels, *sizes = image_shape
+    vae = trained.vae
+    channels, *sizes = vae.image_shape
     height, width = (max(size * min(CELL_SIDE, max(sizes)) // max(sizes), 1) for size in sizes)
     columns = min(SIDE, (SPRITE_SIDE // max(height, width) - 1) // 2 * 2 + 1)
     values = torch.linspace(-EXTENT, EXTENT, columns)
-    first_class = torch.zeros(columns, dtype=torch.int64, device=vae.device) if vae.classes else None
+    first_class = torch.zeros(columns, dtype=torch.int64) if vae.classes else None
     strips = []
     for value in values.flip(0) if len(latents) > 1 else [0.0]:
-        codes = origin(vae).repeat(columns, 1)
+        codes = trained.origin.repeat(columns, 1)
         codes[:, latents[1:]] = value
         codes[:, latents[0]] = values
-        with torch.inference_mode():
-            means = vae.decode(codes.to(vae.device, vae.dtype), labels=first_class).mean.float().cpu()
+        means = trained.decode(codes, first_class)
         cells = F.adaptive_avg_pool2d(means, (height, width)) if [height, width] != sizes else means
         strips.append(cells.permute(2, 0, 3, 1).reshape(height, columns * width, channels))
     pixels = torch.cat(strips).mul(255).round().to(torch.uint8).numpy()

@@ -41,7 +41,7 @@ def report(run: Path | None, arguments: Sequence[str] = ()) -> Path:
     """
     with open_checkpoint(run, arguments) as opened, processes.join(opened.config) as world:
         console.start(world)
-        return world.on_main(lambda: _write(opened, world.device))
+        return world.on_main(lambda: _write(opened, world.device), patient=True)
 
 
 def _write(opened: Opened, device: torch.device) -> Path:
