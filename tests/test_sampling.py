@@ -15,14 +15,16 @@ from tests.sources import whole
 from vae_dist import config
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets
+from vae_dist.data.chosen import of_split
 from vae_dist.data.datasets import Part
 from vae_dist.data.source import InMemory, in_memory
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import Posterior
+from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.terminal import console, progress
 from vae_dist.training.loop import train
-from vae_dist.views import pictures
+from vae_dist.views import latents, pictures
 from vae_dist.views.components import principal_components
 from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.making import KINDS
@@ -427,3 +429,19 @@ def test_draws_have_a_folder_of_their_own_and_lie_within_black_and_white(colour_
     means, draws = sample(colour_run, arguments), sample(colour_run, [*arguments, "sample.pixels=draw"])
     assert means.name == "step_00000003_prior_seed_0" and draws.name == "step_00000003_prior_draw_seed_0"
     assert load_file(draws / "samples.safetensors")["images"].unique().tolist() == [0, 1]
+
+
+def test_draws_of_some_training_images_are_of_their_own_binarisation(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model every n-th image is encoded: its random numbers belong to its index."""
+    run = opened(train(make_config("name=a", "data.binarize=dynamic", "train.steps=1")))
+    monkeypatch.setattr(latents, "EXACT_LATENTS", 4)
+    monkeypatch.setattr(latents, "MIXTURE_NUMBERS", 8 * 334)  # so that every third image is taken
+    with processes.join(run.config) as world:
+        vae = run.checkpoint.load_vae(run.config, world.device)
+        draws = TrainedVAE(vae, run.config, world).training_draws()
+        pixels = whole(of_split(run.config.data, "train", "")).pixels[::3]
+        noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, range(len(pixels)), 8)
+        torch.testing.assert_close(draws, vae.infer(vae.to_input(pixels)).sample(noise))
+    assert len(draws) == 334

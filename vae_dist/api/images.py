@@ -14,13 +14,12 @@ from torch import Tensor
 from vae_dist.config import DataConfig
 from vae_dist.config.text import truncate
 from vae_dist.data import pixels
-from vae_dist.data.binarization import cut_pixels
+from vae_dist.data.binarization import TEST_STEP, cut_pixels
 from vae_dist.data.datasets import to_unit
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 
-TEST_STEP = 1  # of the fixed binarisation: that of test images
 ROUNDING = 1e-6  # by which numbers may leave [0, 1]; they are clamped
 
 

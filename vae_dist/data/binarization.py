@@ -8,7 +8,7 @@ from torch import Tensor
 from vae_dist.data.source import Source, process
 from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 
-DYNAMIC_STEP = 2  # of the training images' fixed binarisation: 0 is the validation images', 1 the test images'
+VALIDATION_STEP, TEST_STEP, TRAINING_STEP = range(3)  # of the draws of each part's images, the same in all runs
 
 
 def binarize_once(source: Source, binarization: str, step: int) -> Source:

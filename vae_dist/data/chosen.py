@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vae_dist.config import DataConfig
 from vae_dist.data import arrays, datasets
 from vae_dist.data import folder as folders
-from vae_dist.data.binarization import DYNAMIC_STEP, binarize_once
+from vae_dist.data.binarization import TEST_STEP, TRAINING_STEP, binarize_once
 from vae_dist.data.classes import with_classes
 from vae_dist.data.source import Source
 from vae_dist.errors import UserError
@@ -51,7 +51,7 @@ def of_split(config: DataConfig, split: str, advice: str) -> Source:
         return datasets.load_test(config)
     training, validation = datasets.load_training(config)
     if split == "train":
-        return binarize_once(training, config.binarize, DYNAMIC_STEP) if config.binarize == "dynamic" else training
+        return binarize_once(training, config.binarize, TRAINING_STEP) if config.binarize == "dynamic" else training
     if validation.info.count == 0:
         raise UserError(f"this run has no validation images (data.validation_images=0); {advice}")
     return validation
@@ -79,4 +79,4 @@ def of_folder(config: DataConfig, path: str, key: str) -> Source:
             f"the images of {path} are {list(source.info.image_shape)}, but the run's are {config.image_shape} "
             "(channels, height, width): resize them"
         )
-    return binarize_once(source, config.binarization, step=1)
+    return binarize_once(source, config.binarization, TEST_STEP)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vae_dist.config import OWN_IMAGES, DataConfig, expand
 from vae_dist.data import arrays, binarized_mnist, cifar10, digit_set, folder, mnist
-from vae_dist.data.binarization import binarize_once, cut
+from vae_dist.data.binarization import TEST_STEP, VALIDATION_STEP, binarize_once, cut
 from vae_dist.data.public_files import UnreachableError
 from vae_dist.data.source import DataInfo, Source, in_memory, resident
 from vae_dist.data.splits import default_held_out, hold_out
@@ -70,7 +70,7 @@ def split(training_set: Source, config: DataConfig) -> tuple[Source, Source]:
         training, validation = hold_out(training, count, config, "validation")
     if config.binarize == "threshold":
         training = cut(training)  # "dynamic" is left to the plan, which draws again at every step
-    return resident(training), resident(binarize_once(validation, config.binarize, step=0))
+    return resident(training), resident(binarize_once(validation, config.binarize, VALIDATION_STEP))
 
 
 def has_validation_part(config: DataConfig) -> bool:
@@ -102,7 +102,7 @@ def load_test(config: DataConfig) -> Source:
     _require_name(config)
     if config.name in OWN_IMAGES:
         _require_identity(config, _load(config, "train").info)
-    return resident(binarize_once(_load(config, "test"), config.binarize, step=1))
+    return resident(binarize_once(_load(config, "test"), config.binarize, TEST_STEP))
 
 
 def forget() -> None:

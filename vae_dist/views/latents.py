@@ -13,15 +13,15 @@ from torch import Tensor
 
 from vae_dist.config import Config
 from vae_dist.data import datasets
-from vae_dist.data.binarization import DYNAMIC_STEP
-from vae_dist.data.source import Source, read
+from vae_dist.data.chosen import of_split
+from vae_dist.data.source import Source
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.models.inputs import read_inputs, read_labels
+from vae_dist.models.inputs import read_inputs
 from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.vae import VAE
-from vae_dist.plan import FIXED_SEED, Stream, bernoulli_pixels, standard_normal
+from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.terminal.progress import progress
 from vae_dist.views import mixture, subspace
 from vae_dist.views.components import EXACT_LATENTS
@@ -142,7 +142,7 @@ class TrainedVAE:
         Together they are a sample of the aggregate posterior, which the decoder has learned to decode. The posterior
         means are not: those of a latent that carries little information all lie near 0.
         """
-        training, _ = self.world.main_first(lambda: datasets.load_training(self.config.data))
+        training = self.world.main_first(lambda: of_split(self.config.data, "train", advice=""))
         every = 1
         if self.vae.latent_dim > EXACT_LATENTS:
             every = -(-training.info.count // max(MIXTURE_NUMBERS // self.vae.latent_dim, 1))
@@ -150,11 +150,8 @@ class TrainedVAE:
 
         def draws(chunk: range) -> Tensor:
             indices = chosen[chunk.start : chunk.stop]
-            pixels = read(training, indices)
-            if self.config.data.binarize == "dynamic":
-                pixels = bernoulli_pixels(pixels, FIXED_SEED, DYNAMIC_STEP, chunk)
             noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, chunk, self.vae.latent_dim)
-            posterior = self.vae.infer(self.vae.to_input(pixels), read_labels(self.vae, training, indices))
+            posterior = self.vae.infer(*read_inputs(self.vae, training, indices))
             return posterior.sample(noise.to(posterior.mean.device, posterior.mean.dtype))
 
         return self.in_chunks("encoding the training images", len(chosen), draws)
@@ -174,7 +171,7 @@ class TrainedVAE:
                     return subspace.fit(points, components, advance)
                 return mixture.fit(points, components, advance).mixture
 
-        return self.world.on_main(fit)
+        return self.world.on_main(fit, patient=True)
 
     def in_chunks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
         """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU."""

@@ -57,11 +57,15 @@ def fit(points: Tensor, components: int, progress: Callable[[int], None] = lambd
     """Fit a mixture of `components` Gaussians to points `(N, L)` by EM (Dempster, Laird and Rubin 1977)."""
     points = points.double()
     chunks = points.split(max(_CHUNK // (components * points.shape[1]), 1))
-    mixture = _maximize(_Moments.of(points, _initial_responsibilities(points, components)))
+    zeros = _Moments.zeros(components, points.shape[1])
+    moments = zeros
+    for chunk, nearest in zip(chunks, _initial_responsibilities(points, components).split(len(chunks[0])), strict=True):
+        moments = moments.plus(_Moments.of(chunk, nearest))
+    mixture = _maximize(moments)
     log_likelihoods: list[float] = []
     while len(log_likelihoods) < MAX_STEPS:
         total = torch.zeros((), dtype=torch.float64)
-        moments = _Moments.zeros(components, points.shape[1])
+        moments = zeros
         for chunk in chunks:
             log_joint = mixture.log_joint(chunk)
             log_density = torch.logsumexp(log_joint, dim=1, keepdim=True)
