@@ -41,6 +41,7 @@ class TwoNetworks:
 
     image_values: tuple[str, ...] = ("loss", "reconstruction", "kl", "adversarial", "critic_loss")
     norms: tuple[str, ...] = ("grad_norm", "critic_grad_norm")
+    captures = False
     criterion = "negative_elbo"
 
     def __init__(self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int) -> None:

@@ -51,6 +51,7 @@ class Gradients(NamedTuple):
 class AutoencoderRecipe:
     """An autoencoder, a discriminator if there is an adversarial weight, and the moving average of the weights."""
 
+    captures = False  # a step is not launch-bound, and its graph would keep the memory of validations' activations
     criterion = "reconstruction"  # the ELBO would count the KL fully
 
     def __init__(self, vae: VAE, config: Config, world: World, scaler: LossScaler, last_step: int) -> None:

@@ -38,6 +38,7 @@ class Recipe(Protocol):
     noise_shape: tuple[int, ...]  # standard normal numbers per image
     image_values: tuple[str, ...]  # names of values that are summed over images
     norms: tuple[str, ...]  # names of values that are equal on every process
+    captures: bool  # whether a step can be captured as a CUDA graph; autograd's own backward can't
     criterion: str  # the metric of a validation by which a checkpoint is the best
 
     @property

@@ -47,10 +47,7 @@ class Update:
         self, recipe: Recipe, config: Config, world: World, scaler: LossScaler, capture: Capture | None = None
     ) -> None:
         """`capture` captures steps. On one GPU this is the default."""
-        # Autograd's own backward can't be captured. A first stage's step is not launch-bound, and its graph would keep
-        # the memory of the activations from validations.
-        is_excepted = config.train.checkpointing or config.train.recipe == "autoencoder"
-        captures = config.runtime.cuda_graph and not is_excepted
+        captures = config.runtime.cuda_graph and recipe.captures
         if capture is None and world.device.type == "cuda" and world.size == 1 and captures:
             capture = CudaGraphCapture()
         self.recipe = recipe

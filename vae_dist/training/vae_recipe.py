@@ -47,8 +47,9 @@ class VAERecipe:
         self._world = world
         self._scaler = scaler
         self._last_step = last_step
-        if flat is None:  # recomputed activations have eager gradients alone
-            flat = world.device.type == "cuda" and not config.train.checkpointing
+        self.captures = not config.train.checkpointing  # recomputed activations have autograd's own gradients alone
+        if flat is None:
+            flat = world.device.type == "cuda" and self.captures
         optimizers = {**OPTIMIZERS, **(FLAT_OPTIMIZERS if flat else {})}
         self._optimizer = optimizers[config.optim.optimizer](trained_parameters(vae), config.optim)
         self._calibration = calibration(vae, config, world)
