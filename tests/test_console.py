@@ -444,7 +444,7 @@ def test_what_was_said_before_the_processes_joined_is_in_the_log(fork_server: Fo
     assert (tmp_path / "log.txt").read_text().endswith("WARNING said early\n")
 
 
-def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(
+def test_a_table_that_is_too_wide_is_turned_in_as_many_parts_as_needed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams.results, "_width", 80)
@@ -459,7 +459,10 @@ def test_a_table_that_is_too_wide_is_turned_if_that_makes_it_narrow(
 
     assert printed(5, 20) == [row[:5] for row in values]
     assert printed(12, 3) == [[name, *column] for name, *column in zip(names, *values[:3], strict=True)]
-    assert len(printed(12, 20)[0]) == 12  # too wide in both ways
+    lines = printed(12, 20)
+    parts = [lines[start : start + 12] for start in range(0, len(lines), 12)]
+    assert [[line[0] for line in part] for part in parts] == [names] * 3
+    assert [list(row) for part in parts for row in list(zip(*part, strict=True))[1:]] == values
 
 
 def test_a_large_standard_error_has_no_exponent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,15 +487,15 @@ def test_a_narrow_console_cuts_no_number(capsys: pytest.CaptureFixture[str], mon
     ]  # fmt: skip
 
 
-def test_no_cell_is_lost_of_few_rows_with_many_columns_that_are_too_wide_in_both_ways(
+def test_no_cell_is_lost_of_a_table_whose_every_row_is_too_wide_in_both_ways(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams.results, "_width", 80)
+    monkeypatch.setattr(streams.results, "_width", 40)
     names = [f"a_setting_with_a_long_name_{number}" for number in range(28)]
-    tables.columns("title", names, [[f"{run}/{'path' * 5}/{number}" for number in range(28)] for run in range(4)])
+    values = [[f"{run}/{'path' * 5}/{number}" for number in range(28)] for run in range(4)]
+    tables.columns("title", names, values)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    first, *others = zip(*(line.strip("\u2502").split("\u2502") for line in lines if "\u2502" in line), strict=True)
-    assert "".join(cell.strip() for cell in first) == "".join(names)
-    for run, column in enumerate(others):
-        assert "".join(cell.strip() for cell in column) == "".join(f"{run}/{'path' * 5}/{n}" for n in range(28))
+    assert max(map(len, lines)) <= 40
+    columns = zip(*(line.strip("\u2502").split("\u2502") for line in lines if "\u2502" in line), strict=True)
+    shown = ["".join(cell.strip() for cell in column) for column in columns]
+    assert shown == ["".join(names) * 4, "".join(map("".join, values))]

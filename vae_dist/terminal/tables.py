@@ -50,22 +50,40 @@ def metrics(title: str, rows: Sequence[Metric], *protocol: str, warning: str | N
 def columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print results in columns, then notes about them.
 
-    Rows and columns change places if the table is too wide for the console and that makes it narrower.
+    If the table is too wide for the console, rows and columns change places, in as many tables as that takes.
     """
-    result = Table(title=plain(title), title_justify="left")
+    result = Table(title_justify="left")
     for name in names:
         result.add_column(plain(name).replace(" ", "\n"), justify="right", overflow="fold")
     for row in rows:
         result.add_row(*map(plain, row))
-    turned = Table(title=plain(title), title_justify="left", show_header=False)
-    turned.add_column(overflow="fold")
-    for _ in rows:
-        turned.add_column(justify="right", overflow="fold")
-    for name, *values in zip(names, *rows, strict=True):
-        turned.add_row(plain(name), *map(plain, values))
-    results.print(turned if _width(result) > max(_width(turned), results.width) else result)
+    parts = [result] if _width(result) <= results.width else _turned(names, rows)
+    parts[0].title = plain(title)
+    for part in parts:
+        results.print(part)
     for note in notes:
         results.print(Text(plain(note), style="bold yellow"))
+
+
+def _turned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]:
+    """Tables with a column for each row, as many columns in each as fit into the console."""
+    parts: list[list[Sequence[str]]] = [[]]
+    for row in rows:
+        if parts[-1] and _width(_with_columns(names, [*parts[-1], row])) > results.width:
+            parts.append([])
+        parts[-1].append(row)
+    return [_with_columns(names, part) for part in parts]
+
+
+def _with_columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table with a column for the names, and one for each row."""
+    result = Table(title_justify="left", show_header=False)
+    result.add_column(overflow="fold")
+    for _ in rows:
+        result.add_column(justify="right", overflow="fold")
+    for name, *values in zip(names, *rows, strict=True):
+        result.add_row(plain(name), *map(plain, values))
+    return result
 
 
 def _width(table: Table) -> int:
