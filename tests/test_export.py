@@ -42,6 +42,7 @@ from vae_dist.publishing.export import _evaluation, export
 from vae_dist.publishing.markdown import code, escape
 from vae_dist.reports.report import report
 from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.terminal import progress
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -160,6 +161,15 @@ def test_the_programs_of_each_kind_of_model_equal_it_at_any_batch(model: str) ->
         vae = vae.double()
     made = programs.make_programs(vae, ["onnx", "program"])
     assert_programs_equal(vae, dict(made.files))
+
+
+def test_a_long_export_shows_its_progress(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    export(run_dir, [f"output={tmp_path / 'out'}", "export.formats=[program]"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("making programs: ")]
+    assert [line.split()[2] for line in lines] == ["16%,", "33%,", "50%,", "66%,", "83%,", "100%,"]
 
 
 def test_a_program_that_differs_from_the_model_is_not_published(

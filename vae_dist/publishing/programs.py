@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vae_dist.errors import RunError, UserError
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
+from vae_dist.terminal.progress import progress
 
 FORMATS = {"onnx": ".onnx", "program": ".pt2"}
 LARGEST_ERROR = 1e-5
@@ -111,21 +112,32 @@ def make_programs(vae: VAE, formats: Sequence[str]) -> Programs:
     """
     files: dict[str, bytes] = {}
     errors: dict[str, Mapping[str, float]] = {}
-    for module in (Encoder(vae), Decoder(vae)) if formats else ():
-        with warnings.catch_warnings():  # torch 2.10 and 2.11 warn of what they themselves do here
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            contents = _contents(module, formats)
-            errors |= {name: _errors(module, _loaded(module, name, file), name) for name, file in contents.items()}
-        files |= contents
+    modules = (Encoder(vae), Decoder(vae)) if formats else ()
+    with (
+        warnings.catch_warnings(),
+        progress("making programs", len(modules) * (1 + 2 * len(formats)), is_main=True) as advance,
+    ):
+        # torch 2.10 and 2.11 warn of what they themselves do here.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        for module in modules:
+            contents = _contents(module, formats, advance)
+            for name, file in contents.items():
+                errors[name] = _errors(module, _loaded(module, name, file), name)
+                advance(1)
+            files |= contents
     return Programs(files, errors)
 
 
-def _contents(module: Encoder | Decoder, formats: Sequence[str]) -> dict[str, bytes]:
-    """Make the program's files. Raises UserError for one that can't be made."""
+def _contents(module: Encoder | Decoder, formats: Sequence[str], advance: Callable[[int], None]) -> dict[str, bytes]:
+    """Make the files; `advance` counts the trace and each file. Raises UserError for a program that can't be made."""
+    contents = {}
     try:
         traced = _traced(module)
-        return {f"{module.name}{FORMATS[name]}": _MAKERS[name](module, traced) for name in formats}
+        advance(1)
+        for name in formats:
+            contents[f"{module.name}{FORMATS[name]}"] = _MAKERS[name](module, traced)
+            advance(1)
     except UserError:
         raise
     except Exception as error:  # a model of the user's own can fail in any way
@@ -134,6 +146,7 @@ def _contents(module: Encoder | Decoder, formats: Sequence[str]) -> dict[str, by
             f"the {module.name} can't be exported as a program ({type(error).__name__}: {problem[:200]}); "
             "export.formats=[] exports the weights alone"
         ) from error
+    return contents
 
 
 def _part(vae: VAE, without: str | None) -> VAE:
