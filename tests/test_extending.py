@@ -158,9 +158,10 @@ def test_a_posterior_that_is_not_diagonal_goes_through_every_command(
     images = torch.zeros(2, 1, *run.model.image_shape[1:])
     torch.testing.assert_close(run.encode(images).mean, run.model.infer(images).mean)
     report(run_dir)
-    assert (encode(run_dir, ["encode.split=test", "encode.latents=draws"]) / "index.json").is_file()
+    folder = encode(run_dir, ["encode.split=test"])
+    assert (folder / "index.json").is_file() and folder.name.endswith("_test_draws_seed_0")
     with pytest.raises(UserError, match=r"not means and variances alone: use encode\.latents=draws"):
-        encode(run_dir, ["encode.split=test"])
+        encode(run_dir, ["encode.split=test", "encode.latents=posterior"])
 
 
 class Masked(MLP):

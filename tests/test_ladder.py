@@ -251,8 +251,10 @@ def test_the_columns_of_levels_keep_the_first_ones_alone(run_dir: Path) -> None:
 
 def test_draws_are_encoded_and_posteriors_are_refused(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not means and variances alone: use encode\.latents=draws"):
-        encode(run_dir, ["train.threads=1", f"output={tmp_path}"])
-    folder = encode(run_dir, ["train.threads=1", f"output={tmp_path}", "encode.latents=draws", "encode.dtype=fp32"])
+        encode(run_dir, ["train.threads=1", f"output={tmp_path}", "encode.latents=posterior"])
+    assert not list(tmp_path.iterdir())
+    folder = encode(run_dir, ["train.threads=1", f"output={tmp_path}", "encode.dtype=fp32"])
+    assert folder.name.endswith("_train_draws_seed_0")
     (file,) = folder.glob("*.safetensors")
     assert load_file(file)["latents"].shape == (1000, 882)
 

@@ -161,8 +161,10 @@ class EncodeConfig:
     folder: str | None = option(
         None, "your own images to encode instead of the run's: a folder, a packed one or an array; all its images"
     )
-    latents: Literal["posterior", "draws"] = option(
-        "posterior", "posterior: mean and log-variance of each latent; draws: one draw from each image's posterior"
+    latents: Literal["auto", "posterior", "draws"] = option(
+        "auto",
+        "posterior: mean and log-variance of each latent; draws: one draw from each image's posterior; auto: "
+        "posterior, or draws if the posteriors are not means and variances alone, as those of a hierarchy",
     )
     seed: int = option(0, "seed of the draws", at_least=0)
     shard_images: int = option(

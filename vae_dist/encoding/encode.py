@@ -14,7 +14,7 @@ from vae_dist.data.source import Source
 from vae_dist.distributed import processes
 from vae_dist.distributed.world import World
 from vae_dist.encoding import folder, index, shards, statistics
-from vae_dist.encoding.latents import encode_images
+from vae_dist.encoding.latents import encode_images, with_latents
 from vae_dist.encoding.request import Request, folder_name, make_request
 from vae_dist.encoding.shards import File
 from vae_dist.evaluation import protocol
@@ -49,6 +49,7 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         options = config.encode
         images = world.main_first(lambda: choose(config.data, options.split, options.folder, "encode"))
         source = images.source
+        config = with_latents(config, vae, source)
         request = make_request(config, checkpoint, vae, source.info)
         world.assert_equal_everywhere(lambda: request.values)
         target = output / "latents" / folder_name(config, checkpoint, images)

@@ -1,6 +1,7 @@
 """The latents of some images, as a file holds them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,21 @@ from vae_dist.models.inputs import read_inputs
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Stream, standard_normal
+
+
+def with_latents(config: Config, vae: VAE, source: Source) -> Config:
+    """Settle `encode.latents=auto` by the posterior of one image.
+
+    Raises UserError for `posterior` if it is not means and variances alone.
+    """
+    with torch.inference_mode():
+        is_gaussian = type(vae.infer(*read_inputs(vae, source, range(1)))) is DiagonalGaussian
+    latents = config.encode.latents
+    if latents == "posterior" and not is_gaussian:
+        raise UserError("this model's posteriors are not means and variances alone: use encode.latents=draws")
+    if latents == "auto":
+        latents = "posterior" if is_gaussian else "draws"
+    return replace(config, encode=replace(config.encode, latents=latents))
 
 
 def encode_images(
@@ -43,8 +59,7 @@ def _encode_batch(vae: VAE, source: Source, config: Config, batch: range) -> dic
     with torch.inference_mode():
         posterior = vae.infer(*read_inputs(vae, source, batch))
         if config.encode.latents == "posterior":
-            if type(posterior) is not DiagonalGaussian:
-                raise UserError("this model's posteriors are not means and variances alone: use encode.latents=draws")
+            assert isinstance(posterior, DiagonalGaussian)
             return {"mean": posterior.mean.cpu(), "log_variance": posterior.log_variance.cpu()}
         # The noise belongs to an image's index.
         noise = standard_normal(config.encode.seed, Stream.ENCODING, 0, batch, vae.latent_dim)
