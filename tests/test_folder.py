@@ -318,6 +318,22 @@ def test_counts_are_logged_once(make_config: MakeConfig, tmp_path: Path) -> None
     log = (run_dir / "log.txt").read_text()
     assert log.count("25 training, 6 validation and 7 test images of 3 classes") == 1
     assert log.count("is packed in") == log.count(" pictures is packed in data/packed/pictures-") == 1  # no home's name
+    assert "not used" not in log
+
+
+def test_images_beside_the_parts_are_counted_in_one_warning(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_images(tmp_path / "pictures", [*PARTS, *numbered(3)])
+    common = [*COMMON, f"data.path={path}", f"data.root={tmp_path / 'data'}", "train.steps=2"]
+    run_dir = train(make_config("name=a", *common, "data.validation_images=null"))
+    warning = f"{path}: 3 of 41 images are in no folder of a part and are not used; move them into the folder of train"
+    assert (run_dir / "log.txt").read_text().count(warning) == 1
+    caplog.clear()
+    assert folder.all_images(of_folder(path)).info.count == 41  # an evaluation of this folder uses all
+    assert "not used" not in caplog.text
+    assert len(folder.pack(of_folder(path)).names) == 41
+    assert caplog.text.count(warning) == 1
 
 
 SLOW_TO_PACK = """

@@ -1,5 +1,6 @@
 """What the folders in a folder of images mean: the parts of the data set, and the classes of the images. N images."""
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from vae_dist.config.text import as_text
 from vae_dist.data.folder_index import FolderIndex
 from vae_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Folders of parts by name in lower case. They mean parts only where there is a folder of training images.
 PARTS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
@@ -59,6 +62,16 @@ def arrange(index: FolderIndex) -> Arrangement:
         numbers = np.array([number_of[name] for name in labels.classes], np.int64)
         values[parts[part].start : parts[part].stop] = numbers[labels.values]
     return Arrangement(parts, tuple(classes), values)
+
+
+def warn_of_unused(folder: str, count: int, parts: Mapping[str, range]) -> None:
+    """Log a warning of those of `count` images that are in none of the parts, if there are parts."""
+    if parts and (unused := count - sum(map(len, parts.values()))):
+        logger.warning(
+            "%s: %d of %d images are in no folder of a part and are not used; move them into the folder of training "
+            "images to use them",
+            folder, unused, count,
+        )  # fmt: skip
 
 
 def _folders(index: FolderIndex) -> list[str]:

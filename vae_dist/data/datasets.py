@@ -118,6 +118,8 @@ def log_sizes(config: DataConfig, training: Source, validation: Source) -> None:
             "%s: %d training, %d validation and %d test images%s",
             config.path, training.info.count, validation.info.count, _load(config, "test").info.count, classes,
         )  # fmt: skip
+    if config.name == "folder":
+        folder.log_unused(config)
 
 
 def _require_identity(config: DataConfig, info: DataInfo) -> None:

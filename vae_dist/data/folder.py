@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from vae_dist.config import DataConfig, as_text, expand
+from vae_dist.data.arrangement import warn_of_unused
 from vae_dist.data.folder_index import FolderIndex, advice, listed, refusal
 from vae_dist.data.image_set import ImageSet, decoded_set, packed_set
 from vae_dist.data.pack_file import INDEX, BadPackError, Pack, is_pack, open_pack
@@ -76,6 +77,12 @@ def all_images(config: DataConfig) -> Source:
     return _open(config).source
 
 
+def log_unused(config: DataConfig) -> None:
+    """Log a warning of the images that are in none of the parts."""
+    images = _open(config)
+    warn_of_unused(str(config.path), images.source.info.count, images.parts)
+
+
 def forget() -> None:
     """Look at the folder again when it is next used. Otherwise a process looks at it once."""
     _opened.cache_clear()
@@ -95,6 +102,7 @@ def pack(config: DataConfig) -> Pack:
     else:
         whole, done = _made_or_checked(request)
     _log_left_out(whole.refused)
+    warn_of_unused(str(request.path), len(whole.names), whole.arrangement.parts)
     seconds = time.monotonic() - started
     tables.table(
         f"{done} in {seconds:.1f} s: {whole.folder}",
