@@ -15,13 +15,18 @@ from tests.conftest import MakeConfig, newest_checkpoint, opened
 from tests.test_trainer import final, rows, timeless
 from vae_dist import config
 from vae_dist.data import datasets
-from vae_dist.data.source import read
+from vae_dist.data.source import every_label, read
+from vae_dist.distributed import processes
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import Mixture, Prior, StandardNormal
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.training.loop import train
+from vae_dist.views import plots
+from vae_dist.views.from_codes import manifold
+from vae_dist.views.from_images import scatter
+from vae_dist.views.latents import TrainedVAE
 from vae_dist.views.making import KINDS
 from vae_dist.views.sampling import sample
 
@@ -190,6 +195,18 @@ def test_every_kind_of_sample_is_drawn(kind: str, run_dir: Path) -> None:
     folder = sample(run_dir, [f"sample.kind={kind}", *given.get(kind, [])])
     tensors: dict[str, Any] = load_file(folder / "samples.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(("given", "named"), [([], "the prior"), (PRIOR, "N(0, I)")])
+def test_captions_call_n_0_i_the_prior_only_if_it_is(given: list[str], named: str, data_root: Path) -> None:
+    digits = ["data.name=synthetic_digits", "data.synthetic_images=600", f"data.root={data_root}"]
+    settings = config.load([*given, "model.latent_dim=2", "model.hidden_dims=[4]", *digits, "train.threads=1"])
+    with processes.join(settings) as world:
+        trained = TrainedVAE(build_vae(settings, (1, 28, 28)), settings, world)
+        caption, drawn, labels = manifold(trained).description, scatter(trained), every_label(trained.test)
+    assert f"evenly spaced quantiles of {named}: z0 to the right, z1 upwards" in caption
+    x, y = (f"z{axis}, in standard deviations of {named}" for axis in range(2))
+    assert drawn.draw() == plots.scatter(drawn.tensors["latents"], labels, x, y)
 
 
 def test_samples_come_from_it(run_dir: Path) -> None:

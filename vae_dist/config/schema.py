@@ -129,7 +129,7 @@ class SampleConfig:
     images: list[int] | None = option(
         None,
         "indices of test images: one to start from (neighbours, traversal), pairs (interpolation) or any number "
-        "(reconstruction, levels); null: start from the zero code, otherwise the first ten images",
+        "(reconstruction, levels); null: start from the origin, otherwise the first ten images",
         at_least=0,
     )
     labels: list[str] | None = option(

@@ -13,13 +13,13 @@ from torch import Tensor
 from vae_dist.errors import UserError
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, selection
-from vae_dist.views.latents import TrainedVAE, kl_name, prior_draws
+from vae_dist.views.latents import TrainedVAE, kl_name, prior_draws, scale_name
 from vae_dist.views.view import View, label_tensors, require_plane
 
 MAX_GRID_IMAGES = 1024  # more can't be told apart
 CODE_COLUMNS = 8
 SHORT_CODE = 3  # latents; a code of up to this size is written below its image
-TRAVERSAL_EXTENT = 3.0  # a latent goes from -3 to 3, which holds 99.7% of the prior
+TRAVERSAL_EXTENT = 3.0  # a latent goes from -3 to 3, which holds 99.7% of N(0, 1)
 
 
 def prior(trained: TrainedVAE) -> View:
@@ -163,7 +163,7 @@ def traversal(trained: TrainedVAE) -> View:
 
 
 def manifold(trained: TrainedVAE) -> View:
-    """Decode the plane of two latents at evenly spaced quantiles of the prior (Kingma and Welling 2013, figure 4).
+    """Decode the plane of two latents at evenly spaced quantiles of N(0, 1) (Kingma and Welling 2013, figure 4).
 
     Of more than two latents these are the two with the largest KL over the test images. The others are the origin's.
     """
@@ -189,8 +189,8 @@ def manifold(trained: TrainedVAE) -> View:
         largest = f"the two with the largest {kl_name(trained.vae)} over the test images"
         others = f" ({largest}, the others {_others(trained.origin)})"
     return View(
-        f"latent space at evenly spaced quantiles of the prior: z{across} to the right, z{up} upwards{others}"
-        f"{selection.as_class(trained, label)}",
+        f"latent space at evenly spaced quantiles of {scale_name(trained.vae)}: z{across} to the right, z{up} upwards"
+        f"{others}{selection.as_class(trained, label)}",
         {"images": decoded, "latents": latents, "axes": torch.tensor([across, up]), **label_tensors(labels)},
         draw,
     )

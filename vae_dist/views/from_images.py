@@ -11,7 +11,7 @@ from vae_dist.models.tensors import sizes
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
 from vae_dist.views.components import principal_components
-from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.latents import TrainedVAE, scale_name
 from vae_dist.views.view import View, label_tensors, require_plane
 
 
@@ -148,5 +148,5 @@ def scatter(trained: TrainedVAE) -> View:
             "directions": components.directions,
             "variance_shares": components.variance_ratios,
         }
-    x, y = (f"{name}, in standard deviations of the prior" for name in names)
+    x, y = (f"{name}, in standard deviations of {scale_name(trained.vae)}" for name in names)
     return View(description, tensors, lambda: plots.scatter(points, labels, x, y))

@@ -49,6 +49,11 @@ def kl_name(vae: VAE) -> str:
     return "KL" if vae.p_z.factorises else "KL from N(0, I)"
 
 
+def scale_name(vae: VAE) -> str:
+    """Name the distribution whose quantiles and standard deviations views use: N(0, I), whatever the prior is."""
+    return "the prior" if vae.p_z.factorises else "N(0, I)"
+
+
 @dataclass(frozen=True)
 class TrainedVAE:
     """A trained VAE with its data sets, and the processes that compute."""
