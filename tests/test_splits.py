@@ -195,7 +195,7 @@ def test_one_image_is_too_few() -> None:
 def test_a_test_part_of_the_set_is_taken_as_it_is() -> None:
     training, test = named(["a", "b"]), named(["c"])
     assert with_test_part(training, test, settings()) == (training, test)
-    with pytest.raises(UserError, match=r"has 1 test images of its own: leave out data.test_images"):
+    with pytest.raises(UserError, match=r"has 1 test images of its own: use data.test_images=null"):
         with_test_part(training, test, settings(test_images=1))
     with pytest.raises(UserError, match="matches none"):
         with_test_part(training, test, settings(group="x"))

@@ -31,7 +31,7 @@ def with_test_part(training: Source, test: Source | None, config: DataConfig) ->
         check_groups(names, config.group)
     if test is not None:
         if config.test_images is not None:
-            raise UserError(f"{config.path} has {test.info.count} test images of its own: leave out data.test_images")
+            raise UserError(f"{config.path} has {test.info.count} test images of its own: use data.test_images=null")
         return training, test
     if training.info.count < 2:
         raise UserError(f"{config.path} has one image; a training needs at least two, as one of them is a test image")
