@@ -200,9 +200,9 @@ def test_micro_batches_give_the_large_batch(adaptive: bool) -> None:
         batch = random_batch(whole.model)
         one, other = gradients_of(whole, batch), gradients_of(parts, batch)
         assert_close(other.of_weights, one.of_weights)
-        assert_close(other.of_verdict, one.of_verdict)
+        assert_close(other.of_adversarial, one.of_adversarial)
         torch.testing.assert_close(other.sums, one.sums, rtol=1e-5, atol=1e-6)
-        assert len(one.of_verdict) == adaptive
+        assert len(one.of_adversarial) == adaptive
 
 
 def test_the_perceptual_term_has_a_gradient(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_compiled_run_on_two_processes_trains_as_an_uncompiled_one(data_root: 
     [
         (["first_stage.perceptual=lpips.safetensors"], "LPIPS is not trained on"),
         (["first_stage.adversarial_start=3"], "there is no discriminator"),
-        ([*ADVERSARIAL, "first_stage.adversarial_start=5"], "never feels the discriminator"),
+        ([*ADVERSARIAL, "first_stage.adversarial_start=5"], "the loss never has its adversarial term"),
         (["first_stage.skip_norm=1e-6"], "no update was applied since the last record"),
         ([*ADVERSARIAL, "first_stage.adversarial_start=3", "first_stage.skip_norm=1e6"], None),
     ],

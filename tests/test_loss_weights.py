@@ -20,13 +20,13 @@ SIGMA = 0.04  # of the Laplace distribution, white is 1
 
 
 class Terms(NamedTuple):
-    """An image's reconstruction and image in [0, 1], LPIPS, the KL of each latent, and the verdict."""
+    """An image's reconstruction and image in [0, 1], LPIPS, the KL of each latent, and the adversarial loss."""
 
     output: Tensor
     image: Tensor
     lpips: Tensor
     kl: Tensor
-    verdict: Tensor
+    adversarial: Tensor
 
 
 def latent_diffusion(terms: Terms) -> Tensor:
@@ -41,9 +41,9 @@ def mean_l1(lpips: float, kl: float = 0) -> Callable[[Terms], Tensor]:
     return lambda terms: (2 * (terms.output - terms.image)).abs().mean() + lpips * terms.lpips + kl * terms.kl.sum()
 
 
-def mean_l2(lpips: float, verdict: float = 0) -> Callable[[Terms], Tensor]:
+def mean_l2(lpips: float, adversarial: float = 0) -> Callable[[Terms], Tensor]:
     return lambda terms: (
-        (2 * (terms.output - terms.image)).square().mean() + lpips * terms.lpips + verdict * terms.verdict
+        (2 * (terms.output - terms.image)).square().mean() + lpips * terms.lpips + adversarial * terms.adversarial
     )
 
 
@@ -55,7 +55,7 @@ def generative_models(terms: Terms) -> Tensor:
 
 def ta_titok(terms: Terms) -> Tensor:
     errors = (terms.output - terms.image).square().mean()
-    return errors + terms.lpips + 1e-6 * terms.kl.sum() + 0.1 * terms.verdict
+    return errors + terms.lpips + 1e-6 * terms.kl.sum() + 0.1 * terms.adversarial
 
 
 ROWS: list[tuple[str, Callable[[Terms], Tensor], tuple[int, int]]] = [  # pixels of a side, latents
@@ -105,8 +105,8 @@ def test_published_weights_are_converted_by_the_rule(index: int) -> None:
         error = (distance.abs() if reconstruction == "l1" else distance.square()).mean()
         weight = number(perceptual)
     fixed = 0.0 if "adaptive=true" in adversarial else number(adversarial.partition("adversarial_weight=")[2])
-    ours = error + weight * terms.lpips + number(kl) * terms.kl.mean() + fixed * terms.verdict
-    inputs = terms.output, terms.lpips, terms.kl, terms.verdict
+    ours = error + weight * terms.lpips + number(kl) * terms.kl.mean() + fixed * terms.adversarial
+    inputs = terms.output, terms.lpips, terms.kl, terms.adversarial
     expected = torch.autograd.grad(theirs(terms) / float(scale), inputs, materialize_grads=True, allow_unused=True)
     found = torch.autograd.grad(ours, inputs, materialize_grads=True, allow_unused=True)
     for one, other in zip(found, expected, strict=True):

@@ -4,8 +4,8 @@
 
 The network is that of configs/first_stage.yaml, on random images of 64 x 64, with LPIPS on random weights and a
 discriminator. The parts are plain loops of torch, each with a forward and a backward of its own: the autoencoder with
-absolute error, KL and Adam; LPIPS of given images; the verdict on given images; the discriminator with Adam. Prints
-medians with quartiles, and the ratio of the step to the sum of the parts.
+absolute error, KL and Adam; LPIPS of given images; the adversarial loss of given images; the discriminator with Adam.
+Prints medians with quartiles, and the ratio of the step to the sum of the parts.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from vae_dist.distributed.world import World
 from vae_dist.features.files import load
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
-from vae_dist.models.discriminator import hinge, verdict
+from vae_dist.models.discriminator import adversarial_loss, hinge
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe
 from vae_dist.training.loss_scaler import LossScaler
 
@@ -124,7 +124,7 @@ def _parts(config: Config, world: World, count: int, weights: Path) -> dict[str,
         given = fakes.clone().requires_grad_()
         with autocast():
             logits = discriminator(given)
-        torch.autograd.grad(verdict(logits).mean(), given)
+        torch.autograd.grad(adversarial_loss(logits).mean(), given)
 
     def discriminate() -> None:
         with autocast():
@@ -132,7 +132,7 @@ def _parts(config: Config, world: World, count: int, weights: Path) -> dict[str,
         _descend(hinge(real, fake).mean(), optimizers[1])
 
     return {
-        "autoencoder": autoencoder, "LPIPS": perceptual, "verdict": adversarial, "discriminator": discriminate,
+        "autoencoder": autoencoder, "LPIPS": perceptual, "adversarial loss": adversarial, "discriminator": discriminate,
     }  # fmt: skip
 
 

@@ -163,10 +163,10 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
             fakes = network.decode(posterior.sample()).sample
             pairs = zip(features(fakes), features(batch), lpips.heads, strict=True)
             perceptual = sum(((one - other).square().mean((2, 3)) @ head).mean() for one, other, head in pairs)
-            verdict = discriminator.verdict(critic(fakes)).mean()
+            adversarial = discriminator.adversarial_loss(critic(fakes)).mean()
         error = (fakes.float() - batch).abs().mean() + 0.1 * perceptual + 1e-6 * posterior.kl().mean()
-        norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (error, verdict)]
-        loss = error + 0.2 * (norms[0] / (norms[1] + 1e-6)).detach() * verdict
+        norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (error, adversarial)]
+        loss = error + 0.2 * (norms[0] / (norms[1] + 1e-6)).detach() * adversarial
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()

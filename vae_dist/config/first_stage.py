@@ -18,14 +18,18 @@ class FirstStageConfig:
     kl_weight: float = option(1e-6, "weight of the KL, a mean per latent dimension", at_least=0)
     perceptual_weight: float = option(0.0, "weight of LPIPS; 0: none", at_least=0)
     perceptual: str | None = option(None, "file of the network of LPIPS")
-    adversarial_weight: float = option(0.0, "weight of the discriminator's verdict; 0: no discriminator", at_least=0)
+    adversarial_weight: float = option(
+        0.0,
+        "weight of the adversarial loss, minus the mean logit of reconstructions; 0: no discriminator",
+        at_least=0,
+    )
     adaptive: bool = option(
         False,
         "multiply adversarial_weight by the ratio of two gradient norms at the decoder's last layer in the step "
         "before, that of the other terms by the adversarial one (Esser et al. 2021)",
     )
     adaptive_most: float = option(1e4, "largest ratio of these norms", above=0)
-    adversarial_start: int = option(0, "first step in which the autoencoder feels the discriminator", at_least=0)
+    adversarial_start: int = option(0, "first step whose loss has the adversarial term", at_least=0)
     adversarial_ramp: int = option(0, "steps over which the adversarial weight rises linearly from 0", at_least=0)
     head_start: int = option(0, "steps that the discriminator is trained before adversarial_start", at_least=0)
     discriminator_channels: int = option(64, "channels of the discriminator's first layer", at_least=1)

@@ -74,10 +74,10 @@ def parse(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: numbers in escapes and directives
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and mark.line else ""
-        verdict = "can't be used" if isinstance(error, ComposerError) else "is not valid YAML"
+        fault = "can't be used" if isinstance(error, ComposerError) else "is not valid YAML"
         parts = [getattr(error, name, None) for name in ("context", "problem", "reason")]
         problem = ", ".join(filter(None, parts)) or "a number in it is too large"
-        raise UserError(f"{source}{line} {verdict}: {truncate(problem)}") from error
+        raise UserError(f"{source}{line} {fault}: {truncate(problem)}") from error
 
 
 @lru_cache(maxsize=16)  # commands read a run's config more than once

@@ -23,7 +23,7 @@ _AT_ONCE = 2**24  # bytes that are hashed
 
 
 class Journal:
-    """The file of pixels in a folder, which grows by whole images, and the lines that vouch for them.
+    """The file of pixels in a folder, which grows by whole images, and the journal's lines, which record them.
 
     Each line says how many files are done, how many images they gave, the checksum of the images that are new since the
     line before, and the damaged files. The first line says what is packed: another one starts from the beginning.
@@ -33,7 +33,7 @@ class Journal:
         self.done = 0  # files, damaged ones included
         self.damaged: list[tuple[int, str]] = []
         self.digest = hashlib.sha256()  # of the pixels
-        self._rows = 0  # images that the journal vouches for
+        self._rows = 0  # images that the journal records
         self._new_rows, self._new_damaged, self._checksum = 0, 0, 0
         self._count = count  # files in all
         self._image_bytes = image_bytes
@@ -79,7 +79,7 @@ class Journal:
             self.commit()
 
     def commit(self) -> None:
-        """Vouch for what was appended."""
+        """Record in the journal what was appended."""
         self._pixels.flush()
         line = [self.done, self._new_rows, self._checksum, self.damaged[self._new_damaged :]]
         self._journal.write((json.dumps(line) + "\n").encode())
@@ -88,7 +88,7 @@ class Journal:
         self._committed_at = time.monotonic()
 
     def _accept(self, line: str) -> bool:
-        """Take over what a line of a killed packing vouches for, if the pixels are there."""
+        """Take over what a line of a killed packing records, if the pixels are there."""
         try:
             done, rows, checksum, damaged = json.loads(line)
         except (ValueError, TypeError, RecursionError):  # the last line may be cut off

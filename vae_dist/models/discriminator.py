@@ -64,7 +64,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (_mean(torch.relu(1 - real)) + _mean(torch.relu(1 + fake)))
 
 
-def verdict(fake: Tensor) -> Tensor:
+def adversarial_loss(fake: Tensor) -> Tensor:
     """Return the autoencoder's adversarial loss of each image from logits `(B, h, w)`: `(B,)`."""
     return -_mean(fake)
 

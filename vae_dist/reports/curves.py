@@ -15,7 +15,7 @@ _ERRORS = {
     "l2": "mean squared error per pixel value",
     "likelihood": "\u2212log p(x|z), nats per pixel value",
 }
-_FELT, _TRAINED = "adversarial_weight", "discriminator_trains"
+_WEIGHTED, _TRAINED = "adversarial_weight", "discriminator_trains"
 
 
 class Curves(NamedTuple):
@@ -85,7 +85,7 @@ def _plans(config: Config) -> Sequence[_Plan]:
         _Plan("Reconstruction error", error_unit(config), "reconstruction_error"),
         _Plan("Perceptual distance", "LPIPS, before its weight", "perceptual"),
         _Plan("Mean KL", "nats per latent, before its weight", "kl_per_latent"),
-        _Plan("Adversarial term", "minus the mean logit of fakes", "adversarial", since=_FELT),
+        _Plan("Adversarial term", "minus the mean logit of fakes", "adversarial", since=_WEIGHTED),
         _Plan("Negative ELBO", "nats per image", "negative_elbo"),
         _Plan("Reconstruction", "nats per image", "reconstruction"),
         _Plan("KL", "nats per image", "kl"),
@@ -97,7 +97,7 @@ def _plans(config: Config) -> Sequence[_Plan]:
             "Logits", "means over patches", "logits", {"real": "logits_real", "fake": "logits_fake"}, since=_TRAINED
         ),
         _Plan("Adversarial weight", "before its factor", "adversarial_weight"),
-        _Plan("Adversarial factor", "ratio of gradient norms", "adversarial_factor", since=_FELT, idle="1.00"),
+        _Plan("Adversarial factor", "ratio of gradient norms", "adversarial_factor", since=_WEIGHTED, idle="1.00"),
         _Plan("Gradient norm", "before clipping", "grad_norm"),
         _Plan("Discriminator gradient norm", "before clipping", "discriminator_grad_norm", since=_TRAINED),
         _Plan("Spikes", "skipped for their norm, part of all updates", "spikes", idle="0"),

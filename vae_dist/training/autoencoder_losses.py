@@ -11,7 +11,7 @@ from torch.func import functional_call, grad
 
 from vae_dist.config import FirstStageConfig
 from vae_dist.features.lpips import LPIPS
-from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, verdict
+from vae_dist.models.discriminator import PatchDiscriminator, accuracy, adversarial_loss, hinge
 from vae_dist.models.likelihoods import LocationScaleKind
 from vae_dist.models.tensors import at_least_float32
 from vae_dist.models.vae import VAE
@@ -19,7 +19,7 @@ from vae_dist.training.differentiate import Autocast, Losses
 
 
 class AutoencoderLosses:
-    """The losses of an autoencoder: reconstruction, KL, LPIPS, and the verdict of a discriminator."""
+    """The losses of an autoencoder: reconstruction, KL, LPIPS, and the adversarial loss."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class AutoencoderLosses:
     ) -> Losses:
         """Return the losses of images `(b, C, H, W)` in [0, 1], and reconstructions in [-1, 1] as output.
 
-        `strength` `()` weighs the verdict, `others` are the discriminator's weights. With an adaptive weight the probe
-        is the verdict.
+        `strength` `()` weighs the adversarial loss, `others` are the discriminator's weights. With an adaptive weight
+        the probe is the adversarial loss.
         """
         inference = vae(images, noise, labels)
         location = at_least_float32(inference.likelihood.location)
@@ -64,7 +64,7 @@ class AutoencoderLosses:
             values["loss"] = loss = loss + self._options.perceptual_weight * values["perceptual"]
         if self._discriminator is None:
             return Losses(values, (fakes,))
-        values["adversarial"] = adversarial = self._verdict(fakes, others)
+        values["adversarial"] = adversarial = self._adversarial_loss(fakes, others)
         values["loss"] = loss + strength * adversarial
         return Losses(values, (fakes,), adversarial if self._options.adaptive else None)
 
@@ -75,10 +75,10 @@ class AutoencoderLosses:
         distance = location - images
         return (distance.abs() if self._options.reconstruction == "l1" else distance.square()).flatten(1).mean(1)
 
-    def _verdict(self, fakes: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """The discriminator's verdict `(b,)` on reconstructions, with a gradient by them that is computed right here.
+    def _adversarial_loss(self, fakes: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """The adversarial loss `(b,)` of reconstructions, with a gradient by them that is computed right here.
 
-        However often the verdict is differentiated, the discriminator's backward pass runs once. Its weights are
+        However often the loss is differentiated, the discriminator's backward pass runs once. Its weights are
         constants: no gradient of theirs is computed, and none can leak into its own step.
         """
         discriminator = self._discriminator
@@ -86,14 +86,14 @@ class AutoencoderLosses:
         names = [name for name, _ in discriminator.named_parameters()]
         constants = dict(zip(names, (weight.detach() for weight in weights), strict=True))
 
-        def judged(images: Tensor) -> tuple[Tensor, Tensor]:
+        def sum_and_losses(images: Tensor) -> tuple[Tensor, Tensor]:
             with self._autocast():
                 logits = functional_call(discriminator, constants, images)
-            verdicts = verdict(logits)
-            return verdicts.sum(), verdicts
+            losses = adversarial_loss(logits)
+            return losses.sum(), losses
 
-        slope, verdicts = grad(judged, has_aux=True)(fakes.detach())
-        return verdicts.detach() + ((fakes - fakes.detach()) * slope.detach()).flatten(1).sum(1)
+        slope, losses = grad(sum_and_losses, has_aux=True)(fakes.detach())
+        return losses.detach() + ((fakes - fakes.detach()) * slope.detach()).flatten(1).sum(1)
 
 
 def discriminator_losses(discriminator: Callable[..., Tensor], images: Tensor, fakes: Tensor) -> Losses:

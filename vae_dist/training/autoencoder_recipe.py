@@ -44,7 +44,7 @@ class Gradients(NamedTuple):
 
     loss: Tensor  # (), of both networks
     sums: Tensor  # (n,), of the image values of this process
-    of_verdict: Sequence[Tensor]  # of an adaptive weight: of the verdict alone, at the decoder's last layer
+    of_adversarial: Sequence[Tensor]  # if its weight is adaptive: of the adversarial loss, at the decoder's last layer
     of_weights: Sequence[Tensor]  # the autoencoder's, then the discriminator's
 
 
@@ -141,7 +141,7 @@ class AutoencoderRecipe:
         strength = (named.get("adversarial_weight", 0) * factor).to(self._vae.dtype)
         if self._not_agreed_on:
             self._agree_on_programs(batch, strength)
-        loss, sums, of_verdict, means = self._averaged(batch, strength)
+        loss, sums, of_adversarial, means = self._averaged(batch, strength)
         split = len(self._optimizer.parameters)
         norm, ours = clip(means[:split], self._config.optim.max_grad_norm)
         most = self._options.skip_norm
@@ -158,7 +158,7 @@ class AutoencoderRecipe:
         if self._discriminator_optimizer is not None:
             waits = torch.maximum(skip, 1 - named["discriminator_trains"].float())
             self._discriminator_optimizer.step(others, learning_rate * self._options.discriminator_rate, waits)
-        self._remember([(means[self._last] - strength * part, part) for part in of_verdict], healthy, spike)
+        self._remember([(means[self._last] - strength * part, part) for part in of_adversarial], healthy, spike)
         if self._ema is not None:
             self._ema.update(named["ema_decay"], skip)
 
@@ -174,8 +174,8 @@ class AutoencoderRecipe:
     def _remember(self, at_last: Sequence[tuple[Tensor, Tensor]], healthy: Tensor, spike: Tensor) -> None:
         """Keep the norms of the gradients at the last layer, unless they are not finite, and count a spike.
 
-        They are those of all other terms, and of the verdict. A spike may lower the next step's weight, which may have
-        been its cause, but never raises it: images without an update would have an effect through it.
+        They are those of all other terms, and of the adversarial loss. A spike may lower the next step's weight, which
+        may have been its cause, but never raises it: images without an update would have an effect through it.
         """
         for parts in at_last:
             norms = torch.stack([torch.linalg.vector_norm(part) for part in parts]).float()
@@ -186,12 +186,15 @@ class AutoencoderRecipe:
     def _averaged(self, batch: Batch, strength: Tensor) -> Gradients:
         """Return the means of the gradients and of the loss over the processes."""
         own = self.gradients(batch, strength)
-        means, loss = average_gradients([*own.of_verdict, *own.of_weights], own.loss, self._world)
-        count = len(own.of_verdict)
+        means, loss = average_gradients([*own.of_adversarial, *own.of_weights], own.loss, self._world)
+        count = len(own.of_adversarial)
         return Gradients(loss, own.sums, means[:count], means[count:])
 
     def gradients(self, batch: Batch, strength: Tensor) -> Gradients:
-        """Return the gradients of the shard, summed over its micro-batches; `strength` `()` weighs the verdict."""
+        """Return the gradients of the shard, summed over its micro-batches.
+
+        `strength` `()` weighs the adversarial loss.
+        """
         totals: Sequence[Tensor] = []
         weights = [*self._optimizer.weights, *(self.discriminator.parameters() if self.discriminator else ())]
         for number in range(self._config.train.accumulate):
@@ -218,7 +221,7 @@ class AutoencoderRecipe:
         strength: Tensor,
         *weights: Tensor,
     ) -> Sequence[Tensor]:
-        """Return [loss, sums, *of_verdict, *of_weights] of uint8 pixels; the weights are both networks'."""
+        """Return [loss, sums, *of_adversarial, *of_weights] of uint8 pixels; the weights are both networks'."""
         images, one = self._vae.to_input(pixels), torch.ones_like(strength)
         split = len(self._optimizer.weights)
         own, others = weights[:split], weights[split:]
@@ -231,6 +234,6 @@ class AutoencoderRecipe:
 
     def _agree_on_programs(self, batch: Batch, strength: Tensor) -> None:
         """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""
-        loss, _, of_verdict, means = self._averaged(batch, strength)
-        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_verdict, *means, loss])
+        loss, _, of_adversarial, means = self._averaged(batch, strength)
+        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_adversarial, *means, loss])
         self._not_agreed_on = []

@@ -91,7 +91,7 @@ def warn_of_idle_terms(options: FirstStageConfig, last_step: int) -> None:
         logger.warning("there is no discriminator: its schedule is given, and first_stage.adversarial_weight is 0")
     if options.adversarial_weight and options.adversarial_start >= last_step:
         logger.warning(
-            "the autoencoder never feels the discriminator: first_stage.adversarial_start=%d, and the run has %d steps",
+            "the loss never has its adversarial term: first_stage.adversarial_start=%d, and the run has %d steps",
             options.adversarial_start,
             last_step,
         )
