@@ -211,7 +211,7 @@ def test_numbers_that_are_not_finite_are_never_published(make_config: MakeConfig
     config = make_config()
     parts = trained(config)
     parts.optimizer.state_dict()["encoder.layers.0.weight.exp_avg"].view(-1)[0] = torch.nan
-    with pytest.raises(RunError, match="after step 7 are not finite; they are not saved"):
+    with pytest.raises(RunError, match=r"7 are not finite; they are not saved\. Start a new run with a lower"):
         RunDirectory(tmp_path / "run").save(config, parts, TrainingState(7))
     assert newest_checkpoint(tmp_path / "run") is None
 
@@ -557,6 +557,14 @@ def test_a_malformed_manifest_or_state_is_refused(content: bytes, make_config: M
         if (name, content) != ("state.json", b"{}"):
             with pytest.raises(BadCheckpointError):
                 Checkpoint(folder).verify()
+
+
+def test_another_format_is_refused_with_a_remedy(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    with pytest.raises(BadCheckpointError, match="has format 3, and this version reads 2; use the version of vae_dist"):
+        Checkpoint(folder).verify()
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_loaded(make_config: MakeConfig, tmp_path: Path) -> None:

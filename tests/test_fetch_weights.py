@@ -106,7 +106,7 @@ def test_a_pickle_that_does_more_than_hold_tensors_is_never_run(server: FileServ
 def test_tensors_of_another_network_are_refused(server: FileServer, tmp_path: Path) -> None:
     _, heads = small_tensors()
     small = table(server, {"heads.pth": saved(heads)})
-    with pytest.raises(UserError, match=r"do not hold the weights of lpips_vgg: vgg.0.bias is missing"):
+    with pytest.raises(UserError, match=r"not hold the weights of lpips_vgg: vgg.0.bias is missing; install another"):
         fetch([f"output={tmp_path}"], small)
     assert "lpips_vgg.safetensors" not in left(tmp_path)
 

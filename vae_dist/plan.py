@@ -109,7 +109,10 @@ def standard_normals(draws: Draws, device: torch.device = CPU, compiled: bool = 
 
 
 def bits(draws: Draws, device: torch.device = CPU, compiled: bool = False) -> Tensor:
-    """Draw `uniform_bits` at each of several steps, int32 whose bits are unsigned; `compiled` as there."""
+    """Draw `uniform_bits` at each of several steps, int32 whose bits are unsigned.
+
+    `compiled` is as in `standard_normals`.
+    """
     if _has_numpy(device):
         each = [uniform_bits(draws.seed, draws.stream, step, draws.rows, draws.columns) for step in draws.steps]
         return torch.from_numpy(np.stack(each)).view(torch.int32)

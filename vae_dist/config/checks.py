@@ -200,7 +200,10 @@ def _check_size(config: Config) -> None:
     nested = asdict(config)
     largest = yaml_text.MAX_BYTES // 2  # YAML takes less than twice the room of JSON
     if _count(nested) > yaml_text.MAX_VALUES or len(json.dumps(nested)) > largest:
-        raise UserError(f"the config is too large: {yaml_text.MAX_VALUES} values and {largest} characters are the most")
+        raise UserError(
+            f"the config is too large: {yaml_text.MAX_VALUES} values and {largest} characters are the most; shorten "
+            "its lists"
+        )
 
 
 def _count(value: Any) -> int:

@@ -24,8 +24,8 @@ _ASIDE_KEYS = (
 # A resumed run may change these. Its length matters to some schedules (`resume`).
 _RESUMABLE_KEYS = (*_ASIDE_KEYS, "first_stage.perceptual", "train.epochs", "train.steps", "train.precision")
 
-# Keys of `data` that the start of a run resolves if they are null.
-_RESOLVED_KEYS = ("image_shape", "validation_images", "test_images", "size", "channels", "identity", "classes")
+# Keys of `data` that are the stored run's when it is resumed with null.
+_INHERITED_KEYS = ("image_shape", "validation_images", "test_images", "size", "channels", "identity", "classes")
 
 # A comparison does not tell runs apart by these.
 _SAME_RUN_KEYS = (*_ASIDE_KEYS, "data.image_shape", "data.classes")
@@ -45,7 +45,7 @@ def resume(config: Config, stored: Config) -> Config:
     )
     if config.data.name == "auto":
         merged.data.name = stored.data.name
-    for key in _RESOLVED_KEYS:
+    for key in _INHERITED_KEYS:
         if getattr(config.data, key) is None:
             setattr(merged.data, key, getattr(stored.data, key))
     if config.objective.sigma is None:

@@ -166,7 +166,10 @@ def _fetch_one(path: Path, weights: Weights, mirror: str | None) -> None:
         expected = weights.network()().state_dict()
     converted = weights.convert(tensors)
     if problem := files.unfit(converted, expected):
-        raise UserError(f"the published files do not hold the weights of {path.stem}: {problem}")
+        raise UserError(
+            f"the published files do not hold the weights of {path.stem}: {problem}; install another version of "
+            "torchvision, which has the network"
+        )
     write_atomically(path, save({name: converted[name].contiguous() for name in expected}))
     for source in sources:
         source.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def traced(input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     """GroupNorm of activations `(B, c, ...)` in single operations, which a compiler fuses with their neighbours.
 
     Moments are of each channel first, whose values lie in rows in either order of memory, and then of a group, by the
-    rule for the variance of a union (Chan, Golub and LeVeque 1979). They are in float32 at least.
+    rule for the variance of a union (Chan, Golub and LeVeque 1983). They are in float32 at least.
     """
     values, pixels = at_least_float32(input), tuple(range(2, input.ndim))
     variances, means = torch.var_mean(values, pixels, correction=0)

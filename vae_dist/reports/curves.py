@@ -101,7 +101,7 @@ def _plans(config: Config) -> Sequence[_Plan]:
         _Plan("Gradient norm", "before clipping", "grad_norm"),
         _Plan("Discriminator gradient norm", "before clipping", "discriminator_grad_norm", since=_TRAINED),
         _Plan("Spikes", "skipped for their norm, part of all updates", "spikes", idle="0"),
-        _Plan("Learning rate", "Adam's", "learning_rate"),
+        _Plan("Learning rate", "of the optimizer", "learning_rate"),
         _Plan("Beta", "weight of the KL in the loss", "beta", idle="1.00"),
         _Plan("Speed", "images per second", "images_per_second"),
     )  # fmt: skip

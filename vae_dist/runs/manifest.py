@@ -82,7 +82,10 @@ def read(folder: Path) -> Manifest:
     with open_small(path) as file:
         values = parse(file.read(), path)
     if values.get("format") != FORMAT:
-        raise BadCheckpointError(f"{folder} has format {str(values.get('format'))[:20]}; this version reads {FORMAT}")
+        raise BadCheckpointError(
+            f"{folder} has format {str(values.get('format'))[:20]}, and this version reads {FORMAT}; use the version "
+            "of vae_dist that wrote it"
+        )
     step, files = values.get("step"), values.get("files")
     if type(step) is not int or not isinstance(files, dict):
         raise BadCheckpointError(f"{path} is not a checkpoint's manifest")

@@ -134,7 +134,10 @@ class RunDirectory:
                     logger.warning("skipping a checkpoint: %s", error)
         if folders:
             where = self.directory / "checkpoints"
-            raise UserError(f"all checkpoints in {where} are damaged; nothing was started or changed")
+            raise UserError(
+                f"all checkpoints in {where} are damaged; nothing was started or changed. Put an intact copy of one "
+                "there, or train under another name"
+            )
         return None
 
     def best(self, names: Collection[str] | None = None) -> Checkpoint | None:

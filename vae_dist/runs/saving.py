@@ -40,7 +40,10 @@ def save_checkpoint(run_dir: Path, config: Config, trained: Trained, state: Trai
     parts = {**trained.networks, **trained.optimizers}
     tensors = {f"{name}.safetensors": on_cpu(part.state_dict()) for name, part in parts.items()}
     if not all(all_finite(part.values()) for part in tensors.values()):
-        raise RunError(f"the weights or moments after step {state.step} are not finite; they are not saved")
+        raise RunError(
+            f"the weights or moments after step {state.step} are not finite; they are not saved. Start a new run with "
+            "a lower optim.learning_rate or a smaller optim.max_grad_norm"
+        )
     try:
         temporary.mkdir(parents=True)
         contents = {
