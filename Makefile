@@ -4,7 +4,7 @@
 #   LAUNCH   where it runs                       make train LAUNCH=launch/cpu.yaml
 #   RUN      a run's directory or a checkpoint   make eval RUN=runs/mine; several for make compare
 #   ARGS     key=value options                   make train ARGS="model.latent_dim=20 name=mine"
-#   DATA     the folder of MNIST for `make bench`
+#   DATA     the folder of MNIST for `make bench`, `gpu` and `notebooks`
 #   WORKERS  how many processes share the tests
 #   KILLS    how often `make chaos` kills
 #   PYTHON   the Python of your own environment, with its own build of torch, instead of .venv

@@ -7,7 +7,7 @@ FILE.yaml    options of the training; only runs_dir is used
 key=value    one option, such as runs_dir=FOLDER
 --help       print this and exit
 
-Each entry of the list is a training, an evaluation or a drawing of samples: the run's name, the entry's number in
+Each entry of the list is a training, an evaluation or a set of samples: the run's name, the entry's number in
 order of time, its kind, and its start time. A run that was resumed has an entry for each part of its training.
 """
 

@@ -24,7 +24,7 @@ class DataConfig:
     validation_images: int | None = option(
         None,
         "training images held out for validation; 0: train on all; null: a tenth of them, at most 5000, unless "
-        "data.path has a validation part",
+        "the set has a validation part of its own",
         at_least=0,
     )
     binarize: Literal["none", "threshold", "dynamic"] = option(

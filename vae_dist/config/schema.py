@@ -118,7 +118,7 @@ class SampleConfig:
         "if sample.codes is given, otherwise prior",
     )
     count: int = option(64, "images to draw (prior)", at_least=1)
-    seed: int = option(0, "seed of the draws (prior, neighbours, reconstruction)", at_least=0)
+    seed: int = option(0, "seed of the draws (prior, neighbours, reconstruction, drawn pixels)", at_least=0)
     sampler: Literal["prior", "mixture"] = option(
         "prior", "source of the latents (prior); mixture: Gaussians fitted to the posteriors of the training images"
     )
@@ -203,12 +203,12 @@ class Config:
     seed: int = option(0, "seed of weights, batches and noise", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     output: str | None = option(
-        None, "folder for results of evaluation, sampling, encoding and export; null: the run's directory"
+        None, "folder for results of evaluation, sampling, encoding, export and reports; null: the run's directory"
     )
     weights: Literal["ema", "raw"] = option(
         "ema",
-        "weights that evaluation, samples and reports use: ema: the moving average if the run has one, otherwise the "
-        "trained weights; raw: the trained weights",
+        "weights that evaluation, samples, latents, exports and reports use: ema: the moving average if the run has "
+        "one, otherwise the trained weights; raw: the trained weights",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=MLPConfig)  # that of the architecture
