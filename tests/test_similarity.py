@@ -142,7 +142,9 @@ def test_an_evaluation_has_ssim_and_the_lpips_of_a_file(run_dir: Path, weights: 
     for name, values in {"ssim": ssim, "lpips": distances}.items():
         assert result[name] == pytest.approx(values.mean().item(), rel=1e-5)
         assert result["standard_errors"][name] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-4)
-    [table] = (run_dir / "evaluations").glob("*.csv")  # of the last evaluation
+    kept = sorted((run_dir / "evaluations").glob("*.json"))
+    assert [json.loads(path.read_text()) for path in kept] == [without, result]
+    [table] = (run_dir / "evaluations").glob("*_lpips.csv")
     rows = {int(row["name"]): row for row in csv.DictReader(table.read_text().splitlines())}
     for name, values in {"ssim": ssim, "lpips": distances}.items():
         torch.testing.assert_close(
@@ -321,5 +323,5 @@ def test_an_evaluation_has_the_rfid_and_the_fid_of_a_file_on_any_number_of_proce
         jobs.write_text(json.dumps([("evaluate", str(run_dir), [*arguments, f"output={tmp_path / str(size)}"])]))
         ended = fork_server.launch(size, str(REPOSITORY / "tests/worker.py"), str(jobs))
         assert [process.returncode for process in ended] == [0] * size
-        (kept,) = (tmp_path / str(size) / "evaluations").glob("*.json")
+        (kept,) = (tmp_path / str(size) / "evaluations").glob("*_rfid_fid5.json")
         assert json.loads(kept.read_text()) == alone

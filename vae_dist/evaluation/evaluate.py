@@ -100,9 +100,18 @@ def _record(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _name(result: Mapping[str, Any], images: str, *, raw: bool) -> str:
-    """Return the name under which an evaluation is kept; `raw` if the run has a moving average, but was not used."""
-    samples = f"_k{result['importance_samples']}" if result["importance_samples"] else ""
-    return f"step_{result['step']:08d}_{images}{samples}{'_raw' if raw else ''}"
+    """Return the name under which an evaluation is kept: one without a metric never replaces one that has it.
+
+    `raw` if the run has a moving average, but was not used.
+    """
+    parts = {
+        f"k{result['importance_samples']}": bool(result["importance_samples"]),
+        "lpips": "lpips" in result,
+        "rfid": "rfid" in result,
+        f"fid{result.get('fid_samples')}": "fid" in result,
+        "raw": raw,
+    }
+    return "_".join([f"step_{result['step']:08d}", images, *(part for part, has in parts.items() if has)])
 
 
 def _write(output: Path, result: Mapping[str, Any], names: Sequence[str], files: Mapping[str, bytes | None]) -> None:
