@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeConfig
+from tests.conftest import REPOSITORY, MakeConfig
 from tests.test_tracking import inspect, tracked
 from vae_dist.config import load_study
 from vae_dist.errors import UserError
@@ -168,3 +170,13 @@ def test_without_records_one_message_gives_the_remedy(record: Path, tmp_path: Pa
     (tmp_path / "runs/.wandb").touch()
     with pytest.raises(UserError, match=r"can't write to .*runs/\.wandb \(File exists\)"):
         wandb_records.browse(tmp_path / "runs")
+
+
+@pytest.mark.usefixtures("record")
+def test_without_a_terminal_one_message_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vae_dist", "runs", f"runs_dir={tmp_path / 'runs'}"]
+    ended = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True, cwd=REPOSITORY
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: W&B's browser needs a terminal") and ended.stderr.count("\n") == 1

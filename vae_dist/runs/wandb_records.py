@@ -53,14 +53,27 @@ def mark(folder: Path, kind: Kind) -> None:
 def browse(runs_dir: Path) -> NoReturn:
     """Replace this process by W&B's browser over the runs' records. It sends nothing.
 
-    Raises UserError if there is no record, if wandb is not installed, or if the list can't be made.
+    Raises UserError if there is no record or no terminal, if wandb is not installed, or if the list can't be made.
     """
     if not is_installed():
         raise UserError("wandb is not installed, and its browser shows the runs; pip install wandb")
     listed = str(make_list(runs_dir).absolute())  # begins with a slash, so it is never taken for an option
+    if not _has_terminal():
+        raise UserError("W&B's browser needs a terminal; `vae-dist report RUN` writes a page about a run without one")
     command = [sys.executable, "-m", "wandb", "leet", listed]
     # Online, the client would report its errors and its use.
     os.execve(sys.executable, command, {**os.environ, "WANDB_MODE": "offline"})
+
+
+def _has_terminal() -> bool:
+    """Whether keys can be read: from stdin, or from the terminal that this process belongs to."""
+    if os.isatty(0):
+        return True
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def make_list(runs_dir: Path) -> Path:
