@@ -1,7 +1,8 @@
 """Encode a data set with a trained VAE: its latents go to files.
 
 vae-dist encode [RUN] [key=value ...]
-python vae_dist/encode.py [RUN] [key=value ...]
+accelerate launch -m vae_dist encode [RUN] [key=value ...]
+accelerate launch vae_dist/encode.py [RUN] [key=value ...]
 
 RUN         a run's directory, or one of its checkpoints; by default the newest run in runs_dir
 key=value   one of the options below, none of which belongs to the training
