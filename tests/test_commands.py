@@ -102,7 +102,7 @@ def test_without_data_and_network_the_embedded_digits_are_used(
         (COMPARE, "--seed", "unknown option --seed"),
         (COMPARE, "evaluate.batch_size=7", "nothing to compare; name some runs"),
         (STUDY, "model.latnt_dim=2,5", "did you mean model.latent_dim"),
-        (STUDY, "objective.reconstruction=bernoulli,gausian", "unknown reconstruction 'gausian'"),
+        (STUDY, "objective.reconstruction=bernoulli,gausian", "unknown objective.reconstruction 'gausian'"),
         (REPORT, "nowhere", "there is no run at nowhere"),
         (REPORT, "model.latent_dim=3", "there is no trained run in runs"),
         (EXPORT, "nowhere", "there is no run at nowhere"),

@@ -625,9 +625,9 @@ def test_a_finished_study_is_compared_as_its_arguments_say(make_study: MakeStudy
 
 
 def test_a_study_is_refused_before_it_trains_anything(make_study: MakeStudy) -> None:
-    with pytest.raises(UserError, match="unknown reconstruction 'gausian'"):
+    with pytest.raises(UserError, match=r"unknown objective\.reconstruction 'gausian'"):
         study(make_study("objective.reconstruction=bernoulli,gausian"))
-    with pytest.raises(UserError, match="unknown dataset 'mnits'"):
+    with pytest.raises(UserError, match=r"unknown data\.name 'mnits'"):
         study(make_study("data.name=synthetic_digits,mnits"))
     assert not Path("runs").exists()
 

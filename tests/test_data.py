@@ -190,13 +190,15 @@ def test_more_validation_images_than_there_are_is_refused(data_root: Path) -> No
 
 
 def test_an_unknown_name_lists_the_choices() -> None:
-    with pytest.raises(UserError, match=r"unknown dataset 'mnits'; choose from array, fashion_mnist, .*kmnist, mnist"):
+    with pytest.raises(
+        UserError, match=r"unknown data\.name 'mnits'; choose from array, fashion_mnist, .*kmnist, mnist"
+    ):
         datasets.check_name("mnits")
 
 
 def test_an_evaluations_data_set_has_a_known_name_and_shape(data_root: Path) -> None:
     for load_part in (datasets.load_test, datasets.load_training):
-        with pytest.raises(UserError, match="unknown dataset 'mnits'"):
+        with pytest.raises(UserError, match=r"unknown data\.name 'mnits'"):
             load_part(settings(data_root, name="mnits"))
         with pytest.raises(UserError, match="name the data set"):
             load_part(settings(data_root, name="auto"))

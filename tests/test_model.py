@@ -132,9 +132,11 @@ def test_the_likelihood_is_the_configs() -> None:
 
 
 def test_unknown_names_list_the_choices() -> None:
-    with pytest.raises(UserError, match=r"unknown reconstruction 'bernouli'; choose from bernoulli, .*gaussian"):
+    with pytest.raises(
+        UserError, match=r"unknown objective\.reconstruction 'bernouli'; choose from bernoulli, .*gaussian"
+    ):
         build_vae(make("objective.reconstruction=bernouli"), (1, 4, 4))
-    with pytest.raises(UserError, match="unknown prior 'normal'; choose from mixture, standard_normal"):
+    with pytest.raises(UserError, match=r"unknown model\.prior 'normal'; choose from mixture, standard_normal"):
         build_vae(make("model.prior=normal"), (1, 4, 4))
 
 

@@ -457,7 +457,7 @@ def test_a_directory_deleted_during_the_run_is_named(make_config: MakeConfig, mo
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["data.name=mnits"], "unknown dataset 'mnits'"),
+        (["data.name=mnits"], "unknown data.name 'mnits'"),
         (["train.precision=fp16"], "fp16 needs a CUDA GPU"),
         (["train.precision=tf32"], "tf32 needs a CUDA GPU"),
         (["device=cuda"], "device=cuda can't be used"),

@@ -33,7 +33,7 @@ def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def check_name(name: str) -> None:
     """Raise UserError for an unknown data set."""
     if name != "auto" and name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}")
+        raise UserError(f"unknown data.name {name!r}; choose from {', '.join(sorted(DATASETS))}")
 
 
 def load_training_set(config: DataConfig) -> Source:

@@ -17,12 +17,12 @@ MOST_CHANNELS = 4  # that a PNG file has
 def check_names(config: Config) -> None:
     """Raise UserError for an unknown prior or likelihood, and for a scale or images that the likelihood can't have."""
     named: dict[str, tuple[str, Collection[str]]] = {
-        "prior": (config.model.prior, PRIORS),
-        "reconstruction": (config.objective.reconstruction, LIKELIHOODS),
+        "model.prior": (config.model.prior, PRIORS),
+        "objective.reconstruction": (config.objective.reconstruction, LIKELIHOODS),
     }
-    for what, (name, known) in named.items():
+    for key, (name, known) in named.items():
         if name not in known:
-            raise UserError(f"unknown {what} {name!r}; choose from {', '.join(sorted(known))}")
+            raise UserError(f"unknown {key} {name!r}; choose from {', '.join(sorted(known))}")
     kind, data = likelihood_kind(config.objective), config.data
     if data.binarization != "none" and not kind.takes_binary:
         cause, remedy = f"data.binarize={data.binarize} leaves", "data.binarize=none, or "
