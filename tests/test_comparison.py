@@ -94,6 +94,17 @@ def test_runs_are_labelled_by_the_settings_that_differ(make_run: MakeRun, pair: 
     ]
 
 
+def test_the_console_names_the_runs_if_their_pictures_do(pair: list[Path]) -> None:
+    first, second = (opened(run) for run in pair)
+    for layers in (2, 20):  # the settings of 20 are too long for a label
+        model = config.MLPConfig(latent_dim=4, hidden_dims=[9] * layers)
+        runs = [first, second._replace(config=replace(second.config, model=model))]
+        table = make_table(runs, config.differing([run.config for run in runs]), [{}] * 2)
+        by_name = labels(runs) == [run.config.name for run in runs]
+        header = table.without_redundant_names()[1]
+        assert by_name == (layers == 20) and header == ["latent_dim", "hidden_dims", "step", *["run"] * by_name]
+
+
 def test_runs_of_several_architectures_are_told_apart_by_the_keys_that_they_have(pair: list[Path]) -> None:
     runs = [opened(run) for run in pair]
     conv = replace(runs[0].config, model=config.ConvConfig())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from vae_dist.config import Config, text_of
 from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
-from vae_dist.reports.labels import held_out_set, names, settings, short_key, subject
+from vae_dist.reports.labels import held_out_set, labels, names, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}  # towards better values
@@ -19,7 +19,7 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
     notes: list[str]
-    names_are_redundant: bool  # the settings alone tell the rows apart
+    names_are_redundant: bool  # no label of a picture has one
 
     def without_redundant_names(self) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Title, header, rows and notes for a console, which is narrow."""
@@ -45,12 +45,13 @@ def make_table(opened: Sequence[Opened], keys: Sequence[str], evaluations: Seque
     }
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     warning = incomparable(opened)
+    labelled_by_name = [name in label.split(", ") for name, label in zip(names(opened), labels(opened), strict=True)]
     return Table(
         title=f"{subject(opened)}, nats per image",
         header=list(columns),
         rows=rows,
         notes=([warning] if warning else _notes(evaluations)) + _several_networks(evaluations),
-        names_are_redundant=bool(keys) and len({tuple(row[: len(keys)]) for row in rows}) == len(rows),
+        names_are_redundant=not any(labelled_by_name),
     )
 
 
