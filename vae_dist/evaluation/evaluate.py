@@ -134,7 +134,7 @@ def _show(result: Mapping[str, Any]) -> None:
             for metric, value, error, unit in metric_table.measurements(result)
         ],
         "mean over the images ± its standard error",
-        f"pixels {conditions['pixels']}; {conditions['likelihood']} likelihood"
+        f"pixels {conditions['pixels']}; likelihood: {conditions['likelihood']}"
         + (", given each image's label" if conditions.get("conditional") else ""),
         f"ELBO of 1 posterior sample; noise seed {conditions['noise_seed']}; {conditions['precision']} on "
         f"{conditions['device']}, threads: {conditions['threads']}"
