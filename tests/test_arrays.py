@@ -521,6 +521,7 @@ def test_any_run_is_evaluated_on_other_images(make_config: MakeConfig, tmp_path:
     result = evaluate(run_dir, [f"evaluate.folder={path}", "evaluate.importance_samples=0"])
     assert (result["images"], result["dataset"], result["split"]) == (7, "=other.npy", "all")
     assert (result["protocol"]["dataset"], result["protocol"]["split"]) == ("=other.npy", "all")
+    assert "on the same pixels of =other.npy, not with papers" in result["warning"]
     added = [item for item in run_dir.rglob("*") if item.is_file() and item not in before and item.name != "log.txt"]
     assert sorted(item.suffix for item in added) == [".csv", ".json"]
     assert all(item.name.startswith("step_00000002_folder_-other.npy-") for item in added)

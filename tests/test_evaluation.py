@@ -277,7 +277,7 @@ def test_incomparable_metrics_have_a_warning(
 
 def test_a_warning_holds_for_colour_images_of_ones_own(make_config: MakeConfig) -> None:
     colour = make_config("data.name=folder", "data.path=/home/me/pictures", "data.image_shape=[3,8,8]")
-    assert comparison_warning(colour) == (
+    assert comparison_warning(colour, "pictures") == (
         "a Bernoulli of pixels that are not binary is not a likelihood: compare these numbers with others on the same "
         "pixels of pictures, not with papers on binarised images (for those, train on grey images with "
         "data.binarize=dynamic)"

@@ -83,9 +83,9 @@ def of_latents(
     return {name: value for name, value in described.items() if name not in others}
 
 
-def comparison_warning(config: Config) -> str | None:
-    """Return why the metrics can't be compared with published likelihoods; None if they can."""
-    cautions = [_caution_of_pixels(config)]
+def comparison_warning(config: Config, dataset: str) -> str | None:
+    """Return why the metrics on a data set can't be compared with published likelihoods; None if they can."""
+    cautions = [_caution_of_pixels(config, dataset)]
     if config.model.conditional:
         cautions.append(
             "this model is told each image's label: its numbers are of p(x|y), not of p(x), and compare with those of "
@@ -94,12 +94,11 @@ def comparison_warning(config: Config) -> str | None:
     return "; ".join(filter(None, cautions)) or None
 
 
-def _caution_of_pixels(config: Config) -> str | None:
-    name = config.data.title
-    caution = likelihood_kind(config.objective).caution(config.data.binarization, name)
+def _caution_of_pixels(config: Config, dataset: str) -> str | None:
+    caution = likelihood_kind(config.objective).caution(config.data.binarization, dataset)
     if caution is None and config.data.binarize == "threshold":
         return (
-            f"these pixels were cut at half of white: compare these numbers with others on {name} cut so, not with "
+            f"these pixels were cut at half of white: compare these numbers with others on {dataset} cut so, not with "
             "papers, which draw binary pixels at random (train with data.binarize=dynamic for that)"
         )
     return caution
