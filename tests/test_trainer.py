@@ -275,7 +275,7 @@ def test_a_run_continues_after_its_launcher_restarts_it(
 
 
 def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match="no checkpoint to resume from"):
+    with pytest.raises(UserError, match=r"no checkpoint to resume from; .* or use checkpoint\.resume=auto"):
         train(make_config("name=a", "checkpoint.resume=must"))
     first = train(make_config("name=a", "train.steps=5"))
     with pytest.raises(UserError, match="choose another name"):

@@ -241,6 +241,6 @@ def _resumed_from(config: Config, run: RunDirectory) -> Checkpoint | None:
         raise UserError(f"{run.directory} has checkpoints and checkpoint.resume=never; choose another name")
     if resume == "must" and newest is None:
         raise UserError(
-            f"{run.directory} has no checkpoint to resume from; check name and runs_dir, or use resume=auto"
+            f"{run.directory} has no checkpoint to resume from; check name and runs_dir, or use checkpoint.resume=auto"
         )
     return newest
