@@ -96,6 +96,7 @@ def test_an_expression_s_first_group_or_whole_match_names_the_group() -> None:
     assert groups_of(names, "([a-z]+)-") == ["group cat", "group cat", "group dog", "image 1.png"]
     assert groups_of(names, "(cat)|[0-9]") == ["group cat", "group cat", "image dog-1.png", "image 1.png"]
     assert len(set(groups_of(["1", "x1"], "x(.)"))) == 2  # an image that does not match shares no group's name
+    assert groups_of(["a" * 1000 + "x"], "x") == [f"image {'a' * 1000}x"]  # what is searched of a name is bounded
 
 
 def test_the_split_is_the_same_in_every_process_and_on_every_machine() -> None:
@@ -109,7 +110,10 @@ def test_the_identities_of_the_parts_follow_the_chosen_images() -> None:
     identities = set()
     for config in (settings(), settings(group="^[a-z]"), settings(group="^[a-c]")):
         identities |= {part.info.identity for part in hold_out(source, 5, config, "test")}
-    assert len(identities) == 6
+    unnamed = of_pixels(source.pixels)
+    for count in (4, 5):
+        identities |= {part.info.identity for part in hold_out(unnamed, count, settings(), "test")}
+    assert len(identities) == 10
 
 
 def write_table(text: str) -> str:
@@ -118,8 +122,9 @@ def write_table(text: str) -> str:
 
 
 def test_a_table_names_the_groups(tmp_path: Path) -> None:
-    rule = write_table('\ufeffsize,name,group\n1,a.png,first\n2,"b, c.png",first\n\n3,d.png,\n4,gone.png,x\n')
-    assert groups_of(["a.png", "b, c.png", "d.png"], rule) == ["group first", "group first", "group "]
+    rule = write_table('\ufeffgroup,size,name\nfirst,1,a.png\nfirst,2,"b, c.png"\n\n,3,d.png\nx,4,gone.png\n')
+    for path in (rule, f"~/{rule}"):  # the home is this folder
+        assert groups_of(["a.png", "b, c.png", "d.png"], path) == ["group first", "group first", "group "]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,7 @@ def test_a_table_names_the_groups(tmp_path: Path) -> None:
         ("name,group\na.png,1\n", "lacks 1 of 2 images .'b.png'.; give each image a line"),
         ("name,group\na.png,1\nb.png,1\na.png,2\n", "has 'a.png' twice; leave one"),
         ("name,group\na.png\n", "row 2 has 1 values, not 2"),
+        ("name,group\na.png,1\nb.png,2,3\n", "row 3 has 3 values, not 2"),
         ('name,group\n"a.png,1\n', "is no CSV file"),
         ("name,group\n" + "x" * 200_000 + ",1\n", "is no CSV file"),
         (b"name,group\n\xff,1\n", "is no CSV file in UTF-8"),
@@ -168,6 +174,7 @@ def test_a_group_of_half_the_images_may_be_held_out_but_never_all() -> None:
     names = ["a1", "a2", "b1", "b2"]
     rest, held_out = hold_out(named(names), 1, settings(group="."), "test")
     assert sorted([names_of(rest), names_of(held_out)]) == [["a1", "a2"], ["b1", "b2"]]
+    assert names_of(hold_out(named(names), 0, settings(group="$"), "test")[0]) == names
     with pytest.raises(
         UserError, match=r"test_images=3 leaves nothing of 4 training images, as data.group=. holds out"
     ):
@@ -202,7 +209,8 @@ def test_a_test_part_of_the_set_is_taken_as_it_is() -> None:
 
 
 def test_as_many_as_asked_are_held_out() -> None:
-    training, test = with_test_part(named(numbered(30)), None, settings(test_images=11))
-    assert (training.info.count, test.info.count) == (19, 11)
+    for count in (1, 11):  # fewer and more than a tenth
+        training, test = with_test_part(named(numbered(30)), None, settings(test_images=count))
+        assert (training.info.count, test.info.count) == (30 - count, count)
     with pytest.raises(UserError, match=r"data.test_images=30 leaves nothing of 30"):
         with_test_part(named(numbered(30)), None, settings(test_images=30))
