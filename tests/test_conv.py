@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from tests import worker
@@ -161,11 +162,42 @@ def test_a_fresh_model_is_finite_and_starts_near_the_prior(channels: str, blocks
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in vae.parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "branches", "outputs"),
+    [
+        (["conv"], {"encoder": 4, "decoder": 4}, r"encoder\.8|decoder\.9"),
+        (["resnet", "model.attention=[2]"], {"encoder": 6 + 3, "decoder": 9 + 3}, r"encoder\.13|decoder\.17"),
+        (
+            ["ladder", "model.levels=[2,3]"], {"encoder": 4, "decoder": 2 + 5},
+            r"encoder\.posteriors\.\d\.3|.*log_variance\.2|decoder\.layers\.6\.2",
+        ),
+    ],
+)  # fmt: skip
+def test_branches_start_scaled_by_the_root_of_their_number_and_outputs_by_a_tenth(
+    options: list[str], branches: dict[str, int], outputs: str
+) -> None:
+    """By the largest weight: torch draws weights and biases uniformly, up to 1 over the root of a sum's terms."""
+    torch.manual_seed(0)
+    shared = ["model.channels=[16,32]", "model.blocks=2", "model.latent_channels=8"]
+    vae = build_vae(config.load([f"model.architecture={options[0]}", *options[1:], *shared]), (3, 8, 8))
+    layers = {name: layer for name, layer in vae.named_modules() if isinstance(layer, nn.Conv2d)}
+    added = [name for name in layers if name.endswith(("branch.5", "output"))]
+    assert {network: sum(name.startswith(network) for name in added) for network in branches} == branches
+    for name, layer in layers.items():
+        is_branch = name in added or name.endswith("latents")
+        scale = branches[name.partition(".")[0]] ** -0.5 if is_branch else 0.1 if re.fullmatch(outputs, name) else 1
+        for parameter, least in (layer.weight, 0.95), (layer.bias, 0):
+            if parameter is not None:
+                largest = parameter.abs().max().item() * layer.weight[0].numel() ** 0.5
+                assert least * scale < largest <= scale * (1 + 1e-6), name
+
+
 @given(st.integers(1, 600))
 def test_any_number_of_channels_has_groups(channels: int) -> None:
     groups = norm_groups(channels)
     assert channels % groups == 0 and 1 <= groups <= 8
     assert groups == 1 or channels // groups >= 4
+    assert not [more for more in range(groups + 1, 9) if channels % more == 0 and channels // more >= 4]
 
 
 def test_bf16_is_off_by_rounding() -> None:
