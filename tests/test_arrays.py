@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import struct
@@ -58,7 +59,7 @@ def write(path: Path, images: Array, labels: Array | None = None, name: str = "i
     if path.suffix == ".npz":
         np.savez(path, **tensors)  # type: ignore[arg-type]
     else:
-        save_file(tensors, path)
+        save_file(tensors, path, {"format": "pt"})  # metadata, which lies among the arrays
     return path
 
 
@@ -123,7 +124,7 @@ def test_requests_outside_and_of_other_shapes_are_refused(tmp_path: Path) -> Non
 
 def test_the_images_are_found_by_name_or_as_the_only_ones(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    for name in ("images", "x", "arr_0", "whatever"):
+    for name in ("images", "x", "arr_0", "größe"):
         np.savez(path, **{name: GREY, "y": LABELS, "weights": np.zeros((3, 3, 3)), "more": np.zeros(30, np.uint8)})  # type: ignore[arg-type]
         source = opened(path)
         assert source.info.image_shape == (1, 6, 5) and whole(source).labels.tolist() == LABELS.tolist()
@@ -164,14 +165,18 @@ def test_parts_are_files_or_are_held_out(
         assert np.array_equal(validation.pixels.numpy(), next(pixels[name] for name in files if name.startswith("val")))
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+def test_parts_that_do_not_belong_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vae_dist"), "propagate", True)
     with pytest.raises(UserError, match=r"has no train.npy, train.npz, train.safetensors"):
         datasets.load_test(asked(tmp_path))
     write(tmp_path / "train.npy", GREY, LABELS)
     write(tmp_path / "test.npz", COLOUR)
     with pytest.raises(UserError, match=r"test.npz has images \(3, 6, 5\), but .*train.npy has \(1, 6, 5\)"):
         datasets.load_test(asked(tmp_path))
-    assert datasets.load_test(asked(tmp_path, channels=1)).info.classes is None  # the test images have no labels
+    assert datasets.load_test(asked(tmp_path, channels=1)).info.classes is None
+    assert "the labels are not used, as 1 parts have none" in caplog.text
     write(tmp_path / "train.npz", GREY)
     with pytest.raises(UserError, match=r"several arrays of train images, .*train.npy, .*train.npz; keep one"):
         datasets.load_test(asked(tmp_path))
@@ -179,14 +184,28 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 def test_classes_are_those_of_all_parts(tmp_path: Path) -> None:
     write(tmp_path / "train.npy", GREY[:20], LABELS[:20] % 2)
-    write(tmp_path / "test.npy", GREY[20:], LABELS[20:])
-    config = asked(tmp_path)
-    assert [datasets.load_test(config).info.classes, datasets.load_training(config)[0].info.classes] == [4, 4]
+    config = asked(Path("~"))  # the home is this folder
+    identities = set()
+    for classes in (3, 4):
+        write(tmp_path / "test.npy", GREY[20:], LABELS[20:] % classes)
+        assert datasets.load_test(config).info.classes == datasets.load_training(config)[0].info.classes == classes
+        identities.add(arrays.load(config, "train").info.identity)
+    assert len(identities) == 2
 
 
-def test_labels_of_another_byte_order_are_the_same_labels(tmp_path: Path) -> None:
-    source = opened(write(tmp_path / "a.npy", GREY, LABELS.astype(">i2")))
-    assert whole(source).labels.tolist() == LABELS.tolist()
+@pytest.mark.parametrize("suffix", array_files.SUFFIXES)
+def test_labels_of_any_integers_are_the_same_labels(suffix: str, tmp_path: Path) -> None:
+    kinds = [f"{order}{sign}{size}" for order in "<>" for sign in "iu" for size in (1, 2, 4, 8)]
+    for kind in kinds if suffix != ".safetensors" else kinds[:8]:  # which has one byte order
+        labels = LABELS * (min(np.iinfo(kind).max, 2**16 - 1) // 3)
+        source = opened(write(tmp_path / f"a{suffix}", GREY, labels.astype(kind)))
+        assert whole(source).labels.tolist() == labels.tolist()
+
+
+def test_a_header_of_the_second_version_is_read(tmp_path: Path) -> None:
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array(file, GREY, version=(2, 0))
+    assert np.array_equal(whole(opened(tmp_path / "a.npy")).pixels[:, 0].numpy(), GREY)
 
 
 def test_the_identity_follows_pixels_labels_and_channels(tmp_path: Path) -> None:
@@ -305,9 +324,11 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     "no arrays": ("a.npz", zip_of("x.txt", b"text"), "has 0 arrays"),
     "no zip": ("a.npz", raw(b"PK" * 99), "no whole .npz archive"),
     "huge list": ("a.npz", zip_with_list, "list of arrays has more than 1048576 bytes"),
+    "damaged npz": ("a.npz", lambda path: path.write_bytes(b"XX" + zipped(header(NPY, bytes(900)))[2:]), "is damaged"),
     "short npz": ("a.npz", zip_of("x.npy", header(NPY, bytes(7))), "has 7 bytes of numbers"),
     "short tensors": ("a.safetensors", raw(b"123"), "cut off or no safetensors file: it has 3"),
     "tensors cut off": ("a.safetensors", raw(tensors(u8([3, 5, 5], 0, 75), bytes(74))), "is cut off"),
+    "tensors in the header": ("a.safetensors", raw(tensors(u8([3, 5, 5], -1, 74), bytes(75))), "is cut off"),
     "tensors' size": ("a.safetensors", raw(tensors(u8([3, 5, 5], 0, 74), bytes(75))), "has 74 bytes"),
     "tensors' header": ("a.safetensors", raw(struct.pack("<Q", 2**32), 2**33), "promises a header of 4294967296"),
     "many dimensions": ("a.safetensors", raw(tensors(u8([1] * 10000, 0, 1), b"1")), "impossible shape"),
@@ -577,7 +598,7 @@ def test_other_images_that_do_not_fit_the_run_are_refused(
 
 
 def test_other_images_are_binarised_like_the_runs_test_images(tmp_path: Path) -> None:
-    path = write(tmp_path / "own.npy", GREY)
+    path = write(tmp_path / "own.npy", GREY).rename(tmp_path / "OWN.NPY")
     config = DataConfig(name="mnist", image_shape=[1, 6, 5], binarize="dynamic")
     drawn = whole(chosen.of_folder(config, str(path), "evaluate.folder")).pixels
     assert torch.equal(drawn, bernoulli_pixels(torch.from_numpy(GREY[:, None]), FIXED_SEED, 1, range(30)))
@@ -593,6 +614,7 @@ def test_a_spreadsheet_computes_no_name_or_label() -> None:
     assert [row["name"] for row in table] == ["'=1+1.png", "'+a", "'-b", "'@c", 'd,"e"', "f"]
     assert [row["label"] for row in table] == ["'=cmd", "fine"] * 3
     assert [float(row["kl"]) for row in table] == by_image["kl"].tolist()
+    assert [per_image.harmless(text) for text in ("\t=1", "\r=1", "1=1")] == ["'\t=1", "'\r=1", "1=1"]
     assert per_image.worst(source, by_image) == "=1+1.png (2), +a (1.67), -b (1.33)"
     assert (
         per_image.to_csv(of_pixels(pixels), by_image) is None and per_image.worst(of_pixels(pixels), by_image) is None
