@@ -115,13 +115,14 @@ def test_a_run_of_another_architecture_is_not_resumed_and_the_message_names_it()
     assert "with another model.architecture (was mlp, now conv); choose" in str(refused.value)
     with pytest.raises(UserError, match=r"another model.blocks"):
         resumed([CONV], [CONV, "model.blocks=2"])
+    resumed([CONV], [CONV, "train.checkpointing=true"])
 
 
 def test_runs_differ_in_the_keys_that_several_of_them_have() -> None:
     runs = [["model.latent_dim=3"], ["model.latent_dim=4"], [CONV]]
     assert config.differing([config.load(run) for run in runs]) == ["model.architecture", "model.latent_dim"]
     assert config.differing([config.load(run) for run in runs[1:]]) == ["model.architecture"]
-    assert config.differing([config.load([CONV, *more]) for more in ([], ["model.blocks=2"])]) == ["model.blocks"]
+    assert config.differing([config.load([CONV, *more]) for more in ([], ["model.blocks=2"], [])]) == ["model.blocks"]
 
 
 def test_a_study_varies_architectures_or_the_options_of_one() -> None:

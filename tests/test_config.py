@@ -386,7 +386,7 @@ def test_a_resumed_run_keeps_what_auto_was_resolved_to() -> None:
 @pytest.mark.parametrize(
     "change",
     ["train.epochs=9", "train.steps=9", "train.log_every=7", "runs_dir=other", "train.accumulate=2", "weights=raw",
-     "train.compile=false", "train.nonfinite=skip", "train.max_skipped=3",
+     "train.compile=false", "train.nonfinite=skip", "train.max_skipped=3", "first_stage.perceptual=moved",
      "train.validate_every=3", "checkpoint.every=3", "data.check=decode", "train.precision=bf16"],
 )  # fmt: skip
 def test_options_that_do_not_change_learning_may_change_on_resume(change: str) -> None:
@@ -459,8 +459,10 @@ def test_own_images_need_a_path_and_options_that_fit(arguments: list[str], expec
 
 
 def test_a_resumed_run_keeps_what_its_start_has_resolved() -> None:
-    stored = config.load(["data.validation_images=37", "data.test_images=12", "data.size=32"])
-    resumed = config.resume(config.load([]), stored)
+    told = ["model.conditional=true", "data.classes=[a,b]"]
+    stored = config.load(["data.validation_images=37", "data.test_images=12", "data.size=32", *told])
+    resumed = config.resume(config.load(told[:1]), stored)
     assert (resumed.data.validation_images, resumed.data.test_images, resumed.data.size) == (37, 12, 32)
+    assert resumed.data.classes == ["a", "b"]
     with pytest.raises(UserError, match=r"another data\.size"):
-        config.resume(config.load(["data.size=64"]), stored)
+        config.resume(config.load([*told[:1], "data.size=64"]), stored)
