@@ -54,6 +54,8 @@ PATTERNS: dict[str, tuple[list[Tensor], int, float, float]] = {  # added; period
     "a border": ([frame(4, 7)], 4, 0, 7),
     "a border of one pixel": ([frame(1, -7)], 4, 0, 7),
     "one edge": ([RIGHT_EDGE], 4, 0, 5),
+    "a line near the last one": ([RIGHT_EDGE.roll(-3, 1)], 4, 0, 5),
+    "a line near the first one": ([RIGHT_EDGE.roll(4, 1)], 4, 0, 5),
     "both": ([CHECKERBOARD, frame(2, 7)], 4, 3, 7),
 }  # fmt: skip
 
@@ -138,7 +140,8 @@ def test_colours_are_grey_levels_and_primaries_and_those_of_binary_pixels() -> N
     assert torch.equal(colours, colours[..., :1, :1].expand_as(colours))
     assert colours[:9, 1, 0, 0].tolist() == [0, 32, 64, 96, 128, 160, 192, 224, 255]
     assert colours[9:, :, 0, 0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
-    assert constants.constant_images((1, 28, 28), "dynamic")[:, 0, 3, 4].tolist() == [0, 255]
+    for binarize in ("dynamic", "threshold"):
+        assert constants.constant_images((1, 28, 28), binarize)[:, 0, 3, 4].tolist() == [0, 255]
 
 
 CONV = ["model.architecture=conv", "model.latent_channels=1"]
