@@ -16,12 +16,15 @@ from tests.sources import of_pixels
 from vae_dist import config
 from vae_dist.config import ObjectiveConfig
 from vae_dist.data import datasets
-from vae_dist.data.source import Source, read, select
+from vae_dist.data.source import DataInfo, Source, read, select
 from vae_dist.distributed import processes
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
+from vae_dist.evaluation import protocol
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import encode, measure, negative_log_likelihood, score
 from vae_dist.evaluation.protocol import comparison_warning
+from vae_dist.evaluation.similarity import PSNR_PROTOCOL
 from vae_dist.models import build_vae
 from vae_dist.models.likelihoods import GaussianPixels
 from vae_dist.models.pixel_distributions import Gaussian, Number
@@ -282,17 +285,40 @@ def test_a_warning_holds_for_colour_images_of_ones_own(make_config: MakeConfig) 
         "pixels of pictures, not with papers on binarised images (for those, train on grey images with "
         "data.binarize=dynamic)"
     )
+    density = comparison_warning(make_config("objective.reconstruction=gaussian", "data.binarize=threshold"))
+    assert density is not None and "is a density, of which sigma decides the size" in density
 
 
 def test_the_protocol_states_the_conditions_of_the_metrics(binary_run: Path) -> None:
-    protocol = evaluate(binary_run, ["evaluate.importance_samples=3", "train.threads=1"])["protocol"]
+    stated = evaluate(binary_run, ["evaluate.importance_samples=3", "train.threads=1"])["protocol"]
     expected = {
         "dataset": "synthetic_digits", "split": "test", "images": 200, "image_shape": [1, 28, 28],
         "likelihood": "bernoulli", "posterior_samples": 1, "importance_samples": 3, "noise_seed": 0,
         "precision": "fp32", "training_precision": "fp32", "device": "cpu", "threads": 1, "batch_size": 500,
     }  # fmt: skip
-    assert expected.items() <= protocol.items()
-    assert "drawn once with seed 0" in protocol["pixels"] and protocol["versions"]["torch"] == torch.__version__
+    assert expected.items() <= stated.items()
+    assert "drawn once with seed 0" in stated["pixels"] and stated["versions"]["torch"] == torch.__version__
+
+
+def test_the_protocol_is_of_the_evaluation_where_the_training_differs_and_latents_need_a_part_of_it() -> None:
+    training = ["objective.samples=5", "train.precision=fp64", "data.validation_images=3", "weights=ema"]
+    options = ["evaluate.batch_size=7", "evaluate.chunk=9", "evaluate.importance_samples=null", "evaluate.split=test"]
+    info = DataInfo("own", 12, (1, 4, 4), None, "grey, 0 to 1", "an identity")  # too small for the window of SSIM
+    given = config.load([*training, *options]), info, World.alone(torch.device("cpu"))
+    of_latents = {
+        "dataset": "own.npy", "split": "all", "images": 12, "image_shape": [1, 4, 4], "pixels": "grey, 0 to 1",
+        "weights": "raw", "precision": "fp64", "training_precision": "fp64", "device": "cpu", "batch_size": 7,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    of_metrics = {
+        "likelihood": "bernoulli", "posterior_samples": 1, "importance_samples": 0, "noise_seed": 0, "chunk": 9,
+        "psnr": PSNR_PROTOCOL,
+    }  # fmt: skip
+    described = protocol.describe(*given, dataset="own.npy", split="all", likelihood="bernoulli", weights="raw")
+    versions = described.pop("versions")
+    assert described == of_latents | of_metrics
+    found = protocol.of_latents(*given, dataset="own.npy", split="all", weights="raw")
+    assert found == of_latents | {"versions": versions}
 
 
 def test_each_split_and_number_of_samples_is_kept(run_dir: Path) -> None:
