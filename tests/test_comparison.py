@@ -33,11 +33,11 @@ from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import write_atomically
 from vae_dist.reports import comparison
-from vae_dist.reports.comparison import _folder_name, _kept_evaluation, _to_json, compare, curves
+from vae_dist.reports.comparison import _folder_name, _kept_evaluation, _own_folder, _to_json, compare, curves
 from vae_dist.reports.labels import labels
 from vae_dist.reports.reconstructions import reconstructions
 from vae_dist.reports.study import study
-from vae_dist.reports.table import incomparable, make_table
+from vae_dist.reports.table import Table, incomparable, make_table
 from vae_dist.runs.lookup import Opened, find
 from vae_dist.runs.picture import with_caption
 from vae_dist.training import cadence, loop
@@ -126,6 +126,7 @@ def test_runs_of_several_architectures_are_told_apart_by_the_keys_that_they_have
         ({"samples": 5}, "training loss"),  # of the same bound
         ({"bound": "iwae"}, "training negative ELBO"),
         ({"beta": 0.5}, "training negative ELBO"),
+        ({"beta_warmup_steps": 5}, "training negative ELBO"),
     ],
 )
 def test_curves_of_several_bounds_are_of_the_negative_elbo(change: dict[str, Any], axis: str, pair: list[Path]) -> None:
@@ -141,6 +142,8 @@ def test_curves_of_one_bound_with_two_gradients_are_of_the_loss(pair: list[Path]
         objective = replace(run.config.objective, bound=bound, samples=5)
         runs.append(run._replace(config=replace(run.config, objective=objective)))
     assert curves(runs)[1] == ("optimizer steps", "training loss, nats per image")
+    tighter = replace(runs[1].config, objective=replace(runs[1].config.objective, samples=6))
+    assert curves([runs[0], runs[1]._replace(config=tighter)])[1][1] == "training negative ELBO, nats per image"
 
 
 def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun, pair: list[Path]) -> None:
@@ -163,6 +166,7 @@ def test_copies_of_a_run_are_told_apart_by_their_directories(pair: list[Path], t
     both = [first, opened(elsewhere)]
     assert labels(both) == [f"{tmp_path.name}/runs/run_2", "other/runs/run_2"]
     assert _folder_name(both) == f"{tmp_path.name}-runs-run_2_other-runs-run_2"
+    assert len({_own_folder(run, tmp_path) for run in both}) == 2  # one would find the evaluation of the other
     assert [row[-1] for row in make_table(both, [], [{}] * 2).rows] == labels(both)
     steps = [opened(copy / "checkpoints/step_00000005"), first, opened(copy)]
     assert labels(steps) == ["copy, step 5", "run_2, step 10", "copy, step 10"]
@@ -293,7 +297,8 @@ def test_only_an_evaluation_of_the_same_checkpoint_counts(pair: list[Path]) -> N
     assert compared(compare([run]))[0]["evaluation"]["kl"] == -1
     os.utime(kept, (0, 0))  # of a run that had the name before
     assert compared(compare([run]))[0]["evaluation"] == newest
-    for content in ("{", json.dumps({**newest, "step": 5}), json.dumps({**newest, "kl": "none"})):
+    others: list[dict[str, Any]] = [{"step": 5}, {"kl": "none"}, {"dataset": "mnist"}, {"protocol": {"weights": "ema"}}]
+    for content in ("{", *(json.dumps({**newest, **other}) for other in others)):
         kept.write_text(content)
         assert _kept_evaluation(opened(run), run, ()) is None
 
@@ -438,6 +443,31 @@ def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
         for metric in ("rFID", "FID")
     ]
 
+    third = {"rfid": 11.0, "protocol": {"rfid_sha256": "c"}}  # FID is the first run's alone
+    assert [note.split()[1] for note in make_table(runs, [], [first, third]).notes] == ["rFID"]
+
+
+def test_a_console_shows_the_names_of_runs_that_nothing_else_tells_apart(pair: list[Path]) -> None:
+    runs = [opened(run) for run in pair]
+    keys = config.differing([run.config for run in runs])
+    for shown, of, header in ((runs, keys, ["latent_dim", "step"]), (runs, [], ["step", "run"])):
+        for several in (shown, shown[:1]):
+            table = make_table(several, of, [{}] * len(several)).without_redundant_names()
+            assert table[1] == header and {len(row) for row in table[2]} == {2}
+
+
+def test_a_bar_in_a_cell_divides_no_cells_of_markdown() -> None:
+    table = Table("title", ["data.group", "run"], [["a|b", "one"]], ["note"], False)
+    assert table.markdown(["losses"]) == (
+        "title.\n\n| data.group | run |\n| ---: | --- |\n| a\\|b | one |\n\nnote\n\n![losses](losses.png)\n"
+    )
+
+
+def test_a_sigma_without_effect_does_not_keep_runs_from_being_compared(pair: list[Path]) -> None:
+    run, other = map(opened, pair)
+    idle = replace(other.config, objective=replace(other.config.objective, sigma=0.3))  # of a Bernoulli
+    assert incomparable([run, other._replace(config=idle)]) is None
+
 
 def test_bits_per_dimension_say_how_many_samples_they_are_of(pair: list[Path]) -> None:
     """None: of the ELBO."""
@@ -490,7 +520,8 @@ def test_a_path_that_is_no_run_is_refused_before_anything_is_written(pair: list[
 
 def test_names_of_many_runs_make_a_folder_that_can_be_made(make_run: MakeRun, pair: list[Path]) -> None:
     long = make_run(f"name={'n' * 128}")
-    folder = compare([*pair, long, long])
+    Path("link").symlink_to(long)
+    folder = compare([*pair, long, Path("link")])
     assert len(folder.name) == comparison.LONGEST_NAME and folder == compare([*pair, long])
     assert len(compared(folder)) == 3  # a run that is named twice is there once
 
