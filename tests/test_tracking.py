@@ -151,23 +151,28 @@ def test_a_copied_run_gets_a_new_identity_and_a_moved_one_keeps_it(
     assert {identity(record) for record in (tmp_path / "again/wandb").glob("offline-run-*")} == {mine}
 
 
-def test_a_run_stored_without_an_owner_is_recognised_by_its_name(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_stored_without_an_owner_is_recognised_by_its_name(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = make_config("name=mine", "tracking.id=abc")
     for parent, name, expected in (("runs", "mine", "abc"), ("elsewhere", "mine", "abc"), ("runs", "other", None)):
         run_dir = tmp_path / parent / name
         run_dir.mkdir(parents=True)
-        assert wandb_identity.own_id(stored, run_dir) == expected
+        monkeypatch.chdir(run_dir)
+        assert wandb_identity.own_id(stored, run_dir) == wandb_identity.own_id(stored, Path()) == expected
 
 
 def test_a_directory_keeps_its_identity_where_it_moves_and_a_copy_has_none(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "mine"
     run_dir.mkdir()
     stored = make_config("name=mine", "tracking.id=abc")
-    stored.tracking.owner = wandb_identity.owner(run_dir)
+    stored.tracking.owner = wandb_identity.owner(Path("mine"))
     copy = Path(shutil.copytree(run_dir, tmp_path / "copy/mine"))
     assert wandb_identity.own_id(stored, run_dir) == "abc" and wandb_identity.own_id(stored, copy) is None
+    monkeypatch.chdir(tmp_path / "copy")
+    assert wandb_identity.own_id(stored, Path("mine")) is None  # a relative path of the same name
     moved = run_dir.rename(tmp_path / "moved")
     assert wandb_identity.own_id(stored, moved) == "abc"
     another = Path(shutil.copytree(moved, tmp_path / "copy/another"))
@@ -180,7 +185,8 @@ def test_only_an_agent_of_a_sweep_chooses_the_identity_of_a_run(monkeypatch: pyt
     """WANDB_RUN_ID alone may be left from another run: two trainings under one id would mix their records."""
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    assert wandb_identity.new_id() != "abc" and wandb_identity.new_id() != wandb_identity.new_id()
+    ids = {wandb_identity.new_id() for _ in range(100)}
+    assert len(ids) == 100 and "abc" not in ids
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     assert wandb_identity.new_id() == "abc"
 
@@ -465,6 +471,38 @@ def test_with_an_account_a_run_is_online_and_its_records_arrive(
     assert not [operation for operation in server.operations if "Artifact" in operation]
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git to make a repository with")
+def test_wandb_gets_the_configs_facts_and_nothing_of_the_folder_around(
+    make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the commit or the remote of a git repository, nor what is printed."""
+    log_in(server, monkeypatch)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # a hook's, of another repository
+        monkeypatch.delenv(name)
+    for command in (
+        ["init"], ["remote", "add", "origin", "https://example.com/secret.git"],
+        ["-c", "user.name=me", "-c", "user.email=me@example.com", "commit", "--allow-empty", "-m", "first"],
+        ["rev-parse", "HEAD"],
+    ):  # fmt: skip
+        ended = subprocess.run(["git", *command], check=True, capture_output=True)
+    commit = ended.stdout.strip()
+    given = ["wandb=online", "entity=us", "project=ours", "group=several", "notes=of today", "tags=[one,two]", "id=abc"]
+    config = make_config("name=mine", *(f"tracking.{option}" for option in given))
+    with tracked(config, tmp_path / "run") as tracker:
+        log(tracker, range(1, 3))
+        print("a line of the console")
+    asked = [json.loads(body)["variables"] for body in server.bodies if b"UpsertBucket" in body]
+    facts = ["entity", "project", "groupName", "displayName", "notes", "tags"]
+    assert [asked[0][fact] for fact in facts] == ["us", "ours", "several", "mine", "of today", ["one", "two"]]
+    step, *axes = server.runs["abc"].config["_wandb"]["m"]  # `define_metric`, with numbers for names
+    assert step["1"] == "step" and {axis["2"]: axis["5"] for axis in axes} == {
+        f"{group}/*": 1 for group in ("train", "validation", "test", "images")
+    }
+    sent = [*server.bodies, *(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())]
+    for private in (b"example.com", commit, b"a line of the console"):
+        assert not [content for content in sent if private in content]
+
+
 def test_offline_records_can_be_synced(
     make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -665,6 +703,23 @@ def test_a_disabled_wandb_records_and_sends_nothing(
         with pytest.raises(UserError, match=f"W&B is set to disabled; {remedy}"):
             command()
     assert not services() and not server.connections
+
+
+@pytest.mark.parametrize("told_by", ["WANDB_MODE=offline", "WANDB_MODE=dryrun", "wandb offline"])
+def test_a_wandb_that_is_set_offline_sends_nothing_of_a_run_that_leaves_it_open(
+    told_by: str, make_config: MakeConfig, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(server, monkeypatch)
+    name, _, mode = told_by.partition("=")
+    if mode:
+        monkeypatch.setenv(name, mode)
+    else:
+        (tmp_path / "settings").write_text("[default]\nmode = offline\n")
+    with tracked(make_config("tracking.wandb=auto"), tmp_path / "run") as tracker:
+        log(tracker, range(1, 3))
+    assert record_of(tmp_path / "run", "offline-run").is_dir() and not server.connections
+    with pytest.raises(UserError, match=r"W&B is set to offline; (unset WANDB_MODE|run `wandb online`), or use"):
+        wandb_client.check_online(make_config("tracking.wandb=online").tracking)
 
 
 @contextmanager

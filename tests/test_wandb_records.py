@@ -80,7 +80,7 @@ def copy_record(record: Path, run_dir: Path, name: str = "") -> Path:
 
 def test_a_run_of_any_name_is_listed_in_one_line_and_as_itself(record: Path) -> None:
     runs = record.parents[2]
-    long = "ü" * 100  # 200 bytes
+    long = "ü" * 120  # 240 bytes
     names = {
         "two words": "two words", "größe": "größe", "-x": "-x", "{time}": "{time}", "run-": "run-", "wandb": "wandb",
         "line\nand \x1b[31mred": "line?and ?[31mred", "line\tand \x1b[31mred": "line?and ?[31mred~",
