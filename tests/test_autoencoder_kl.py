@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Laplace, Normal, kl_divergence
 from torch.func import functional_call, grad
 
@@ -22,6 +22,7 @@ from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.autoencoder_kl import AutoencoderKLVAE, OneWideHead, diffusers_state, network_options
+from vae_dist.models.norms import GroupNorm
 from vae_dist.models.tensors import Shape
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
@@ -78,6 +79,14 @@ def test_posterior_and_decoded_images_are_bitwise_those_of_diffusers(arguments: 
         decoded = twin.decode(theirs.mean.contiguous()).sample
         likelihood = vae.decode(posterior.mean)
         assert torch.equal(likelihood.mean, ((decoded + 1) / 2).clamp(0, 1))
+
+
+def test_its_norms_are_diffusers_ones_but_for_their_kernel_of_16_bits() -> None:
+    vae = make()
+    norms = [module for module in vae.modules() if isinstance(module, nn.GroupNorm)]
+    theirs = [module for module in diffusers_twin(vae).modules() if isinstance(module, nn.GroupNorm)]
+    assert {type(norm) for norm in norms} == {GroupNorm} and len(norms) == len(theirs) > 0
+    assert {norm.eps for norm in norms} == {norm.eps for norm in theirs}
 
 
 def test_log_variances_are_clamped_as_diffusers_clamps_them() -> None:

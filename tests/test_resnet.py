@@ -243,6 +243,9 @@ def test_on_a_gpu_autocast_leaves_the_norm_in_16_bits() -> None:
             layers(torch.empty(BATCH, 8, 4, 4))
             kept_bytes.append(count())
     assert kept_bytes[1] < 0.7 * kept_bytes[0]
+    with fake_cuda(is_bf16=True):
+        torch.set_autocast_dtype("cuda", torch.float16)
+        assert GroupNorm(4, 8)(torch.empty(BATCH, 8, 4, 4, dtype=torch.float16)).dtype == torch.float16
 
 
 def test_in_fp32_and_on_a_cpu_the_norm_is_torchs() -> None:
