@@ -143,6 +143,8 @@ def test_moments_load_bitwise(name: str, flat: bool) -> None:
     assert state.keys() == loaded.keys() and all(torch.equal(state[key], loaded[key]) for key in state)
     count = len(other.parameters)
     assert all(map(torch.equal, other.tensors[count:], optimizer.tensors[count:]))
+    with pytest.raises(KeyError, match=r"2\."):
+        other.load_state_dict({name: value for name, value in state.items() if not name.startswith("2.")})
 
 
 def test_parameters_are_views_of_the_one_tensor() -> None:
