@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn import functional
 
 from tests import worker
 from tests.conftest import REPOSITORY, newest_checkpoint
@@ -30,6 +31,7 @@ from vae_dist.data.source import InMemory, in_memory
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
+from vae_dist.models.blocks import ResidualBlock
 from vae_dist.models.conv import ConvVAE
 from vae_dist.models.norms import norm_groups
 from vae_dist.models.tensors import Shape
@@ -190,6 +192,21 @@ def test_branches_start_scaled_by_the_root_of_their_number_and_outputs_by_a_tent
             if parameter is not None:
                 largest = parameter.abs().max().item() * layer.weight[0].numel() ** 0.5
                 assert least * scale < largest <= scale * (1 + 1e-6), name
+
+
+def test_a_residual_block_is_that_of_plain_operations() -> None:
+    torch.manual_seed(0)
+    block = ResidualBlock(4, 8, scale=1.0, label=3).double()
+    x, embedded = torch.randn(2, 4, 5, 6).double(), torch.randn(2, 3).double()
+    weights = dict(block.named_parameters())
+
+    def convolved(values: Tensor, name: str, padding: int) -> Tensor:
+        return functional.conv2d(values, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=padding)
+
+    told = (embedded @ weights["label.weight"].T + weights["label.bias"])[:, :, None, None]
+    between = convolved(functional.silu(functional.group_norm(x, 1)), "branch.2", 1) + told
+    branch = convolved(functional.silu(functional.group_norm(between, 2)), "branch.5", 1)
+    torch.testing.assert_close(block(x, embedded), convolved(x, "shortcut", 0) + branch)
 
 
 @given(st.integers(1, 600))
