@@ -285,7 +285,8 @@ def test_a_warning_holds_for_colour_images_of_ones_own(make_config: MakeConfig) 
         "pixels of pictures, not with papers on binarised images (for those, train on grey images with "
         "data.binarize=dynamic)"
     )
-    density = comparison_warning(make_config("objective.reconstruction=gaussian", "data.binarize=threshold"))
+    cut = make_config("objective.reconstruction=gaussian", "data.binarize=threshold")
+    density = comparison_warning(cut, "pictures")
     assert density is not None and "is a density, of which sigma decides the size" in density
 
 

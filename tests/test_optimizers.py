@@ -112,6 +112,9 @@ def test_torchs_gradient_scaler_drives_it_as_it_does_torchs_class(name: str) -> 
         assert all(torch.equal(mine, tensor) for mine, tensor in zip(ours, theirs, strict=True))
     assert scalers[0].state_dict() == scalers[1].state_dict()
     assert optimizer.state_dict()["0.step"] == 4
+    scalers[0].scale(torch.ones(()))
+    with pytest.raises(TypeError):  # not unscaled before: rather than a step by gradients that are too large
+        scalers[0].step(optimizer, give_gradients(ours, 0), torch.tensor(1e-3))  # type: ignore[arg-type]
 
 
 def test_a_step_does_not_load_torchs_compiler(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def trained_parameters(network: nn.Module) -> dict[str, Tensor]:
 class Optimizer:
     """Updates a network's parameters in place, or skips the update if a flag on the device says so.
 
-    There is no host sync. torch's GradScaler reads `param_groups` and sets `grad_scale` and `found_inf`.
+    There is no host sync. torch's GradScaler reads `param_groups` and sets `found_inf`; its `unscale_` comes first.
     """
 
     MOMENTS: ClassVar[
@@ -31,8 +31,8 @@ class Optimizer:
     ]  # of each parameter: the count of updates `()`, float32, and tensors of its shape
 
     _step_supports_amp_scaling = True  # otherwise the scaler syncs with the device at every step
-    grad_scale: Tensor | None = None  # the scaler sets it on the instance, and deletes it there
-    found_inf: Tensor | None = None
+    grad_scale: None = None  # a scaler that has not unscaled the gradients raises, as it would multiply this
+    found_inf: Tensor | None = None  # the scaler sets it on the instance, and deletes it there
 
     def __init__(
         self, named_parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], options: OptimConfig
@@ -103,7 +103,7 @@ class Adam(Optimizer):
             self.parameters, list(map(_laid_out, gradients, self.parameters)), self._firsts, self._seconds, [],
             [state[0] for state in self._state],
             lr=learning_rate, beta1=self._beta1, beta2=self._beta2, weight_decay=self._weight_decay, eps=self._eps,
-            amsgrad=False, maximize=False, grad_scale=self.grad_scale, found_inf=skip,
+            amsgrad=False, maximize=False, found_inf=skip,
         )  # fmt: skip
         if skip is not None:
             self._steps.sub_(skip)
@@ -131,8 +131,6 @@ class Adamax(Optimizer):
     def step(self, gradients: Sequence[Tensor], learning_rate: Tensor, skip: Tensor | None = None) -> None:
         skip = self.found_inf if skip is None else skip
         before = None if skip is None else [tensor.clone() for tensor in self.tensors]
-        if self.grad_scale is not None:
-            gradients = [gradient / self.grad_scale for gradient in gradients]
         on_gpu = self._steps.is_cuda
         adamax(
             self.parameters, list(gradients), self._firsts, self._seconds, [state[0] for state in self._state],
