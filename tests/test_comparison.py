@@ -32,6 +32,7 @@ from vae_dist.data.source import InMemory, in_memory, read
 from vae_dist.errors import StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.files import write_atomically
+from vae_dist.models.tensors import to_unit
 from vae_dist.reports import comparison
 from vae_dist.reports.comparison import _folder_name, _kept_evaluation, _own_folder, _to_json, compare, curves
 from vae_dist.reports.labels import labels
@@ -223,7 +224,7 @@ def test_rows_of_images_are_originals_and_each_runs_reconstructions(pair: list[P
     runs = [opened(run) for run in pair]
     test = whole(datasets.load_test(runs[0].config.data))
     shown = [int((test.labels == digit).nonzero()[0]) for digit in range(10)]
-    expected = [datasets.to_unit(test.pixels[shown])]
+    expected = [to_unit(test.pixels[shown])]
     for run in runs:
         vae = run.checkpoint.load_vae(run.config, CPU)
         expected.append(vae.decode(vae.infer(expected[0]).mean).mean)

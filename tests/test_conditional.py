@@ -30,7 +30,7 @@ from vae_dist.evaluation.metrics import negative_log_likelihood
 from vae_dist.models import build_vae
 from vae_dist.models.inputs import read_inputs
 from vae_dist.models.labels import LabelEmbedding
-from vae_dist.models.tensors import ShapeError
+from vae_dist.models.tensors import ShapeError, to_unit
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import elbo
 from vae_dist.plan import FIXED_SEED, Plan, Stream, standard_normal
@@ -250,7 +250,7 @@ def test_samples_of_a_class_are_images_of_this_class(run_dir: Path) -> None:
     drawn = load_file(folder / "samples.safetensors")
     assert torch.equal(drawn["labels"], torch.arange(500) % 10)
     training = whole(datasets.load_training_set(opened(run_dir).config.data))
-    images = datasets.to_unit(training.pixels).flatten(1)
+    images = to_unit(training.pixels).flatten(1)
     means = torch.stack([images[training.labels == label].mean(0) for label in range(10)])
     nearest = torch.cdist(drawn["images"].flatten(1), means).argmin(1)
     assert (nearest == drawn["labels"]).double().mean() > 0.9
@@ -263,7 +263,7 @@ def test_importance_weights_are_of_x_given_y(run_dir: Path) -> None:
     vae = source.checkpoint.load_vae(source.config, CPU).double()
     pixels, labels = read(test, range(5)), whole(test).labels[:5]
     expected = []
-    for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
+    for index, image in enumerate(to_unit(pixels, torch.float64)):
         label = labels[index : index + 1]
         embedded = vae.embedding(label) if vae.embedding is not None else torch.empty(0)
         posterior = vae.infer(image.unsqueeze(0), label)

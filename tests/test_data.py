@@ -10,6 +10,7 @@ from tests.sources import whole
 from vae_dist.config import DataConfig
 from vae_dist.data import datasets, digit_set, digits
 from vae_dist.errors import UserError
+from vae_dist.models.tensors import to_unit
 
 
 def settings(root: Path, **changes: object) -> DataConfig:
@@ -47,7 +48,7 @@ def test_a_larger_set_begins_with_the_smaller_one(data_root: Path) -> None:
 def test_images_are_bytes_and_become_floats_from_black_to_white(data_root: Path) -> None:
     training = whole(datasets.load_training(settings(data_root))[0])
     assert training.pixels.dtype == torch.uint8 and training.labels.dtype == torch.int64
-    unit = datasets.to_unit(training.pixels)
+    unit = to_unit(training.pixels)
     assert unit.dtype == torch.float32 and unit.min() == 0 and unit.max() == 1
 
 

@@ -30,7 +30,7 @@ from vae_dist.models.likelihoods import GaussianPixels
 from vae_dist.models.pixel_distributions import Gaussian, Number
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
 from vae_dist.models.priors import StandardNormal
-from vae_dist.models.tensors import Shape
+from vae_dist.models.tensors import Shape, to_unit
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import active_units, elbo_terms
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
@@ -106,7 +106,7 @@ def linear_gaussian_vae(shift: float = 0.0, widen: float = 0.0) -> tuple[VAE, Te
         encoder.bias.copy_(torch.cat([shift - to_mean @ bias, raw]))
     vae = Linear(encoder, decoder).eval()
     marginal = MultivariateNormal(bias, weight @ weight.T + SIGMA**2 * torch.eye(12).double())
-    return vae, marginal.log_prob(datasets.to_unit(PIXELS, torch.float64).flatten(1))
+    return vae, marginal.log_prob(to_unit(PIXELS, torch.float64).flatten(1))
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
@@ -132,7 +132,7 @@ def test_the_estimate_matches_torch_distributions_sample_by_sample(binary_run: P
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu")).double()
     pixels = read(datasets.load_test(source.config.data), range(5))
     expected = []
-    for index, image in enumerate(datasets.to_unit(pixels, torch.float64)):
+    for index, image in enumerate(to_unit(pixels, torch.float64)):
         posterior = vae.infer(image.unsqueeze(0))
         q, weights = Normal(posterior.mean, (0.5 * posterior.log_variance).exp()), []
         for number in range(9):
@@ -217,7 +217,7 @@ def test_a_dead_latent_is_not_active_and_has_no_kl() -> None:
     settings = config.load(["device=cpu", "evaluate.batch_size=70"])
     with processes.join(settings) as world:
         encodings = encode(vae, of_pixels(PIXELS), world, settings)
-    means = vae.infer(datasets.to_unit(PIXELS, torch.float64)).mean.detach()
+    means = vae.infer(to_unit(PIXELS, torch.float64)).mean.detach()
     np.testing.assert_allclose(encodings.variance, np.var(means.numpy(), axis=0), rtol=1e-12, atol=1e-15)
     assert active_units(encodings.variance) == 3
     assert encodings.kl[3].abs() < 1e-12 and (encodings.kl[:3] > 0.01).all()
@@ -368,7 +368,7 @@ def test_every_image_counts_once_also_in_a_last_smaller_chunk(run_dir: Path, mak
     test = datasets.load_test(source.config.data)
     expected = []
     for index in range(200):
-        image = datasets.to_unit(read(test, [index]))
+        image = to_unit(read(test, [index]))
         noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, range(index, index + 1), vae.latent_dim)
         expected.append(elbo_terms(vae(image, noise.unsqueeze(0)), image).negative_elbo)
     assert result["negative_elbo"] == pytest.approx(torch.cat(expected).double().mean().item(), abs=1e-4)

@@ -21,6 +21,7 @@ from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.priors import Mixture, Prior, StandardNormal
+from vae_dist.models.tensors import to_unit
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.training.loop import train
 from vae_dist.views import plots
@@ -167,7 +168,7 @@ def test_its_evaluation_has_the_kl_of_the_group_and_the_oracles_values(run_dir: 
     prior = oracle(vae.p_z)
     elbos, likelihoods, kls = [], [], []
     test = read(datasets.load_test(source.config.data), range(200))
-    for index, image in enumerate(datasets.to_unit(test, torch.float64).unsqueeze(1)):
+    for index, image in enumerate(to_unit(test, torch.float64).unsqueeze(1)):
         posterior = vae.infer(image)
         q = Independent(Normal(posterior.mean, (0.5 * posterior.log_variance).exp()), 1)
 

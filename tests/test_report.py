@@ -33,6 +33,7 @@ from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.posteriors import DiagonalGaussian
+from vae_dist.models.tensors import to_unit
 from vae_dist.reports import charts, facts, pictures, plane
 from vae_dist.reports.charts import Chart, Curve
 from vae_dist.reports.pictures import GRIDS_CHARACTERS, MOST_GRIDS
@@ -216,7 +217,7 @@ def test_bars_are_the_kl_of_each_latent_over_the_first_test_images(run_dir: Path
     """The oracle: the encoder. If an evaluation has the KL of each latent, the bars are its own."""
     run = opened(run_dir)
     vae = run.checkpoint.load_vae(run.config, torch.device("cpu"))
-    posterior = vae.infer(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels))
+    posterior = vae.infer(to_unit(whole(datasets.load_test(run.config.data)).pixels))
     assert isinstance(posterior, DiagonalGaussian)
     kl = posterior.kl_from_standard_normal().double().mean(0).tolist()
     falling = sorted(range(8), key=lambda latent: -kl[latent])
@@ -245,7 +246,7 @@ def test_the_plane_is_what_the_decoder_makes_of_an_even_grid(run_dir: Path) -> N
         expected = vae.decode(code).mean[0, 0].mul(255).numpy()
         cell = pixels[row * 28 : row * 28 + 28, column * 28 : column * 28 + 28]
         assert np.abs(cell - expected).max() < 0.51
-    mean = vae.infer(datasets.to_unit(whole(datasets.load_test(run.config.data)).pixels)).mean[:, seen.latents]
+    mean = vae.infer(to_unit(whole(datasets.load_test(run.config.data)).pixels)).mean[:, seen.latents]
     torch.testing.assert_close(seen.means, mean)
 
 

@@ -21,6 +21,7 @@ from vae_dist.data.source import InMemory, in_memory
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import Posterior
+from vae_dist.models.tensors import to_unit
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.terminal import console, progress
 from vae_dist.training.loop import train
@@ -59,7 +60,7 @@ def posterior_of(run: Path) -> Posterior:
     """The posteriors of the test images, all at once."""
     source = opened(run)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
-    return vae.infer(datasets.to_unit(whole(datasets.load_test(source.config.data)).pixels))
+    return vae.infer(to_unit(whole(datasets.load_test(source.config.data)).pixels))
 
 
 EVERY_KIND = {
@@ -144,7 +145,7 @@ def test_the_mixture_is_fitted_to_the_training_images_alone(run_dir: Path, monke
     source = opened(run_dir)
     vae = source.checkpoint.load_vae(source.config, torch.device("cpu"))
     training, _ = datasets.load_training(source.config.data)
-    posterior = vae.infer(datasets.to_unit(whole(training).pixels))
+    posterior = vae.infer(to_unit(whole(training).pixels))
     # Of one Gaussian the mean and the covariance are known: those of the posteriors' own mixture.
     mean = posterior.mean.double().mean(0)
     covariance = posterior.mean.double().T.cov() + posterior.log_variance.exp().double().mean(0).diag()

@@ -25,6 +25,7 @@ from vae_dist.distributed import processes
 from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
+from vae_dist.models.tensors import to_unit
 from vae_dist.models.vae import Inference
 from vae_dist.objectives import OBJECTIVES, ElboTerms, Values, elbo_terms
 from vae_dist.plan import Plan
@@ -214,7 +215,7 @@ def test_dynamic_binarisation_draws_anew_at_every_step(make_config: MakeConfig) 
             assert set(images.unique().tolist()) == {0, 255}
             order = Plan(0, 1000, 1000).batch(step).argsort()
             seen.append(images[order])
-    grey = datasets.to_unit(whole(training).pixels)
+    grey = to_unit(whole(training).pixels)
     assert not torch.equal(seen[0], seen[1])
     assert (seen[0] != seen[1]).float().mean().item() == pytest.approx((2 * grey * (1 - grey)).mean().item(), rel=0.05)
 

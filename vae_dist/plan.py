@@ -68,6 +68,11 @@ def shard(total: int, part: int, parts: int) -> range:
     return range(part * total // parts, (part + 1) * total // parts)
 
 
+def every_chunk(count: int, size: int) -> list[range]:
+    """Return `range(count)` in chunks of `size`; the last one may be smaller."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def random_words(seed: int, stream: Stream, step: int, rows: range, words: int) -> npt.NDArray[np.uint64]:
     """Uniform 64-bit words `(len(rows), words)`; a row does not depend on which other rows are drawn."""
     blocks = -(-words // _WORDS_PER_BLOCK)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from vae_dist.config import DataConfig
 from vae_dist.data.chosen import of_split
-from vae_dist.data.datasets import to_unit
 from vae_dist.data.source import read
 from vae_dist.errors import UserError
+from vae_dist.models.tensors import to_unit
 
 Split = Literal["train", "validation", "test"]
 

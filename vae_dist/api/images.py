@@ -15,8 +15,8 @@ from vae_dist.config import DataConfig
 from vae_dist.config.text import truncate
 from vae_dist.data import pixels
 from vae_dist.data.binarization import TEST_STEP, cut_pixels
-from vae_dist.data.datasets import to_unit
 from vae_dist.errors import UserError
+from vae_dist.models.tensors import to_unit
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, bernoulli_pixels
 

@@ -9,12 +9,13 @@ from torch import Tensor
 from vae_dist.api.codes import option_text, to_codes
 from vae_dist.api.images import to_images, to_labels
 from vae_dist.config import Config, load_reader
-from vae_dist.distributed.world import World, every_chunk
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation.metrics import importance_estimate
 from vae_dist.models.inputs import Inputs, label_rows
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
+from vae_dist.plan import every_chunk
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.views.latents import TrainedVAE, prior_draws
 from vae_dist.views.making import Made, make_view

@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from vae_dist.config import OWN_IMAGES, DataConfig, expand
 from vae_dist.data import arrays, binarized_mnist, cifar10, digit_set, folder, mnist
 from vae_dist.data.binarization import TEST_STEP, VALIDATION_STEP, binarize_once, cut
@@ -23,11 +20,6 @@ logger = logging.getLogger(__name__)
 Part = Literal["train", "test"]
 
 FALLBACK = digit_set.NAME
-
-
-def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Convert uint8 pixels to floats in [0, 1]."""
-    return pixels.to(dtype).div_(255)
 
 
 def check_name(name: str) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from vae_dist.data.folder_index import FolderIndex
 from vae_dist.data.pixels import DamagedError, Rule, decode
 from vae_dist.data.source import DataInfo, check_request
-from vae_dist.distributed.world import every_chunk
 from vae_dist.errors import RunError
+from vae_dist.plan import every_chunk
 from vae_dist.terminal.progress import progress
 
 T = TypeVar("T")

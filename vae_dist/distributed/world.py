@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from vae_dist.distributed import environment, failures
 from vae_dist.errors import RunError, UserError
+from vae_dist.plan import every_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +221,3 @@ class _Alone(NamedTuple):
     process_index: int = 0
     num_processes: int = 1
     is_main_process: bool = True
-
-
-def every_chunk(count: int, size: int) -> list[range]:
-    """Return `range(count)` in chunks of `size`; the last one may be smaller."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]

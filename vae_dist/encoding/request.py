@@ -10,9 +10,9 @@ from vae_dist.config import Config
 from vae_dist.config.text import as_text
 from vae_dist.data.chosen import Chosen
 from vae_dist.data.source import DataInfo
-from vae_dist.distributed.world import every_chunk
 from vae_dist.models.tensors import Shape
 from vae_dist.models.vae import VAE
+from vae_dist.plan import every_chunk
 from vae_dist.runs.checkpoint import Checkpoint
 
 FORMAT = 1

@@ -15,7 +15,7 @@ from vae_dist import objectives
 from vae_dist.compute.moments import joined
 from vae_dist.config import Config
 from vae_dist.data.source import Source
-from vae_dist.distributed.world import World, every_chunk
+from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation import constants, fid, similarity
 from vae_dist.evaluation.networks import NO_NETWORKS, Networks
@@ -23,7 +23,7 @@ from vae_dist.models.inputs import Inputs, read_inputs
 from vae_dist.models.tensors import sizes
 from vae_dist.models.vae import VAE, Inference
 from vae_dist.objectives import ElboTerms
-from vae_dist.plan import FIXED_SEED, Draws, Stream, standard_normal, standard_normals
+from vae_dist.plan import FIXED_SEED, Draws, Stream, every_chunk, standard_normal, standard_normals
 from vae_dist.terminal.progress import progress
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks

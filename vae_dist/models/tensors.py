@@ -1,4 +1,4 @@
-"""Shapes and floating-point types at the border of a model."""
+"""Shapes, pixels and floating-point types at the border of a model."""
 
 import math
 from collections.abc import Sequence
@@ -18,6 +18,11 @@ def sizes(shapes: Sequence[Shape]) -> list[int]:
 def running_sums(x: Tensor, dim: int) -> Tensor:
     """Sum along a dimension as torch.cumsum does, whose sums of floats change from run to run on a GPU."""
     return torch.stack(list(accumulate(x.unbind(dim), torch.add)), dim)
+
+
+def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Convert uint8 pixels to floats in [0, 1]."""
+    return pixels.to(dtype).div_(255)
 
 
 class ShapeError(ValueError):

@@ -10,12 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vae_dist.data.datasets import to_unit
 from vae_dist.models.labels import LabelEmbedding
 from vae_dist.models.likelihoods import Likelihood, LikelihoodKind
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.priors import Prior
-from vae_dist.models.tensors import Shape, ShapeError, at_least_float32, require_shape, sizes
+from vae_dist.models.tensors import Shape, ShapeError, at_least_float32, require_shape, sizes, to_unit
 
 
 class Inference(NamedTuple):

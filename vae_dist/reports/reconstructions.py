@@ -9,6 +9,7 @@ from vae_dist.config import Config
 from vae_dist.data import datasets
 from vae_dist.data.source import Source, every_label, read
 from vae_dist.models.inputs import read_inputs
+from vae_dist.models.tensors import to_unit
 from vae_dist.reports.labels import held_out_set, labels, subject
 from vae_dist.runs.lookup import Opened
 from vae_dist.runs.picture import Picture
@@ -29,7 +30,7 @@ def reconstructions(opened: Sequence[Opened], device: torch.device) -> Picture:
     for name, runs in by_held_out_set.items():
         source = _held_out(runs[0][1].config)
         chosen = _one_of_each(source)
-        originals = datasets.to_unit(read(source, chosen))
+        originals = to_unit(read(source, chosen))
         rows.append(originals)
         names.append("originals" if len(by_held_out_set) == 1 else f"originals: {name}")
         for label, run in runs:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.text import truncate
-from vae_dist.data.datasets import to_unit
 from vae_dist.data.source import read
 from vae_dist.errors import UserError
+from vae_dist.models.tensors import to_unit
 from vae_dist.views.latents import TrainedVAE
 
 LONGEST_TEXT = 64  # numbers of a code that a caption states
