@@ -26,7 +26,7 @@ from tests.test_mnist import idx
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.runs.lookup import find
 from vae_dist.terminal import console, streams, tables
-from vae_dist.terminal.tables import Metric
+from vae_dist.terminal.tables import MetricRow
 
 TRAIN = str(REPOSITORY / "vae_dist/train.py")
 ENDLESS = ["train.steps=1000000", "train.validate_every=1000000", "checkpoint.every=1000000", "train.log_every=1"]
@@ -205,11 +205,11 @@ def test_exit_codes_are_the_promised_ones_wherever_the_output_goes(arguments: st
 SHOW = """
 from vae_dist.terminal import console
 from vae_dist.terminal import tables
-from vae_dist.terminal.tables import Metric
+from vae_dist.terminal.tables import MetricRow
 from vae_dist.errors import UserError
 def command():
     console.logger.warning("a warning \\u65e5 [red]")
-    rows = [Metric("n\\u00e4me [b]", 1.0, 0.5)]
+    rows = [MetricRow("n\\u00e4me [b]", 1.0, 0.5)]
     tables.metrics("title \\u65e5 [/x]", rows, "note \\u65e5 :smile:", warning="\\x1b[31mred")
     print("left in the buffer by others \\u65e5", end="")
     raise UserError("[/home/\\u65e5] :pile_of_poo:")
@@ -249,7 +249,7 @@ def test_nothing_that_a_terminal_would_obey_is_shown_or_logged(
         raise RunError("no \x9b31m")
     with pytest.raises(ZeroDivisionError), console.logged_to(tmp_path / "log.txt"):
         raise ZeroDivisionError("a bug \x1b[2J")
-    tables.metrics("\x1b[31mtitle", [Metric("\x1b[2J", 1.0)], "\x07")
+    tables.metrics("\x1b[31mtitle", [MetricRow("\x1b[2J", 1.0)], "\x07")
     shown, log = capsys.readouterr(), (tmp_path / "log.txt").read_text()
     assert not {"\x1b", "\x07", "\x9b"} & set(shown.out + shown.err + log)
     assert r"a server says \x1b]0;title\x07 \udcff" in shown.err
@@ -467,14 +467,14 @@ def test_a_table_that_is_too_wide_is_turned_in_as_many_parts_as_needed(
 
 def test_a_large_standard_error_has_no_exponent(capsys: pytest.CaptureFixture[str]) -> None:
     errors = {"± 254": 253.7, "± 100": 99.6, "± 99": 99.4, "± 0.097": 0.0971, "± 2.5e+08": 2.5e8}
-    tables.metrics("bits", [Metric(f"metric {index}", 1.0, error) for index, error in enumerate(errors.values())])
+    tables.metrics("bits", [MetricRow(f"metric {index}", 1.0, error) for index, error in enumerate(errors.values())])
     rows = [line for line in capsys.readouterr().out.splitlines() if "metric" in line]
     assert [row.split("│")[3].strip() for row in rows] == list(errors)
 
 
 def test_a_narrow_console_cuts_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams.results, "_width", 36)
-    rows = [Metric("negative log-likelihood", -12341.6012, 0.00093, "nats, at most; 128 samples")]
+    rows = [MetricRow("negative log-likelihood", -12341.6012, 0.00093, "nats, at most; 128 samples")]
     tables.metrics("title", rows, "protocol")
     tables.table("title", {"validation/best_negative_elbo": 12490.6849})
     lines = [line.split("\u2502") for line in capsys.readouterr().out.splitlines() if "\u2502" in line]

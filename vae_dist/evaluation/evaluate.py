@@ -16,7 +16,7 @@ from vae_dist.runs.run import EVALUATION, EVALUATIONS
 from vae_dist.runs.tracking import track
 from vae_dist.runs.wandb_client import check_online
 from vae_dist.terminal import console, tables
-from vae_dist.terminal.tables import Metric
+from vae_dist.terminal.tables import MetricRow
 from vae_dist.views import pictures
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _show(result: Mapping[str, Any]) -> None:
     tables.metrics(
         f"{result['run']}, step {result['step']}: {which} {result['dataset']}",
         [
-            Metric("  " * metric.is_term + metric.title, value, error, unit)
+            MetricRow("  " * metric.is_term + metric.title, value, error, unit)
             for metric, value, error, unit in metric_table.measurements(result)
         ],
         "mean over the images ± its standard error",

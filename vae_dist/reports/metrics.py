@@ -9,7 +9,7 @@ from vae_dist.reports.text import format_number, format_value
 from vae_dist.runs.run import RunDirectory
 
 
-class Metric(NamedTuple):
+class FormattedMetric(NamedTuple):
     """A metric, formatted. Its standard error has as many decimals as its value; it is empty if none is known."""
 
     name: str
@@ -21,8 +21,8 @@ class Metric(NamedTuple):
 class Evaluation(NamedTuple):
     """An evaluation's metrics, the headline first, and its protocol."""
 
-    headline: Metric
-    others: list[Metric]
+    headline: FormattedMetric
+    others: list[FormattedMetric]
     conditions: str
     protocol: dict[str, str]
     warning: str | None  # of the metrics in nats
@@ -53,18 +53,18 @@ def evaluation(subject: Subject, latent_dim: int) -> Evaluation | None:
     )
 
 
-def last_validation(run: RunDirectory) -> Metric | None:
+def last_validation(run: RunDirectory) -> FormattedMetric | None:
     """The negative ELBO of the newest validation; None if there was no validation."""
     for step, value in run.points("validation/negative_elbo")[-1:]:
         return _formatted(measurements({"negative_elbo": value})[0], f" on validation images, step {step:,}")
     return None
 
 
-def _formatted(measurement: Measurement, of: str = "") -> Metric:
+def _formatted(measurement: Measurement, of: str = "") -> FormattedMetric:
     metric, value, error, unit = measurement
     text = format_number(value) if isinstance(value, float) else f"{value:,}"
     places = len(text.partition(".")[2]) if "e" not in text else 0
-    return Metric(metric.title + of, text, "" if error is None else _rounded(error, places), unit)
+    return FormattedMetric(metric.title + of, text, "" if error is None else _rounded(error, places), unit)
 
 
 def _rounded(error: float, places: int) -> str:

@@ -23,7 +23,7 @@ def table(title: str, rows: Mapping[str, object]) -> None:
     results.print(result)
 
 
-class Metric(NamedTuple):
+class MetricRow(NamedTuple):
     """One metric of an evaluation."""
 
     name: str
@@ -32,7 +32,7 @@ class Metric(NamedTuple):
     remark: str = ""
 
 
-def metrics(title: str, rows: Sequence[Metric], *protocol: str, warning: str | None = None) -> None:
+def metrics(title: str, rows: Sequence[MetricRow], *protocol: str, warning: str | None = None) -> None:
     """Print metrics with standard errors, then the lines of the protocol and any warning."""
     result = Table(title=plain(title), title_justify="left", show_header=False)
     for justify in ("left", "right", "left", "left"):

@@ -23,7 +23,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.models.vae import VAE
 from vae_dist.plan import shard
-from vae_dist.training import programs, schedules
+from vae_dist.training import agreement, schedules
 from vae_dist.training.autoencoder_losses import AutoencoderLosses, discriminator_losses
 from vae_dist.training.differentiate import Differentiate
 from vae_dist.training.ema import Ema
@@ -235,5 +235,5 @@ class AutoencoderRecipe:
     def _agree_on_programs(self, batch: Batch, strength: Tensor) -> None:
         """Compile for all shapes of a step in a rehearsal that changes nothing; then all processes compare results."""
         loss, _, of_adversarial, means = self._averaged(batch, strength)
-        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_adversarial, *means, loss])
+        agreement.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*of_adversarial, *means, loss])
         self._not_agreed_on = []

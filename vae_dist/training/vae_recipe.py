@@ -21,7 +21,7 @@ from vae_dist.models.tensors import require_shape
 from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES
 from vae_dist.plan import shard
-from vae_dist.training import programs, schedules
+from vae_dist.training import agreement, schedules
 from vae_dist.training.calibration import calibration, with_sigma
 from vae_dist.training.differentiate import Differentiate, Losses
 from vae_dist.training.ema import Ema
@@ -227,7 +227,7 @@ class VAERecipe:
         with self._scaler.rehearsal():
             results = self._guarded_gradients(*batch, values, totals, *self._optimizer.weights)
         norm = totals[len(self.image_values)]
-        programs.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*results, norm])
+        agreement.use_everywhere_or_nowhere(self._world, self._not_agreed_on, [*results, norm])
         self._not_agreed_on = []
 
 
