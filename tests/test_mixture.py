@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from vae_dist.views import mixture
-from vae_dist.views.mixture import FLOOR, Mixture, fit
+from vae_dist.views.mixture import FLOOR, GaussianMixture, fit
 
-KNOWN = Mixture(
+KNOWN = GaussianMixture(
     weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
     means=torch.tensor([[0.0, 0.0], [4.0, 1.0], [-3.0, 3.0]], dtype=torch.float64),
     covariances=torch.tensor(
@@ -19,18 +19,18 @@ KNOWN = Mixture(
 )
 
 
-def density(found: Mixture) -> MixtureSameFamily:
+def density(found: GaussianMixture) -> MixtureSameFamily:
     """The oracle."""
     return MixtureSameFamily(
         Categorical(found.weights), MultivariateNormal(found.means, covariance_matrix=found.covariances)
     )
 
 
-def aligned(found: Mixture) -> Mixture:
+def aligned(found: GaussianMixture) -> GaussianMixture:
     """The components in the order of KNOWN's, each at the nearest mean."""
     order = torch.cdist(KNOWN.means, found.means).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
-    return Mixture(*(values[order] for values in found))
+    return GaussianMixture(*(values[order] for values in found))
 
 
 @pytest.fixture(scope="module")

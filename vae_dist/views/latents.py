@@ -25,7 +25,7 @@ from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 from vae_dist.terminal.progress import progress
 from vae_dist.views import mixture, subspace
 from vae_dist.views.components import EXACT_LATENTS
-from vae_dist.views.mixture import Mixture
+from vae_dist.views.mixture import GaussianMixture
 from vae_dist.views.subspace import SubspaceMixture
 
 MIXTURE_NUMBERS = 2**28  # of the points that a mixture of more than EXACT_LATENTS latents is fitted to: 1 GiB
@@ -161,7 +161,7 @@ class TrainedVAE:
 
         return self.in_chunks("encoding the training images", len(chosen), draws)
 
-    def fit_mixture(self, components: int) -> Mixture | SubspaceMixture:
+    def fit_mixture(self, components: int) -> GaussianMixture | SubspaceMixture:
         """Fit a mixture of `components` Gaussians to the training images' posteriors.
 
         Above EXACT_LATENTS latents, only their leading principal components have full covariances.
@@ -170,7 +170,7 @@ class TrainedVAE:
         if components > len(points):
             raise UserError(f"sample.mixture_components={components} is more than the {len(points)} training images")
 
-        def fit() -> Mixture | SubspaceMixture:
+        def fit() -> GaussianMixture | SubspaceMixture:
             with progress("fitting the mixture", mixture.MAX_STEPS, is_main=self.world.is_main) as advance:
                 if self.vae.latent_dim > EXACT_LATENTS:
                     return subspace.fit(points, components, advance)

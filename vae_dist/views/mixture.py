@@ -20,7 +20,7 @@ MAX_STEPS = 200
 _CHUNK = 2**20  # numbers in a chunk of the points, which then fits the processor's cache
 
 
-class Mixture(NamedTuple):
+class GaussianMixture(NamedTuple):
     """The density of a mixture of K Gaussians."""
 
     weights: Tensor  # (K,), their sum is 1
@@ -49,7 +49,7 @@ class Mixture(NamedTuple):
 class Fit(NamedTuple):
     """A fitted mixture, and the course of its likelihood."""
 
-    mixture: Mixture
+    mixture: GaussianMixture
     log_likelihoods: list[float]  # before each step, nats per point; never falling
 
 
@@ -101,7 +101,7 @@ class _Moments(NamedTuple):
         return _Moments(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
-def _maximize(moments: _Moments) -> Mixture:
+def _maximize(moments: _Moments) -> GaussianMixture:
     """Return the mixture of maximum likelihood, given the responsibilities.
 
     Raising small eigenvalues to the floor is the exact maximum among covariances with no eigenvalue below it, so no
@@ -112,7 +112,7 @@ def _maximize(moments: _Moments) -> Mixture:
     covariances = moments.products / sizes.view(-1, 1, 1) - means.unsqueeze(2) * means.unsqueeze(1)
     values, vectors = torch.linalg.eigh(covariances)
     floored = (vectors * values.clamp_min(FLOOR).unsqueeze(1)) @ vectors.mT
-    return Mixture(sizes / sizes.sum(), means, floored)
+    return GaussianMixture(sizes / sizes.sum(), means, floored)
 
 
 def _initial_responsibilities(points: Tensor, components: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import mixture
 from vae_dist.views.components import chunks, moments, randomised_directions
-from vae_dist.views.mixture import FLOOR, Mixture
+from vae_dist.views.mixture import FLOOR, GaussianMixture
 
 LEADING = 64  # components that are modelled by full covariances
 
@@ -34,7 +34,7 @@ class SubspaceMixture(NamedTuple):
 
     def sample(self, seed: int, rows: range) -> Tensor:
         """Draw `(len(rows), L)`; row r does not depend on the other rows."""
-        leading = Mixture(self.weights, self.means, self.covariances).sample(seed, rows)
+        leading = GaussianMixture(self.weights, self.means, self.covariances).sample(seed, rows)
         noise = standard_normal(seed, Stream.MIXTURE, 2, rows, len(self.centre)).double()
         noise *= self.remaining_variance.sqrt()
         # A product per row: the rounding of a product of matrices would depend on the number of rows.
