@@ -13,9 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
+import vae_dist
 from tests.conftest import REPOSITORY, MakeConfig, newest_checkpoint
 from tests.test_trainer import final, timeless
 from vae_dist.config import Config
+from vae_dist.distributed import stopping
 from vae_dist.distributed.stopping import SIGNALS, StopRequests, Watch
 from vae_dist.errors import StoppedError
 from vae_dist.evaluation import metrics
@@ -247,3 +249,46 @@ def test_the_tracker_is_closed_when_a_run_is_stopped(make_config: MakeConfig, mo
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(record)]
     inspected = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert inspected["exit_code"] != 0
+
+
+def test_a_second_ctrl_c_interrupts_a_callers_program_and_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopRequests(ends_process=False) as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not requests.poll():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("is_command", [True, False])
+def test_a_library_call_does_not_end_the_process(
+    is_command: bool,
+    make_config: MakeConfig,
+    smoke_arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def recorded(*, ends_process: bool) -> StopRequests:
+        made.append(ends_process)
+        return StopRequests(ends_process=ends_process)
+
+    monkeypatch.setattr(loop, "StopRequests", recorded)
+    if is_command:
+        train(make_config("name=a", "train.steps=1"))
+    else:
+        vae_dist.fit(*smoke_arguments, f"runs_dir={tmp_path}", "name=a", "train.steps=1")
+    assert made == [is_command]
+
+
+def test_a_handler_that_is_not_of_python_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGUSR1 else known(number))
+    before = known(signal.SIGUSR1)
+    with StopRequests():
+        assert known(signal.SIGUSR1) == before and known(signal.SIGTERM) not in (before, signal.SIG_DFL)

@@ -15,9 +15,9 @@ def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
 
     `arguments` are YAML files and `key=value`, later ones winning: `fit("configs/tutorial.yaml", "name=mine")`. The run
     is in its directory below `runs_dir`, and the same call with its `name` resumes it, or returns it if it is finished.
-    A notebook shows a progress bar; interrupting its kernel saves the run first. The training is on the config's
-    `device`, by default a GPU if there is one. In a program that a launcher has started as several processes, each of
-    them calls this.
+    A notebook shows a progress bar; interrupting its kernel saves the run first, and interrupting it again does not.
+    The training is on the config's `device`, by default a GPU if there is one. In a program that a launcher has started
+    as several processes, each of them calls this.
 
     Raises UserError for a config or a device that can't be used here, RunError if the run can't continue, and
     StoppedError after a request to stop.
@@ -26,5 +26,5 @@ def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
 
     chosen = environment.to_device(device)  # before hours of training
     environment.restart_clock()
-    directory = train(config.load([str(argument) for argument in arguments]))
+    directory = train(config.load([str(argument) for argument in arguments]), is_command=False)
     return load(directory, device=chosen)

@@ -25,11 +25,13 @@ def exit_code(number: int) -> int:
 class StopRequests:
     """Record, inside the context, that this process was asked to stop; a second request ends it at once.
 
-    A thread receives the signals: Python's own handlers wait for the main thread, which may wait for another process.
-    Signals that were ignored from the start stay ignored, as `nohup` wants.
+    Unless it `ends_process`, a second Ctrl-C is the caller's KeyboardInterrupt instead. A thread receives the signals:
+    Python's own handlers wait for the main thread, which may wait for another process. Signals that were ignored from
+    the start stay ignored, as `nohup` wants.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = True) -> None:
+        self._ends_process = ends_process
         self.number = 0  # of the first signal
         self._requested_at = 0.0
         self._launcher = _launcher()
@@ -43,8 +45,8 @@ class StopRequests:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._handlers[number] = signal.signal(number, _handled_by_the_thread)
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not from Python, which can't restore it
+                self._handlers[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._listen, args=[reader], daemon=True)
         self._thread.start()
         return self
@@ -64,13 +66,24 @@ class StopRequests:
             self.number = self.number or signal.SIGTERM
         return self.number
 
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Keep the signal's default action from ending the process, which is the thread's decision."""
+        if self._is_callers(number) and self._is_second():
+            raise KeyboardInterrupt
+
+    def _is_callers(self, number: int) -> bool:
+        return number == signal.SIGINT and not self._ends_process
+
+    def _is_second(self) -> bool:
+        return self.number > 0 and time.monotonic() > self._requested_at + SAME_REQUEST_SECONDS
+
     def _listen(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as signals:
             while received := signals.read(1):
                 number = received[0]
                 if number not in self._handlers:
                     continue
-                if self.number and time.monotonic() > self._requested_at + SAME_REQUEST_SECONDS:
+                if self._is_second() and not self._is_callers(number):
                     os._exit(exit_code(number))
                 if not self.number:
                     self.number, self._requested_at = number, time.monotonic()
@@ -115,10 +128,6 @@ class Watch:
     def _raise_if(self, number: int) -> None:
         if number:
             raise StoppedError(f"{signal.Signals(number).name}: asked to stop", exit_code(number))
-
-
-def _handled_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing, but keep the signal's default action from ending the process."""
 
 
 def _launcher() -> int | None:

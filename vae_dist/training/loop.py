@@ -32,11 +32,12 @@ from vae_dist.training.update import make_update
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, is_command: bool = True) -> Path:
     """Train one VAE and return its run's directory.
 
     Raises UserError, on every process and before anything is written, for a config that can't be run here; RunError if
-    the run can't continue; StoppedError after a request to stop, once the run is saved.
+    the run can't continue; StoppedError after a request to stop, once the run is saved. A second request ends the
+    process, but of a caller's, unless it `is_command`, a second Ctrl-C is a KeyboardInterrupt.
     """
     with ExitStack() as stack, processes.join(config) as world:
         console.start(world)
@@ -60,14 +61,13 @@ def train(config: Config) -> Path:
         update.assert_equal_weights(state.step)
         batches = Batches(training, plan, config, world, update.recipe.noise_shape)
         meter = Meter(update, world, plan.batch_size, state.window)
-        most_steps = min(update.most_steps, batches.most_steps)
         world.set_timeout(config.runtime.timeout)
-        with _outputs(resolved, world, state, cadence, plan) as outputs:
+        with _outputs(resolved, world, state, cadence, plan, is_command) as outputs:
             milestones = Milestones(
                 resolved, world, update, meter, outputs, (training, validation), state, cadence.last_step
             )
             with milestones.saved_when_stopped():
-                for steps in launches(state.step, cadence, most_steps, outputs.watch):
+                for steps in launches(state.step, cadence, min(update.most_steps, batches.most_steps), outputs.watch):
                     values = [update.recipe.values(step) for step in steps]
                     update(batches(steps), values)
                     milestones.launched(len(steps))
@@ -85,11 +85,13 @@ def train(config: Config) -> Path:
 
 
 @contextmanager
-def _outputs(resolved: Resolved, world: World, state: TrainingState, cadence: Cadence, plan: Plan) -> Iterator[Outputs]:
+def _outputs(
+    resolved: Resolved, world: World, state: TrainingState, cadence: Cadence, plan: Plan, is_command: bool
+) -> Iterator[Outputs]:
     """Open the run's tracker, progress bar and log, and watch for requests to stop, while the context lasts."""
     config, run, _ = resolved
     with ExitStack() as stack:
-        requests = stack.enter_context(StopRequests())
+        requests = stack.enter_context(StopRequests(ends_process=is_command or world.size > 1))
         again = "validation" if state.validation_pending else ""
         trackers = []
 
