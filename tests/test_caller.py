@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -240,3 +241,21 @@ def test_a_failed_process_waits_for_no_other_one_to_leave(
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def test_one_thread_at_a_time_trains_or_evaluates(make_config: MakeConfig) -> None:
+    """Threads, settings and random state are the process's: two trainings would change each other's results."""
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            train(make_config("name=b", "train.steps=1"))
+        except UserError as error:
+            refused.append(str(error))
+
+    with processes.join(make_config()):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "another thread of this process trains or evaluates" in refused[0]
+    assert train(make_config("name=b", "train.steps=1")).name == "b"

@@ -1,6 +1,7 @@
 """Joining the processes of a run."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -11,18 +12,25 @@ from vae_dist.distributed import caller, environment, failures, launcher
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 
+_joining = threading.RLock()  # threads, settings and random state are the process's, and one training's at a time
+
 
 @contextmanager
 def join(config: Config) -> Iterator[World]:
     """Join the processes of this run inside the context, and afterwards restore the caller's process as it was.
 
     Two settings can't be restored: denormals stay flushed to zero, and glibc keeps freed memory. Raises UserError if
-    the device is not available, if the environment does not name the other processes, or if they do not
-    connect within `runtime.start_timeout`.
+    the device is not available, if the environment does not name the other processes, if they do not connect within
+    `runtime.start_timeout`, or if another thread of this process is inside the context.
     """
-    environment.flush_denormals()
-    environment.keep_freed_memory()
-    with caller.restored_afterwards():
+    if not _joining.acquire(blocking=False):
+        raise UserError(
+            "another thread of this process trains or evaluates: wait for its end, or start a process for each"
+        )
+    with ExitStack() as held, caller.restored_afterwards():
+        held.callback(_joining.release)
+        environment.flush_denormals()
+        environment.keep_freed_memory()
         device = environment.choose_device(config.device)
         launcher.require_supported()
         if not torch.distributed.is_initialized():
