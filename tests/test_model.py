@@ -1,5 +1,7 @@
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -280,3 +282,17 @@ def test_images_that_a_network_can_not_take_are_named(convolutional: VAE) -> Non
         mlp.infer(torch.zeros(2, 1, 4, 16))
     with pytest.raises(ValueError, match=r"takes images of \[1, 8, 8\] alone, not \[1, 4, 16\]"):
         mlp.decode(torch.zeros(2, 3), (1, 4, 16))
+
+
+def test_models_built_in_threads_are_equal_and_change_no_callers_random_state() -> None:
+    settings = config.load(["model.hidden_dims=[8]", "seed=3"])
+    expected = build_vae(settings, (1, 8, 8)).state_dict()
+    state, interval = torch.get_rng_state(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            made = list(threads.map(lambda _: build_vae(settings, (1, 8, 8)).state_dict(), range(80)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(weights[name], expected[name]) for weights in made for name in expected)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -3,12 +3,11 @@
 from collections.abc import Collection, Sequence
 from importlib import import_module
 
-import torch
-
 from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.models.likelihoods import LIKELIHOODS, likelihood_kind
 from vae_dist.models.priors import PRIORS
+from vae_dist.models.tensors import seeded
 from vae_dist.models.vae import VAE
 
 MOST_CHANNELS = 4  # that a PNG file has
@@ -52,8 +51,7 @@ def build_vae(config: Config, image_shape: Sequence[int]) -> VAE:
         raise UserError("a conditional model needs data.classes, the names of its classes; a training sets it")
     classes = len(config.data.classes or ()) if config.model.conditional else 0
     build = import_module(f"{__name__}.{config.model.architecture}").build
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         try:
             vae: VAE = build(config.model, tuple(image_shape), likelihood_kind(config.objective), classes)
             assert vae.latent_dim > 0

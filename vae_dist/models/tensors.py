@@ -1,13 +1,25 @@
 """Shapes, pixels and floating-point types at the border of a model."""
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+_seeding = threading.RLock()  # torch has one generator for all threads
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside the context, and leave it afterwards as it was; one thread at a time."""
+    with _seeding, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def sizes(shapes: Sequence[Shape]) -> list[int]:

@@ -13,6 +13,7 @@ from vae_dist.features.files import load
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models.discriminator import PatchDiscriminator
 from vae_dist.models.likelihoods import LocationScaleKind, likelihood_kind
+from vae_dist.models.tensors import seeded
 from vae_dist.models.vae import VAE
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,7 @@ def load_perceptual(config: Config, device: torch.device) -> LPIPS | None:
 def make_discriminator(vae: VAE, config: Config, world: World) -> PatchDiscriminator:
     """Make the discriminator; its weights depend on the seed alone."""
     options = config.first_stage
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
+    with seeded(config.seed + 1):
         discriminator = PatchDiscriminator(
             vae.image_shape[0], options.discriminator_channels, options.discriminator_layers
         )
