@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -372,3 +374,23 @@ def test_processes_wait_longer_for_the_pack_than_for_a_collective(
     (pictures / "x.jpg").write_bytes(image_bytes(9, "JPEG")[:-60])
     ended = fork_server.launch(2, "-c", SLOW_TO_PACK, *common, "name=refused")
     assert [result.stdout.count("1 of 61 images") for result in ended] == [1, 1]
+
+
+def test_a_forked_process_decodes_in_threads_of_its_own(tmp_path: Path) -> None:
+    """Those of its parent are not there: it would wait for them for ever."""
+    path = write_images(tmp_path / "pictures", numbered(40))
+    code = f"""
+import os, signal, torch
+torch.set_num_threads(1)  # or its own threads would be missing, too
+from vae_dist.config import DataConfig
+from vae_dist.data import datasets
+from vae_dist.data.source import read
+data = DataConfig(name="folder", path={str(path)!r}, root={str(tmp_path)!r}, size=8, pack="never", workers=2)
+before = read(datasets.load_training_set(data), range(30))
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    os._exit(not read(datasets.load_training_set(data), range(30)).equal(before))
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

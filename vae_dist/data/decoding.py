@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -113,6 +112,7 @@ class DecodedSource:
         self._rule = rule
         self._labels = labels
         self._threads = threads
+        self._pools: dict[int, ThreadPoolExecutor] = {}  # by process
 
     def labels(self, indices: Tensor) -> Tensor | None:
         return None if self._labels is None else self._labels[indices]
@@ -147,9 +147,13 @@ class DecodedSource:
                 "data.check=decode, which decodes all files at the start"
             ) from error
 
-    @cached_property
+    @property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, "decode")
+        """The threads that decode; a forked process has none of its parent's."""
+        process = os.getpid()
+        if process not in self._pools:
+            self._pools = {process: ThreadPoolExecutor(self._threads, "decode")}
+        return self._pools[process]
 
 
 def has_changed(index: FolderIndex, file: int) -> bool:
