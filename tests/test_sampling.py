@@ -446,3 +446,12 @@ def test_draws_of_some_training_images_are_of_their_own_binarisation(
         noise = standard_normal(FIXED_SEED, Stream.MIXTURE_POINTS, 0, range(len(pixels)), 8)
         torch.testing.assert_close(draws, vae.infer(vae.to_input(pixels)).sample(noise))
     assert len(draws) == 334
+
+
+@pytest.mark.parametrize("view", ["sample.kind=scatter", "sample.sampler=mixture"])
+def test_a_diverged_model_is_named(view: str, make_config: MakeConfig) -> None:
+    run = train(make_config("name=a", "model.latent_dim=2", "optim.learning_rate=1e20", "train.steps=1"))
+    log = (run / "log.txt").read_text()
+    assert "step 1: validation/negative_elbo is nan: the model has diverged" in log
+    with pytest.raises(UserError, match=r"are not finite: .* take an earlier checkpoint if the model has diverged"):
+        sample(run, [view])

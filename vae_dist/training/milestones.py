@@ -134,6 +134,8 @@ class Milestones:
             metrics = terms.metrics("validation")
             criterion, best = self._recipe.criterion, self._best
             value = metrics.get(f"validation/{criterion}", math.nan)
+            if self._world.is_main and metrics and not math.isfinite(value):
+                logger.warning("step %d: validation/%s is %g: the model has diverged", step, criterion, value)
             improved = math.isfinite(value) and (best is None or best.metric != criterion or value < best.value)
             if improved:
                 self._best = best = Best(step, value, criterion)

@@ -179,7 +179,10 @@ class TrainedVAE:
         return self.world.on_main(fit, patient=True)
 
     def in_chunks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
-        """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU."""
+        """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU.
+
+        Raises UserError, on every process, if a row is not finite.
+        """
         chunks = self.world.chunks(count, self.config.evaluate.images_at_once(self.vae.image_shape))
         values = []
         with (
@@ -189,7 +192,18 @@ class TrainedVAE:
             for chunk in chunks:
                 values.append(compute(chunk).cpu())
                 advance(len(chunk))
-        return self.world.gather_rows(chunks, values, count)
+        rows = self.world.gather_rows(chunks, values, count)
+        require_finite(rows)
+        return rows
+
+
+def require_finite(tensor: Tensor) -> None:
+    """Raise UserError unless all numbers of a view are finite."""
+    if not tensor.isfinite().all():
+        raise UserError(
+            "the codes or the images decoded from them are not finite: give codes nearer to 0 (sample.codes, "
+            "sample.radius), or take an earlier checkpoint if the model has diverged"
+        )
 
 
 def mean_kl(posterior: Posterior) -> Tensor:

@@ -7,7 +7,7 @@ from vae_dist.config import Config
 from vae_dist.errors import UserError
 from vae_dist.views.from_codes import codes, manifold, neighbours, prior, traversal
 from vae_dist.views.from_images import interpolation, levels, reconstruction, scatter
-from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.latents import TrainedVAE, require_finite
 from vae_dist.views.view import View
 
 # sample.kind -> the function that makes the view, and the keys of `sample` that it reads.
@@ -44,11 +44,8 @@ def make_view(trained: TrainedVAE, arguments: Sequence[str], step: int, *, avera
     make, keys = KINDS[kind]
     name = folder = config.sample.sampler if kind == "prior" else kind
     view = make(trained)
-    if not all(tensor.isfinite().all() for tensor in view.tensors.values()):
-        raise UserError(
-            "the codes or the images decoded from them are not finite: give codes nearer to 0 (sample.codes, "
-            "sample.radius), or take an earlier checkpoint if the model has diverged"
-        )
+    for tensor in view.tensors.values():
+        require_finite(tensor)
     caption = f"{config.name} (trained on {config.data.title}), step {step}; {view.description}"
     if averaged:
         caption += f"; {'moving average of the' if config.weights == 'ema' else 'raw'} weights"
