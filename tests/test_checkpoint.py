@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -648,3 +649,10 @@ def test_the_config_is_that_of_the_verified_bytes(make_config: MakeConfig, tmp_p
     checkpoint = Checkpoint(folder).verify()
     (folder / "config.yaml").unlink()  # another process prunes the checkpoint
     assert checkpoint.config.seed == 7
+
+
+def test_a_checkpoint_that_was_pruned_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = written(make_config(), tmp_path, 1)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"^{folder} was pruned by its training .* load {folder.parents[1]} again$"):
+        find(folder, tmp_path)
