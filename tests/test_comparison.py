@@ -451,10 +451,10 @@ def test_metrics_that_only_some_runs_have_are_columns(pair: list[Path]) -> None:
 def test_a_console_shows_the_names_of_runs_that_nothing_else_tells_apart(pair: list[Path]) -> None:
     runs = [opened(run) for run in pair]
     keys = config.differing([run.config for run in runs])
-    for shown, of, header in ((runs, keys, ["latent_dim", "step"]), (runs, [], ["step", "run"])):
-        for several in (shown, shown[:1]):
-            table = make_table(several, of, [{}] * len(several)).without_redundant_names()
-            assert table[1] == header and {len(row) for row in table[2]} == {2}
+    unnamed, named = ["latent_dim", "step"], ["step", "run"]
+    for shown, of, header in ((runs, keys, unnamed), (runs, [], named), (runs[:1], [], named)):
+        table = make_table(shown, of, [{}] * len(shown)).without_redundant_names()
+        assert table[1] == header and {len(row) for row in table[2]} == {2}
 
 
 def test_a_bar_in_a_cell_divides_no_cells_of_markdown() -> None:
