@@ -30,7 +30,7 @@ from tests.test_fuzz import assert_short_line, mutated
 from vae_dist.config import DataConfig
 from vae_dist.data import array_files, arrays, chosen, datasets
 from vae_dist.data.source import DataInfo, InMemory, Source, every_name, read
-from vae_dist.errors import UserError
+from vae_dist.errors import RunError, UserError
 from vae_dist.evaluation import per_image
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.objectives import elbo_terms
@@ -364,6 +364,43 @@ def test_an_image_shape_decides_between_two_readings(tmp_path: Path) -> None:
     first = whole(opened(path, image_shape=[1, 3, 8])).pixels.numpy()
     second = whole(opened(path, image_shape=[3, 8, 1])).pixels.numpy()
     assert np.array_equal(first, images.transpose(0, 3, 1, 2)) and np.array_equal(second, images)
+
+
+@pytest.mark.parametrize("suffix", array_files.SUFFIXES)
+def test_a_file_that_is_overwritten_is_not_read_on(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"own{suffix}", GREY)
+    content, time = path.read_bytes(), (1, 1)
+    os.utime(path, ns=time)
+    source = opened(path)
+    for change in content[:-1] + b"?", content[:-8], b"":  # of a shorter one the kernel has no pages: SIGBUS
+        path.write_bytes(change)
+        with pytest.raises(RunError, match=f"own{suffix} has changed since the start; put it back"):
+            read(source, ODD)
+        path.write_bytes(content)
+        os.utime(path, ns=time)
+        assert np.array_equal(read(source, ODD)[:, 0].numpy(), GREY[ODD])
+
+
+def test_a_file_that_another_replaces_or_that_is_deleted_keeps_its_images(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.npy", GREY)
+    source = opened(path)
+    write(tmp_path / "other.npy", GREY[::-1]).rename(path)
+    assert np.array_equal(whole(source).pixels[:, 0].numpy(), GREY)
+    path.unlink()
+    assert np.array_equal(whole(source).pixels[:, 0].numpy(), GREY)
+
+
+def test_a_mapped_file_is_closed_with_its_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.npy", GREY)
+    source = opened(path)
+    assert str(path) in open_files()
+    del source
+    assert str(path) not in open_files()
+
+
+def open_files() -> list[str]:
+    """The paths of this process's descriptors."""
+    return [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
 
 
 def test_nothing_in_a_file_is_unpickled(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from vae_dist import locks
 from vae_dist.data import decoding, pack_file, pack_journal
 from vae_dist.data import packing as packings
 from vae_dist.data.folder_index import listed
+from vae_dist.data.image_set import packed_set
 from vae_dist.data.pack_file import BadPackError, Pack, is_pack, open_pack, sampled
 from vae_dist.data.packing import packed
 from vae_dist.data.pixels import Rule, decode
-from vae_dist.errors import UserError
+from vae_dist.data.source import read
+from vae_dist.errors import RunError, UserError
 
 LABELLED = [
     *numbered(9, "train/cat/"),
@@ -258,8 +260,24 @@ def test_a_changed_folder_is_packed_again(change: str, tmp_path: Path, decoded: 
     after = pack(folder, tmp_path / "packed")
     assert len(decoded) == 6 + len(after.names)
     assert sorted(after.names) == sorted(path.name for path in folder.iterdir())
-    assert np.array_equal(before.pixels, pixels)  # a training that has mapped it keeps what it had
+    kept = read(packed_set(before).source, range(6)).numpy()
+    assert np.array_equal(kept, pixels)  # a training that has mapped it keeps what it had
     assert len([path for path in (tmp_path / "packed").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_pack_that_is_overwritten_is_not_read_on(tmp_path: Path) -> None:
+    made = pack(write_images(tmp_path / "pictures", numbered(6)), tmp_path / "packed")
+    path = made.folder / "pixels.npy"
+    content, time = path.read_bytes(), (1, 1)
+    os.utime(path, ns=time)
+    source = packed_set(open_pack(made.folder)).source
+    for change in content[:-1] + b"?", content[:-8], b"":
+        path.write_bytes(change)
+        with pytest.raises(RunError, match=r"pixels.npy has changed since the start; put it back"):
+            read(source, range(6))
+        path.write_bytes(content)
+        os.utime(path, ns=time)
+        assert np.array_equal(read(source, range(6)).numpy(), np.load(path))
 
 
 @pytest.mark.parametrize("change", ["content", "new", "removed"])

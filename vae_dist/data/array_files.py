@@ -13,13 +13,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numpy.lib import format as npy
 
 from vae_dist.config import as_text
+from vae_dist.data.unchanged import MappedFile
 from vae_dist.errors import UserError
 from vae_dist.files import open_regular, reason
 
@@ -74,11 +74,11 @@ def members(path: Path) -> dict[str, Member]:
         return dict(_npz(file, size) if kind == ".npz" else _safetensors(file, size))
 
 
-def mapped(path: Path, member: Member) -> npt.NDArray[Any]:
-    """Return an array of a file as a read-only memory map. Raises BadArrayError or OSError."""
+def mapped(path: Path, member: Member) -> MappedFile:
+    """Map an array of a file, read-only. Raises BadArrayError or OSError."""
     with open_regular(path) as file:
         try:
-            return np.asarray(np.memmap(file, member.code, "r", member.offset, member.shape))
+            return MappedFile(path, file, member.code, "r", member.offset, member.shape)
         except ValueError as error:
             raise BadArrayError("it has changed while it was opened; try again") from error
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vae_dist.config import DataConfig, as_text
 from vae_dist.data.array_files import BadArrayError, Member, mapped, members, refusing
 from vae_dist.data.source import DataInfo, InFile, check_request
+from vae_dist.data.unchanged import MappedFile
 from vae_dist.plan import FIXED_SEED, Stream, random_words
 
 NAME = "array"
@@ -46,15 +47,15 @@ class MappedArray(InFile):
     integers; grey to three equal channels.
     """
 
-    def __init__(self, info: DataInfo, array: npt.NDArray[np.uint8], layout: Layout, labels: Tensor | None) -> None:
+    def __init__(self, info: DataInfo, file: MappedFile, layout: Layout, labels: Tensor | None) -> None:
         self.info = info
-        self._array = array
+        self._file = file
         self._layout = layout
         self._labels = labels
 
     def relabelled(self, info: DataInfo) -> "MappedArray":
         """Return the same images with another info; without labels if it has no classes."""
-        return MappedArray(info, self._array, self._layout, None if info.classes is None else self._labels)
+        return MappedArray(info, self._file, self._layout, None if info.classes is None else self._labels)
 
     def labels(self, indices: Tensor) -> Tensor | None:
         return None if self._labels is None else self._labels[indices]
@@ -63,13 +64,15 @@ class MappedArray(InFile):
         return list(map(str, indices.tolist()))
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        """Raises RunError if the file has changed since it was opened."""
         check_request(indices, out, self.info)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.info.count:
             raise IndexError(f"indices must be from 0 to {self.info.count - 1}")
+        self._file.require_unchanged()
         order = indices.argsort()  # the file is read from front to back
         at_once = max(BYTES_AT_ONCE // math.prod(self._layout.image_shape), 1)
         for places in order.split(at_once):
-            images = torch.from_numpy(self._array[indices[places].numpy()])
+            images = torch.from_numpy(self._file.array[indices[places].numpy()])
             if self._layout.axes == "N, H, W, C":
                 images = images.permute(0, 3, 1, 2)
             out[places] = _with_channels(
@@ -98,15 +101,15 @@ def open_images(path: Path, config: DataConfig) -> MappedArray:
                 f"its images have {height} x {width} pixels, and arrays are not resized: leave out "
                 f"data.size={config.size}, or resize the images before they are saved"
             )
-        array = mapped(path, member)
+        file = mapped(path, member)
         size = path.stat().st_size
-    labels = _labels(path, found, len(array))
+    labels = _labels(path, found, len(file.array))
     channels = config.channels or channels
     classes = None if labels is None else int(labels.max()) + 1
     processing = f"{'grey' if channels == 1 else 'colour'}, 0 to 1"
-    info = DataInfo(NAME, len(array), (channels, height, width), classes, processing, "")
-    identity = _identity(array, labels, f"{layout}, {channels} channels, {size} bytes")
-    return MappedArray(replace(info, identity=identity), array, layout, labels)
+    info = DataInfo(NAME, len(file.array), (channels, height, width), classes, processing, "")
+    identity = _identity(file.array, labels, f"{layout}, {channels} channels, {size} bytes")
+    return MappedArray(replace(info, identity=identity), file, layout, labels)
 
 
 def _identity(array: npt.NDArray[np.uint8], labels: Tensor | None, facts: str) -> str:
@@ -185,7 +188,7 @@ def _labels(path: Path, found: Mapping[str, Member], count: int) -> Tensor | Non
                 f"its labels must be integers of shape ({count},), one per image, not {member.dtype[:50]!a} of shape "
                 f"{as_text(member.shape)}"
             )
-        values = mapped(path, member)
+        values = mapped(path, member).array
         if values.min() < 0 or values.max() >= MOST_CLASSES:
             raise BadArrayError(
                 f"its labels are from {values.min()} to {values.max()}; they must be from 0 to {MOST_CLASSES - 1}: "

@@ -18,6 +18,7 @@ from torch import Tensor
 from vae_dist.data.folder_index import FolderIndex
 from vae_dist.data.pixels import DamagedError, Rule, decode
 from vae_dist.data.source import DataInfo, check_request
+from vae_dist.data.unchanged import Version, require_unchanged
 from vae_dist.errors import RunError
 from vae_dist.plan import every_chunk
 from vae_dist.terminal.progress import progress
@@ -138,8 +139,7 @@ class DecodedSource:
             raise IndexError(f"image {file} of {self.info.count}")
         path, name = self._index.path(file), self._index.name(file)
         try:
-            if has_changed(self._index, file):
-                raise RunError(f"{name} has changed since the start; put it back and run the same command again")
+            require_unchanged(name, path, Version(self._index.sizes[file], self._index.mtimes[file]))
             return decode(path, self._rule)
         except DamagedError as error:
             raise RunError(
@@ -154,15 +154,6 @@ class DecodedSource:
         if process not in self._pools:
             self._pools = {process: ThreadPoolExecutor(self._threads, "decode")}
         return self._pools[process]
-
-
-def has_changed(index: FolderIndex, file: int) -> bool:
-    """Return whether a file has another size or time than when it was found."""
-    try:
-        status = os.lstat(index.path(file))
-    except OSError:
-        return True
-    return (status.st_size, status.st_mtime_ns) != (index.sizes[file], index.mtimes[file])
 
 
 def seconds_per_image(index: FolderIndex, rule: Rule, files: Sequence[int]) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vae_dist.data.arrangement import PARTS, Arrangement
 from vae_dist.data.pixels import Resize, Rule
+from vae_dist.data.unchanged import MappedFile
 from vae_dist.errors import UNPRINTABLE, UserError
 from vae_dist.files import open_regular, parse_object, read_bounded
 from vae_dist.plan import FIXED_SEED
@@ -68,13 +69,18 @@ class Pack:
 
     folder: Path
     rule: Rule
-    pixels: NDArray[np.uint8]  # (N, C, H, W)
+    file: MappedFile  # of the pixels
     names: Names
     sizes: NDArray[np.int64]  # (N,), bytes of the image files
     arrangement: Arrangement
     refused: tuple[tuple[str, str], ...]  # files that were left out, and why
     signature: str  # of the folder that was packed, with the times of its files
     sha256: str  # of the pixels
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(N, C, H, W)."""
+        return self.file.array
 
     def is_intact(self) -> bool:
         """Read all pixels, and return whether they are those that were packed."""
@@ -123,16 +129,17 @@ def _open(folder: Path, index: dict[str, Any]) -> Pack:
     _require(classes is None or 0 < len(set(classes)) == len(classes) <= count, "classes")
     refused = tuple((_text(name), _text(why)) for name, why in index["refused"])
 
-    pixels = _map(folder / PIXELS, np.uint8, shape)
-    sizes = _map(folder / SIZES, np.int64, (count,))
-    names = Names(_map(folder / NAMES, np.uint8, (bytes_of_names,)), _map(folder / OFFSETS, np.int64, (count + 1,)))
-    labels = None if classes is None else _map(folder / LABELS, np.int64, (count,))
+    file = _map(folder / PIXELS, np.uint8, shape)
+    sizes = _map(folder / SIZES, np.int64, (count,)).array
+    buffer = _map(folder / NAMES, np.uint8, (bytes_of_names,)).array
+    names = Names(buffer, _map(folder / OFFSETS, np.int64, (count + 1,)).array)
+    labels = None if classes is None else _map(folder / LABELS, np.int64, (count,)).array
     _require(int(sizes.min()) >= 0, SIZES)
     _require(labels is None or 0 <= int(labels.min()) <= int(labels.max()) < len(classes or ()), LABELS)
     _check_names(names)
-    _require(sample_digest(lambda chosen: pixels[chosen], count) == index["digest"], PIXELS)
+    _require(sample_digest(lambda chosen: file.array[chosen], count) == index["digest"], PIXELS)
     return Pack(
-        folder, rule, pixels, names, sizes, Arrangement(parts, classes, labels), refused, _text(index["signature"]),
+        folder, rule, file, names, sizes, Arrangement(parts, classes, labels), refused, _text(index["signature"]),
         _text(index["sha256"]),
     )  # fmt: skip
 
@@ -184,10 +191,10 @@ def header(dtype: type[np.generic], shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
 
 
-def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> MappedFile:
     """Map the array of a .npy file of exactly this form. Writes to it would stay in memory."""
     expected = header(dtype, shape)
     size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
     with open_regular(path, size, follow=False) as file:
         _require(file.read(len(expected)) == expected and file.seek(0, 2) == size, path.name)
-        return np.memmap(file, dtype, "c", len(expected), shape)
+        return MappedFile(path, file, dtype, "c", len(expected), shape)

@@ -14,6 +14,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from vae_dist.data.unchanged import MappedFile
+
 MEMORY_SHARE = 8  # an eighth of the machine's memory for the images of one source
 
 
@@ -90,13 +92,19 @@ class Mapped(InFile):
     """Images in a memory-mapped file. What is derived from them is read when it is asked for, unless `resident`."""
 
     def __init__(
-        self, info: DataInfo, pixels: Tensor, all_labels: Tensor | None, all_names: Sequence[str] | None
+        self, info: DataInfo, file: MappedFile, all_labels: Tensor | None, all_names: Sequence[str] | None
     ) -> None:
-        self._held = InMemory(info, pixels, all_labels, all_names)
+        """`file` holds the pixels, uint8 `(N, C, H, W)`."""
+        self._file = file
+        self._held = InMemory(info, torch.from_numpy(file.array), all_labels, all_names)
         self.info = info
         self.labels = self._held.labels
         self.names = self._held.names
-        self.read = self._held.read
+
+    def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
+        """Raises RunError if the file has changed since it was opened."""
+        self._file.require_unchanged()
+        self._held.read(indices, draws, out)
 
 
 def in_memory(
