@@ -70,6 +70,33 @@ def test_an_image_does_not_see_the_others_of_its_batch(architecture: str) -> Non
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vae.modules())
 
 
+# A group of a GroupNorm that has one value maps it to 0 whatever the image: the codes of all images would be the same.
+LEVELS = "model.levels=[1,1]"
+ONE_VALUE = [  # of 2 x 2 pixels; what follows is enough
+    ("conv", ["model.channels=[8,1]"], ["model.channels=[8,8]"]),
+    ("ladder", ["model.channels=[8,1]", LEVELS], ["model.channels=[8,8]", LEVELS]),
+    ("resnet", ["model.channels=[8,1]", "model.attention=[]"], ["model.channels=[1,8]", "model.attention=[]"]),
+    ("autoencoder_kl", ["model.channels=[8,4]"], ["model.channels=[4,8]"]),
+]
+
+
+@pytest.mark.parametrize(("architecture", "too_few", "enough"), ONE_VALUE)
+def test_a_model_that_would_not_see_its_images_is_refused(
+    architecture: str, too_few: list[str], enough: list[str]
+) -> None:
+    message = "images of 2 x 2 can't be encoded: at 1 x 1 no group .* larger images, a larger last number in model.cha"
+    with pytest.raises(UserError, match=message):
+        build_vae(make(*too_few, architecture=architecture), (1, 2, 2))
+    larger = build_vae(make(*too_few, architecture=architecture), (1, 4, 4))
+    with pytest.raises(ValueError, match=message):
+        larger.infer(torch.rand(6, 1, 2, 2))
+    for vae, shape in (larger, (1, 4, 4)), (build_vae(make(*enough, architecture=architecture), (1, 2, 2)), (1, 2, 2)):
+        images = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0))
+        codes = vae.infer(images).mean
+        assert (codes.amax(0) - codes.amin(0)).max() > 1e-4
+        torch.testing.assert_close(vae.infer(images[:1]).mean, codes[:1])  # also where a single group has one value
+
+
 @pytest.mark.parametrize("rows", [1, 5, TRANSPOSED_ROWS, TRANSPOSED_ROWS + 1])
 def test_transposed_layers_equal_torchs_sequential(rows: int) -> None:
     layers = Layers(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)).double()

@@ -43,6 +43,7 @@ class AutoencoderKLVAE(GridVAE):
     ) -> None:
         """Raises ValueError for a conditional model, and for a likelihood that has no location in [0, 1]."""
         super().__init__(options, image_shape, likelihood, classes)
+        self.groups = options.norm_groups
         if classes:
             raise ValueError("its networks take no labels; use model.conditional=false")
         if not isinstance(likelihood, LocationScaleKind) or likelihood.output_shape(image_shape) != image_shape:
