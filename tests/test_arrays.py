@@ -311,6 +311,7 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         "a.npy", npy(np.zeros((9, 3, 8, 1), np.uint8)),
         r"is \(N, H, W, C\), data.image_shape=\[1, 3, 8\] or \(N, C, H, W\), data.image_shape=\[3, 8, 1\]: give",
     ),
+    "two equal readings": ("a.npy", npy(np.zeros((9, 3, 3, 3), np.uint8)), r"data.image_shape=\[3, 3, 3\]: pad the im"),
     "cut off": ("a.npy", raw(header(NPY, bytes(899))), "has 899 bytes of numbers where its header promises 900"),
     "trailing": ("a.npy", raw(header(NPY, bytes(901))), "has 901 bytes of numbers where"),
     "enormous": ("a.npy", raw(header(SHAPE("30", "9" * 18))), "promises 2999999999999999997"),
@@ -364,6 +365,15 @@ def test_an_image_shape_decides_between_two_readings(tmp_path: Path) -> None:
     first = whole(opened(path, image_shape=[1, 3, 8])).pixels.numpy()
     second = whole(opened(path, image_shape=[3, 8, 1])).pixels.numpy()
     assert np.array_equal(first, images.transpose(0, 3, 1, 2)) and np.array_equal(second, images)
+
+
+def test_images_of_one_pixel_are_read_once_saved_as_the_message_says(tmp_path: Path) -> None:
+    images = GREY[:, :1, :1]
+    with pytest.raises(UserError, match=r"save images\[None\] for one image, images\[:, None\] for grey ones"):
+        opened(write(tmp_path / "own.npy", images))
+    assert np.array_equal(whole(opened(write(tmp_path / "own.npy", images[:, None]))).pixels.numpy(), images[:, None])
+    one = whole(opened(write(tmp_path / "own.npy", images[None]))).pixels.numpy()
+    assert np.array_equal(one, images[None].transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("suffix", array_files.SUFFIXES)

@@ -162,11 +162,14 @@ def _layout(member: Member, image_shape: Sequence[int] | None) -> Layout:
         raise BadArrayError(
             f"its shape is {as_text(shape)}: images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels"
         )
+    if shape[1:] == (1, 1, 1):
+        readings = readings[:1]  # both are the same
     if len(readings) > 1:
         chosen = [layout for layout in readings if image_shape and list(layout.image_shape[1:]) == image_shape[1:]]
         if len(chosen) != 1:
             both = " or ".join(f"({layout.axes}), data.image_shape={list(layout.image_shape)}" for layout in readings)
-            raise BadArrayError(f"its shape {shape} is {both}: give the right one")
+            same = readings[0].image_shape == readings[1].image_shape
+            raise BadArrayError(f"its shape {shape} is {both}: {'pad the images' if same else 'give the right one'}")
         readings = chosen
     if readings[0].image_shape[0] == 4:
         raise BadArrayError(f"its shape {shape} has 4 channels: blend the images with a background colour, and save 3")
