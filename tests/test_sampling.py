@@ -23,6 +23,7 @@ from vae_dist.errors import UserError
 from vae_dist.models.posteriors import Posterior
 from vae_dist.models.tensors import to_unit
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
+from vae_dist.reports.report import report
 from vae_dist.terminal import console, progress
 from vae_dist.training.loop import train
 from vae_dist.views import latents, pictures
@@ -450,8 +451,13 @@ def test_draws_of_some_training_images_are_of_their_own_binarisation(
 
 @pytest.mark.parametrize("view", ["sample.kind=scatter", "sample.sampler=mixture"])
 def test_a_diverged_model_is_named(view: str, make_config: MakeConfig) -> None:
-    run = train(make_config("name=a", "model.latent_dim=2", "optim.learning_rate=1e20", "train.steps=1"))
+    run = train(make_config("name=a", "optim.learning_rate=1e20", "train.steps=1"))
     log = (run / "log.txt").read_text()
     assert "step 1: validation/negative_elbo is nan: the model has diverged" in log
     with pytest.raises(UserError, match=r"are not finite: .* take an earlier checkpoint if the model has diverged"):
         sample(run, [view])
+
+
+def test_a_report_of_a_diverged_model_has_no_images_on_its_plane(make_config: MakeConfig) -> None:
+    path = report(train(make_config("name=a", "optim.learning_rate=1e20", "train.steps=1")))
+    assert "take an earlier checkpoint if the model has diverged" in path.read_text()

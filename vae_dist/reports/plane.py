@@ -18,7 +18,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
 from vae_dist.reports.pictures import data_uri
 from vae_dist.reports.text import format_number
-from vae_dist.views.latents import TrainedVAE, kl_name, mean_kl, origin
+from vae_dist.views.latents import TrainedVAE, kl_name, mean_kl, origin, require_finite
 
 HELD_OUT = 1000  # the first images of the test set
 EXTENT = 3.0  # codes go from -3 to 3, which holds 99.7% of the prior along an axis
@@ -167,7 +167,9 @@ def _held_out(trained: TrainedVAE) -> tuple[DiagonalGaussian, Tensor | None, str
     """The posteriors and any labels of the first test images; if they can't be loaded, none of them and the reason."""
     try:
         indices = range(min(HELD_OUT, trained.test.info.count))
-        return trained.encode(indices), trained.test.labels(torch.arange(len(indices))), None
+        posterior = trained.encode(indices)
+        require_finite(posterior.mean)
+        return posterior, trained.test.labels(torch.arange(len(indices))), None
     except UserError as error:
         nothing = torch.empty(0, trained.vae.latent_dim)
         return DiagonalGaussian(nothing, nothing), None, str(error)

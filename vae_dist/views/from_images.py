@@ -11,7 +11,7 @@ from vae_dist.models.tensors import sizes
 from vae_dist.plan import Stream, standard_normal
 from vae_dist.views import pictures, plots, selection
 from vae_dist.views.components import principal_components
-from vae_dist.views.latents import TrainedVAE, scale_name
+from vae_dist.views.latents import TrainedVAE, require_finite, scale_name
 from vae_dist.views.view import View, label_tensors, require_plane
 
 
@@ -138,6 +138,7 @@ def scatter(trained: TrainedVAE) -> View:
     by_label = ", by label" if different <= plots.MOST_LABELS else f", whose {different:,} labels are too many to show"
     description = f"posterior means of the {len(means)} test images{by_label if different else ''}"
     if trained.vae.latent_dim > 2:
+        require_finite(means)
         components = principal_components(means, 2)
         points = components.coordinates
         ratios = [f"{ratio:.1%}" for ratio in components.variance_ratios.tolist()]

@@ -167,6 +167,7 @@ class TrainedVAE:
         Above EXACT_LATENTS latents, only their leading principal components have full covariances.
         """
         points = self.training_draws()
+        require_finite(points)
         if components > len(points):
             raise UserError(f"sample.mixture_components={components} is more than the {len(points)} training images")
 
@@ -179,10 +180,7 @@ class TrainedVAE:
         return self.world.on_main(fit, patient=True)
 
     def in_chunks(self, title: str, count: int, compute: Callable[[range], Tensor]) -> Tensor:
-        """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU.
-
-        Raises UserError, on every process, if a row is not finite.
-        """
+        """Call `compute` with each chunk of `range(count)`, and return its rows in order: `(count, ...)` on the CPU."""
         chunks = self.world.chunks(count, self.config.evaluate.images_at_once(self.vae.image_shape))
         values = []
         with (
@@ -192,9 +190,7 @@ class TrainedVAE:
             for chunk in chunks:
                 values.append(compute(chunk).cpu())
                 advance(len(chunk))
-        rows = self.world.gather_rows(chunks, values, count)
-        require_finite(rows)
-        return rows
+        return self.world.gather_rows(chunks, values, count)
 
 
 def require_finite(tensor: Tensor) -> None:
