@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,10 @@ BAD_IMAGES = {
     "different sizes, .28, 28., .30, 30": [torch.zeros(28, 28), torch.zeros(30, 30)],
     "there is no image file nothing.png": "nothing.png",
     "can't use int as an image": 3,
-    "images are numbers, not <U1": np.array(["a"]),
+    "images can't have the type <U1": np.array(["a"]),
+    "images can't have the type (float|longdouble)": np.zeros((28, 28), np.longdouble),
+    r"^images of \(2, 0, 28\) have no pixels": torch.zeros(2, 0, 28),
+    r"^images of \(1, 0, 0\) have no pixels": Image.new("L", (0, 0)),
     "mode F has no fixed range": Image.new("F", (28, 28)),
     "not .28,": torch.zeros(28),
 }
@@ -231,6 +235,7 @@ def test_a_damaged_image_file_is_named(runs: Runs, tmp_path: Path) -> None:
     [
         (torch.zeros(2, 3), r"latents must be \(N, 2\), not \(2, 3\)"),
         ([[0, math.inf]], "not finite"),
+        ([[0, 1j]], "they are complex numbers"),
         ("zero", "can't be decoded"),
         (torch.zeros(0, 2), r"latents must be \(N, 2\), not \(0, 2\)"),
         (torch.zeros(1, 1, 2), "latents must be"),
@@ -243,9 +248,46 @@ def test_latents_that_do_not_fit_are_refused(runs: Runs, latents: Any, message: 
     run = vae_dist.load(runs["grey"])
     with pytest.raises(UserError, match=message):
         run.decode(latents)
-    if isinstance(latents, DiagonalGaussian):
+    if isinstance(latents, DiagonalGaussian) or "complex" in message:
         with pytest.raises(UserError, match=message):
             run.show_codes(latents)
+
+
+def test_numbers_that_are_not_whole_or_too_small_are_refused(runs: Runs) -> None:
+    run, image = vae_dist.load(runs["conv"]), torch.zeros(28, 28)
+    for few in (0, -4, 4.0, "4", None, np.array([4, 4]), 2**70):
+        allowed = "below 2.63" if isinstance(few, int) and few > 0 else "of at least 1"
+        uses: dict[str, Callable[[Any], object]] = {
+            r"size\[0\]": lambda number: run.decode(torch.zeros(196), size=(number, 28)),
+            r"size\[1\]": lambda number: run.decode(torch.zeros(196), size=(28, number)),
+            "count": run.prior,
+            "samples": lambda number: run.log_likelihood(image, samples=number),
+        }
+        for name, use in uses.items():
+            with pytest.raises(UserError, match=f"^{name}=.*: a whole number {allowed} is needed"):
+                use(few)
+    with pytest.raises(UserError, match="size=0: give the height and the width"):
+        run.decode(torch.zeros(196), size=0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="seed=-1: a whole number of at least 0"):
+        run.prior(2, seed=-1)
+    with pytest.raises(UserError, match="seed=1180591620717411303424: a whole number below"):
+        run.prior(2, seed=2**70)
+    decoded = run.decode(torch.zeros(2, 14 * 14))
+    assert torch.equal(run.decode(torch.zeros(2, 14 * 14), size=np.array([28, 28])), decoded)  # type: ignore[arg-type]
+    assert torch.equal(run.prior(np.int64(2), seed=torch.tensor(3)), run.prior(2, seed=3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"images": [0, object()]}, {"images": [0, 2**70]}, {"images": [[0], [1, 2]]}, {"images": [0, 1j]},
+        {"steps": object()}, {"steps": 2j},
+    ],
+    ids=lambda options: re.sub(" at 0x.*>", ">", str(options)),
+)  # fmt: skip
+def test_options_of_pictures_that_are_no_numbers_are_refused(runs: Runs, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(options))}=.* can't be used: "):
+        vae_dist.load(runs["grey"]).show_interpolation(**options)
 
 
 def test_a_list_of_latents_is_as_good_as_a_tensor_of_them(runs: Runs) -> None:
@@ -307,6 +349,17 @@ def test_a_conditional_model_takes_names_and_numbers_of_classes(runs: Runs, test
     }.items():
         with pytest.raises(UserError, match=message):
             run.encode(test_images[:2], labels=labels)
+    for several in (np.array([1, 2]), torch.tensor([1, 2])):
+        with pytest.raises(UserError, match=r"\[1, 2\].* is no class"):
+            run.encode(test_images[:2], labels=[several])
+        with pytest.raises(UserError, match=r"sample\.labels has \[1,? 2\], but the 10 classes"):
+            run.sample(2, labels=[several])
+    assert torch.equal(by_number, run.encode(test_images[:2], labels=np.array([3, 7], ">i4")).mean)
+    with pytest.raises(UserError, match="labels can't have the type"):
+        run.encode(test_images[:2], labels=np.zeros((2, 10), np.longdouble))
+    for number in (math.nan, math.inf):
+        with pytest.raises(UserError, match="weights of classes have numbers that are not finite"):
+            run.decode(torch.zeros(2, 8), labels=torch.where(weights == 1, number, weights))
     with pytest.raises(UserError, match="not conditional: leave out labels"):
         vae_dist.load(runs["grey"]).encode(test_images, labels=3)
 

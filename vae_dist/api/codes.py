@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config import text_of
+from vae_dist.config.text import truncate
 from vae_dist.errors import UserError
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
@@ -37,23 +38,32 @@ def to_codes(latents: Any, vae: VAE, image_shape: tuple[int, ...]) -> Tensor:
 
 
 def as_tensor(latents: Any) -> Tensor:
-    """Convert latents, also a list of tensors, to one tensor. Raises UserError for posteriors."""
+    """Convert latents, also a list of tensors, to one tensor. Raises UserError for posteriors and complex numbers."""
     if isinstance(latents, DiagonalGaussian):
         raise UserError("these are posteriors, not latents: give their mean, as codes.mean")
     try:
         if isinstance(latents, list | tuple) and latents and all(isinstance(code, Tensor) for code in latents):
-            return torch.stack([code.detach() for code in latents])
-        return torch.as_tensor(latents)
+            codes = torch.stack([code.detach() for code in latents])
+        else:
+            codes = torch.as_tensor(latents)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"these latents can't be decoded: {error}") from error
+    if codes.is_complex():
+        raise UserError("these latents can't be decoded: they are complex numbers")
+    return codes
 
 
 def option_text(key: str, value: Any) -> str:
-    """Return the value of the option `sample.<key>` as an argument has it."""
+    """Return the value of the option `sample.<key>` as an argument has it. Raises UserError if it can't have it."""
     if key == "labels":
         given = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch, a single number too
         labels = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-        return json.dumps([str(label.item() if isinstance(label, Tensor) else label) for label in labels])
+        return json.dumps([str(label.tolist() if isinstance(label, Tensor) else label) for label in labels])
     if isinstance(value, str | bool | int | float):
         return text_of(value)
-    return json.dumps((as_tensor(value) if key == "codes" else torch.as_tensor(value)).tolist())
+    if key == "codes":
+        return json.dumps(as_tensor(value).tolist())
+    try:
+        return json.dumps(torch.as_tensor(value).tolist())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{key}={truncate(repr(value))} can't be used: {error}") from error

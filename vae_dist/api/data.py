@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from vae_dist.api.numbers import whole_number
 from vae_dist.config import DataConfig
 from vae_dist.data.chosen import of_split
 from vae_dist.data.source import read
@@ -25,8 +26,7 @@ class Images(NamedTuple):
 
 def load_images(data: DataConfig, split: str, count: int | None, device: torch.device) -> Images:
     """Return the first `count` images of a split, by default all. Raises UserError as `Run.images` does."""
-    if count is not None and not (hasattr(count, "__index__") and count >= 1):
-        raise UserError(f"count={count}: a whole number of images is needed, at least one")
+    count = None if count is None else whole_number("count", count)
     if split not in get_args(Split):
         raise UserError(f"there is no split {split!r}: give train, validation or test")
     source = of_split(data, split, "give another split")

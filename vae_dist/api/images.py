@@ -72,10 +72,12 @@ def to_labels(labels: Any, count: int, vae: VAE, classes: Sequence[str]) -> Tens
     if isinstance(labels, np.ndarray) and labels.dtype.kind not in "buif":  # of names
         labels = labels.flatten().tolist()
     if isinstance(labels, Tensor | np.ndarray):
-        labels = torch.as_tensor(labels)
+        labels = labels if isinstance(labels, Tensor) else _tensor(labels, "labels")
         if labels.is_floating_point():
             if labels.shape != (count, vae.classes):
                 raise UserError(f"weights of classes must be {(count, vae.classes)}, not {tuple(labels.shape)}")
+            if not labels.isfinite().all():
+                raise UserError("the weights of classes have numbers that are not finite")
             return labels.to(vae.device)
         labels = labels.flatten().tolist()
     given = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
@@ -86,7 +88,7 @@ def to_labels(labels: Any, count: int, vae: VAE, classes: Sequence[str]) -> Tens
 
 
 def _class(label: Any, classes: Sequence[str]) -> int:
-    if label in classes:
+    if isinstance(label, str) and label in classes:
         return list(classes).index(label)
     try:
         number = operator.index(label)
@@ -113,10 +115,7 @@ def _converted(image: Any, vae: VAE, data: DataConfig) -> Tensor:
     elif isinstance(image, Image.Image):
         image = pixels.of_image(image, channels, data.background)
     if hasattr(image, "__array__") and not isinstance(image, Tensor):
-        array = np.asarray(image)
-        if array.dtype.kind not in "buif":
-            raise UserError(f"images are numbers, not {truncate(str(array.dtype))}")
-        image = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+        image = _tensor(np.asarray(image), "images")
     if not isinstance(image, Tensor):
         raise UserError(
             f"can't use {truncate(type(image).__name__)} as an image: give a PIL image, a file's path, an array, a "
@@ -125,10 +124,20 @@ def _converted(image: Any, vae: VAE, data: DataConfig) -> Tensor:
     return _unit(_batch(image, vae.image_shape).detach(), vae)
 
 
+def _tensor(array: np.ndarray, name: str) -> Tensor:
+    """Copy an array of real numbers of any byte order. Raises UserError for a type that torch has not."""
+    try:
+        if array.dtype.kind in "buif":
+            return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    except TypeError:  # such as for longdouble
+        pass
+    raise UserError(f"{name} can't have the type {truncate(str(array.dtype))}: convert them to integers or float32")
+
+
 def _batch(image: Tensor, image_shape: tuple[int, ...]) -> Tensor:
     """Return images as `(n, C, H, W)`, in the layout that fits the model's channels, or its whole shape if several do.
 
-    Raises UserError if none does.
+    Raises UserError if none does, and for images without pixels.
     """
     channels, shape = image_shape[0], image.shape
     readings = []
@@ -143,7 +152,10 @@ def _batch(image: Tensor, image_shape: tuple[int, ...]) -> Tensor:
     if not readings:
         layouts = "(H, W), (N, H, W), (N, 1, H, W)" if channels == 1 else "(3, H, W), (H, W, 3), (N, 3, H, W)"
         raise UserError(f"this model takes images {layouts}, such as {image_shape}, not {tuple(shape)}")
-    return (fitting or readings)[0]
+    batch = (fitting or readings)[0]
+    if 0 in batch.shape[1:]:
+        raise UserError(f"images of {tuple(shape)} have no pixels: give images of at least 1 x 1")
+    return batch
 
 
 def _unit(images: Tensor, vae: VAE) -> Tensor:

@@ -10,6 +10,7 @@ from PIL import Image
 from vae_dist.api import records
 from vae_dist.api.data import Images, Split, load_images
 from vae_dist.api.images import to_unit_images
+from vae_dist.api.numbers import whole_number
 from vae_dist.api.trained_model import TrainedModel
 from vae_dist.errors import UserError
 from vae_dist.runs.picture import Picture, with_caption
@@ -140,9 +141,7 @@ class Run(TrainedModel):
         `left` labels the rows, and `below` the images. Raises UserError unless there is a label for each of them.
         """
         unit = to_unit_images(images, self.model, self.config.data).cpu()
-        columns = math.ceil(math.sqrt(len(unit))) if columns is None else columns
-        if columns < 1:
-            raise UserError(f"columns={columns}: at least one image in a row is needed")
+        columns = math.ceil(math.sqrt(len(unit))) if columns is None else whole_number("columns", columns)
         if len(left) == len(below) == 0:
             return pictures.grid(unit, columns)
         for name, labels, what, count in (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vae_dist.api.codes import option_text, to_codes
 from vae_dist.api.images import to_images, to_labels
+from vae_dist.api.numbers import whole_number
 from vae_dist.config import Config, load_reader
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
@@ -64,10 +65,10 @@ class TrainedModel:
         torch.Size([3, 1, 28, 28])
         """
         try:
-            height, width = size or self.model.image_shape[1:]
+            height, width = self.model.image_shape[1:] if size is None else size
         except (TypeError, ValueError) as error:
             raise UserError(f"size={size}: give the height and the width of the images, such as (64, 64)") from error
-        shape = (self.model.image_shape[0], height, width)
+        shape = (self.model.image_shape[0], whole_number("size[0]", height), whole_number("size[1]", width))
         codes = to_codes(latents, self.model, shape)
         given = self._labels(labels, len(codes))
         with torch.no_grad():
@@ -85,9 +86,8 @@ class TrainedModel:
 
     def prior(self, count: int, seed: int = 0) -> Tensor:
         """Draw codes from the prior p(z): `(count, L)` float32. The first ones are the same for every count."""
-        if count < 1:
-            raise UserError(f"count={count}: at least one draw is needed")
-        return prior_draws(self.model, seed, range(count)).to(self.model.device, copy=True)
+        rows = range(whole_number("count", count))
+        return prior_draws(self.model, whole_number("seed", seed, 0), rows).to(self.model.device, copy=True)
 
     def sample(
         self, count: int = 16, seed: int = 0, *, labels: Any = None, sampler: Literal["prior", "mixture"] = "prior"
@@ -115,8 +115,7 @@ class TrainedModel:
         >>> run.log_likelihood(torch.zeros(2, 28, 28), samples=8).dtype
         torch.float64
         """
-        if samples < 1:
-            raise UserError(f"samples={samples}: at least one sample of each image is needed")
+        samples = whole_number("samples", samples)
         inputs = self._inputs(images, labels)
         at_once = self.config.evaluate.draws_at_once(self.model.image_shape)
         with torch.no_grad():
