@@ -130,7 +130,30 @@ def test_the_levels_of_a_hierarchy_follow_their_sum() -> None:
     assert len(measurements({"kl_per_level": [0.0] * 1000})) == 100
 
 
+def test_the_metrics_of_a_model_that_has_diverged_are_shown_in_few_characters(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverged(*arguments: object) -> Measured:
+        metrics, by_image = measure(*arguments)  # type: ignore[arg-type]
+        huge = {"negative_log_likelihood": 1.25e24, "negative_elbo": 2.5e24, "reconstruction": 1e300}
+        errors = metrics["standard_errors"] | {"negative_elbo": 3e22}
+        return Measured(metrics | huge | {"standard_errors": errors}, by_image)
+
+    monkeypatch.setattr(evaluation, "measure", diverged)
+    run = train(make_config("name=diverged", "train.steps=2"))
+    evaluation.evaluate(run)
+    printed = re.sub(r" +", " ", capsys.readouterr().out)
+    assert "negative log-likelihood │ 1.25e+24 " in printed and "reconstruction │ 1e+300 " in printed
+    assert "negative ELBO │ 2.5e+24 │ ± 3e+22 │" in printed
+    page = page_of(run)
+    for text in ("1.25e+24", "2.5e+24", "1e+300"):
+        assert text in page.text
+    card = (export(run, ["export.formats=[]"]) / "README.md").read_text()
+    assert "| negative ELBO | 2.5e+24 | 3e+22 | nats |" in card
+    assert " | 2.5e+24 | " in (compare([run]) / "table.md").read_text()
+
+
 def test_of_an_untrusted_file_only_numbers_are_metrics() -> None:
-    odd = {"kl": "{0}", "psnr": True, "ssim": float("nan"), "lpips": 1e300, "fid": None, "rfid": 2.5, "mine": 1.0}
+    odd = {"kl": "{0}", "psnr": True, "ssim": float("nan"), "lpips": 10**400, "fid": None, "rfid": 2.5, "mine": 1.0}
     for errors in ({"rfid": "1"}, {"rfid": float("nan")}, [1], None):
         assert [one[1:3] for one in measurements(odd | {"standard_errors": errors})] == [(2.5, None)]

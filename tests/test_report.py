@@ -182,6 +182,7 @@ def test_numbers_have_the_decimals_that_people_read() -> None:
         0.0: "0",
         -3.5: "-3.50",
         -6412.4: "-6,412",
+        -1e24: "-1e+24",
     }
     assert {number: format_number(number) for number in written} == written
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from vae_dist.runs.metrics import is_number
+from vae_dist.runs.metrics import is_finite, is_number
 
 
 class Metric(NamedTuple):
@@ -67,12 +67,12 @@ def protocol_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
     """Return the metrics that the content of an evaluation's file has. It may be untrusted: only numbers count."""
     kept = evaluation.get("standard_errors")
-    errors = {key: error for key, error in kept.items() if is_number(error)} if isinstance(kept, dict) else {}
+    errors = {key: error for key, error in kept.items() if is_finite(error)} if isinstance(kept, dict) else {}
     numbers = {key: f"{value:,}" for key, value in evaluation.items() if is_number(value)}
     numbers["bound"] = "log-likelihood" if evaluation.get("importance_samples") else "ELBO"
     found: list[Measurement] = []
     for metric in METRICS:
-        if is_number(evaluation.get(metric.key)):
+        if is_finite(evaluation.get(metric.key)):
             error, unit = errors.get(metric.key), _unit(metric, numbers)
             found.append(Measurement(metric, evaluation[metric.key], error, unit))
         if metric.key == "kl":
@@ -82,7 +82,7 @@ def measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
 
 def _levels(kl: object) -> list[Measurement]:
     """The KL of each level of a hierarchy, the lowest resolution first, from a file that may be untrusted."""
-    levels = kl[:MOST_LEVELS] if isinstance(kl, list) and all(map(is_number, kl)) else []
+    levels = kl[:MOST_LEVELS] if isinstance(kl, list) and all(map(is_finite, kl)) else []
     return [
         Measurement(Metric(f"kl_of_level_{number}", f"KL of level {number}", "nats", is_term=True), value, None, "nats")
         for number, value in enumerate(levels, start=1)

@@ -26,7 +26,7 @@ from vae_dist.reports.table import incomparable, make_table
 from vae_dist.runs import manifest
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.manifest import MANIFEST
-from vae_dist.runs.metrics import METRICS, is_number
+from vae_dist.runs.metrics import METRICS, is_finite
 from vae_dist.runs.picture import to_png, with_caption
 from vae_dist.runs.run import RunDirectory
 from vae_dist.terminal import console, tables
@@ -187,7 +187,7 @@ def _kept_evaluation(run: Opened, folder: Path, given: Collection[str]) -> dict[
             weights = protocol_of(values).get("weights", "raw")  # earlier versions do not say: raw
             if weights != run.checkpoint.weights(run.config) or not _has_asked(values, run.config, given):
                 continue
-            if facts == [run.step, split] and values.get("dataset") in titles and all(map(is_number, metrics)):
+            if facts == [run.step, split] and values.get("dataset") in titles and all(map(is_finite, metrics)):
                 return values
             logger.warning("skipping an evaluation: %s is not of %s", path, run.checkpoint.folder)
     return None

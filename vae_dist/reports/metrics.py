@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from vae_dist.evaluation.metric_table import Measurement, measurements, protocol_of
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import format_number, format_value
+from vae_dist.runs.metrics import LARGEST
 from vae_dist.runs.run import RunDirectory
 
 
@@ -62,7 +63,7 @@ def last_validation(run: RunDirectory) -> FormattedMetric | None:
 
 def _formatted(measurement: Measurement, of: str = "") -> FormattedMetric:
     metric, value, error, unit = measurement
-    text = format_number(value) if isinstance(value, float) else f"{value:,}"
+    text = format_number(value) if isinstance(value, float) or abs(value) >= LARGEST else f"{value:,}"
     places = len(text.partition(".")[2]) if "e" not in text else 0
     return FormattedMetric(metric.title + of, text, "" if error is None else _rounded(error, places), unit)
 
@@ -70,7 +71,7 @@ def _formatted(measurement: Measurement, of: str = "") -> FormattedMetric:
 def _rounded(error: float, places: int) -> str:
     """A standard error with as many decimals as its value, or with two digits if these would all be 0."""
     text = f"{error:.{places}f}"
-    return text if float(text) or not error else f"{error:.2g}"
+    return text if abs(error) < LARGEST and (float(text) or not error) else f"{error:.2g}"
 
 
 def _conditions(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:

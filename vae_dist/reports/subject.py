@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from vae_dist.config import Config
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import Opened
-from vae_dist.runs.metrics import is_number
+from vae_dist.runs.metrics import is_finite
 from vae_dist.runs.run import RunDirectory
 
 
@@ -50,7 +50,7 @@ def subject_of(opened: Opened) -> Subject:
     for place in places:
         latest = [] if place.evaluation is None else [place.evaluation]
         evaluations += [one.values for one in (*latest, *place.evaluations(f"step_{opened.step:08d}_*"))]
-    evaluations = [values for values in evaluations if is_number(values.get("negative_elbo"))]
+    evaluations = [values for values in evaluations if is_finite(values.get("negative_elbo"))]
     evaluations = [values for values in evaluations if values.get("split") != "all"]  # of images that are not the run's
     of_this_step = (values for values in evaluations if values.get("step") == opened.step)
     evaluation = next(of_this_step, evaluations[0] if evaluations else {})

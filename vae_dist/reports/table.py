@@ -8,6 +8,7 @@ from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.labels import held_out_set, labels, names, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
+from vae_dist.runs.metrics import LARGEST, is_finite
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}  # towards better values
 
@@ -97,8 +98,10 @@ def _metric_columns(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[
     return columns
 
 
-def _cell(value: object, decimals: int) -> str:
+def _cell(value: Any, decimals: int) -> str:
     """A metric, or a count; empty for anything else."""
+    if is_finite(value) and abs(value) >= LARGEST:
+        return f"{value:.4g}"
     return f"{value:.{decimals}f}" if type(value) is float else str(value) if type(value) is int else ""
 
 

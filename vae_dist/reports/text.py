@@ -2,11 +2,16 @@
 
 from typing import Any
 
-from vae_dist.runs.metrics import is_number
+from vae_dist.runs.metrics import LARGEST, is_number
 
 
 def format_number(value: float) -> str:
-    """A number with two decimals; with three significant digits below 1, and without decimals from 1000 up."""
+    """A number with two decimals; with three significant digits below 1, and without decimals from 1000 up.
+
+    From LARGEST up it is short: with an exponent.
+    """
+    if abs(value) >= LARGEST:
+        return f"{value:.4g}"
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

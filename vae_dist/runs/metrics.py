@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one JSON object per line, a record of metrics after a number of optimizer steps."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from vae_dist.files import parse_object
 
 METRICS = "metrics.jsonl"
-LARGEST = 1e15  # a metric or a step beyond it is a mistake
+LARGEST = 1e15  # a logged metric or a step beyond it is a mistake; larger numbers are written with an exponent
 LONGEST_LINE = 2**16  # bytes; a record has 300
 
 
@@ -29,3 +30,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def is_number(value: Any) -> bool:
     """Return whether a value from a file is a number that can be shown. A NaN is not."""
     return type(value) in (int, float) and abs(value) < LARGEST
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value from a file is a finite number, however large: also that of a model that has diverged."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -11,6 +11,7 @@ from vae_dist.errors import plain
 from vae_dist.terminal.streams import results
 
 UNLIMITED = 10_000  # columns of a console
+LONG = 1e15  # a number from which there is an exponent
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:
@@ -99,4 +100,6 @@ def _two_digits(error: float) -> str:
 def format_number(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
+    if abs(value) >= LONG:
+        return f"{value:.4g}"
     return f"{value:.4f}" if abs(value) >= 1 else f"{value:.4g}"
