@@ -1,6 +1,7 @@
 """Hostile files and arguments: each is refused at once, in one short line that says what is wrong."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -134,6 +135,30 @@ def test_hostile_arguments_are_refused_in_a_short_line(argument: str, expected: 
     message = refusal(argument)
     assert expected in message
     assert message.isprintable() and len(message) < 1000
+
+
+LARGE_PICTURES = {  # their kinds, with the images that they ask for
+    "kind=neighbours rows=1000000 steps=100000": 10**11,
+    "kind=traversal steps=100000000000 rows=100000000000": 40 * 10**11,
+    "kind=manifold steps=1000000": 10**12,
+    "kind=interpolation steps=100000000000": 10**11,
+    "kind=interpolation steps=100000000000 images=[0,1,2,3]": 2 * 10**11,
+    "kind=reconstruction steps=100000000000 images=[0,1,2]": 3 * 10**11,
+}
+
+
+@pytest.mark.parametrize("options", LARGE_PICTURES)
+def test_pictures_that_exceed_memory_are_refused(options: str) -> None:
+    size = LARGE_PICTURES[options] * 4 * 784 / 2**30
+    given = ["data.image_shape=[1,28,28]", *(f"sample.{option}" for option in options.split())]
+    with pytest.raises(UserError, match=re.escape(f"the images of sample.rows and sample.steps would take {size:.3g}")):
+        config.load(given)
+    config.load(["data.image_shape=[1,28,28]", *given[1:], "sample.kind=prior"])  # which has neither
+
+
+def test_rows_beyond_the_latents_of_a_traversal_are_none() -> None:
+    loaded = config.load(["data.image_shape=[1,28,28]", "sample.kind=traversal", "sample.rows=1000000000000"])
+    assert loaded.sample.images_at_least(40) == 40
 
 
 def test_a_stored_config_whose_model_exceeds_memory_is_refused() -> None:

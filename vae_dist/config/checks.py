@@ -222,6 +222,7 @@ def _check_memory(config: Config) -> None:
     bytes_of = {
         f"the model's weights ({', '.join(sizes)})": 4 * config.model.weights_at_least(shape),
         "the latents of sample.count images": 4 * config.sample.count * latents,
+        "the images of sample.rows and sample.steps": 4 * config.sample.images_at_least(latents) * math.prod(shape),
         "the latents of objective.samples samples of an image": 4 * config.objective.samples * latents,
     }
     for subject, needed in bytes_of.items():

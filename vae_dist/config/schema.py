@@ -154,6 +154,18 @@ class SampleConfig:
     )
     files: bool = option(False, "write each image to a file of its own, in addition to the grid")
 
+    def images_at_least(self, latents: int) -> int:
+        """Return a lower bound of the images that `rows` and `steps` ask for, of a VAE with this many latents."""
+        rows, steps, chosen = self.rows or 1, self.steps or 1, len(self.images or [0, 0])
+        of_kind = {
+            "neighbours": rows * steps,
+            "traversal": min(rows, latents) * steps,
+            "manifold": steps * steps,
+            "interpolation": chosen // 2 * steps,
+            "reconstruction": chosen * steps,
+        }
+        return of_kind.get(self.kind or "prior", 0)
+
 
 @dataclass
 class EncodeConfig:
