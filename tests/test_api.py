@@ -375,6 +375,23 @@ def test_metrics_are_a_table_by_step(runs: Runs, monkeypatch: pytest.MonkeyPatch
     assert rows[1]["validation/negative_elbo"] == table["validation/negative_elbo"][6]
 
 
+def test_a_run_with_a_relative_path_is_found_from_another_working_directory(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(runs["grey"].parent)
+    run = vae_dist.load("grey")
+    assert run.directory == Path("grey") and run.checkpoint.parent == Path("grey/checkpoints")
+    assert repr(run).startswith("<Run 'grey', step 6: ")
+    records = run.metrics()
+    monkeypatch.chdir(tmp_path)
+    assert run.directory == runs["grey"] and run.checkpoint.is_dir()
+    assert len(records) > 0 and run.metrics().equals(records)
+    result = run.evaluate(f"output={tmp_path / 'out'}", "evaluate.importance_samples=0")
+    assert result["step"] == 6 and run.show_curves("train/loss").width > 0
+    monkeypatch.chdir(runs["grey"].parent)
+    assert run.directory == Path("grey")
+
+
 def test_every_picture_is_that_of_the_command(runs: Runs, test_images: Tensor, tmp_path: Path) -> None:
     run = vae_dist.load(runs["grey"])
     pictures = {

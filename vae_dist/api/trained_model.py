@@ -1,6 +1,7 @@
 """A trained VAE: its images and latents. N images, L latents, C, H, W image."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,12 +31,22 @@ class TrainedModel:
     ) -> None:
         """Use `load`, which opens the checkpoint."""
         self.config = config  # the run's, with what `load` was given
-        self.checkpoint = checkpoint.folder
-        self.directory = checkpoint.run_dir
+        self._checkpoint = checkpoint.folder, checkpoint.folder.absolute()
+        self._directory = checkpoint.run_dir, checkpoint.run_dir.absolute()
         self.step = checkpoint.step  # optimizer steps done
         self.model: VAE = checkpoint.load_vae(config, device)
         self._averaged = checkpoint.has_average
         self._arguments = tuple(arguments)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the checkpoint."""
+        return _reachable(*self._checkpoint)
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return _reachable(*self._directory)
 
     def encode(self, images: Any, labels: Any = None) -> DiagonalGaussian:
         """Return the posteriors q(z|x) of images: `mean` and `log_variance`, `(N, L)` float32 each.
@@ -141,3 +152,8 @@ class TrainedModel:
         config = load_reader(self.config, arguments)
         trained = TrainedVAE(self.model, config, World.alone(self.model.device))
         return make_view(trained, arguments, self.step, averaged=self._averaged)
+
+
+def _reachable(path: Path, absolute: Path) -> Path:
+    """Return a path as it was given, or absolute if the working directory is another one by now."""
+    return path if path.absolute() == absolute else absolute
