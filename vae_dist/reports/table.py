@@ -20,7 +20,7 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
     notes: list[str]
-    names_are_redundant: bool  # no label of a picture has one
+    names_are_redundant: bool  # settings tell the rows apart, and no label of a picture has a name
 
     def without_redundant_names(self) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Title, header, rows and notes for a console, which is narrow."""
@@ -52,7 +52,7 @@ def make_table(opened: Sequence[Opened], keys: Sequence[str], evaluations: Seque
         header=list(columns),
         rows=rows,
         notes=([warning] if warning else _notes(evaluations)) + _several_networks(evaluations),
-        names_are_redundant=not any(labelled_by_name),
+        names_are_redundant=bool(keys) and not any(labelled_by_name),
     )
 
 
