@@ -292,7 +292,7 @@ def test_an_explicit_path_never_falls_back(make_config: MakeConfig) -> None:
     first = train(make_config("name=a", "train.steps=10", "checkpoint.every=5"))
     (first / "checkpoints/step_00000010/state.json").unlink()
     for resume in (first / "checkpoints/step_00000010", first / "checkpoints/step_00000007"):
-        with pytest.raises(UserError, match=r"can't be read|was pruned by its training"):
+        with pytest.raises(UserError, match=r"can't be read|there is no checkpoint at"):
             train(make_config("name=b", f"checkpoint.resume={resume}"))
     assert not Path("runs/b").exists()
 

@@ -114,7 +114,10 @@ def _find(path: Path, names: Collection[str] | None) -> Checkpoint:
     if path.name == "best" and not path.exists():
         return _best(path.parent, names)
     if not path.is_dir() and path.parent.name == "checkpoints" and path.parents[1].is_dir():
-        raise UserError(f"{path} was pruned by its training (checkpoint.keep keeps more); load {path.parents[1]} again")
+        raise UserError(
+            f"there is no checkpoint at {path}: its training may have pruned it (checkpoint.keep keeps more); load "
+            f"{path.parents[1]} for the newest"
+        )
     if not path.is_dir():
         raise UserError(f"there is no run at {path}; give a run's directory or one of its checkpoints")
     newest = RunDirectory(path).newest(names)
