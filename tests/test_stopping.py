@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -262,6 +263,18 @@ def test_a_second_ctrl_c_interrupts_a_callers_program_and_does_not_end_it(monkey
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_first_ctrl_c_in_a_long_operation_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python calls its handler after the operation, when a second request would count."""
+    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.05)
+    with StopRequests(ends_process=False) as requests:
+        timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+        timer.start()
+        while not requests.poll():
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+        timer.join()
+    assert requests.poll() == signal.SIGINT
 
 
 @pytest.mark.parametrize("is_command", [True, False])

@@ -15,6 +15,7 @@ from vae_dist.errors import StoppedError
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last is SLURM's warning
 SAME_REQUEST_SECONDS = 0.5  # within which a scheduler and its launcher may both forward one request
 CHECK_SECONDS = 0.5
+TAKEN_SECONDS = 0.05
 
 
 def exit_code(number: int) -> int:
@@ -32,6 +33,7 @@ class StopRequests:
 
     def __init__(self, *, ends_process: bool = True) -> None:
         self._ends_process = ends_process
+        self._interrupts = False
         self.number = 0  # of the first signal
         self._requested_at = 0.0
         self._launcher = _launcher()
@@ -67,9 +69,14 @@ class StopRequests:
         return self.number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Keep the signal's default action from ending the process, which is the thread's decision."""
-        if self._is_callers(number) and self._is_second():
-            raise KeyboardInterrupt
+        """Keep the signal's default action from ending the process, which is the thread's decision.
+
+        Python calls this between two operations: long after the signal, if the first of them takes long.
+        """
+        if self._is_callers(number):
+            time.sleep(TAKEN_SECONDS)  # until the thread, which knows when it came, has taken it
+            if self._interrupts:
+                raise KeyboardInterrupt
 
     def _is_callers(self, number: int) -> bool:
         return number == signal.SIGINT and not self._ends_process
@@ -83,8 +90,10 @@ class StopRequests:
                 number = received[0]
                 if number not in self._handlers:
                     continue
-                if self._is_second() and not self._is_callers(number):
-                    os._exit(exit_code(number))
+                if self._is_second():
+                    if not self._is_callers(number):
+                        os._exit(exit_code(number))
+                    self._interrupts = True
                 if not self.number:
                     self.number, self._requested_at = number, time.monotonic()
 
