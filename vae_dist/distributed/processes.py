@@ -16,6 +16,18 @@ _joining = threading.RLock()  # threads, settings and random state are the proce
 
 
 @contextmanager
+def _one_thread_at_a_time() -> Iterator[None]:
+    if not _joining.acquire(blocking=False):
+        raise UserError(
+            "another thread of this process trains or evaluates: wait for its end, or start a process for each"
+        )
+    try:
+        yield
+    finally:
+        _joining.release()
+
+
+@contextmanager
 def join(config: Config) -> Iterator[World]:
     """Join the processes of this run inside the context, and afterwards restore the caller's process as it was.
 
@@ -23,12 +35,7 @@ def join(config: Config) -> Iterator[World]:
     the device is not available, if the environment does not name the other processes, if they do not connect within
     `runtime.start_timeout`, or if another thread of this process is inside the context.
     """
-    if not _joining.acquire(blocking=False):
-        raise UserError(
-            "another thread of this process trains or evaluates: wait for its end, or start a process for each"
-        )
-    with ExitStack() as held, caller.restored_afterwards():
-        held.callback(_joining.release)
+    with _one_thread_at_a_time(), caller.restored_afterwards():
         environment.flush_denormals()
         environment.keep_freed_memory()
         device = environment.choose_device(config.device)
