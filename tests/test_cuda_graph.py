@@ -1,7 +1,10 @@
 """Captured steps, with stand-ins for the capture that need no GPU; tests/gpu has the capture itself."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,36 +86,91 @@ def test_a_capture_that_fails_or_differs_is_not_used(
     assert [record.message for record in caplog.records] == [message]
 
 
-def test_after_a_capture_that_fails_stream_and_allocator_are_those_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for the capture of a GPU: the current stream, and the pools that the allocator knows."""
+    before, capturing = (SimpleNamespace(device=torch.device("cuda", 0), number=number) for number in range(2))
+    state = SimpleNamespace(current=before, before=before, pools={"underway": [(0, 7)], "held": [(0, 7)]}, fails=False)
+
+    class Graph:
+        def capture_begin(self, pool: object, **options: object) -> None:
+            assert state.current is capturing and pool == (0, 7)
+
+        def capture_end(self) -> None:
+            if state.fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def replay(self) -> None: ...
+
+    functions = {
+        "CUDAGraph": Graph, "_get_device_index": lambda *given: 0, "current_stream": lambda device=None: state.current,
+        "set_stream": lambda stream: setattr(state, "current", stream), "synchronize": lambda: None,
+        "empty_cache": lambda: None, "current_device": lambda: 0, "graph_pool_handle": lambda: (0, 7),
+    }  # fmt: skip
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: state.pools["underway"].remove(pool))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: state.pools["held"].remove(pool))
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", capturing)
+    return state
+
+
+def test_after_a_capture_that_fails_stream_and_allocator_are_those_of_before(stand_in: SimpleNamespace) -> None:
     """torch restores them only after a capture that ends well.
 
     Later steps would run on another stream than copies, whose memory the allocator would keep for ever.
     """
-    before, capturing = (SimpleNamespace(device=torch.device("cuda", 0), number=number) for number in range(2))
-    current = [before]
-    pools = {"underway": [(0, 7)], "held": [(0, 7)]}
-
-    class Graph:
-        def capture_begin(self, pool: object, **options: object) -> None:
-            assert current == [capturing] and pool == (0, 7)
-
-        def capture_end(self) -> None:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    stand_ins = {
-        "CUDAGraph": Graph, "_get_device_index": lambda *given: 0, "current_stream": lambda device=None: current[0],
-        "set_stream": lambda stream: current.__setitem__(0, stream), "synchronize": lambda: None,
-        "empty_cache": lambda: None, "current_device": lambda: 0, "graph_pool_handle": lambda: (0, 7),
-    }  # fmt: skip
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools["underway"].remove(pool))
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: pools["held"].remove(pool))
-    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", capturing)
+    stand_in.fails = True
     with pytest.raises(RuntimeError, match="previous error during capture"):
         cuda_graph.CudaGraphCapture()(lambda *inputs: None, [])
-    assert current == [before] and pools == {"underway": [], "held": []}
+    assert stand_in.current is stand_in.before and stand_in.pools == {"underway": [], "held": []}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_freed_during_a_capture(fails: bool, stand_in: SimpleNamespace) -> None:
+    """A graph of an earlier run, freed during a capture, would make it fail: CUDA permits no reset then."""
+    stand_in.fails = fails
+    freed: list[str] = []
+
+    class InACycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append("graph")
+
+    def steps(*inputs: Tensor) -> None:
+        InACycle()
+        started = [set[int]() for _ in range(10 * threshold)]  # so many objects start a collection
+        freed.append(f"after {len(started)}")
+
+    threshold = max(gc.get_threshold())
+    gc.collect()
+    with suppress(RuntimeError) if fails else nullcontext():
+        cuda_graph.CudaGraphCapture()(steps, [])
+    assert gc.isenabled()
+    gc.collect()
+    assert freed == [f"after {10 * threshold}", "graph"]
+
+
+def test_graphs_are_freed_with_their_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is a GPU's: the next run of a notebook needs it."""
+    graphs: list[weakref.ref[Callable[[], None]]] = []
+
+    def capture(steps: Steps, static_inputs: Sequence[Tensor]) -> Callable[[], None]:
+        graph = replaying(steps, static_inputs)
+        graphs.append(weakref.ref(graph))
+        return graph
+
+    monkeypatch.setattr(update, "Update", partial(Update, capture=capture))
+    gc.collect()
+    gc.disable()
+    try:
+        train(make_config())
+        assert graphs and not any(graph() for graph in graphs)
+    finally:
+        gc.enable()
 
 
 def test_a_scaler_s_state_moves_once_during_the_capture() -> None:

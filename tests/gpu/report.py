@@ -44,7 +44,8 @@ TESTS = {  # first the trainer, then the tests of most that was never run on a c
         for precision in ("fp32", "tf32", "bf16", "fp16", "fp64")
     },
     "paths": ["tests/gpu/test_training.py", "-k", "not fp32 and not tf32 and not bf16 and not fp16 and not fp64"],
-    "results": ["tests/gpu/test_results.py"],
+    "results": ["tests/gpu/test_results.py", "-k", "not kind and not reported"],
+    "pictures": ["tests/gpu/test_results.py", "-k", "kind or reported"],
     "processes": ["tests/gpu/test_processes.py"],
     "two_processes": ["tests/gpu/test_two_processes.py"],
     "uses": ["tests/gpu/test_uses.py"],

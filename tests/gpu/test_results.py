@@ -115,8 +115,8 @@ def test_the_probability_of_8_bit_pixels_and_draws_from_it_are_those_of_a_cpu() 
             results.append([value.cpu() for value in values])
     for card, cpu in zip(*(of_device[:3] for of_device in results), strict=True):
         torch.testing.assert_close(card, cpu, rtol=1e-4, atol=1e-4)
-    draws = [of_device[3] for of_device in results]
-    assert (draws[0] == draws[1]).float().mean() > 0.99  # a rounding may choose another level or component
+    levels = [(255 * of_device[3]).round() for of_device in results]  # a card divides by a product: off by a bit
+    assert (levels[0] == levels[1]).float().mean() > 0.99  # a rounding may choose another level or component
 
 
 def test_runs_are_reported_and_compared(run: Train) -> None:

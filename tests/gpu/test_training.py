@@ -1,5 +1,6 @@
 """Training on one card: bitwise the same killed or not, captured or not, wherever the images lie."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.conftest import Train
+from vae_dist.compute.cuda_graph import CapturedSteps
 from vae_dist.config import Config
 from vae_dist.data import batches
 from vae_dist.errors import RunError
@@ -73,7 +75,33 @@ def test_a_run_is_compiled_and_captured_by_default(run: Train, monkeypatch: pyte
     monkeypatch.setattr(update.Update, "__init__", noted)
     folder = run("by_itself")
     assert "compile: true" in (folder / "config.yaml").read_text()
-    assert made[0]._captured_steps is not None and not made[0]._captured_steps.failed
+    assert isinstance(made[0]._take, CapturedSteps) and not made[0]._take.failed
+
+
+def test_a_capture_ends_well_beside_garbage_of_an_earlier_run(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA permits no reset of a graph during a capture."""
+    freed: list[bool] = []  # for each graph, whether a capture was underway
+    begin = VAERecipe.step
+
+    class InACycle:
+        def __init__(self) -> None:
+            self.itself, self.graph = self, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                torch.ones(3, device="cuda").add_(1)
+
+        def __del__(self) -> None:
+            freed.append(torch.cuda.is_current_stream_capturing())
+
+    def step(self: VAERecipe, *given: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            assert [set[int]() for _ in range(10 * max(gc.get_threshold()))]  # so many objects start a collection
+        else:
+            InACycle()
+        begin(self, *given)
+
+    monkeypatch.setattr(VAERecipe, "step", step)
+    run("beside_garbage", "train.compile=false")
+    assert freed and not any(freed)
 
 
 @pytest.fixture

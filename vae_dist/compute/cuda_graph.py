@@ -4,9 +4,10 @@ On a GPU a small model's step is launch-bound: it has some dozens of operations,
 is verified before it is used: its replay must leave the same bits as the steps themselves.
 """
 
+import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class CudaGraphCapture:
             # A capture that fails leaves its stream the current one. Thread-local, since another thread may load images
             # during the capture.
             with (
+                _garbage_kept(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
             ):
@@ -108,6 +110,18 @@ class CudaGraphCapture:
             _end_in_allocator(self._pool)
             raise
         return graph.replay
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Suspend Python's garbage collection: a graph of an earlier run, freed during a capture, would make it fail."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _end_in_allocator(pool: Any) -> None:

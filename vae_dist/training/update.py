@@ -4,11 +4,12 @@ Shapes: k steps, b images of the shard, C, H, W image.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture
+from vae_dist.compute.cuda_graph import Capture, CapturedSteps, CudaGraphCapture, Steps
 from vae_dist.compute.transfers import sent
 from vae_dist.config import Config
 from vae_dist.data.batches import Batch
@@ -58,7 +59,10 @@ class Update:
         self._first_step = self._skipped_before = 0
         self._values: list[dict[str, float]] = []
         self._values_on_device = torch.empty(0)
-        self._captured_steps = None if capture is None else self._captured(capture)
+        self._take: Steps = partial(_take, recipe, self.totals)  # no method: graphs in a cycle would outlive the run
+        if capture is not None:
+            state = [*recipe.tensors, self.totals]
+            self._take = CapturedSteps(self._take, state, capture, scaler.state_dict, scaler.load_state_dict)
         self.most_steps = 1 if capture is None else MOST_STEPS
 
     def __call__(self, batches: Batch, values: Sequence[dict[str, float]]) -> None:
@@ -67,20 +71,7 @@ class Update:
             self._values = list(values)
             numbers = [list(of_step.values()) for of_step in values]
             self._values_on_device = sent(torch.tensor(numbers, dtype=self.totals.dtype), self.totals.device)
-        if self._captured_steps is not None:
-            self._captured_steps(self._values_on_device, *batches)
-        else:
-            self._take(self._values_on_device, *batches)
-
-    def _take(self, values: Tensor, *batches: Tensor) -> None:
-        """Take the steps one by one."""
-        for values_of_step, *batch in zip(values, *batches, strict=True):
-            self.recipe.step(Batch(*batch), values_of_step, self.totals)
-
-    def _captured(self, capture: Capture) -> CapturedSteps:
-        """The same steps, which are captured once for each k, and replayed from then on."""
-        state = [*self.recipe.tensors, self.totals]
-        return CapturedSteps(self._take, state, capture, self._scaler.state_dict, self._scaler.load_state_dict)
+        self._take(self._values_on_device, *batches)
 
     def require_healthy(self, step: int, totals: Tensor | None = None) -> int:
         """Return how many updates were skipped up to `step`, the same on all processes; all call this.
@@ -114,6 +105,12 @@ class Update:
         self._scaler.load_state_dict(state.loss_scale or {})
         self._first_step, self._skipped_before = state.step, state.skipped_updates
         return state
+
+
+def _take(recipe: Recipe, totals: Tensor, values: Tensor, *batches: Tensor) -> None:
+    """Take the steps one by one."""
+    for values_of_step, *batch in zip(values, *batches, strict=True):
+        recipe.step(Batch(*batch), values_of_step, totals)
 
 
 def make_update(vae: VAE, config: Config, world: World, last_step: int) -> Update:
