@@ -1,6 +1,7 @@
 """The Python API: a trained VAE as an object, against the commands and the model itself."""
 
 import doctest
+import gc
 import logging
 import math
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from vae_dist.data.source import read
 from vae_dist.models.posteriors import DiagonalGaussian
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
+from vae_dist.training.update import Update
 from vae_dist.views.sampling import sample
 
 Runs = dict[str, Path]
@@ -82,6 +85,27 @@ def test_fit_trains_resumes_and_returns_the_run(
     assert repr(same) == f"<Run '{tmp_path}/mine', step 6: mlp on synthetic_digits, 3 latents, on cpu>"
     with pytest.raises(UserError, match="unknown key"):
         vae_dist.fit("model.latents=3")
+
+
+def test_fit_leaves_nothing_of_the_training_in_memory(
+    smoke_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and moments may fill a GPU, and Python collects what is in reference cycles when it likes."""
+    trained: list[weakref.ref[Any]] = []
+    restore = Update.restore
+
+    def noted(made: Update, *given: Any) -> Any:
+        trained.extend(map(weakref.ref, (made, made.recipe, *made.recipe.tensors)))
+        return restore(made, *given)
+
+    monkeypatch.setattr(Update, "restore", noted)
+    gc.disable()
+    try:
+        for steps in 2, 4:
+            vae_dist.fit(*smoke_arguments, f"runs_dir={tmp_path}", "name=mine", f"train.steps={steps}", "ema.decay=0.9")
+        assert trained and not any(reference() is not None for reference in trained)
+    finally:
+        gc.enable()
 
 
 def test_load_takes_what_the_commands_take(runs: Runs) -> None:

@@ -1,5 +1,6 @@
 """Training a VAE from a program or a notebook."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -27,4 +28,5 @@ def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
     chosen = environment.to_device(device)  # before hours of training
     environment.restart_clock()
     directory = train(config.load([str(argument) for argument in arguments]), is_command=False)
+    gc.collect()  # networks and optimizers are in reference cycles; Python may leave them in a GPU's memory for long
     return load(directory, device=chosen)
