@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import pty
 import resource
@@ -37,8 +38,9 @@ from vae_dist import config as configs
 from vae_dist.config import Config
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.evaluation.evaluate import evaluate
-from vae_dist.runs import tracking, wandb_client, wandb_identity, wandb_run
+from vae_dist.runs import manifest, tracking, wandb_client, wandb_identity, wandb_run
 from vae_dist.runs.lookup import find
+from vae_dist.runs.metrics import is_number, read_records
 from vae_dist.runs.metrics_log import MetricsLog
 from vae_dist.runs.picture import Picture
 from vae_dist.runs.tracking import Tracker
@@ -243,6 +245,29 @@ def test_records_beyond_the_checkpoint_and_half_records_are_removed(tmp_path: Pa
         directory = MetricsLog(tmp_path, start=10)
         directory.scalars(15, {"train/loss": 1.5})
         assert rows_of(tmp_path) == [*rows[:2], {"step": 15, "train/loss": 1.5}]
+
+
+def test_records_are_strict_json_also_of_a_run_that_has_diverged(tmp_path: Path) -> None:
+    old = '{"step": 5, "train/loss": NaN, "train/kl": -Infinity, "train/beta": 1.0}\n'  # of an earlier version
+    (tmp_path / "metrics.jsonl").write_text(old)
+    directory = MetricsLog(tmp_path, start=5)
+    directory.scalars(10, {"train/loss": math.inf, "train/kl": math.nan, "train/beta": 0.5})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == [
+        {"step": step, "train/loss": None, "train/kl": None, "train/beta": beta} for step, beta in ((5, 1.0), (10, 0.5))
+    ]
+    (tmp_path / "other.jsonl").write_text(old)
+    read = [next(read_records(tmp_path / name)) for name in ("metrics.jsonl", "other.jsonl")]
+    assert [{name for name, value in record.items() if is_number(value)} for record in read] == [
+        {"step", "train/beta"}
+    ] * 2
+    assert manifest.to_json({"a": [(1.5, math.nan)], "b": {"c": -math.inf}}) == (
+        json.dumps({"a": [[1.5, None]], "b": {"c": None}}, indent=2).encode() + b"\n"
+    )
 
 
 def test_beside_a_live_training_nothing_goes_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ once the size on disk is the size in the manifest.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -131,7 +132,16 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with null instead of NaN and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_small(path: Path) -> BufferedReader:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vae_dist.errors import RunError, UserError
 from vae_dist.files import ELSEWHERE, append, make_folder, sync, write_atomically, writing
+from vae_dist.runs.manifest import without_nan
 from vae_dist.runs.metrics import METRICS, read_records
 from vae_dist.runs.picture import Picture, to_png
 from vae_dist.runs.run import ANOTHER_RUNS_DIR, IMAGES
@@ -42,12 +43,12 @@ class MetricsLog:
             return step <= start and not is_written_again
 
         records = read_records(self._file) if self._file.exists() else ()
-        lines = [json.dumps(record) + "\n" for record in records if stays(record, record["step"])]
+        lines = [_line(record) + "\n" for record in records if stays(record, record["step"])]
         write_atomically(self._file, "".join(lines).encode())
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._writing(self._file):
-            append(self._file, json.dumps({"step": step, **values}))
+            append(self._file, _line({"step": step, **values}))
 
     def pictures(self, step: int, pictures: Mapping[str, Picture]) -> None:
         for name, picture in pictures.items():
@@ -68,3 +69,7 @@ class MetricsLog:
 
     def _writing(self, path: Path) -> AbstractContextManager[None]:
         return writing(path, "make it writable", self._failure, self._remedy)
+
+
+def _line(record: Mapping[str, object]) -> str:
+    return json.dumps(without_nan(record), allow_nan=False)
