@@ -456,6 +456,17 @@ def test_images_that_a_run_lacks_are_refused(make_config: MakeConfig, tmp_path: 
     assert not (run_dir / "latents").exists()
 
 
+def test_a_split_of_other_images_than_the_runs_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "own", ["a.png"])
+    given = [*SMALL, f"encode.folder={tmp_path / 'own'}", f"output={tmp_path}"]
+    for split in ("test", "train"):
+        with pytest.raises(UserError, match=r"encode.split does not apply to encode.folder.*; give one$"):
+            encode(run_dir, [*given, f"--encode.split={split}"])
+    assert not (tmp_path / "latents").exists()
+    encode(run_dir, given)
+    encode(run_dir, ["encode.split=test", "encode.folder=null", *SMALL, f"output={tmp_path}"])
+
+
 def small_request(dtype: torch.dtype) -> Request:
     return Request({}, 4, 2, 4, (4,), ("log_variance", "mean"), dtype, has_labels=False)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_dist.config import Config
+from vae_dist.config import Config, split_key
 from vae_dist.data.chosen import choose
 from vae_dist.data.source import Source
 from vae_dist.distributed import processes
@@ -17,6 +17,7 @@ from vae_dist.encoding import folder, index, shards, statistics
 from vae_dist.encoding.latents import encode_images, with_latents
 from vae_dist.encoding.request import Request, folder_name, make_request
 from vae_dist.encoding.shards import File
+from vae_dist.errors import UserError
 from vae_dist.evaluation import protocol
 from vae_dist.models.vae import VAE
 from vae_dist.runs.checkpoint import await_visible
@@ -47,6 +48,8 @@ def encode(run: Path | None, arguments: Sequence[str] = ()) -> Path:
         checkpoint, config, output, _ = opened.agreed(world)
         vae = checkpoint.load_vae(config, world.device)
         options = config.encode
+        if options.folder is not None and any(split_key(argument)[0] == "encode.split" for argument in arguments):
+            raise UserError("encode.split does not apply to encode.folder, all of whose images are encoded; give one")
         images = world.main_first(lambda: choose(config.data, options.split, options.folder, "encode"))
         source = images.source
         config = with_latents(config, vae, source)
