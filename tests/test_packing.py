@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -278,6 +279,25 @@ def test_a_pack_that_is_overwritten_is_not_read_on(tmp_path: Path) -> None:
         path.write_bytes(content)
         os.utime(path, ns=time)
         assert np.array_equal(read(source, range(6)).numpy(), np.load(path))
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "names.npy", "offsets.npy", "sizes.npy"])
+def test_labels_and_names_of_a_pack_that_are_overwritten_are_not_read_on(name: str, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pictures", [f"{kind}/{number}.png" for kind in "ab" for number in range(3)])
+    made = pack(folder, tmp_path / "packed")
+    path, images = made.folder / name, torch.arange(6)
+    content, time = path.read_bytes(), (1, 1)
+    os.utime(path, ns=time)
+    source = packed_set(open_pack(made.folder)).source
+    for change in content[:-1] + b"\1", content[:-8], b"":
+        path.write_bytes(change)
+        for use in source.labels, source.names, lambda chosen: read(source, chosen):
+            with pytest.raises(RunError, match=rf"{name} has changed since the start; put it back"):
+                use(images)
+        path.write_bytes(content)
+        os.utime(path, ns=time)
+    assert source.labels(images).tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
+    assert list(source.names(images) or ()) == list(made.names)
 
 
 @pytest.mark.parametrize("change", ["content", "new", "removed"])

@@ -39,7 +39,7 @@ def packed_set(pack: Pack) -> ImageSet:
     names, sizes = pack.names, pack.sizes
     digest = sample_digest(lambda chosen: pack.pixels[chosen], len(names))
     info = _info(pack.rule, names.buffer, names.offsets, sizes, pack.arrangement, digest)
-    source = Mapped(info, pack.file, _labels(pack.arrangement), names)
+    source = Mapped(info, pack.files, _labels(pack.arrangement), names)
     return ImageSet(source, pack.arrangement.parts, pack.refused)
 
 

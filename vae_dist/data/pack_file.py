@@ -69,7 +69,7 @@ class Pack:
 
     folder: Path
     rule: Rule
-    file: MappedFile  # of the pixels
+    files: tuple[MappedFile, ...]  # of the pixels, then of all else
     names: Names
     sizes: NDArray[np.int64]  # (N,), bytes of the image files
     arrangement: Arrangement
@@ -80,7 +80,7 @@ class Pack:
     @property
     def pixels(self) -> NDArray[np.uint8]:
         """(N, C, H, W)."""
-        return self.file.array
+        return self.files[0].array
 
     def is_intact(self) -> bool:
         """Read all pixels, and return whether they are those that were packed."""
@@ -130,17 +130,20 @@ def _open(folder: Path, index: dict[str, Any]) -> Pack:
     refused = tuple((_text(name), _text(why)) for name, why in index["refused"])
 
     file = _map(folder / PIXELS, np.uint8, shape)
-    sizes = _map(folder / SIZES, np.int64, (count,)).array
-    buffer = _map(folder / NAMES, np.uint8, (bytes_of_names,)).array
-    names = Names(buffer, _map(folder / OFFSETS, np.int64, (count + 1,)).array)
-    labels = None if classes is None else _map(folder / LABELS, np.int64, (count,)).array
+    others = [
+        _map(folder / SIZES, np.int64, (count,)), _map(folder / NAMES, np.uint8, (bytes_of_names,)),
+        _map(folder / OFFSETS, np.int64, (count + 1,)),
+        *([] if classes is None else [_map(folder / LABELS, np.int64, (count,))]),
+    ]  # fmt: skip
+    sizes, buffer, offsets, *of_labels = (other.array for other in others)
+    names, labels = Names(buffer, offsets), of_labels[0] if of_labels else None
     _require(int(sizes.min()) >= 0, SIZES)
     _require(labels is None or 0 <= int(labels.min()) <= int(labels.max()) < len(classes or ()), LABELS)
     _check_names(names)
     _require(sample_digest(lambda chosen: file.array[chosen], count) == index["digest"], PIXELS)
     return Pack(
-        folder, rule, file, names, sizes, Arrangement(parts, classes, labels), refused, _text(index["signature"]),
-        _text(index["sha256"]),
+        folder, rule, (file, *others), names, sizes, Arrangement(parts, classes, labels), refused,
+        _text(index["signature"]), _text(index["sha256"]),
     )  # fmt: skip
 
 

@@ -92,19 +92,27 @@ class Mapped(InFile):
     """Images in a memory-mapped file. What is derived from them is read when it is asked for, unless `resident`."""
 
     def __init__(
-        self, info: DataInfo, file: MappedFile, all_labels: Tensor | None, all_names: Sequence[str] | None
+        self, info: DataInfo, files: Sequence[MappedFile], all_labels: Tensor | None, all_names: Sequence[str] | None
     ) -> None:
-        """`file` holds the pixels, uint8 `(N, C, H, W)`."""
-        self._file = file
-        self._held = InMemory(info, torch.from_numpy(file.array), all_labels, all_names)
+        """`files` are that of the pixels, uint8 `(N, C, H, W)`, and those of labels and names."""
+        self._files = files
+        self._held = InMemory(info, torch.from_numpy(files[0].array), all_labels, all_names)
         self.info = info
-        self.labels = self._held.labels
-        self.names = self._held.names
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        return self._unchanged().labels(indices)
+
+    def names(self, indices: Tensor) -> Sequence[str] | None:
+        return self._unchanged().names(indices)
 
     def read(self, indices: Tensor, draws: Tensor | None, out: Tensor) -> None:
-        """Raises RunError if the file has changed since it was opened."""
-        self._file.require_unchanged()
-        self._held.read(indices, draws, out)
+        self._unchanged().read(indices, draws, out)
+
+    def _unchanged(self) -> InMemory:
+        """Raises RunError if a file has changed since it was opened."""
+        for file in self._files:
+            file.require_unchanged()
+        return self._held
 
 
 def in_memory(
