@@ -1,7 +1,9 @@
 """Published data sets: small stand-ins for their files, a local mirror, and whatever goes wrong."""
 
+import errno
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,6 +221,29 @@ def test_the_users_archive_is_unpacked_and_stays(
     archive.write_bytes(archive.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=f"{archive} is damaged or another archive: .*; delete it"):
         datasets.load_training_set(data)
+
+
+@pytest.mark.usefixtures("photographs")
+@pytest.mark.parametrize("download", [True, False])
+def test_an_archive_of_the_users_that_cannot_be_read_is_named(
+    download: bool, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    data = settings(tmp_path, "cifar10", server, download=download)
+    archive.mkdir()
+    refusal = f"^{archive} can't be read \\(Is a directory\\); delete it or choose another data.root$"
+    with pytest.raises(UserError, match=refusal):
+        datasets.load_test(data)
+    archive.rmdir()
+    archive.write_bytes(server.contents[archive.name])
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(cifar10, "open_regular", denied)  # root may read every file
+    with pytest.raises(UserError, match=rf"^{archive} can't be read \(Permission denied\); delete it"):
+        datasets.load_test(data)
+    assert server.requests == []
 
 
 @pytest.mark.usefixtures("photographs")

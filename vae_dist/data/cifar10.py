@@ -24,7 +24,7 @@ from vae_dist.data.public_files import (
 )
 from vae_dist.data.source import Source, in_memory
 from vae_dist.errors import UserError
-from vae_dist.files import write_atomically
+from vae_dist.files import open_regular, reason, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,14 @@ def _obtain(files: Sequence[Published], root: Path, download: bool, mirror: str 
 
 
 def _unpack(archive: Path, files: Sequence[Published], folder: Path) -> None:
-    with open(archive, "rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != ARCHIVE.sha256:
-            raise UserError(f"{archive} is damaged or another archive: its sha256 is not the published one; delete it")
-        stream.seek(0)
-        with tarfile.open(fileobj=stream) as tar:
-            for file in files:
-                if (member := tar.extractfile(f"{FOLDER}/{file.name}")) is not None:
-                    write_atomically(folder / file.name, member.read())
+    try:
+        with open_regular(archive) as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{archive} can't be read ({reason(error)}); delete it or choose another data.root") from error
+    if sha256 != ARCHIVE.sha256:
+        raise UserError(f"{archive} is damaged or another archive: its sha256 is not the published one; delete it")
+    with tarfile.open(archive) as tar:
+        for file in files:
+            if (member := tar.extractfile(f"{FOLDER}/{file.name}")) is not None:
+                write_atomically(folder / file.name, member.read())
