@@ -21,9 +21,13 @@ from vae_dist.evaluation.metrics import Measured, measure
 from vae_dist.evaluation.networks import Networks
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
+from vae_dist.publishing import markdown
 from vae_dist.publishing.export import export
 from vae_dist.reports.comparison import compare
+from vae_dist.reports.table import _cell
+from vae_dist.reports.text import format_number
 from vae_dist.runs.metrics import is_number
+from vae_dist.terminal import tables
 from vae_dist.training.loop import train
 
 CONDITIONS = {"importance_samples", "fid_samples", "latents"}  # numbers that say what the metrics are of
@@ -151,6 +155,14 @@ def test_the_metrics_of_a_model_that_has_diverged_are_shown_in_few_characters(
     card = (export(run, ["export.formats=[]"]) / "README.md").read_text()
     assert "| negative ELBO | 2.5e+24 | 3e+22 | nats |" in card
     assert " | 2.5e+24 | " in (compare([run]) / "table.md").read_text()
+
+
+def test_the_form_of_large_numbers_is_decided_in_one_place() -> None:
+    deciding = [path for path in (REPOSITORY / "vae_dist").rglob("*.py") if "1e15" in path.read_text()]
+    assert deciding == [REPOSITORY / "vae_dist/config/text.py"]
+    for form in tables.format_number, format_number, markdown.number, lambda value: _cell(value, 2):
+        assert form(1.23456e15) == "1.235e+15" and form(-1e300) == "-1e+300"
+        assert "e" not in form(0.999e15)
 
 
 def test_of_an_untrusted_file_only_numbers_are_metrics() -> None:

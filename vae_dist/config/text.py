@@ -6,6 +6,7 @@ from typing import Any
 from vae_dist.errors import UNPRINTABLE, UserError
 
 MAX_TEXT = 2048  # bytes of a value
+LARGEST = 1e15  # a number from which there is an exponent
 
 
 def text_of(value: Any) -> str:
@@ -22,6 +23,11 @@ def as_text(value: Any) -> str:
 
 def truncate(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def large_number(value: float) -> str:
+    """A number from LARGEST up in few characters, with an exponent; nothing for a smaller one."""
+    return f"{value:.4g}" if abs(value) >= LARGEST else ""
 
 
 def leaves(value: Any) -> Iterator[Any]:

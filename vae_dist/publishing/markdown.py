@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vae_dist.config.text import text_of, truncate
-from vae_dist.runs.metrics import LARGEST, is_finite
+from vae_dist.config.text import large_number, text_of, truncate
+from vae_dist.runs.metrics import is_finite
 
 MOST_CHARACTERS = 1000  # of a value; a warning has 300
 
@@ -21,8 +21,8 @@ def escape(value: Any) -> str:
 
 def number(value: Any) -> str:
     """Return a number with four decimals at most; empty if a file holds anything else in its place."""
-    if is_finite(value) and abs(value) >= LARGEST:
-        return f"{value:.4g}"
+    if is_finite(value) and (large := large_number(value)):
+        return large
     return f"{value:,}" if type(value) is int else f"{value:,.4f}" if is_finite(value) else ""
 
 

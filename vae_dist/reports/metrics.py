@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from vae_dist.config.text import LARGEST
 from vae_dist.evaluation.metric_table import Measurement, measurements, protocol_of
 from vae_dist.reports.subject import Subject
 from vae_dist.reports.text import format_number, format_value
-from vae_dist.runs.metrics import LARGEST
 from vae_dist.runs.run import RunDirectory
 
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vae_dist.config import Config, text_of
+from vae_dist.config.text import large_number
 from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
 from vae_dist.reports.labels import held_out_set, labels, names, settings, short_key, subject
 from vae_dist.runs.lookup import Opened
-from vae_dist.runs.metrics import LARGEST, is_finite
+from vae_dist.runs.metrics import is_finite
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}  # towards better values
 
@@ -100,8 +101,8 @@ def _metric_columns(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[
 
 def _cell(value: Any, decimals: int) -> str:
     """A metric, or a count; empty for anything else."""
-    if is_finite(value) and abs(value) >= LARGEST:
-        return f"{value:.4g}"
+    if is_finite(value) and (large := large_number(value)):
+        return large
     return f"{value:.{decimals}f}" if type(value) is float else str(value) if type(value) is int else ""
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from vae_dist.runs.metrics import LARGEST, is_number
+from vae_dist.config.text import large_number
+from vae_dist.runs.metrics import is_number
 
 
 def format_number(value: float) -> str:
@@ -10,8 +11,8 @@ def format_number(value: float) -> str:
 
     From LARGEST up it is short: with an exponent.
     """
-    if abs(value) >= LARGEST:
-        return f"{value:.4g}"
+    if large := large_number(value):
+        return large
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

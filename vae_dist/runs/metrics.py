@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vae_dist.config.text import LARGEST
 from vae_dist.files import parse_object
 
 METRICS = "metrics.jsonl"
-LARGEST = 1e15  # a logged metric or a step beyond it is a mistake; larger numbers are written with an exponent
 LONGEST_LINE = 2**16  # bytes; a record has 300
 
 
@@ -28,7 +28,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value from a file is a number that can be shown. A NaN is not."""
+    """Return whether a value from a file can be a logged metric. A NaN is none, and a number from LARGEST up."""
     return type(value) in (int, float) and abs(value) < LARGEST
 
 

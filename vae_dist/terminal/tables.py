@@ -7,11 +7,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from vae_dist.config.text import large_number
 from vae_dist.errors import plain
 from vae_dist.terminal.streams import results
 
 UNLIMITED = 10_000  # columns of a console
-LONG = 1e15  # a number from which there is an exponent
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:
@@ -100,6 +100,4 @@ def _two_digits(error: float) -> str:
 def format_number(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
-    if abs(value) >= LONG:
-        return f"{value:.4g}"
-    return f"{value:.4f}" if abs(value) >= 1 else f"{value:.4g}"
+    return large_number(value) or (f"{value:.4f}" if abs(value) >= 1 else f"{value:.4g}")
