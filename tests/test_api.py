@@ -314,6 +314,38 @@ def test_options_of_pictures_that_are_no_numbers_are_refused(runs: Runs, options
         vae_dist.load(runs["grey"]).show_interpolation(**options)
 
 
+TOO_LARGE: dict[str, Callable[[vae_dist.Run], Any]] = {
+    "a picture with room for 1,000,000 images would have 784,000,000": lambda run: run.show_interpolation(steps=10**6),
+    "a picture with room for 810,000 images": lambda run: run.show_manifold(steps=900),
+    "a picture with room for 1,000,000 images": lambda run: run.show_neighbours(rows=1000, steps=1000),
+    "a picture with room for 10,000,000 images would have 9,000,000,000": lambda run: run.show_images(
+        torch.zeros(3, 28, 28), columns=10**7
+    ),
+    "a picture with room for 500,001 images": lambda run: run.show_images(
+        torch.zeros(3, 28, 28), columns=500_001, left=["a"], below="abc"
+    ),
+    "the latents of count=10000000000000 would take 7.45e+04 GiB": lambda run: run.prior(10**13),
+    "the images of sample.count would take 2.92e+03 GiB": lambda run: run.sample(10**9),
+}
+
+
+@pytest.mark.parametrize("message", TOO_LARGE)
+def test_what_exceeds_memory_is_refused_before_it_is_computed(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    run = vae_dist.load(runs["grey"])
+    monkeypatch.setattr(VAE, "decode", lambda *arguments: pytest.fail("decodes"))
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        TOO_LARGE[message](run)
+
+
+def test_long_rows_and_many_images_are_drawn(runs: Runs) -> None:
+    run = vae_dist.load(runs["grey"])
+    assert run.show_interpolation(images=[0, 1], steps=2000).width > 2000 * 28
+    assert run.show_images(torch.zeros(10_000, 28, 28)).width >= 100 * 30
+    assert run.show_images(torch.zeros(3, 28, 28), columns=500).width >= 500 * 30
+
+
 def test_a_list_of_latents_is_as_good_as_a_tensor_of_them(runs: Runs) -> None:
     run = vae_dist.load(runs["grey"])
     latents = run.prior(3)

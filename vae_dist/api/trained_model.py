@@ -11,6 +11,7 @@ from vae_dist.api.codes import option_text, to_codes
 from vae_dist.api.images import to_images, to_labels
 from vae_dist.api.numbers import whole_number
 from vae_dist.config import Config, load_reader
+from vae_dist.config.memory import require_memory
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation.metrics import importance_estimate
@@ -98,6 +99,7 @@ class TrainedModel:
     def prior(self, count: int, seed: int = 0) -> Tensor:
         """Draw codes from the prior p(z): `(count, L)` float32. The first ones are the same for every count."""
         rows = range(whole_number("count", count))
+        require_memory(f"the latents of count={count}", 4 * len(rows) * self.model.latent_dim)
         return prior_draws(self.model, whole_number("seed", seed, 0), rows).to(self.model.device, copy=True)
 
     def sample(

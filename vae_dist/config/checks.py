@@ -9,13 +9,13 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 from PIL import ImageColor
 
 from vae_dist.config import yaml_text
 from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.data import BINARY_SETS, OWN_IMAGES, DataConfig
 from vae_dist.config.keys import Option, flatten, options
+from vae_dist.config.memory import require_memory
 from vae_dist.config.networks import ModelConfig
 from vae_dist.config.optimization import SIGMA_FLOOR, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import PATHS, check_path
@@ -214,7 +214,6 @@ def _count(value: Any) -> int:
 
 def _check_memory(config: Config) -> None:
     """Raise UserError for sizes whose numbers alone would not fit into this machine's memory."""
-    memory = psutil.virtual_memory().total
     shape = config.data.image_shape or [1, 1, 1]
     values = flatten(config)
     sizes = [one.key for one in options(config) if one.architecture and type(values[one.key]) in (int, list)]
@@ -226,10 +225,7 @@ def _check_memory(config: Config) -> None:
         "the latents of objective.samples samples of an image": 4 * config.objective.samples * latents,
     }
     for subject, needed in bytes_of.items():
-        if needed > memory:
-            raise UserError(
-                f"{subject} would take {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}; use less"
-            )
+        require_memory(subject, needed)
 
 
 def check_names_in_wandb(tracking: TrackingConfig) -> None:

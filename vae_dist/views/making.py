@@ -1,13 +1,16 @@
 """Making the view that a config's `sample` options select, with its name and its caption."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vae_dist.config import Config
+from vae_dist.config.memory import require_memory
 from vae_dist.errors import UserError
 from vae_dist.views.from_codes import codes, manifold, neighbours, prior, traversal
 from vae_dist.views.from_images import interpolation, levels, reconstruction, scatter
 from vae_dist.views.latents import TrainedVAE, require_finite
+from vae_dist.views.pictures import require_drawable
 from vae_dist.views.view import View
 
 # sample.kind -> the function that makes the view, and the keys of `sample` that it reads.
@@ -43,6 +46,7 @@ def make_view(trained: TrainedVAE, arguments: Sequence[str], step: int, *, avera
     kind = _kind(config, arguments)
     make, keys = KINDS[kind]
     name = folder = config.sample.sampler if kind == "prior" else kind
+    _check_size(trained, kind)
     view = make(trained)
     for tensor in view.tensors.values():
         require_finite(tensor)
@@ -60,6 +64,14 @@ def make_view(trained: TrainedVAE, arguments: Sequence[str], step: int, *, avera
         folder += f"_seed_{config.sample.seed}"
         caption += f"; seed {config.sample.seed}"
     return Made(name, folder, view, caption)
+
+
+def _check_size(trained: TrainedVAE, kind: str) -> None:
+    """Raise UserError for more images than memory or a picture holds, before they are computed."""
+    options, shape = trained.config.sample, trained.vae.image_shape
+    if kind == "prior":
+        require_memory("the images of sample.count", 4 * options.count * math.prod(shape))
+    require_drawable(options.images_at_least(trained.vae.latent_dim), shape)
 
 
 def _kind(config: Config, arguments: Sequence[str]) -> str:

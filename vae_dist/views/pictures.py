@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vae_dist.data.source import Source
+from vae_dist.errors import UserError
 from vae_dist.models.inputs import read_inputs
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
@@ -27,6 +28,8 @@ SMALLEST = 28  # pixels that the longer side of a reduced image has at least
 MOST_CLASS_ROWS = 20  # of more classes, each image has its class below it
 LONGEST_CLASS = 24  # characters of a class's name
 
+MOST_PIXELS = 2**29  # of a picture; its numbers then take 2 GiB, three times that in colour
+
 PROGRESS_COLUMNS = 8
 PROGRESS_WIDTH = 1040  # pixels of a row of progress images; of larger images there are fewer
 
@@ -36,6 +39,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     images = _reduced(images, columns)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
+    require_pixels(rows * columns, height + PADDING, width + PADDING)
     canvas = torch.full((rows * columns, channels, height + PADDING, width + PADDING), BACKGROUND)
     canvas[:count, :, PADDING:, PADDING:] = images.detach().float().cpu()
     joined = canvas.view(rows, columns, channels, height + PADDING, width + PADDING).permute(0, 3, 1, 4, 2)
@@ -68,6 +72,7 @@ def labelled_grid(
     margins = [widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
     column = max(width * scale, widest(below, font)) + PADDING
     row = height * scale + PADDING + (LABEL_SIZE + LABEL_SPACE) * bool(below)
+    require_pixels(-(-count // columns) * columns, row, column)
     head = (LABEL_SIZE + LABEL_SPACE) * bool(top) + PADDING
     starts = [margins[0] + index * column + COLUMN_GAP * sum(gap <= index for gap in gaps) for index in range(columns)]
     end = starts[-1] + column
@@ -106,6 +111,22 @@ def grid_by_class(images: Tensor, names: Sequence[str]) -> Image.Image:
     blank = images.new_ones(columns * len(names) - len(images), *images.shape[1:])
     rows = torch.cat([images, blank]).unflatten(0, (columns, len(names))).transpose(0, 1)
     return labelled_grid(rows.flatten(0, 1), columns, left=names, most_rows=FEW)
+
+
+def require_pixels(count: int, height: int, width: int) -> None:
+    """Raise UserError if a picture of `count` images, also empty ones, would have more than MOST_PIXELS."""
+    if (pixels := count * height * width) > MOST_PIXELS:
+        raise UserError(
+            f"a picture with room for {count:,} images would have {pixels:,} pixels, and {MOST_PIXELS:,} are the most: "
+            "draw fewer images, or fewer columns"
+        )
+
+
+def require_drawable(count: int, image_shape: Sequence[int]) -> None:
+    """Raise UserError if a picture of images of this shape is too large, however far they are reduced."""
+    height, width = image_shape[1:]
+    factor = max(max(height, width) // SMALLEST, 1)
+    require_pixels(count, -(-height // factor), -(-width // factor))
 
 
 def _scale(height: int, width: int, columns: int, small: int = SMALL) -> int:
