@@ -448,6 +448,31 @@ def test_a_run_with_a_relative_path_is_found_from_another_working_directory(
     assert run.directory == Path("grey")
 
 
+def test_data_with_a_relative_path_are_found_from_another_working_directory(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(vae_dist.load(runs["grey"]).config.data.root)
+    monkeypatch.chdir(root.parent)
+    run = vae_dist.load(runs["grey"], f"data.root={root.name}")
+    images, config = run.images(count=3).images, run.config
+    picture = run.show_reconstructions().tobytes()
+    monkeypatch.chdir(tmp_path)
+    assert run.config.data.root == str(root) and torch.equal(run.images(count=3).images, images)
+    assert run.show_reconstructions().tobytes() == picture
+    few = [f"output={tmp_path / 'out'}", "evaluate.importance_samples=0"]
+    assert run.evaluate(*few)["images"] == len(run.images().images)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    run.evaluate(*few, "data.root=elsewhere")  # a caller's own path is taken as it is
+    assert (tmp_path / "elsewhere").is_dir()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert run.config.data.root == str(root)
+    monkeypatch.chdir(root.parent)
+    assert run.config is config and config.data.root == root.name
+
+
 def test_every_picture_is_that_of_the_command(runs: Runs, test_images: Tensor, tmp_path: Path) -> None:
     run = vae_dist.load(runs["grey"])
     pictures = {

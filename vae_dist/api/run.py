@@ -153,7 +153,9 @@ class Run(TrainedModel):
         return pictures.labelled_grid(unit, columns, left=[*map(str, left)], below=[*map(str, below)])
 
     def _with_own(self, arguments: Sequence[str]) -> list[str]:
-        return [*self._arguments, f"device={self.model.device.type}", f"weights={self.config.weights}", *arguments]
+        moved = [f"data.{key}={path}" for key, path in self._moved().items()]
+        own = [f"device={self.model.device.type}", f"weights={self.config.weights}"]
+        return [*self._arguments, *moved, *own, *arguments]
 
     def _drawn(self, kind: str, **options: Any) -> Image.Image:
         made = self._view(kind, **options)

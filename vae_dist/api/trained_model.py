@@ -1,6 +1,7 @@
 """A trained VAE: its images and latents. N images, L latents, C, H, W image."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +32,20 @@ class TrainedModel:
         self, checkpoint: Checkpoint, config: Config, device: torch.device, arguments: Sequence[str] = ()
     ) -> None:
         """Use `load`, which opens the checkpoint."""
-        self.config = config  # the run's, with what `load` was given
+        self._config = config
+        self._folder = _working_directory()
         self._checkpoint = checkpoint.folder, checkpoint.folder.absolute()
         self._directory = checkpoint.run_dir, checkpoint.run_dir.absolute()
         self.step = checkpoint.step  # optimizer steps done
         self.model: VAE = checkpoint.load_vae(config, device)
         self._averaged = checkpoint.has_average
         self._arguments = tuple(arguments)
+
+    @property
+    def config(self) -> Config:
+        """The run's config, with what `load` was given."""
+        moved = self._moved()
+        return replace(self._config, data=replace(self._config.data, **moved)) if moved else self._config
 
     @property
     def checkpoint(self) -> Path:
@@ -138,6 +146,13 @@ class TrainedModel:
             ]
         return -torch.cat(estimates).to(self.model.device)
 
+    def _moved(self) -> dict[str, Any]:
+        """Return the paths of the data by key, absolute, if the working directory is another one by now."""
+        if self._folder is None or self._folder == _working_directory():
+            return {}
+        given = {key: getattr(self._config.data, key) for key in ("root", "path", "pack_dir")}
+        return {key: str(self._folder / path) for key, path in given.items() if path and not path.startswith("~")}
+
     def _inputs(self, images: Any, labels: Any) -> Inputs:
         converted = to_images(images, self.model, self.config.data)
         return Inputs(converted, self._labels(labels, len(converted)))
@@ -154,6 +169,14 @@ class TrainedModel:
         config = load_reader(self.config, arguments)
         trained = TrainedVAE(self.model, config, World.alone(self.model.device))
         return make_view(trained, arguments, self.step, averaged=self._averaged)
+
+
+def _working_directory() -> Path | None:
+    """Return the working directory; None if it has been deleted."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
 
 
 def _reachable(path: Path, absolute: Path) -> Path:
