@@ -405,6 +405,15 @@ def test_options_that_change_learning_may_not_change_on_resume(change: str) -> N
         resumed([], [change])
 
 
+@pytest.mark.parametrize(("before", "now"), [(0.1, 0.2), (0.1, 0.0), (0.0, 0.1)])
+def test_only_the_file_of_a_perceptual_loss_may_change_on_resume(before: float, now: float) -> None:
+    recipe, name = ["train.recipe=autoencoder", "data.name=synthetic_digits"], "first_stage.perceptual"
+    given, changed = ([*recipe, f"{name}={name}", f"{name}_weight={weight}"] for weight in (before, now))
+    assert resumed(given, [*given, f"{name}=moved"]).first_stage.perceptual == "moved"
+    with pytest.raises(UserError, match=rf"another {name}_weight \(was {before}, now {now}"):
+        resumed(given, changed)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
 def test_weights_in_float64_stay_in_float64(precision: str) -> None:
     merged = ["train.precision=fp64"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_dist.config import yaml_text
-from vae_dist.config.keys import by_key, flatten, options, require_known
+from vae_dist.config.keys import by_key, flatten, is_among, options, require_known
 from vae_dist.config.paths import PATHS, expand, is_path
 from vae_dist.config.schema import Config
 from vae_dist.config.text import require_text, text_of, truncate
@@ -87,6 +87,6 @@ def training_command(config: Config, start: Sequence[str]) -> str:
     arguments = [
         argument(option.key, values[option.key])
         for option in options(config)
-        if values[option.key] != option.default and not option.key.startswith(_OF_ONE_RUN)
+        if values[option.key] != option.default and not is_among(option.key, _OF_ONE_RUN)
     ]
     return shlex.join([*start, *arguments, f"name={str(config.name)[:100]}-again"])  # a name has up to 128 characters

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vae_dist.config.keys import flatten, options
+from vae_dist.config.keys import flatten, is_among, options
 from vae_dist.config.schema import Config
 from vae_dist.config.text import as_text
 from vae_dist.errors import UserError
@@ -11,7 +11,7 @@ from vae_dist.errors import UserError
 # A command that reads a finished run may set these. The model and its training data are the run's.
 READER_KEYS = (
     "device", "output", "weights", "runs_dir", "data.root", "data.download", "data.mirror", "data.path",
-    "data.pack", "data.workers", "train.threads",
+    "data.pack", "data.pack_dir", "data.workers", "train.threads",
     "tracking.", "runtime.", "evaluate.", "sample.", "encode.", "export.",
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ def resume(config: Config, stored: Config) -> Config:
         merged.train.precision = stored.train.precision
     now, before = flatten(merged), flatten(stored)
     shared = [key for key in now if key in before]  # the others are another architecture's, which is named
-    keys = [key for key in shared if now[key] != before[key] and not key.startswith(_RESUMABLE_KEYS)]
+    keys = [key for key in shared if now[key] != before[key] and not is_among(key, _RESUMABLE_KEYS)]
     because = ""
     length = [key for key in ("train.epochs", "train.steps") if now[key] != before[key]]
     if falls_at_the_end(stored) and length:
@@ -89,6 +89,6 @@ def differing(configs: Sequence[Config]) -> list[str]:
     A key of one architecture is among them if runs of this architecture differ in it.
     """
     tables = [flatten(config) for config in configs]
-    keys = dict.fromkeys(option.key for option in options() if not option.key.startswith(_SAME_RUN_KEYS))
+    keys = dict.fromkeys(option.key for option in options() if not is_among(option.key, _SAME_RUN_KEYS))
     values = {key: [table[key] for table in tables if key in table] for key in keys}
     return [key for key in keys if any(value != values[key][0] for value in values[key])]

@@ -128,12 +128,17 @@ def require_known(key: str, source: str = "", config: Config | None = None) -> N
     raise UserError(f"{source}unknown key {truncate(repr(key))}; {hint}")
 
 
-def help_text(usage: str, prefixes: tuple[str, ...] = ("",)) -> str:
-    """The text of `--help`: the usage, then every key under the prefixes with its type, default, meaning and bounds.
+def is_among(key: str, names: Collection[str]) -> bool:
+    """Return whether a key is one of these, or in a section among them: "train." for one, "" for all."""
+    return any(key == name or (key.startswith(name) and name[-1:] in ("", ".")) for name in names)
+
+
+def help_text(usage: str, names: Collection[str] = ("",)) -> str:
+    """The text of `--help`: the usage, then every key among `names`, with its type, default, meaning and bounds.
 
     The meaning of a key of one architecture begins with that architecture's name.
     """
-    shown = [option for option in options() if option.key.startswith(prefixes)]
+    shown = [option for option in options() if is_among(option.key, names)]
     lines = [usage.rstrip(), *(["", "Keys, with their types and defaults:"] if shown else [])]
     for option in shown:
         limits = {"at least": option.at_least, "above": option.above, "at most": option.at_most, "below": option.below}

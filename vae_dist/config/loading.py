@@ -18,7 +18,7 @@ from vae_dist.config.architectures import ARCHITECTURES
 from vae_dist.config.arguments import YAML, parse_argument, separate, split_key
 from vae_dist.config.checks import check, check_names_in_wandb
 from vae_dist.config.differences import READER_KEYS
-from vae_dist.config.keys import ARCHITECTURE, by_key, flatten, options, require_known
+from vae_dist.config.keys import ARCHITECTURE, by_key, flatten, is_among, options, require_known
 from vae_dist.config.paths import PATHS, expand
 from vae_dist.config.schema import Config, EncodeConfig, ExportConfig
 from vae_dist.config.text import as_text, leaves, require_text, truncate
@@ -65,7 +65,7 @@ def load_reader(config: Config, arguments: Sequence[str]) -> Config:
     """
     keys = [split_key(argument)[0] for argument in arguments]
     for key in keys:
-        if not key.startswith(READER_KEYS):
+        if not is_among(key, READER_KEYS):
             require_known(key)
             allowed = ", ".join(f"{key}*" if key.endswith(".") else key for key in READER_KEYS)
             raise UserError(f"{key} belongs to the training and can't be changed here; these can: {allowed}")

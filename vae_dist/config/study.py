@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vae_dist.config.arguments import YAML, separate, split_key
 from vae_dist.config.checks import check
 from vae_dist.config.differences import READER_KEYS
-from vae_dist.config.keys import flatten
+from vae_dist.config.keys import flatten, is_among
 from vae_dist.config.loading import load
 from vae_dist.config.paths import PATHS
 from vae_dist.config.schema import Config
@@ -67,7 +67,7 @@ def load_study(arguments: Sequence[str]) -> Study:
         raise UserError("tracking.id is one run's, and a study has several; leave it out")
     keys = {argument: split_key(argument)[0] for argument in settings if argument not in several}
     reading = [
-        argument for argument, key in keys.items() if key.startswith(READER_KEYS) and key not in ("output", "runs_dir")
+        argument for argument, key in keys.items() if is_among(key, READER_KEYS) and key not in ("output", "runs_dir")
     ]
     return Study(key, configs, reading, output)
 
