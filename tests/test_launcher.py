@@ -243,6 +243,27 @@ def test_processes_that_can_not_connect_name_the_address(
         pass
 
 
+def test_processes_that_have_met_but_can_not_connect_are_told_so(
+    monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig
+) -> None:
+    """The text is gloo's, for a process whose address is in the store and that has ended."""
+    reason = (
+        "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:1] SO_ERROR: Connection refused, remote=[::1]"
+    )
+
+    def refused(**given: object) -> None:
+        raise RuntimeError(reason)
+
+    for name, value in {**PLACE, "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher, "PartialState", refused)
+    with (
+        pytest.raises(UserError, match=r"can't connect to each other .*Connection refused"),
+        processes.join(make_config()),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_a_process_without_the_others_prints_one_line_and_exits_2(smoke_arguments: list[str]) -> None:
     place = {**PLACE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "no.host.invalid", "MASTER_PORT": "29500"}
@@ -269,6 +290,28 @@ def test_processes_join_as_often_as_a_program_asks(fork_server: ForkServer) -> N
     ranks = [{**common, "TORCHELASTIC_RESTART_COUNT": "0", "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     ended = fork_server.run_group(ranks, "-c", program, folders=[REPOSITORY] * 2, timeout=30)
     assert [(one.returncode, own_lines(one.stdout)) for one in ended] == [(0, ["[0, 1]"] * 3)] * 2, ended
+    del store
+
+
+def test_processes_that_a_launcher_has_restarted_join_anew(fork_server: ForkServer) -> None:
+    """torchrun's store outlives the processes, and has the addresses of those that were killed."""
+    program = """if True:
+        import os, time
+        from vae_dist import config
+        from vae_dist.distributed import processes
+        time.sleep(0.5 if os.environ["RANK"] == "0" else 0)
+        with processes.join(config.load(["device=cpu", "train.threads=1", "runtime.start_timeout=10"])) as world:
+            print(world.gather_objects(world.rank), flush=True)
+            os._exit(9)
+    """
+    port = unused_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    common = {**os.environ, **PLACE, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for restart in "0", "1", "2":
+        given = {**common, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": restart}
+        ranks = [{**given, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        ended = fork_server.run_group(ranks, "-c", program, folders=[REPOSITORY] * 2, timeout=30)
+        assert [(one.returncode, own_lines(one.stdout)) for one in ended] == [(9, ["[0, 1]"])] * 2, ended
     del store
 
 

@@ -145,16 +145,24 @@ def _place(seconds: float) -> dict[str, Any]:
     """Return the arguments by which this process finds the others; none if torch is to take the environment's.
 
     A process that joins for another time must not find what the processes wrote to their store for the time before, as
-    where they listened then. So each group has keys of its own, in the store of the first one, which stays.
+    where they listened then. So each group has keys of its own, in the store of the first one, which stays. So has each
+    restart by a launcher, whose store outlives the processes; on several machines restarts are not counted alike.
     """
-    if _launch() not in _stores:
-        _require_store(seconds)
-        return {}
-    store, joined = _stores[_launch()]
-    _stores[_launch()] = store, joined + 1
-    store.set_timeout(timedelta(seconds=seconds))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return {"store": PrefixStore(f"vae_dist/group/{joined}", store), "rank": rank, "world_size": size}
+    timeout, launch = timedelta(seconds=seconds), _launch()
+    if launch in _stores:
+        store, joined = _stores[launch]
+        _stores[launch] = store, joined + 1
+        store.set_timeout(timeout)
+        return {"store": PrefixStore(f"vae_dist/group/{joined}", store), "rank": rank, "world_size": size}
+    _require_store(seconds)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if restart == "0" or not is_on_one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return {"store": PrefixStore(f"vae_dist/restart/{restart}", agents), "rank": rank, "world_size": size}
 
 
 def _launch() -> tuple[str, ...]:
@@ -210,6 +218,11 @@ def _connection_advice(reason: str, seconds: float) -> str:
         return f"MASTER_PORT={port} is used on {platform.node()} by another program: choose another, for all processes"
     if "clients joined" in reason:
         return f"not all processes connected to {place} {within}: start the others, with the same address and port"
+    if "SO_ERROR" in reason or "gloo" in reason:
+        return (
+            f"the processes have met at {place}, but can't connect to each other ({reason}): if machines have several "
+            "networks, name the one that joins them in GLOO_SOCKET_IFNAME; one of the processes may have ended"
+        )
     if "socket" in reason or "timed out" in reason:
         return f"no process 0 answers at {place} {within}: check both, and that process 0 runs on that machine"
     return f"the processes can't be joined: {reason or 'no reason given'}; check {place} and ACCELERATE_* variables"
