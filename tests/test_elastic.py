@@ -109,6 +109,33 @@ def test_after_a_lost_machine_the_other_continues_the_same_plan_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rank", "launcher"), [("0", "torchrun"), ("1", "accelerate")])
+def test_after_a_killed_process_the_launcher_restarts_the_run(
+    rank: str, launcher: str, smoke_arguments: list[str], tmp_path: Path
+) -> None:
+    start = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"],
+        "accelerate": [
+            "accelerate.commands.launch", f"--config_file={REPOSITORY / 'launch/cpu.yaml'}", "--max_restarts=1",
+        ],
+    }  # fmt: skip
+    settings = [*smoke_arguments, "train.steps=2000", "train.validate_every=2000", "checkpoint.every=50", "name=again"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *start[launcher], TRAIN, *settings],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs/again/checkpoints").glob("step_*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children()
+    next(worker for worker in workers if worker.environ().get("RANK") == rank).kill()
+    output = finish(process)
+    assert "resuming after step" in output and output.count("2 processes on cpu") == 2
+    assert newest_checkpoint(tmp_path / "runs/again") == tmp_path / "runs/again/checkpoints/step_00002000"
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_within_the_timeout(smoke_arguments: list[str], tmp_path: Path) -> None:
     settings = [*smoke_arguments, "train.steps=100000", "runtime.timeout=4", "train.validate_every=100000", "name=hang"]
     machine = agent(unused_port(), ["--nnodes=1", "--nproc-per-node=2"], [*settings, "checkpoint.every=50"])
