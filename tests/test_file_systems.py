@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, MakeConfig, opened
@@ -134,7 +135,7 @@ def test_a_mark_names_its_process_and_ends_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"host": "other", "machine": "other"}, {"machine": None}, {"process": -1}, {"started": "now"}, None]
+    "change", [{"host": "other", "machine": "other"}, {"machine": None}, {"process": -1}, {"after_boot": "now"}, None]
 )
 def test_a_mark_of_an_unknown_process_holds_until_taken_over(change: dict[str, object] | None, tmp_path: Path) -> None:
     path = tmp_path / "mark"
@@ -155,9 +156,19 @@ def test_a_mark_of_a_process_whose_number_another_one_has_now_is_removed(tmp_pat
     path = tmp_path / "mark"
     with locks.marked(path, 0, "", None):
         own = json.loads(path.read_text())
-    path.write_text(json.dumps({**own, "started": own["started"] - 100}))
+    path.write_text(json.dumps({**own, "after_boot": own["after_boot"] - 100}))
     with locks.marked(path, 0, "", None):
         assert json.loads(path.read_text()) == own
+
+
+def test_a_mark_holds_after_a_step_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux then gives another time for the machine's start, and with it for the process's."""
+    path, started = tmp_path / "mark", psutil.boot_time()
+    with locks.marked(path, 0, "", None):
+        monkeypatch.setattr(psutil, "boot_time", lambda: started + 3600)
+        monkeypatch.setattr("psutil._psplatform.boot_time", psutil.boot_time)
+        with pytest.raises(locks.InUseError):
+            locks.marked(path, 0, "", None).__enter__()
 
 
 def test_a_mark_that_was_taken_over_stays(tmp_path: Path) -> None:

@@ -172,10 +172,15 @@ def _this_process() -> bytes:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "started": psutil.Process().create_time(),
+            "after_boot": _start_after_boot(psutil.Process()),
             "machine": machine(),
         }
     ).encode()
+
+
+def _start_after_boot(process: psutil.Process) -> float:
+    """Seconds from the machine's start to the process's. A step of the clock moves both alike."""
+    return process.create_time() - psutil.boot_time()
 
 
 def _read_mark(path: Path) -> bytes | None:
@@ -200,12 +205,12 @@ def _is_gone(holder: bytes | None) -> bool:
     if holder is None:
         return True
     values = _parse_mark(holder)
-    process, started = values.get("process"), values.get("started")
+    process, started = values.get("process"), values.get("after_boot")
     if values.get("machine") != machine() or type(process) is not int or type(started) is not float:
         return False
     try:
         running = psutil.Process(process)
-        return abs(running.create_time() - started) > CLOCK_SECONDS or running.status() == psutil.STATUS_ZOMBIE
+        return abs(_start_after_boot(running) - started) > CLOCK_SECONDS or running.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
     except (psutil.Error, ValueError, OverflowError):
