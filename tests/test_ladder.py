@@ -17,15 +17,17 @@ from vae_dist import config
 from vae_dist.distributed import processes
 from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
+from vae_dist.evaluation import metrics
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.models import build_vae
 from vae_dist.models.ladder import LadderVAE
 from vae_dist.models.posteriors import LOG_VARIANCE_BOUND
 from vae_dist.objectives import log_weights
+from vae_dist.reports import plane
 from vae_dist.reports.report import report
 from vae_dist.training.loop import train
 from vae_dist.views.from_images import levels
-from vae_dist.views.latents import TrainedVAE
+from vae_dist.views.latents import TrainedVAE, closed_form_kl
 from vae_dist.views.sampling import sample
 
 LADDER = "model.architecture=ladder"
@@ -262,6 +264,26 @@ def test_draws_are_encoded_and_posteriors_are_refused(run_dir: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_report_is_written(run_dir: Path) -> None:
     assert "ladder 4-8-8, levels 0-2-1" in report(run_dir).read_text()
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_views_and_reports_have_the_kl_of_draws_and_not_that_at_the_means(conditional: bool, data_root: Path) -> None:
+    """The oracle: an evaluation's."""
+    digits = ["data.name=synthetic_digits", "data.synthetic_images=600", "data.image_shape=[1,28,28]"]
+    classes = ["model.conditional=true", f"data.classes={[*range(10)]}".replace(" ", "")] if conditional else []
+    settings = config.load([*SMALL, *digits, *classes, f"data.root={data_root}", "device=cpu", "train.threads=1"])
+    with processes.join(settings) as world:
+        vae = make(*classes, shape=(1, 28, 28), scale=5.0).float()
+        trained = TrainedVAE(vae, settings, world)
+        expected = metrics.encode(vae, trained.test, world, settings).kl
+        torch.testing.assert_close(trained.kl, expected)
+        assert trained.by_kl.tolist() == expected.argsort(descending=True).tolist()
+        at_means = closed_form_kl(trained.posterior)
+        assert (trained.kl.sum() / at_means.sum() - 1).abs() > 0.01
+        assert trained.by_kl[:10].tolist() != at_means.argsort(descending=True)[:10].tolist()
+        decoded = plane.decode_plane(vae, settings, None)
+        assert decoded.kl == pytest.approx(expected.tolist(), rel=1e-5)
+        assert decoded.latents == trained.by_kl[:2].tolist()
 
 
 @pytest.mark.parametrize(("network", "counted"), [(SMALL, "; 3 levels: "), (["model.latent_dim=4"], "; 1 level: 4")])

@@ -19,11 +19,11 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation import constants, fid, similarity
 from vae_dist.evaluation.networks import NO_NETWORKS, Networks
-from vae_dist.models.inputs import Inputs, read_inputs
+from vae_dist.models.inputs import Inputs, one_draw, read_inputs
 from vae_dist.models.tensors import sizes
-from vae_dist.models.vae import VAE, Inference
+from vae_dist.models.vae import VAE
 from vae_dist.objectives import ElboTerms
-from vae_dist.plan import FIXED_SEED, Draws, Stream, every_chunk, standard_normal, standard_normals
+from vae_dist.plan import FIXED_SEED, Draws, Stream, every_chunk, standard_normals
 from vae_dist.terminal.progress import progress
 
 STOP_CHECK_CHUNKS = 4  # chunks of each process between two checks
@@ -48,7 +48,7 @@ def score(
                 check_stop()
             for chunk in chunks[turn : turn + 1]:  # the last turn may have none for this process
                 inputs = read_inputs(vae, source, chunk)
-                terms = objectives.elbo_terms(_one_draw(vae, inputs, chunk), inputs.images)
+                terms = objectives.elbo_terms(one_draw(vae, inputs, chunk), inputs.images)
                 values.append(torch.stack(terms, dim=1).cpu())
     return ElboTerms(*world.gather_rows(chunks, values, source.info.count).double().unbind(1))
 
@@ -77,7 +77,7 @@ def encode(vae: VAE, source: Source, world: World, config: Config, networks: Net
     with torch.inference_mode():
         for chunk in chunks:
             images, labels = inputs = read_inputs(vae, source, chunk)
-            inference = _one_draw(vae, inputs, chunk)
+            inference = one_draw(vae, inputs, chunk)
             terms = torch.stack(objectives.elbo_terms(inference, images), dim=1)
             means = inference.posterior.mean
             decoded = vae.decode(means, labels=labels).mean
@@ -99,16 +99,6 @@ def encode(vae: VAE, source: Source, world: World, config: Config, networks: Net
     alike_of_all = dict(zip(names, columns[3:], strict=True))
     features_of_all = None if networks.inception is None else world.gather_rows(chunks, features, source.info.count)
     return Encodings(terms_of_all, error, kl, variance, alike_of_all, features_of_all)
-
-
-def _one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
-    """Infer images with these indices, with one draw each.
-
-    The noise belongs to an image's index, not to the run: an image meets the same noise in every evaluation.
-    """
-    noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, indices, vae.latent_dim).to(vae.device, vae.dtype)
-    inference: Inference = vae(inputs.images, noise.unsqueeze(0), inputs.labels)
-    return inference
 
 
 def negative_log_likelihood(vae: VAE, source: Source, world: World, config: Config) -> Tensor:

@@ -9,7 +9,8 @@ from vae_dist.data.source import Source, as_indices, read
 from vae_dist.errors import UserError
 from vae_dist.models.labels import require_in_range
 from vae_dist.models.tensors import ShapeError
-from vae_dist.models.vae import VAE
+from vae_dist.models.vae import VAE, Inference
+from vae_dist.plan import FIXED_SEED, Stream, standard_normal
 
 Indices = range | Sequence[int] | Tensor
 
@@ -50,3 +51,13 @@ def read_labels(vae: VAE, source: Source, indices: Indices) -> Tensor | None:
     except ShapeError as error:
         raise UserError(f"the images of {source.info.name} do not fit the model: {error}") from error
     return labels.to(vae.device)
+
+
+def one_draw(vae: VAE, inputs: Inputs, indices: range) -> Inference:
+    """Infer images with these indices, with one draw each.
+
+    The noise belongs to an image's index, not to the run: an image meets the same noise in every evaluation.
+    """
+    noise = standard_normal(FIXED_SEED, Stream.EVALUATION, 0, indices, vae.latent_dim).to(vae.device, vae.dtype)
+    inference: Inference = vae(inputs.images, noise.unsqueeze(0), inputs.labels)
+    return inference

@@ -18,7 +18,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.reports.charts import Chart, Mark, bar_chart, ticks
 from vae_dist.reports.pictures import data_uri
 from vae_dist.reports.text import format_number
-from vae_dist.views.latents import TrainedVAE, kl_name, mean_kl, origin, require_finite
+from vae_dist.views.latents import TrainedVAE, kl_name, origin, require_finite
 
 HELD_OUT = 1000  # the first images of the test set
 EXTENT = 3.0  # codes go from -3 to 3, which holds 99.7% of the prior along an axis
@@ -116,7 +116,7 @@ def decode_plane(vae: VAE, config: Config, kl: list[float] | None) -> Plane:
     trained = TrainedVAE(vae, config, World.alone(vae.device))
     posterior, labels, without_images = _held_out(trained)
     if kl is None and len(posterior.mean) > 0:
-        kl = mean_kl(posterior).tolist()
+        kl = trained.mean_kl(len(posterior.mean), lambda: posterior).tolist()
     falling = sorted(range(vae.latent_dim), key=lambda latent: -kl[latent] if kl else 0.0)
     latents = falling[:2] if vae.latent_dim > 2 else sorted(falling)
     sprite, cell, columns, rows = _decode(trained, latents)

@@ -17,7 +17,8 @@ from vae_dist.data.chosen import of_split
 from vae_dist.data.source import Source
 from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
-from vae_dist.models.inputs import read_inputs
+from vae_dist.models.inputs import one_draw, read_inputs
+from vae_dist.models.labels import in_turn
 from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.posteriors import DiagonalGaussian, Posterior
 from vae_dist.models.vae import VAE
@@ -45,7 +46,7 @@ def prior_draws(vae: VAE, seed: int, rows: range) -> Tensor:
 
 
 def kl_name(vae: VAE) -> str:
-    """Name what `mean_kl` measures: of a prior that does not factorise, latents have no KL of their own."""
+    """Name what `TrainedVAE.mean_kl` measures: of a prior that does not factorise, latents have no KL of their own."""
     return "KL" if vae.p_z.factorises else "KL from N(0, I)"
 
 
@@ -75,7 +76,33 @@ class TrainedVAE:
     @cached_property
     def kl(self) -> Tensor:
         """Each latent's KL from the prior, averaged over the test images: `(L,)` float64, nats."""
-        return mean_kl(self.posterior)
+        return self.mean_kl(self.test.info.count, lambda: self.posterior)
+
+    def mean_kl(self, count: int, posterior: Callable[[], DiagonalGaussian]) -> Tensor:
+        """Each latent's KL from the prior, averaged over the first `count` test images: `(L,)` float64, nats.
+
+        `posterior` returns what `encode` does for them. In a hierarchy a latent's KL depends on draws of the levels
+        before: then it is averaged over one draw from each image's posterior, the draw of an evaluation.
+        """
+        if not self._kl_depends_on_draws:
+            return closed_form_kl(posterior())
+
+        def of_draws(chunk: range) -> Tensor:
+            return one_draw(self.vae, read_inputs(self.vae, self.test, chunk), chunk).kl[0]
+
+        kl = self.in_chunks("drawing", count, of_draws)
+        return torch.cat([part.double().mean(0) for part in kl.split(EXACT_LATENTS, dim=1)])
+
+    @property
+    def _kl_depends_on_draws(self) -> bool:
+        """Whether each latent has a KL, but given a draw alone. Every process infers one black image for it."""
+        vae, labels = self.vae, in_turn(self.vae.classes, range(1), self.vae.device)
+        with torch.inference_mode():
+            posterior = vae.infer(vae.to_input(torch.zeros(1, *vae.image_shape, dtype=torch.uint8)), labels)
+            if type(posterior) is DiagonalGaussian:
+                return False
+            noise = torch.zeros(1, 1, vae.latent_dim, dtype=vae.dtype, device=vae.device)
+            return vae.sample(posterior, noise, labels=labels).kl.shape[2] == vae.latent_dim
 
     @property
     def origin(self) -> Tensor:
@@ -202,7 +229,7 @@ def require_finite(tensor: Tensor) -> None:
         )
 
 
-def mean_kl(posterior: Posterior) -> Tensor:
+def closed_form_kl(posterior: Posterior) -> Tensor:
     """Each latent's KL from N(0, I), averaged over the N images: `(L,)` float64, nats."""
     # Some latents at a time: a float64 copy of all of them may not fit into memory.
     both = posterior.mean, posterior.log_variance
