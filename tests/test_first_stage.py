@@ -20,13 +20,14 @@ from tests.feature_weights import random_tensors
 from tests.forked import ForkServer
 from tests.test_distributed import torchrun
 from vae_dist import config as configs
+from vae_dist.config import SIGMA_FLOOR
 from vae_dist.data.batches import Batch
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models import build_vae
 from vae_dist.models.discriminator import PatchDiscriminator, accuracy, hinge, least_side
-from vae_dist.models.vae import VAE
+from vae_dist.models.vae import VAE, Inference
 from vae_dist.runs.run import RunDirectory
 from vae_dist.training.autoencoder_recipe import AutoencoderRecipe, Gradients
 from vae_dist.training.first_stage import SMALLEST_NORM
@@ -35,6 +36,7 @@ from vae_dist.training.loss_scaler import LossScaler
 from vae_dist.training.update import freeze
 
 WEIGHT, KL = 0.3, 0.01
+SCALE = "likelihood.scale.parameter"
 
 BASE = [
     "data.name=synthetic_digits", "data.synthetic_images=600", "data.image_shape=[1,28,28]",
@@ -191,6 +193,32 @@ def test_a_learned_scale_is_in_the_optimizer_and_moves_to_the_mean_error() -> No
         _, fakes, _ = forward(recipe.model, random_batch(recipe.model, seed=99))
         error = (fakes - random_batch(recipe.model, seed=99).pixels / 255).abs().mean().item()
         assert values["sigma"] == pytest.approx(error, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["laplace", "gaussian"])
+def test_a_learned_scale_has_the_gradient_that_it_has_in_the_recipe_vae(name: str) -> None:
+    """That of the mean over pixel values by the logarithm, whatever the size of the images. The oracle: autograd."""
+    arguments = [f"objective.reconstruction={name}", "objective.sigma_kind=learned", "objective.sigma=0.7"]
+    with recipe_of("first_stage.reconstruction=likelihood", *arguments) as recipe:
+        batch, vae = random_batch(recipe.model), copy.deepcopy(recipe.model)
+        found = dict(
+            zip((name for name, _ in vae.named_parameters()), gradients_of(recipe, batch).of_weights, strict=True)
+        )
+        gradient = found.pop(SCALE)
+        images, fakes, kl = forward(vae, batch)
+        logarithm = torch.zeros((), requires_grad=True)
+        sigma = SIGMA_FLOOR + (0.7 - SIGMA_FLOOR) * logarithm.exp()
+        distribution: Any = torch.distributions.Normal if name == "gaussian" else torch.distributions.Laplace
+        loss = KL * kl.mean() - distribution(fakes, sigma).log_prob(images).mean()
+        others = [weight for name, weight in vae.named_parameters() if name != SCALE]
+        expected, *theirs = torch.autograd.grad(loss, [logarithm, *others])
+        torch.testing.assert_close(gradient, expected)
+        assert_close(list(found.values()), theirs)
+        assert gradient.abs() > 0.1
+
+        inference: Inference = vae(images, batch.noise.transpose(0, 1))
+        density = inference.log_likelihood(images).mean()  # a sum over pixel values
+        torch.testing.assert_close(gradient, -torch.autograd.grad(density, vae.get_parameter(SCALE))[0])
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -65,6 +65,11 @@ class LearnedScale(Scale):
         parameter = part + (self.parameter - part).detach()
         return SIGMA_FLOOR + self._span * (self._rate * parameter).exp()
 
+    @staticmethod
+    def of_a_mean(sigma: Tensor, numbers: int) -> Tensor:
+        """The same sigma for a loss that is a mean over that many pixel values: `forward` is for their sum."""
+        return sigma.detach() + numbers * (sigma - sigma.detach())
+
 
 class OptimalScale(Scale):
     """In training the most likely sigma of each batch, given its reconstructions; elsewhere a moving average of it.

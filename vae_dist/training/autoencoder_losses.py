@@ -13,6 +13,7 @@ from vae_dist.config import FirstStageConfig
 from vae_dist.features.lpips import LPIPS
 from vae_dist.models.discriminator import PatchDiscriminator, accuracy, adversarial_loss, hinge
 from vae_dist.models.likelihoods import LocationScaleKind
+from vae_dist.models.scales import LearnedScale
 from vae_dist.models.tensors import at_least_float32
 from vae_dist.models.vae import VAE
 from vae_dist.training.differentiate import Autocast, Losses
@@ -31,7 +32,11 @@ class AutoencoderLosses:
     ) -> None:
         self._options = options
         self._latents = vae.latent_dim
-        self._fits_sigma = isinstance(vae.likelihood, LocationScaleKind) and vae.likelihood.scale.is_fitted
+        kind = vae.likelihood
+        assert isinstance(kind, LocationScaleKind)
+        self._distribution = kind.distribution
+        self._fits_sigma = kind.scale.is_fitted
+        self._learns_sigma = isinstance(kind.scale, LearnedScale)
         self._perceptual = perceptual
         self._discriminator = discriminator
         self._autocast = autocast
@@ -71,7 +76,10 @@ class AutoencoderLosses:
     def _error(self, likelihood: Any, location: Tensor, images: Tensor) -> Tensor:
         """The reconstruction term of each image `(b,)`."""
         if self._options.reconstruction == "likelihood":
-            return -likelihood.log_prob(images) / images[0].numel()
+            numbers = images[0].numel()
+            if self._learns_sigma:
+                likelihood = self._distribution(likelihood.location, LearnedScale.of_a_mean(likelihood.sigma, numbers))
+            return -likelihood.log_prob(images) / numbers
         distance = location - images
         return (distance.abs() if self._options.reconstruction == "l1" else distance.square()).flatten(1).mean(1)
 
