@@ -265,6 +265,30 @@ def test_an_unnamed_run_gets_a_folder_of_its_own(make_config: MakeConfig) -> Non
     assert len(names) == 2 and all(name.startswith("smoke-20") for name in names)
 
 
+def test_unnamed_runs_that_start_in_one_second_get_names_of_their_own(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others start and make their directories while the first one prepares its images."""
+    splits, formatted, when = datasets.split, time.strftime, time.localtime()
+
+    def after_others(*given: Any) -> Any:
+        monkeypatch.setattr(datasets, "split", splits)
+        others.extend(train(make_config("train.steps=1")) for _ in range(2))
+        return splits(*given)
+
+    others: list[Path] = []
+    monkeypatch.setattr(datasets, "split", after_others)
+    monkeypatch.setattr(time, "strftime", lambda form, *given: formatted(form, *(given or [when])))
+    monkeypatch.setattr("vae_dist.runs.run.LOCK_SECONDS", 0.1)
+    run_dirs = [train(make_config("train.steps=1")), *others]
+    name = run_dirs[1].name
+    assert [run.name for run in run_dirs] == [f"{name}-3", name, f"{name}-2"]
+    assert [config.read(run / "config.yaml").name for run in run_dirs] == [run.name for run in run_dirs]
+    with pytest.raises(UserError, match="is more than the"):
+        train(make_config("train.batch_size=100000"))
+    assert sorted(run_dirs[0].parent.iterdir()) == sorted(run_dirs)
+
+
 def test_a_run_continues_after_its_launcher_restarts_it(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,11 +59,14 @@ def writing(path: Path, otherwise: str, kind: type[Exception] = UserError, then:
         raise kind(f"can't write {path} ({reason(error)}); {advice(error, otherwise)}{then}") from error
 
 
-def make_folder(path: Path, otherwise: str) -> None:
-    """Make a folder and write to it once. If that fails, remove what was made and raise UserError with `advice`."""
+def make_folder(path: Path, otherwise: str, *, is_new: bool = False) -> None:
+    """Make a folder and write to it once. If that fails, remove what was made and raise UserError with `advice`.
+
+    Raises FileExistsError if the folder has to be new and exists: of several processes, one makes it.
+    """
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=not is_new)
         remove_leftovers(path)
         probe = temporary(path / "probe")  # permissions don't show a full or read-only disk
         descriptor = os.open(probe, _NEW, 0o600)
@@ -73,6 +76,8 @@ def make_folder(path: Path, otherwise: str) -> None:
             os.close(descriptor)
             probe.unlink()
     except OSError as error:
+        if is_new and isinstance(error, FileExistsError) and os.path.lexists(path):
+            raise
         for folder in missing:
             try:
                 folder.rmdir()

@@ -1,13 +1,10 @@
 """Starting or resuming a run: its name, the checkpoint to resume from, and every option that the config leaves open."""
 
-import hashlib
 import logging
 import os
-import re
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +31,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.plan import Plan
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
+from vae_dist.runs.names import run_name
 from vae_dist.runs.run import ANOTHER_RUNS_DIR, RunDirectory
 from vae_dist.runs.sigma import with_sigma
 from vae_dist.runs.wandb_client import check_wandb
@@ -84,9 +82,10 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
             f"with {config.train.accumulate} micro-batches each; it must be at least {micro_batches}"
         )
     with writing(Path(config.runs_dir), ANOTHER_RUNS_DIR):  # to list it takes permissions too
-        config = replace(config, name=_name(config))
-        run = RunDirectory(Path(config.runs_dir) / str(config.name))
-        is_new = not run.directory.exists()
+        name, others = run_name(config)
+        config = replace(config, name=name)
+        run = RunDirectory(Path(config.runs_dir) / name)
+        is_new = others is not None or not run.directory.exists()
     if not is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
     resumed_from = _resumed_from(config, run)
@@ -125,7 +124,10 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     plan = Plan(config.seed, training.info.count, config.train.batch_size)
     last_step = plan.last_step(config.train.epochs, config.train.steps)
     _require_steps_left(run, resumed_from, last_step)
-    if is_new:
+    if others is not None:
+        run = _first_free(run, others, stack)
+        config = replace(config, name=run.directory.name)
+    elif is_new:
         stack.enter_context(run.claim(config.checkpoint.take_over))
         if run.newest() is not None:
             raise UserError(f"another training has just written {run.directory}; run the same command again to resume")
@@ -139,6 +141,15 @@ def _resolve(config: Config, world: World, stack: ExitStack, loaded: list[Source
     if compiled is None:
         compiled = _worth_compiling(config, vae, last_step, world)
     return Resolved(replace(config, train=replace(config.train, compile=compiled)), run, resumed_from)
+
+
+def _first_free(run: RunDirectory, others: Iterator[str], stack: ExitStack) -> RunDirectory:
+    """Make and hold the run's directory; under one of the other names if another run has made it meanwhile."""
+    while True:
+        with suppress(FileExistsError):
+            stack.enter_context(run.claim(is_new=True))
+            return run
+        run = RunDirectory(run.directory.with_name(next(others)))
 
 
 def _stored_id(stored: Config, run_dir: Path) -> str | None:
@@ -210,22 +221,6 @@ def _require_steps_left(run: RunDirectory, start: Checkpoint | None, last_step: 
     if start is not None and not is_own and start.step >= last_step and not start.state.validation_pending:
         reached = f"{start.folder} is of step {start.step}, and {run.directory} would end after step {last_step}"
         raise UserError(f"{reached}: nothing is left to train; set a larger train.epochs or train.steps")
-
-
-def _name(config: Config) -> str:
-    """Return the run's name with `{time}` filled in; the existing name if a launcher has restarted this run."""
-    name = config.name or "run-{time}"
-    if "{time}" not in name:
-        return name
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
-    runs = Path(config.runs_dir)
-    pattern = ".*".join(map(re.escape, name.split("{time}"))) + mark
-    if mark and (started := sorted(path.name for path in runs.glob("*") if re.fullmatch(pattern, path.name))):
-        return started[-1]
-    stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
-    names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
-    return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
 def _resumed_from(config: Config, run: RunDirectory) -> Checkpoint | None:

@@ -59,12 +59,13 @@ class RunDirectory:
     # ---- Writing
 
     @contextmanager
-    def claim(self, take_over: str | None = None) -> Iterator[None]:
+    def claim(self, take_over: str | None = None, *, is_new: bool = False) -> Iterator[None]:
         """Hold the directory for one training: make it, lock it, and finish what a killed training was saving.
 
-        Raises UserError if the directory can't be written to, holds links, or belongs to another live training.
+        Raises UserError if the directory can't be written to, holds links, or belongs to another live training, and
+        FileExistsError if it has to be new and exists.
         """
-        make_folder(self.directory, ANOTHER_RUNS_DIR)
+        make_folder(self.directory, ANOTHER_RUNS_DIR, is_new=is_new)
         require_no_links(self.directory)
         with self._locked(take_over):
             with writing(self.directory, ANOTHER_RUNS_DIR):

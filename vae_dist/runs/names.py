@@ -1,0 +1,33 @@
+"""The name of a run that is about to train."""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from vae_dist.config import Config
+
+
+def run_name(config: Config) -> tuple[str, Iterator[str] | None]:
+    """Return the run's name with `{time}` filled in, which no directory has; the existing name if a launcher restarts.
+
+    Also returns further names, for a run that loses its name to another one before it has made its directory. There are
+    none (None) if the user gave the name, or if a restart has to find it again.
+    """
+    name = config.name or "run-{time}"
+    if "{time}" not in name:
+        return name, None
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
+    runs = Path(config.runs_dir)
+    stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
+    if mark:
+        pattern = ".*".join(map(re.escape, name.split("{time}"))) + mark
+        started = sorted(path.name for path in runs.glob("*") if re.fullmatch(pattern, path.name))
+        return (started or [stem])[-1], None
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    free = (candidate for candidate in names if not (runs / candidate).exists())
+    return next(free), free
