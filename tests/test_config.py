@@ -347,6 +347,7 @@ def test_readers_may_not_change_the_model() -> None:
     "argument",
     ["device=cpu", "output=there", "weights=raw", "data.root=there", "data.path=there", "data.pack=never",
      "data.pack_dir=there", "data.workers=2", "data.download=false", "data.mirror=https://a.org", "train.threads=2",
+     "data.check=decode", "data.skip_damaged=true",
      "tracking.wandb=offline", "runtime.timeout=9", "evaluate.batch_size=9", "sample.seed=9", "encode.folder=there"],
 )  # fmt: skip
 def test_readers_choose_where_and_how_they_compute(argument: str) -> None:

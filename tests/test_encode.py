@@ -230,6 +230,20 @@ def test_images_with_names_get_a_table_of_them(run_dir: Path, tmp_path: Path) ->
     assert "'=1+1.png" in {row["name"] for row in rows}  # which a spreadsheet does not compute
 
 
+@pytest.mark.parametrize("pack", ["always", "never"])
+def test_damaged_files_of_a_folder_are_left_out_by_the_advice(pack: str, run_dir: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "own", names := ["a.png", "b.png", "c.png"])
+    image = tmp_path / "own/b.png"
+    image.write_bytes(image.read_bytes()[:-30])
+    given = [*SMALL, f"encode.folder={tmp_path / 'own'}", f"output={tmp_path}", f"data.pack={pack}"]
+    advice = r"b\.png \(.*; repair or remove them, or set data\.skip_damaged=true to leave them out"
+    with pytest.raises(UserError, match=advice):
+        encode(run_dir, given)
+    folder = encode(run_dir, [*given, "data.check=decode", "data.skip_damaged=true"])
+    rows = csv.DictReader((folder / "images.csv").read_text().splitlines())
+    assert [row["name"] for row in rows] == [name for name in sorted(names) if name != "b.png"]
+
+
 # ---- Processes and kills
 
 

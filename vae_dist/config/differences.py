@@ -8,16 +8,17 @@ from vae_dist.config.schema import Config
 from vae_dist.config.text import as_text
 from vae_dist.errors import UserError
 
-# A command that reads a finished run may set these. The model and its training data are the run's.
+# A command that reads a finished run may set these. The model and its training data are the run's: with another
+# data.skip_damaged, images of the user's own that differ from the run's are refused by their identity.
 READER_KEYS = (
     "device", "output", "weights", "runs_dir", "data.root", "data.download", "data.mirror", "data.path",
-    "data.pack", "data.pack_dir", "data.workers", "train.threads",
+    "data.pack", "data.pack_dir", "data.workers", "data.check", "data.skip_damaged", "train.threads",
     "tracking.", "runtime.", "evaluate.", "sample.", "encode.", "export.",
 )  # fmt: skip
 
 # These do not change what is learned.
 _ASIDE_KEYS = (
-    *READER_KEYS, "name", "data.check", "train.accumulate", "train.compile", "train.checkpointing", "train.log_every",
+    *READER_KEYS, "name", "train.accumulate", "train.compile", "train.checkpointing", "train.log_every",
     "train.validate_every", "train.nonfinite", "train.max_skipped", "checkpoint.",
 )  # fmt: skip
 
