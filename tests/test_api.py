@@ -272,9 +272,10 @@ def test_latents_that_do_not_fit_are_refused(runs: Runs, latents: Any, message: 
     run = vae_dist.load(runs["grey"])
     with pytest.raises(UserError, match=message):
         run.decode(latents)
-    if isinstance(latents, DiagonalGaussian) or "complex" in message:
-        with pytest.raises(UserError, match=message):
-            run.show_codes(latents)
+    with pytest.raises(UserError, match=message):
+        run.show_codes(latents)
+    with pytest.raises(UserError, match=message):
+        run.show_traversal(codes=latents)
 
 
 def test_numbers_that_are_not_whole_or_too_small_are_refused(runs: Runs) -> None:
@@ -351,6 +352,16 @@ def test_a_list_of_latents_is_as_good_as_a_tensor_of_them(runs: Runs) -> None:
     latents = run.prior(3)
     assert torch.equal(run.decode(list(latents)), run.decode(latents))
     assert run.show_codes(list(latents)).tobytes() == run.show_codes(latents).tobytes()
+
+
+def test_pictures_take_the_latents_that_decode_takes(runs: Runs) -> None:
+    run = vae_dist.load(runs["conv"])
+    latents = run.prior(3).double()
+    pictures = [run.show_codes(codes) for codes in (latents, latents.view(3, 1, 14, 14), latents.tolist())]
+    assert len({picture.tobytes() for picture in pictures}) == 1
+    one = latents[0], latents[0].numpy(), latents[0].view(1, 14, 14), latents[:1]
+    assert len({run.show_codes(code).tobytes() for code in one}) == 1
+    assert len({run.show_neighbours(codes=code, steps=2).tobytes() for code in one}) == 1
 
 
 def test_samples_are_those_of_the_command(runs: Runs, tmp_path: Path) -> None:

@@ -61,8 +61,6 @@ def option_text(key: str, value: Any) -> str:
         return json.dumps([str(label.tolist() if isinstance(label, Tensor) else label) for label in labels])
     if isinstance(value, str | bool | int | float):
         return text_of(value)
-    if key == "codes":
-        return json.dumps(as_tensor(value).tolist())
     try:
         return json.dumps(torch.as_tensor(value).tolist())
     except (TypeError, ValueError, RuntimeError) as error:

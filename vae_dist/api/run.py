@@ -99,7 +99,7 @@ class Run(TrainedModel):
         return with_caption(pictures.over_reconstructions(inputs.images.float().cpu(), decoded, subject))
 
     def show_codes(self, codes: Any, labels: Any = None) -> Image.Image:
-        """Draw decoded codes `(N, L)` with the codes below them."""
+        """Draw decoded codes, those that `decode` takes, with the codes below them."""
         return self._drawn("codes", codes=codes, labels=labels)
 
     def show_traversal(self, **options: Any) -> Image.Image:

@@ -165,6 +165,8 @@ class TrainedModel:
 
     def _view(self, kind: str, **options: Any) -> Made:
         given = {"kind": kind, **{key: value for key, value in options.items() if value is not None}}
+        if "codes" in given:
+            given["codes"] = to_codes(given["codes"], self.model, self.model.image_shape)
         arguments = [f"sample.{key}={option_text(key, value)}" for key, value in given.items()]
         config = load_reader(self.config, arguments)
         trained = TrainedVAE(self.model, config, World.alone(self.model.device))
