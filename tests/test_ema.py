@@ -14,6 +14,10 @@ from vae_dist.distributed import processes
 from vae_dist.evaluation.evaluate import evaluate
 from vae_dist.evaluation.metrics import score
 from vae_dist.models import build_vae
+from vae_dist.publishing.export import _evaluation
+from vae_dist.reports.comparison import _kept_evaluation
+from vae_dist.reports.report import report
+from vae_dist.reports.subject import subject_of
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.training.loop import train
 
@@ -109,6 +113,25 @@ def test_readers_choose_between_the_average_and_the_trained_weights(make_config:
     assert "ema.safetensors" not in Checkpoint(newest_checkpoint(without) or Path()).manifest.files
     assert evaluate(without, few)["negative_elbo"] == evaluate(without, [*few, "weights=raw"])["negative_elbo"]
     assert evaluate(without, few)["negative_elbo"] == raw["negative_elbo"]
+
+
+def test_a_report_has_the_evaluation_of_the_weights_that_it_draws(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = train(make_config("name=a", "train.steps=10", *DECAY))
+    few = ["evaluate.importance_samples=0"]
+    raw = evaluate(run_dir, [*few, "weights=raw"])
+    assert subject_of(opened(run_dir)).evaluation == {}
+    assert f"vae-dist eval {run_dir}</code>" in report(run_dir).read_text()
+    averaged = evaluate(run_dir, few)
+    evaluate(run_dir, [*few, "evaluate.split=validation"])
+    assert evaluate(run_dir, [*few, "weights=raw"]) == raw != averaged
+    for weights, expected in ("ema", averaged), ("raw", raw):
+        source = opened(run_dir, [f"weights={weights}"])
+        assert subject_of(source).evaluation == _evaluation(source) == expected
+        assert _kept_evaluation(source, run_dir, ()) == expected
+    assert f"vae-dist sample {run_dir} weights=raw" in report(run_dir, ["weights=raw"]).read_text()
 
 
 def test_a_damaged_average_makes_its_checkpoint_damaged(make_config: MakeConfig) -> None:

@@ -471,7 +471,7 @@ def test_the_evaluation_is_of_the_step_and_of_test_images_rather_than_others(run
     for other, expected in ({"step": 9}, 0.0), ({"split": "validation"}, 0.0), ({}, 1.0):
         newer = {**of_run, **other, "negative_elbo": of_run["negative_elbo"] + 1}
         (tmp_path / "evaluation.json").write_text(json.dumps(newer))
-        chosen = _evaluation(found, "ema")
+        chosen = _evaluation(found)
         assert chosen is not None and chosen["negative_elbo"] == of_run["negative_elbo"] + expected
 
 

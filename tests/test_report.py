@@ -550,6 +550,7 @@ def hostile(run_dir: Path) -> Path:
     }
     result = json.loads((run_dir / "evaluation.json").read_text()) | texts
     (run_dir / "evaluation.json").write_text(json.dumps(result))
+    shutil.rmtree(run_dir / "evaluations")  # one of test images would come first
     return run_dir
 
 

@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from vae_dist.data import datasets
 from vae_dist.data.classes import with_classes
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
-from vae_dist.evaluation.metric_table import protocol_of
+from vae_dist.evaluation import kept
 from vae_dist.files import ELSEWHERE, make_folder, renamed, sync, write_together, writing
 from vae_dist.locks import writing_alone
 from vae_dist.models.vae import VAE
@@ -25,7 +24,6 @@ from vae_dist.publishing import autoencoder, card, hub, inference, programs
 from vae_dist.runs import manifest
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.picture import to_png, with_caption
-from vae_dist.runs.run import RunDirectory
 from vae_dist.terminal import console
 from vae_dist.views import pictures
 
@@ -67,7 +65,7 @@ def export_opened(opened: Opened, device: torch.device) -> Path:
     vae = checkpoint.load_vae(config, device)
     of_diffusers = autoencoder.autoencoder_files(vae, checkpoint, config, weights)
     made = programs.make_programs(vae, [name for name in config.export.formats if name in programs.FORMATS])
-    evaluation = _evaluation(opened, weights)
+    evaluation = _evaluation(opened)
     contents = {**inference.inference_files(checkpoint, vae, weights), **of_diffusers, **made.files}
     contents |= _pictures(vae, config, step)
     if evaluation is not None:
@@ -88,20 +86,11 @@ def export_opened(opened: Opened, device: torch.device) -> Path:
     return target
 
 
-def _evaluation(opened: Opened, weights: str) -> dict[str, Any] | None:
-    """Return the newest evaluation of this step with these weights, of test images if there is one; otherwise None."""
-    found = []
-    for directory in {opened.output, opened.run.directory}:
-        run = RunDirectory(directory)
-        latest = [] if run.evaluation is None else [run.evaluation]
-        found += [*latest, *run.evaluations(f"step_{opened.step:08d}_*")]
-    rated = []
-    for path, values in found:
-        used = protocol_of(values).get("weights", weights)
-        if values.get("step") == opened.step and values.get("split") in ("test", "validation") and used == weights:
-            with suppress(OSError):
-                rated.append((values["split"] == "test", path.stat().st_mtime, values))
-    return max(rated, key=lambda item: item[:2])[2] if rated else None
+def _evaluation(opened: Opened) -> dict[str, Any] | None:
+    """Return an evaluation of this step and these weights, of test images if there is one; None if there is none."""
+    found = (one.values for one in kept.of_checkpoint(opened))
+    rated = (values for values in found if values.get("split") in ("test", "validation"))
+    return next((values for values in rated if values.get("step") == opened.step), None)
 
 
 def _pictures(vae: VAE, config: Config, step: int) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from vae_dist.config import Config
 from vae_dist.distributed import processes
 from vae_dist.errors import UserError
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.evaluation.kept import newest_first
 from vae_dist.evaluation.metric_table import protocol_of
 from vae_dist.features.files import digest
 from vae_dist.files import ELSEWHERE, make_folder, write_together, writing
@@ -177,15 +178,14 @@ def _kept_evaluation(run: Opened, folder: Path, given: Collection[str]) -> dict[
     """
     split, saved = run.config.evaluate.split, _modified(run.checkpoint.folder / MANIFEST)
     for place in run.output, _own_folder(run, folder):
-        kept = RunDirectory(place).evaluations(f"step_{run.step:08d}_{split}*")
+        found = RunDirectory(place).evaluations(f"step_{run.step:08d}_{split}*")
         # An evaluation that is older than the checkpoint is of another run, which had this name before.
-        kept = [evaluation for evaluation in kept if _modified(evaluation.path) >= saved]
-        for path, values in sorted(kept, key=lambda evaluation: _modified(evaluation.path), reverse=True):
+        found = [evaluation for evaluation in found if _modified(evaluation.path) >= saved]
+        for path, values in newest_first(run, found):
             metrics = [values.get(name) for name in ("negative_elbo", "reconstruction", "kl")]
             facts = [values.get(name) for name in ("step", "split")]
             titles = run.config.data.title, run.config.data.name  # those of earlier versions have the latter
-            weights = protocol_of(values).get("weights", "raw")  # earlier versions do not say: raw
-            if weights != run.checkpoint.weights(run.config) or not _has_asked(values, run.config, given):
+            if not _has_asked(values, run.config, given):
                 continue
             if facts == [run.step, split] and values.get("dataset") in titles and all(map(is_finite, metrics)):
                 return values

@@ -63,6 +63,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
     images = "the evaluation's images" if kl else f"the first {len(latent_plane.means):,} test images"
     settings = facts.settings(subject.config)
     world_size = subject.checkpoint.state.world_size
+    option = "weights=raw" if subject.checkpoint.has_average and config.weights == "raw" else ""
     return (
         environment()
         .get_template("report.html")
@@ -72,7 +73,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             script=script,
             name=str(subject.config.name),
             quoted_name=shlex.quote(str(subject.config.name)),
-            commands={name: invocation.command(name, subject.path) for name in ("eval", "sample", "report")},
+            commands={name: invocation.command(name, subject.path, option) for name in ("eval", "sample", "report")},
             step=subject.step,
             reached=subject.reached,
             last_step=subject.last_step,

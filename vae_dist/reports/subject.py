@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vae_dist.config import Config
+from vae_dist.evaluation import kept
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import Opened
 from vae_dist.runs.metrics import is_finite
@@ -44,12 +45,8 @@ class Subject(NamedTuple):
 
 
 def subject_of(opened: Opened) -> Subject:
-    """Return the subject of a report about an open checkpoint. Evaluations in the folder for output come first."""
-    places = [opened.run] if opened.output == opened.run.directory else [RunDirectory(opened.output), opened.run]
-    evaluations: list[dict[str, Any]] = []
-    for place in places:
-        latest = [] if place.evaluation is None else [place.evaluation]
-        evaluations += [one.values for one in (*latest, *place.evaluations(f"step_{opened.step:08d}_*"))]
+    """Return the subject of a report about an open checkpoint, with an evaluation of the weights that are open."""
+    evaluations = [one.values for one in kept.of_checkpoint(opened)]
     evaluations = [values for values in evaluations if is_finite(values.get("negative_elbo"))]
     evaluations = [values for values in evaluations if values.get("split") != "all"]  # of images that are not the run's
     of_this_step = (values for values in evaluations if values.get("step") == opened.step)

@@ -14,14 +14,17 @@ def _make_works() -> bool:
         return False
 
 
-def command(name: str, run: str = "") -> str:
-    """What a user types for a command, on the run at a path if one is given, quoted for a shell."""
+def command(name: str, run: str = "", option: str = "") -> str:
+    """What a user types for a command, on the run at a path if one is given, quoted for a shell.
+
+    `option` is a `key=value` that needs no quotes.
+    """
     quoted = shlex.quote(run) if run else ""
     if not _make_works():
-        return f"vae-dist {name} {quoted}".rstrip()
+        return " ".join(filter(None, ("vae-dist", name, quoted, option)))
     if quoted != run:  # it is quoted for the shell of a recipe; now for make and for the shell that starts it
         quoted = shlex.quote(quoted.replace("$", "$$"))
-    return f"make {name} RUN={quoted}" if run else f"make {name}"
+    return " ".join(["make", name, *([f"RUN={quoted}"] if run else []), *([f"ARGS={option}"] if option else [])])
 
 
 def training(processes: int, *, in_checkout: bool = _HAS_MAKE) -> list[str]:
