@@ -22,6 +22,7 @@ from vae_dist.distributed.world import World
 from vae_dist.errors import UserError
 from vae_dist.evaluation import protocol
 from vae_dist.evaluation.evaluate import evaluate
+from vae_dist.evaluation.metric_table import measurements
 from vae_dist.evaluation.metrics import encode, measure, negative_log_likelihood, score
 from vae_dist.evaluation.protocol import comparison_warning
 from vae_dist.evaluation.similarity import PSNR_PROTOCOL
@@ -224,6 +225,16 @@ def test_a_dead_latent_is_not_active_and_has_no_kl() -> None:
     decoded = vae.decode(means).mean.detach().numpy()
     expected = ((decoded - PIXELS.numpy() / 255.0) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(encodings.squared_error.numpy(), expected)
+
+
+def test_one_image_has_no_statistics_over_images() -> None:
+    vae, _ = linear_gaussian_vae()
+    settings = config.load(["device=cpu", "evaluate.importance_samples=0"])
+    with processes.join(settings) as world:
+        metrics, _ = measure(vae, of_pixels(PIXELS[:1]), world, settings)
+    assert metrics["active_units"] is None and set(metrics["standard_errors"].values()) == {None}
+    shown = {one.metric.key: one.error for one in measurements(metrics)}
+    assert "active_units" not in shown and shown["negative_elbo"] is None
 
 
 def test_standard_errors_and_bits_are_those_of_numpy(binary_run: Path) -> None:

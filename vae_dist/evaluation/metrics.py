@@ -192,7 +192,8 @@ def measure(vae: VAE, source: Source, world: World, config: Config, networks: Ne
         **means,  # those that are not named here too
         **distances,
         **{name: values.mean().item() for name, values in constant.items()},
-        "active_units": objectives.active_units(encodings.variance),
+        # One image has no variance.
+        "active_units": objectives.active_units(encodings.variance) if source.info.count > 1 else None,
         "latents": vae.latent_dim,
         # Of a prior whose density does not factorise into latents, the KL is known by group alone.
         "kl_per_latent" if len(encodings.kl) == vae.latent_dim else "kl_per_group": encodings.kl.tolist(),
