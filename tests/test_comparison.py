@@ -95,6 +95,17 @@ def test_runs_are_labelled_by_the_settings_that_differ(make_run: MakeRun, pair: 
     ]
 
 
+def test_a_sigma_that_training_started_from_is_named_so(pair: list[Path]) -> None:
+    runs = [opened(run) for run in pair]
+    fixed = replace(runs[0].config.objective, reconstruction="gaussian", sigma=0.3)
+    for objective, name in (fixed, "sigma"), (replace(fixed, sigma_kind="learned"), "initial sigma"):
+        compared = [run._replace(config=replace(run.config, objective=objective)) for run in runs]
+        compared[1].config.objective = replace(objective, sigma=0.4)
+        assert labels(compared) == [f"latent_dim={size}, {name}={sigma}" for size, sigma in ((2, 0.3), (4, 0.4))]
+        table = make_table(compared, config.differing([run.config for run in compared]), [{}] * 2)
+        assert table.header == ["latent_dim", name, "step", "run"]
+
+
 def test_the_console_names_the_runs_if_their_pictures_do(pair: list[Path]) -> None:
     first, second = (opened(run) for run in pair)
     for layers in (2, 20):  # the settings of 20 are too long for a label

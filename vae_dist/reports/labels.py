@@ -14,7 +14,8 @@ LONGEST_LABEL = 60  # characters; if one is longer, runs are labelled by name, a
 def labels(opened: Sequence[Opened]) -> list[str]:
     """A label for each run: the settings that differ, such as `latent_dim=2`, then names and steps if need be."""
     keys = configs.differing([run.config for run in opened])
-    result = [", ".join(f"{short_key(key)}={value}" for key, value in settings(run, keys).items()) for run in opened]
+    titles = {key: title_of(key, opened) for key in keys}
+    result = [", ".join(f"{titles[key]}={value}" for key, value in settings(run, keys).items()) for run in opened]
     if max(map(len, result)) > LONGEST_LABEL:
         result = [""] * len(opened)
     steps = [f"step {run.step}" for run in opened]
@@ -43,8 +44,13 @@ def settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:
     return {key: configs.as_text(values[key]) for key in keys if key in values}
 
 
-def short_key(key: str) -> str:
-    """The last part of a config key; the whole key if another one ends in the same part."""
+def title_of(key: str, opened: Sequence[Opened]) -> str:
+    """The last part of a config key, or all of it if another key ends in the same part.
+
+    That of a sigma says if a training started from it, and the metrics are of another.
+    """
+    if key == "objective.sigma" and any(run.config.objective.sigma_kind != "fixed" for run in opened):
+        return "initial sigma"
     last = key.rpartition(".")[2]
     same = {option.key for option in configs.options() if option.key.rpartition(".")[2] == last}
     return last if same == {key} else key

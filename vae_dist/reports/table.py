@@ -7,7 +7,7 @@ from vae_dist.config import Config, text_of
 from vae_dist.config.text import large_number
 from vae_dist.evaluation import metric_table
 from vae_dist.models.likelihoods import likelihood_kind
-from vae_dist.reports.labels import held_out_set, labels, names, settings, short_key, subject
+from vae_dist.reports.labels import held_out_set, labels, names, settings, subject, title_of
 from vae_dist.runs.lookup import Opened
 from vae_dist.runs.metrics import is_finite
 
@@ -40,7 +40,7 @@ class Table(NamedTuple):
 def make_table(opened: Sequence[Opened], keys: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """The table of runs that differ in the config keys `keys`."""
     columns = {
-        **{short_key(key): [settings(run, keys).get(key, "") for run in opened] for key in keys},
+        **{title_of(key, opened): [settings(run, keys).get(key, "") for run in opened] for key in keys},
         "step": [str(run.step) for run in opened],
         **_metric_columns(evaluations),
         "run": names(opened),
