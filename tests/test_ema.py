@@ -19,6 +19,7 @@ from vae_dist.reports.comparison import _kept_evaluation
 from vae_dist.reports.report import report
 from vae_dist.reports.subject import subject_of
 from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.run import RunDirectory
 from vae_dist.training.loop import train
 
 DECAY = ["ema.decay=0.9"]
@@ -132,6 +133,19 @@ def test_a_report_has_the_evaluation_of_the_weights_that_it_draws(
         assert subject_of(source).evaluation == _evaluation(source) == expected
         assert _kept_evaluation(source, run_dir, ()) == expected
     assert f"vae-dist sample {run_dir} weights=raw" in report(run_dir, ["weights=raw"]).read_text()
+
+
+def test_an_evaluation_of_the_raw_weights_changes_no_curve_of_the_average(make_config: MakeConfig) -> None:
+    run_dir = train(make_config("name=a", "train.steps=10", *DECAY))
+    of_average = ["evaluate.split=validation", "evaluate.importance_samples=0"]
+    validated = RunDirectory(run_dir).points("validation/negative_elbo")
+    raw = evaluate(run_dir, [*of_average, "weights=raw"])
+    after = RunDirectory(run_dir)
+    assert after.points("validation/negative_elbo") == validated
+    assert after.points("validation_raw/negative_elbo") == [(10, raw["negative_elbo"])]
+    assert [path.name for path in (run_dir / "images").glob("validation*")] == ["validation_raw_step_00000010.png"]
+    evaluate(run_dir, of_average)
+    assert RunDirectory(run_dir).points("validation/negative_elbo") == validated
 
 
 def test_a_damaged_average_makes_its_checkpoint_damaged(make_config: MakeConfig) -> None:

@@ -64,7 +64,9 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 constants=constants.protocol(vae, config),
             ),
         }
-        name = _name(result, images.file, raw=checkpoint.has_average and config.weights == "raw")
+        is_raw = checkpoint.has_average and config.weights == "raw"
+        name = _name(result, images.file, raw=is_raw)
+        group = f"{split}_raw" if is_raw else split  # of records: those of the training are of the average
         is_own = config.evaluate.folder is None
         tracked = wandb_identity.for_reading(config, checkpoint.run_dir, arguments)
 
@@ -74,9 +76,9 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
                 _write(output, result, [f"{EVALUATIONS}/{name}.json"], files)
                 return
             with track(tracked, output, is_main=world.is_main, live=live, kind="evaluation") as tracker:
-                tracker.scalars(step, _record(result))
+                tracker.scalars(step, _record(group, result))
                 subject = f"{dataset}, {split} images, step {step}"
-                tracker.pictures(step, lambda: {split: pictures.reconstructions(vae, source, subject)})
+                tracker.pictures(step, lambda: {group: pictures.reconstructions(vae, source, subject)})
                 _write(output, result, [f"{EVALUATIONS}/{name}.json", EVALUATION], files)
 
         try:
@@ -91,12 +93,10 @@ def evaluate(run: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
     return result
 
 
-def _record(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics as a record of the metrics file."""
+def _record(group: str, result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics as a record of the metrics file, in a group such as `test`."""
     logged = {"importance_samples", *(metric.key for metric in metric_table.METRICS)}
-    return {
-        f"{result['split']}/{name}": value for name, value in result.items() if name in logged and value is not None
-    }
+    return {f"{group}/{name}": value for name, value in result.items() if name in logged and value is not None}
 
 
 def _name(result: Mapping[str, Any], images: str, *, raw: bool) -> str:

@@ -37,7 +37,7 @@ FINISH_SECONDS = 60  # to upload what is left at the end
 STOP_SECONDS = 10  # for that and everything else after a request to stop
 RETRIES = 10_000  # a minute apart, so for a week: as the client does it with records, but not with pictures
 
-_GROUPS = ("train", "validation", "test", "images")
+_GROUPS = ("train", "validation", "test", "validation_raw", "test_raw", "images")
 
 
 class WandbRun:
