@@ -299,6 +299,18 @@ def test_a_run_continues_after_its_launcher_restarts_it(
     assert train(make_config("train.steps=5")) != first
 
 
+def test_a_launcher_without_an_id_that_restarts_a_run_finds_it_too(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `accelerate launch --max_restarts` does. The launcher is the parent of the processes."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    first = train(make_config("train.steps=5"))
+    assert train(make_config("train.steps=7")) == first
+    monkeypatch.setattr(os, "getppid", os.getpid)  # another launcher
+    assert train(make_config("train.steps=5")) != first
+
+
 def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
     with pytest.raises(UserError, match=r"no checkpoint to resume from; .* or use checkpoint\.resume=auto"):
         train(make_config("name=a", "checkpoint.resume=must"))

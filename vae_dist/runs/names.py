@@ -3,10 +3,13 @@
 import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+
+import psutil
 
 from vae_dist.config import Config
 
@@ -20,8 +23,8 @@ def run_name(config: Config) -> tuple[str, Iterator[str] | None]:
     name = config.name or "run-{time}"
     if "{time}" not in name:
         return name, None
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    mark = "" if launch == "none" else "-" + hashlib.sha256(launch.encode()).hexdigest()[:6]
+    launch = _launch()
+    mark = "-" + hashlib.sha256(launch.encode()).hexdigest()[:6] if launch else ""
     runs = Path(config.runs_dir)
     stem = name.replace("{time}", time.strftime("%Y%m%d-%H%M%S")) + mark
     if mark:
@@ -31,3 +34,16 @@ def run_name(config: Config) -> tuple[str, Iterator[str] | None]:
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     free = (candidate for candidate in names if not (runs / candidate).exists())
     return next(free), free
+
+
+def _launch() -> str:
+    """What the restarts of a launch have in common, and no other launch; empty if it restarts nothing."""
+    identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if identity != "none":
+        return identity
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return ""
+    try:  # Accelerate and plain torchrun number no launches; the launcher is this process's parent
+        return f"{socket.gethostname()} {os.getppid()} {psutil.Process(os.getppid()).create_time()}"
+    except psutil.Error:
+        return ""
