@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -284,6 +285,23 @@ def test_options_that_contradict_the_folder_are_refused(saved: Path) -> None:
         start(saved, f"model.init_sha256={'0' * 64}")
     with pytest.raises(UserError, match=r"; use model.init_from=.*vae$"):  # the folder of a whole pipeline
         start(saved.parent)
+
+
+def test_a_folder_without_the_files_of_diffusers_says_what_to_give(saved: Path, tmp_path: Path) -> None:
+    for name in ("run/checkpoints", "checkpoint", "export"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "checkpoint/manifest.json").touch()
+    (tmp_path / "export/config.yaml").touch()
+    for name in ("run", "checkpoint", "export"):
+        message = rf"vae-dist export {re.escape(str(tmp_path / name))} 'export\.formats=\[diffusers\]' writes it$"
+        with pytest.raises(UserError, match=message):
+            start(tmp_path / name)
+    shutil.copytree(saved, tmp_path / "run/export/step_00000002")
+    with pytest.raises(UserError, match=r"; use model\.init_from=.*run/export/step_00000002$"):
+        start(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"config\.json \(No such file or directory\)$"):
+        start(tmp_path / "empty")
 
 
 # ---- Runs

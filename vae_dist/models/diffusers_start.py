@@ -5,6 +5,7 @@ The folder may be untrusted: `config.json` is read within bounds and runs no cod
 
 import hashlib
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,11 +168,25 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return parse_object(read_bounded(path, MOST_BYTES))
     except OSError as error:
-        inside = path.parent / "vae" / CONFIG
-        hint = f"; use model.init_from={inside.parent}" if inside.is_file() else ""
-        raise UserError(f"model.init_from={path.parent}: can't read {path} ({reason(error)}){hint}") from error
+        raise UserError(f"model.init_from={path.parent}: can't read {path} ({reason(error)}){_hint(path)}") from error
     except ValueError as error:
         raise UserError(f"{path} can't be used: {error}") from error
+
+
+def _hint(path: Path) -> str:
+    """What to give instead of a folder whose config.json can't be read; empty if nothing is known of it."""
+    folder = path.parent
+    below = [] if path.exists() else sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"export/*/{CONFIG}")])
+    vae = folder / "vae" / CONFIG  # of a pipeline, which has several
+    if vae in below or len(below) == 1:
+        return f"; use model.init_from={(vae if vae in below else below[0]).parent}"
+    own = [name for name in ("config.yaml", "manifest.json", "checkpoints") if (folder / name).exists()]
+    if not path.exists() and own:
+        return (
+            f"; it has {own[0]}, as a run of this program, whose export for diffusers is needed: "
+            f"vae-dist export {shlex.quote(str(folder))} 'export.formats=[diffusers]' writes it"
+        )
+    return ""
 
 
 def _read_weights(folder: Path, options: AutoencoderKLConfig, channels: int) -> tuple[str, dict[str, Tensor]]:
