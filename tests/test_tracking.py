@@ -521,7 +521,7 @@ def test_wandb_gets_the_configs_facts_and_nothing_of_the_folder_around(
     assert [asked[0][fact] for fact in facts] == ["us", "ours", "several", "mine", "of today", ["one", "two"]]
     step, *axes = server.runs["abc"].config["_wandb"]["m"]  # `define_metric`, with numbers for names
     assert step["1"] == "step" and {axis["2"]: axis["5"] for axis in axes} == {
-        f"{group}/*": 1 for group in ("train", "validation", "test", "images")
+        f"{group}/*": 1 for group in ("train", "validation", "test", "validation_raw", "test_raw", "images")
     }
     sent = [*server.bodies, *(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())]
     for private in (b"example.com", commit, b"a line of the console"):
