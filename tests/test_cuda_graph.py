@@ -1,7 +1,9 @@
 """Captured steps, with stand-ins for the capture that need no GPU; tests/gpu has the capture itself."""
 
 import gc
+import itertools
 import logging
+import signal
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -19,12 +21,14 @@ from tests.test_trainer import final, timeless
 from vae_dist.compute import cuda_graph
 from vae_dist.compute.cuda_graph import CapturedSteps, Steps
 from vae_dist.distributed import stopping
+from vae_dist.errors import StoppedError
 from vae_dist.runs.run import RunDirectory
 from vae_dist.runs.state import TrainingState
 from vae_dist.runs.tracking import Tracker
-from vae_dist.training import update
+from vae_dist.training import milestones, update
 from vae_dist.training.cadence import Cadence, launches
 from vae_dist.training.loop import train
+from vae_dist.training.milestones import Milestones
 from vae_dist.training.recipes import RECIPES
 from vae_dist.training.update import MOST_STEPS, Update
 from vae_dist.training.vae_recipe import VAERecipe
@@ -240,6 +244,68 @@ def test_a_record_is_written_while_the_next_steps_run(make_config: MakeConfig, m
         assert place > events.index(("steps", step)) and events[place + 1] == (first, step)
 
 
+def test_a_run_of_steps_launched_at_once_stops_after_any_launch(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is seen once the next steps are launched, and these are saved too: the run resumes bitwise."""
+    arguments = ["train.log_every=7", "train.validate_every=11", "checkpoint.every=9"]
+    plain = train(make_config(*arguments, "name=plain"))
+    monkeypatch.setattr(update, "Update", partial(Update, capture=replaying))
+    stopped_after: list[int] = []
+    polls = itertools.count()
+    monkeypatch.setattr(stopping, "CHECK_SECONDS", 0)  # check after each launch
+
+    def poll_of_a_run_that_is_stopped_often(requests: stopping.StopRequests) -> int:
+        return signal.SIGTERM if next(polls) % 3 == 2 else 0
+
+    monkeypatch.setattr(stopping.StopRequests, "poll", poll_of_a_run_that_is_stopped_often)
+    for _ in range(40):
+        try:
+            run = train(make_config(*arguments, "name=captured"))
+            break
+        except StoppedError as stopped:
+            stopped_after.append(int(str(stopped).split("step ")[1].split()[0]))
+    assert len(set(stopped_after)) > 3 and stopped_after == sorted(stopped_after)
+    assert final(run) == final(plain)
+    assert timeless(run) == timeless(plain)
+
+
+def test_a_check_does_not_wait_for_the_steps_so_far(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would be idle until the next launch. Only the first step is waited for: what follows is timed."""
+    events: list[tuple[str, int]] = []
+    launched, check_stop = Milestones.launched, Milestones.check_stop
+
+    def note_launch(self: Milestones, steps: range) -> None:
+        events.append(("launched", steps.stop))
+        launched(self, steps)
+
+    def note_check(self: Milestones, step: int) -> None:
+        events.append(("check", step))
+        check_stop(self, step)
+
+    def fetched(totals: Tensor) -> Callable[[], Tensor]:
+        step, copy = events[-1][1], totals.clone()
+
+        def wait() -> Tensor:
+            events.append(("waited", step))
+            return copy
+
+        return wait
+
+    monkeypatch.setattr(Milestones, "launched", note_launch)
+    monkeypatch.setattr(Milestones, "check_stop", note_check)
+    monkeypatch.setattr(milestones, "fetched", fetched)
+    monkeypatch.setattr(update, "Update", partial(Update, capture=replaying))
+    train(make_config("train.steps=200", "train.log_every=1000", "train.validate_every=1000", "checkpoint.every=1000"))
+    assert events[:3] == [("launched", 1), ("check", 1), ("waited", 1)]
+    waits = [place for place, (name, _) in enumerate(events) if name == "waited"]
+    assert len(waits) > 3
+    for place in waits[1:]:
+        _, checked = events[place]
+        begun = events.index(("check", checked))
+        assert [name for name, _ in events[begun:place]] == ["check", "launched", "check"]
+
+
 class FixedWatch:
     """A watch whose next step is given."""
 
@@ -247,15 +313,22 @@ class FixedWatch:
         self.next_step = next_step
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("first", "last"), [(0, 200), (37, 201), (5, 6)])
-def test_launches_cover_all_steps_and_end_where_something_is_due(first: int, last: int) -> None:
+def test_launches_cover_all_steps_and_end_where_something_is_due(first: int, last: int, late: bool) -> None:
+    """A check for a request to stop that is `late` is made after the next launch, which does not end for its sake."""
     watch, cadence = FixedWatch(first + 1), Cadence(50, 20, 20, float("inf"), last)
     seen: list[int] = []
+    under_way: int | None = None
     for steps in launches(first, cadence, MOST_STEPS, watch):  # type: ignore[arg-type]
         seen += steps
         assert len(steps) in (1, 2, 4, 8, 16, 32)
         assert all(step % 50 and step % 20 and step != watch.next_step for step in list(steps)[1:])
+        if under_way is not None:
+            watch.next_step, under_way = under_way + min(2 * (under_way - first), 30), None
         if steps.stop >= watch.next_step:
-            watch.next_step = steps.stop + min(2 * (steps.stop - first), 30)
+            under_way = steps.stop
+            if not late:
+                watch.next_step, under_way = steps.stop + min(2 * (steps.stop - first), 30), None
     assert seen == list(range(first, last))
     assert [len(steps) for steps in launches(0, cadence._replace(last_step=5), 1, FixedWatch(9))] == [1] * 5  # type: ignore[arg-type]

@@ -116,8 +116,9 @@ class Watch:
     def check_stop_after(self, step: int) -> None:
         """Raise StoppedError on every process if any was asked to stop. All processes call this after the same step."""
         now = time.monotonic()
-        steps_in_time = self._stride * CHECK_SECONDS / max(now - self._checked_at, 1e-6)
-        stride = max(1, min(int(steps_in_time), 2 * self._stride)) if self._world.is_main else 0
+        steps = step - self._step
+        steps_in_time = steps * CHECK_SECONDS / max(now - self._checked_at, 1e-6)
+        stride = max(1, min(int(steps_in_time), 2 * steps)) if self._world.is_main else 0
         number, self._stride = self._agree(stride)
         self._step, self._checked_at = step, now
         self._raise_if(number)

@@ -37,11 +37,12 @@ def due(done: int, every: float, last_step: int) -> bool:
 def launches(step: int, cadence: Cadence, most: int, watch: Watch) -> Iterator[range]:
     """Yield the steps from `step` on in ranges that are launched at once: a power of two of steps, at most `most`.
 
-    A range ends where an event is due, or where `watch` checks for a request to stop.
+    A range ends where an event is due, or where `watch` checks for a request to stop, unless a check is under way.
     """
     *intervals, last_step = cadence
     while step < last_step:
-        end = min(last_step, watch.next_step, *(step - step % every + every for every in intervals))
+        ends = [last_step, watch.next_step, *(step - step % every + every for every in intervals)]
+        end = min(end for end in ends if end > step)
         count = 2 ** (min(int(end) - step, most).bit_length() - 1)
         yield range(step, step + count)
         step += count

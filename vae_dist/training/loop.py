@@ -70,7 +70,7 @@ def train(config: Config, *, is_command: bool = True) -> Path:
                 for steps in launches(state.step, cadence, min(update.most_steps, batches.most_steps), outputs.watch):
                     values = [update.recipe.values(step) for step in steps]
                     update(batches(steps), values)
-                    milestones.launched(len(steps))
+                    milestones.launched(steps)
                     done = steps.stop
                     if due(done, cadence.log_every, cadence.last_step):
                         milestones.log(done, values[-1])

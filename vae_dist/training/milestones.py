@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vae_dist import config as configs
+from vae_dist.compute.transfers import fetched
 from vae_dist.config import Config
 from vae_dist.data.source import Source
 from vae_dist.distributed import environment
@@ -69,7 +70,8 @@ class Milestones:
         self._best = world.on_main(lambda: self._run.kept(state.best))
         self._validation_pending = state.validation_pending
         self._unfinished: tuple[int, Mapping[str, float], Window] | None = None  # record
-        self._logs_late = update.most_steps > 1
+        self._check: tuple[int, Callable[[], Tensor]] | None = None  # for a request to stop, begun after that step
+        self._is_late = update.most_steps > 1  # records and checks: a GPU would be idle meanwhile
         self._contention: Contention | None = None  # from the first step on, until there is a warning
 
     @contextmanager
@@ -89,19 +91,19 @@ class Milestones:
                 stopped.exit_code,
             ) from None
 
-    def launched(self, steps: int) -> None:
+    def launched(self, steps: range) -> None:
         """Count steps that have just been launched."""
+        self._step = steps.stop
         self._finish_log()
-        self._meter.count(steps)
+        self._meter.count(len(steps))
 
     def log(self, step: int, now: Mapping[str, float]) -> None:
         """Log the training metrics of the steps since the last record.
 
-        If many steps are launched at once, the record is written after the next launch, for a GPU would be idle
-        meanwhile. Whatever else is due comes after the record.
+        If many steps are launched at once, the record is written after the next launch, or before what else is due.
         """
         self._unfinished = step, now, self._meter.cut()
-        if not self._logs_late:
+        if not self._is_late:
             self._finish_log()
 
     def _finish_log(self) -> None:
@@ -166,15 +168,25 @@ class Milestones:
         self._saved_step = step
 
     def check_stop(self, step: int) -> None:
-        """Raise RunError if an update was not finite, and StoppedError if any process was asked to stop."""
-        self._finish_log()
-        self._require_healthy(step)
-        if step == self._first_step + 1:  # the check above has waited for the device
+        """Raise RunError if an update was not finite, and StoppedError if any process was asked to stop.
+
+        If many steps are launched at once, one call begins a check and the next completes it, after another launch. The
+        check of a run's first step is completed at once.
+        """
+        is_first = step == self._first_step + 1
+        if self._check is None:
+            self._check = step, fetched(self._update.totals)
+            if self._is_late and not is_first:
+                return
+        (checked, totals), self._check = self._check, None
+        self._require_healthy(checked, totals())
+        if is_first:
+            self._finish_log()
             logger.info("the first step is done, %.1f s after the start", environment.seconds_since_start())
             self._meter.restart_clock()
             self._progress.restart_clock(step)
             self._contention = Contention() if self._world.is_main and self._world.device.type == "cpu" else None
-        self._watch.check_stop_after(step)
+        self._watch.check_stop_after(checked)
 
     def _warn_of_contention(self) -> None:
         if self._contention is not None and (warning := self._contention.warning(self._config.train.threads or 1)):
@@ -187,7 +199,6 @@ class Milestones:
 
     def _require_healthy(self, step: int, totals: Tensor | None = None) -> int:
         """Call `Update.require_healthy`, and add advice to its error."""
-        self._step = max(step, self._step)
         try:
             return self._update.require_healthy(step, totals)
         except NotFiniteError as error:
@@ -198,8 +209,7 @@ class Milestones:
                 f"{_advice(self._config, error.step)}"
             ).on_every_process() from None
         except RunError as error:
-            advice = _advice(self._config, step)
-            raise RunError(f"{error}. {advice}").on_every_process() from None
+            raise RunError(f"{error}. {_advice(self._config, step)}").on_every_process() from None
 
     def _pictures(self, step: int) -> dict[str, Picture]:
         """Draw the grids of a validation. Without validation images they show training images, as the caption says."""
