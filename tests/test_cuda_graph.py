@@ -306,29 +306,35 @@ def test_a_check_does_not_wait_for_the_steps_so_far(make_config: MakeConfig, mon
         assert [name for name, _ in events[begun:place]] == ["check", "launched", "check"]
 
 
-class FixedWatch:
-    """A watch whose next step is given."""
-
-    def __init__(self, next_step: int) -> None:
-        self.next_step = next_step
+class Alone:
+    is_main, size = True, 1
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("first", "last"), [(0, 200), (37, 201), (5, 6)])
-def test_launches_cover_all_steps_and_end_where_something_is_due(first: int, last: int, late: bool) -> None:
-    """A check for a request to stop that is `late` is made after the next launch, which does not end for its sake."""
-    watch, cadence = FixedWatch(first + 1), Cadence(50, 20, 20, float("inf"), last)
-    seen: list[int] = []
+@pytest.mark.parametrize("seconds", [2.0**-12, 2.0**-6, 4.0])
+@pytest.mark.parametrize(("first", "last"), [(0, 200), (37, 4000), (5, 6)])
+def test_launches_cover_all_steps_and_end_where_something_is_due(
+    first: int, last: int, seconds: float, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check for a request to stop that is `late` is completed after another launch, which is as short as before."""
+    now = 0.0
     under_way: int | None = None
-    for steps in launches(first, cadence, MOST_STEPS, watch):  # type: ignore[arg-type]
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch = stopping.Watch(stopping.StopRequests(), Alone(), first)  # type: ignore[arg-type]
+    cadence = Cadence(50, 20, 20, float("inf"), last)
+    seen: list[int] = []
+    for steps in launches(first, cadence, MOST_STEPS, watch):
         seen += steps
         assert len(steps) in (1, 2, 4, 8, 16, 32)
         assert all(step % 50 and step % 20 and step != watch.next_step for step in list(steps)[1:])
-        if under_way is not None:
-            watch.next_step, under_way = under_way + min(2 * (under_way - first), 30), None
+        assert len(steps) == 1 or len(steps) * seconds <= stopping.CHECK_SECONDS
         if steps.stop >= watch.next_step:
-            under_way = steps.stop
-            if not late:
-                watch.next_step, under_way = steps.stop + min(2 * (steps.stop - first), 30), None
+            if under_way is None:
+                under_way = steps.stop
+                if late and under_way > first + 1:
+                    continue
+            now = under_way * seconds  # when the step was done
+            watch.check_stop_after(under_way)
+            under_way = None
     assert seen == list(range(first, last))
-    assert [len(steps) for steps in launches(0, cadence._replace(last_step=5), 1, FixedWatch(9))] == [1] * 5  # type: ignore[arg-type]
+    assert [len(steps) for steps in launches(0, cadence._replace(last_step=5), 1, watch)] == [1] * 5

@@ -113,6 +113,10 @@ class Watch:
         """The step after which to check next: the same on every process, though their clocks differ."""
         return self._step + self._stride
 
+    def end_after(self, step: int) -> int:
+        """Return where to end steps from `step` on. While a check is under way, they are no more than before it."""
+        return step + self._stride - (step - self._step) % self._stride
+
     def check_stop_after(self, step: int) -> None:
         """Raise StoppedError on every process if any was asked to stop. All processes call this after the same step."""
         now = time.monotonic()

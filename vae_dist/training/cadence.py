@@ -37,12 +37,11 @@ def due(done: int, every: float, last_step: int) -> bool:
 def launches(step: int, cadence: Cadence, most: int, watch: Watch) -> Iterator[range]:
     """Yield the steps from `step` on in ranges that are launched at once: a power of two of steps, at most `most`.
 
-    A range ends where an event is due, or where `watch` checks for a request to stop, unless a check is under way.
+    A range ends where an event is due, or where `watch` checks for a request to stop.
     """
     *intervals, last_step = cadence
     while step < last_step:
-        ends = [last_step, watch.next_step, *(step - step % every + every for every in intervals)]
-        end = min(end for end in ends if end > step)
+        end = min(last_step, watch.end_after(step), *(step - step % every + every for every in intervals))
         count = 2 ** (min(int(end) - step, most).bit_length() - 1)
         yield range(step, step + count)
         step += count
