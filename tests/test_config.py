@@ -1,6 +1,6 @@
 import bisect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from vae_dist import config
-from vae_dist.config import Config, yaml_text
+from vae_dist.config import Config, fields, yaml_text
 from vae_dist.errors import UserError
 from vae_dist.training.first_stage import check_options
 
@@ -476,3 +476,20 @@ def test_a_resumed_run_keeps_what_its_start_has_resolved() -> None:
     assert resumed.data.classes == ["a", "b"]
     with pytest.raises(UserError, match=r"another data\.size"):
         config.resume(config.load([*told[:1], "data.size=64"]), stored)
+
+
+@dataclass
+class NarrowConfig(config.MLPConfig):
+    architecture: str = "narrow"
+    latent_dim: int = fields.option(3, "number of latents")
+    width: int = fields.option(5, "of its own")
+
+
+def test_an_architecture_of_ones_own_can_be_added_later_and_has_its_own_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert config.load([]).model == config.MLPConfig()  # a notebook has loaded a config before
+    monkeypatch.setitem(config.ARCHITECTURES, "narrow", NarrowConfig)
+    assert config.load(["model.architecture=narrow"]).model == NarrowConfig(latent_dim=3)
+    assert config.load(["model.architecture=narrow", "model.width=7"]).model == NarrowConfig(width=7)
+    assert "[int]\n        narrow: of its own" in config.help_text("")

@@ -96,10 +96,14 @@ def _type_name(hint: Any) -> str:
     return "text" if hint is str else str(hint.__name__)
 
 
-@cache
 def by_key() -> dict[str, Option]:
-    """Return the options of all architectures by key."""
-    return {option.key: option for option in options()}
+    """Return the options of all architectures by key, those of ARCHITECTURES at the time of the call."""
+    return _by_key(tuple(ARCHITECTURES.values()))
+
+
+@cache
+def _by_key(models: tuple[type[ModelConfig], ...]) -> dict[str, Option]:
+    return {option.key: option for option in _options(models)}
 
 
 def flatten(config: Config) -> dict[str, Any]:

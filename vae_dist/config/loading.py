@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,7 +189,7 @@ def _apply(config: Config, settings: Sequence[Setting], *, has_homes: bool = Tru
 
 
 def _with_architecture(config: Config, settings: Sequence[Setting]) -> Config:
-    """`config` with the options of the architecture that the last setting of it names; shared options stay."""
+    """`config` with the architecture that the last setting of it names; another than before has its own defaults."""
     given = [setting for setting in settings if setting.key == ARCHITECTURE]
     if not given:
         return config
@@ -198,8 +198,7 @@ def _with_architecture(config: Config, settings: Sequence[Setting]) -> Config:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{source}{key} must be {by_key()[key].type}, not {as_text(name)}")
     model = ARCHITECTURES[name]
-    shared = {item.name: getattr(config.model, item.name) for item in fields(model) if hasattr(config.model, item.name)}
-    return replace(config, model=model(**{**shared, "architecture": name}))
+    return config if type(config.model) is model else replace(config, model=model(architecture=name))
 
 
 def _final(config: Config, settings: Sequence[Setting]) -> dict[str, Any]:
