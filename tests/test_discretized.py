@@ -202,7 +202,10 @@ def test_it_says_what_it_is(channels: int, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.binarize=dynamic"], "data.binarize=dynamic leaves black and white: use data.binarize=none, or"),
+        (
+            ["data.binarize=dynamic"],
+            "is not for binary images, and data.binarize=dynamic leaves black and white: use data.binarize=none, or",
+        ),
         (["objective.mixtures=0"], "objective.mixtures must be at least 1"),
         (["objective.mixtures=1000"], "objective.mixtures must be at most 256"),
         (["objective.sigma_kind=learned"], "needs a likelihood with a scale to fit, and discretized_logistic_mixture"),

@@ -28,8 +28,8 @@ def check_names(config: Config) -> None:
         if data.binarize == "none":
             cause, remedy = f"the images of {data.name} are", ""
         raise UserError(
-            f"objective.reconstruction={kind.name} is the probability of 256 levels of grey, and {cause} black and "
-            f"white: use {remedy}objective.reconstruction=bernoulli"
+            f"objective.reconstruction={config.objective.reconstruction} is not for binary images, and {cause} black "
+            f"and white: use {remedy}objective.reconstruction=bernoulli"
         )
 
 
