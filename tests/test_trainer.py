@@ -581,9 +581,14 @@ def test_every_value_of_an_objective_is_logged_under_its_name(
             lambda terms: {"loss": terms.negative_elbo.mean()},
             r"loss of one image.*must have the shape \(1,\), not \(\)",
         ),
+        (
+            lambda terms: {"loss": terms.negative_elbo, "grad_norm": terms.kl},
+            "logs a grad_norm of its own: give the objective's or the recipe's another name",
+        ),
+        (lambda terms: {"loss": terms.negative_elbo, "beta": terms.kl}, "logs a beta of its own"),
     ],
 )
-def test_an_objective_without_a_loss_of_each_image_is_refused(
+def test_an_objective_without_a_loss_of_each_image_or_with_a_name_that_is_taken_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, values: Callable[[ElboTerms], Values], message: str
 ) -> None:
     monkeypatch.setitem(OBJECTIVES, "wrong", lambda inference, images, beta: values(elbo_terms(inference, images)))

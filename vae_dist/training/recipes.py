@@ -4,6 +4,7 @@ b is the size of the shard, C, H, W image.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -100,5 +101,12 @@ def _warn_of_idle_likelihood(objective: ObjectiveConfig) -> None:
 
 
 def totals_of(recipe: Recipe) -> tuple[str, ...]:
-    """The names of what a recipe's step adds to its totals."""
-    return (*recipe.image_values, *recipe.norms, *COUNTS)
+    """The names of what a recipe's step adds to its totals.
+
+    Raises ValueError if two values of a record have one name, of which one would be lost.
+    """
+    names = (*recipe.image_values, *recipe.norms, *COUNTS)
+    logged = Counter([*names, *recipe.values(0), "images_per_second"])
+    if twice := [name for name, count in logged.items() if count > 1]:
+        raise ValueError(f"a training logs a {twice[0]} of its own: give the objective's or the recipe's another name")
+    return names
