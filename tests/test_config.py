@@ -493,3 +493,13 @@ def test_an_architecture_of_ones_own_can_be_added_later_and_has_its_own_defaults
     assert config.load(["model.architecture=narrow"]).model == NarrowConfig(latent_dim=3)
     assert config.load(["model.architecture=narrow", "model.width=7"]).model == NarrowConfig(width=7)
     assert "[int]\n        narrow: of its own" in config.help_text("")
+
+
+def test_a_saved_config_of_an_architecture_that_the_process_lacks_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(config.ARCHITECTURES, "narrow", NarrowConfig)
+        config.save(config.load(["model.architecture=narrow"]), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"model\.architecture must be one of mlp, conv, .*, not narrow$"):
+        config.read(tmp_path / "config.yaml")

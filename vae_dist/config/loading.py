@@ -142,10 +142,20 @@ def _read_settings(path: Path, if_missing: str = "") -> list[Setting]:
 
 def _settings(values: Any, path: Path) -> list[Setting]:
     """The settings in the values of a file. Raises UserError for unknown keys, and for a key that is given twice."""
+    _require_architecture(values, path)  # its name says more than the first of its keys
     settings = list(_flat_settings(values, f"{path}: "))
     if twice := [key for key, count in Counter(setting.key for setting in settings).items() if count > 1]:
         raise UserError(f"{path}: {twice[0]} is given twice")
     return settings
+
+
+def _require_architecture(values: Any, path: Path) -> None:
+    """Raise UserError if a file names an architecture that this process lacks, whose keys are then unknown too."""
+    group, _, name = ARCHITECTURE.partition(".")
+    model = values.get(group) if isinstance(values, dict) else None
+    named = model.get(name) if isinstance(model, dict) else None
+    if isinstance(named, str) and "${" not in named and named not in ARCHITECTURES:
+        raise UserError(f"{path}: {ARCHITECTURE} must be {by_key()[ARCHITECTURE].type}, not {as_text(named)}")
 
 
 def _flat_settings(values: Any, source: str, prefix: str = "") -> Iterator[Setting]:
