@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +30,7 @@ from vae_dist.models.tensors import to_unit
 from vae_dist.models.vae import Inference
 from vae_dist.objectives import OBJECTIVES, ElboTerms, Values, elbo_terms
 from vae_dist.plan import Plan
+from vae_dist.runs import names
 from vae_dist.runs.checkpoint import Checkpoint
 from vae_dist.runs.lookup import find
 from vae_dist.runs.run import RunDirectory
@@ -294,6 +296,7 @@ def test_a_run_continues_after_its_launcher_restarts_it(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
     first = train(make_config("train.steps=5"))
+    names._trainings.clear()  # a restart is another process
     assert train(make_config("train.steps=7")) == first
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-18")
     assert train(make_config("train.steps=5")) != first
@@ -306,9 +309,28 @@ def test_a_launcher_without_an_id_that_restarts_a_run_finds_it_too(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     first = train(make_config("train.steps=5"))
-    assert train(make_config("train.steps=7")) == first
+    names._trainings.clear()  # a restart is another process
+    started = psutil.boot_time()
+    with monkeypatch.context() as clock:  # a step of the clock
+        clock.setattr(psutil, "boot_time", lambda: started + 3600)
+        clock.setattr("psutil._psplatform.boot_time", psutil.boot_time)
+        assert train(make_config("train.steps=7")) == first
     monkeypatch.setattr(os, "getppid", os.getpid)  # another launcher
     assert train(make_config("train.steps=5")) != first
+
+
+@pytest.mark.parametrize("variables", [{"TORCHELASTIC_RUN_ID": "job"}, {"TORCHELASTIC_MAX_RESTARTS": "1"}])
+def test_each_unnamed_training_of_a_program_that_a_launcher_restarts_has_a_name_of_its_own(
+    variables: dict[str, str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may call `fit` for several models; a restart finds each again."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    lengths = [2, 3, 4]
+    runs = [train(make_config(f"model.latent_dim={length}", "train.steps=3")) for length in lengths]
+    assert len(set(runs)) == 3
+    names._trainings.clear()  # a restart is another process
+    assert [train(make_config(f"model.latent_dim={length}", "train.steps=4")) for length in lengths] == runs
 
 
 def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:

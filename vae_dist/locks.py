@@ -172,15 +172,19 @@ def _this_process() -> bytes:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "after_boot": _start_after_boot(psutil.Process()),
+            "after_boot": start_after_boot(os.getpid()),
             "machine": machine(),
         }
     ).encode()
 
 
-def _start_after_boot(process: psutil.Process) -> float:
-    """Seconds from the machine's start to the process's. A step of the clock moves both alike."""
-    return process.create_time() - psutil.boot_time()
+def start_after_boot(process: int) -> float:
+    """Seconds from the machine's start to the process's. A step of the clock moves both alike.
+
+    Raises psutil.Error if there is no such process.
+    """
+    boot = psutil.boot_time()  # before the other: psutil before 7.1 remembers it, and computes the other from it
+    return psutil.Process(process).create_time() - boot
 
 
 def _read_mark(path: Path) -> bytes | None:
@@ -209,8 +213,8 @@ def _is_gone(holder: bytes | None) -> bool:
     if values.get("machine") != machine() or type(process) is not int or type(started) is not float:
         return False
     try:
-        running = psutil.Process(process)
-        return abs(_start_after_boot(running) - started) > CLOCK_SECONDS or running.status() == psutil.STATUS_ZOMBIE
+        is_another = abs(start_after_boot(process) - started) > CLOCK_SECONDS
+        return is_another or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
     except (psutil.Error, ValueError, OverflowError):
