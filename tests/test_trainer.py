@@ -346,6 +346,34 @@ def test_resume_must_never_or_from_a_path(make_config: MakeConfig) -> None:
     assert final(branch)["model.safetensors"] == final(straight)["model.safetensors"]
 
 
+def test_the_config_that_a_run_has_saved_trains_no_other_directory(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a name says so: the run would start from scratch, or its original would be continued."""
+    monkeypatch.chdir(tmp_path)
+    first = train(make_config("name=a", "runs_dir=runs", "train.steps=5"))
+    saved = str(first / "config.yaml")
+    assert config.load_training([saved, "train.steps=7"]).name == "a"
+    copy = shutil.copytree(first, tmp_path / "runs/copy")
+    moved = shutil.copytree(first, tmp_path / "moved/a")
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match=f"not {copy}: .* give name=copy runs_dir={copy.parent} to resume"):
+        config.load_training(["config.yaml"])
+    monkeypatch.chdir(tmp_path)
+    for run in (copy, moved):
+        with pytest.raises(UserError, match=f"would train runs/a, not .* give name={run.name} runs_dir={run.parent} "):
+            config.load_training([str(run / "config.yaml"), "train.steps=7"])
+        resumed = [str(run / "config.yaml"), "train.steps=7", f"name={run.name}", f"runs_dir={run.parent}"]
+        assert find(train(config.load_training(resumed)), tmp_path).step == 7
+    assert find(first, tmp_path).step == 5
+    own = tmp_path / "project/config.yaml"  # the user's, next to the folder that another program has written
+    (own.parent / "checkpoints/step_1").mkdir(parents=True)
+    own.write_text('name: own\ntracking: {notes: "${name}"}')
+    assert config.load_training([str(own)]).name == "own"
+    assert config.load_training([saved, "name=b"]).name == "b"
+    assert config.load_training([str(moved / "config.yaml"), str(own)]).name == "own"
+
+
 def test_an_explicit_path_never_falls_back(make_config: MakeConfig) -> None:
     first = train(make_config("name=a", "train.steps=10", "checkpoint.every=5"))
     (first / "checkpoints/step_00000010/state.json").unlink()

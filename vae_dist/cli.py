@@ -58,10 +58,9 @@ def run(command: Callable[[list[str]], None], usage: str | None, keys: tuple[str
 
 def load(arguments: list[str]) -> Config | None:
     """The config of a training, or None once `--print-config` has printed it."""
-    loaded = config.load([argument for argument in arguments if argument != "--print-config"])
     if "--print-config" not in arguments:
-        return loaded
-    streams.say(config.to_yaml(loaded))
+        return config.load_training(arguments)
+    streams.say(config.to_yaml(config.load([argument for argument in arguments if argument != "--print-config"])))
     return None
 
 

@@ -27,6 +27,6 @@ def fit(*arguments: str | Path, device: str | torch.device = "cpu") -> Run:
 
     chosen = environment.to_device(device)  # before hours of training
     environment.restart_clock()
-    directory = train(config.load([str(argument) for argument in arguments]), is_command=False)
+    directory = train(config.load_training([str(argument) for argument in arguments]), is_command=False)
     gc.collect()  # networks and optimizers are in reference cycles; Python may leave them in a GPU's memory for long
     return load(directory, device=chosen)

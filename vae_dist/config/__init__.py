@@ -22,6 +22,7 @@ from vae_dist.config.networks import ConvConfig, GridConfig, LadderConfig, MLPCo
 from vae_dist.config.optimization import SIGMA_FLOOR, EmaConfig, ObjectiveConfig, OptimConfig
 from vae_dist.config.paths import expand
 from vae_dist.config.ranges import check_numbers, suspects
+from vae_dist.config.saved_run import load_training
 from vae_dist.config.schema import (
     CheckpointConfig,
     Config,
@@ -69,6 +70,7 @@ __all__ = [
     "load",
     "load_reader",
     "load_study",
+    "load_training",
     "options",
     "parse",
     "read",
