@@ -12,7 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -322,6 +322,27 @@ def test_the_command_that_it_gives_trains_bitwise_the_same_weights(trained: Path
     again = train(config.load([*arguments, f"runs_dir={tmp_path}", "tracking.wandb=disabled", "device=cpu"]))
     assert again.name == "eight-again"
     assert (newest(again) / "model.safetensors").read_bytes() == (newest(trained) / "model.safetensors").read_bytes()
+
+
+def test_the_command_is_promised_no_more_than_the_starts_allow(run_dir: Path) -> None:
+    first = RunDirectory(run_dir).starts[0]
+    kept = "with the versions above and 1 process, this trains bitwise the same weights:"
+
+    def promised(*changes: dict[str, Any]) -> str:
+        starts = [asdict(first) | change for change in changes]
+        (run_dir / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+        return page_of(run_dir).text
+
+    assert kept in promised({}) and kept in promised({}, {"step": 20}) and kept in promised()
+    assert kept in promised({}, {"step": 40, "precision": "bf16"})  # which has trained nothing
+    assert kept in promised({}, {"step": 20, "precision": "bf16"}, {"step": 20})  # nor has this one
+    assert kept in promised({"accumulate": None}, {"step": 20, "accumulate": 2})  # of an earlier version
+    assert kept in promised({"device": "cuda"}, {"step": 20, "device": "cuda", "threads": 2})
+    changed = promised({}, {"step": 20, "precision": "bf16", "accumulate": 2}, {"step": 30, "precision": "bf16"})
+    assert kept not in changed and "no command trains bitwise the same weights" in changed
+    assert "another precision (fp32, then bf16), train.accumulate (1, then 2, then 1)," in changed
+    branch = promised({"step": 8})
+    assert kept not in branch and "Another run trained the steps up to 8" in branch
 
 
 def test_the_command_brings_any_text_through_a_shell(trained: Path) -> None:

@@ -10,6 +10,8 @@ from vae_dist.publishing import autoencoder, markdown
 from vae_dist.publishing.markdown import code, escape, number, table
 from vae_dist.publishing.programs import BATCHES
 from vae_dist.runs.checkpoint import Checkpoint
+from vae_dist.runs.reproduction import promise
+from vae_dist.runs.run import RunDirectory
 from vae_dist.terminal import invocation
 
 SAMPLES, RECONSTRUCTIONS, EVALUATION = "samples.png", "reconstructions.png", "evaluation.json"
@@ -171,11 +173,10 @@ def _training(subject: Subject) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     command = training_command(config, invocation.training(state.world_size, in_checkout=False))
-    own = " `data.path` names only the last folder or file of where the images were." if config.data.path else ""
-    return (
-        f"{markdown.facts(values)}\n\nThis trains the same again, bitwise on the same machine and with the same "
-        f"versions.{own}\n\n{code(command, 'sh')}"
-    )
+    starts = RunDirectory(subject.checkpoint.run_dir).starts
+    again = promise(starts, subject.checkpoint.step, "On the same machine and with the same versions")
+    own = "`data.path` names only the last folder or file of where the images were. " if config.data.path else ""
+    return f"{markdown.facts(values)}\n\n{own}{escape(again)}\n\n{code(command, 'sh')}"
 
 
 def _files(subject: Subject) -> str:

@@ -26,6 +26,7 @@ from vae_dist.reports.subject import Subject, subject_of
 from vae_dist.reports.text import count, format_number, format_percent, printable
 from vae_dist.runs.lookup import Opened, open_checkpoint
 from vae_dist.runs.metrics import METRICS, is_number
+from vae_dist.runs.reproduction import promise
 from vae_dist.terminal import console, invocation
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
     images = "the evaluation's images" if kl else f"the first {len(latent_plane.means):,} test images"
     settings = facts.settings(subject.config)
     world_size = subject.checkpoint.state.world_size
+    launched = count(world_size, "process", "processes")
+    conditions = f"On this kind of machine, with the versions above and {launched}"
     option = "weights=raw" if subject.checkpoint.has_average and config.weights == "raw" else ""
     return (
         environment()
@@ -90,7 +93,7 @@ def _render(subject: Subject, vae: VAE, config: Config) -> str:
             changed=[setting for group in settings.values() for setting in group if setting.is_changed],
             machine=facts.machine(subject),
             log=subject.run.log[-LOG_CHARACTERS:] or "There is no log.txt next to this checkpoint.",
-            processes=count(world_size, "process", "processes"),
+            promise=promise(subject.run.starts, subject.step, conditions),
             command=training_command(subject.config, invocation.training(world_size)),
             hashes={name: sealed.sha256 for name, sealed in subject.checkpoint.manifest.files.items()},
         )

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from vae_dist.files import append, parse_object
 
@@ -29,6 +29,8 @@ class Start:
     precision: str
     dataset: str
     torch: str  # its version
+    accumulate: int | None = None  # None: not recorded, by an earlier version
+    compiled: bool | None = None
 
     @classmethod
     def now(cls, **facts: Any) -> "Start":
@@ -43,7 +45,7 @@ def write_start(run_dir: Path, start: Start) -> None:
 
 def parse_starts(content: bytes) -> list[Start]:
     """Parse a file of starts. Lines that are not a start, such as half a line of a killed run, are skipped."""
-    types = get_type_hints(Start)
+    types = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Start).items()}
     names = [field.name for field in fields(Start)]
     starts = []
     for line in content.splitlines():
@@ -51,6 +53,7 @@ def parse_starts(content: bytes) -> list[Start]:
             values = parse_object(line)
         except ValueError:
             continue
-        if all(type(values.get(name)) is types[name] for name in names):
-            starts.append(Start(**{name: values[name] for name in names}))
+        facts: dict[str, Any] = {name: values.get(name) for name in names}
+        if all(type(facts[name]) in types[name] for name in names):
+            starts.append(Start(**facts))
     return starts

@@ -127,6 +127,8 @@ def _start(config: Config, world: World, step: int, last_step: int, plan: Plan) 
         threads=config.train.threads,
         precision=config.train.precision,
         dataset=config.data.name,
+        accumulate=config.train.accumulate,
+        compiled=config.train.compile,
     )
 
 
