@@ -419,6 +419,26 @@ def test_a_resume_from_an_earlier_step_removes_later_records(make_config: MakeCo
     assert len(list((run_dir / "checkpoints").glob("set_aside-*"))) == 3
 
 
+def test_a_resume_from_an_earlier_step_sets_later_evaluations_aside(make_config: MakeConfig) -> None:
+    """The steps may be reached with other weights, and a report would show the old ones' evaluation."""
+    settings = ["name=a", "checkpoint.every=5", "checkpoint.keep=9", "train.steps=10"]
+    few = ["evaluate.importance_samples=0"]
+    run_dir = train(make_config(*settings))
+    run = RunDirectory(run_dir)
+    for step in (5, 10):
+        evaluate(run_dir / f"checkpoints/step_{step:08d}", few)
+    per_image = run_dir / "evaluations/step_00000010_test.csv"
+    per_image.touch()
+    run.resume_from(10)
+    assert [one.values["step"] for one in run.evaluations()] == [5, 10] and run.evaluation is not None
+    train(make_config(*settings, "train.precision=bf16", f"checkpoint.resume={run_dir}/checkpoints/step_00000005"))
+    assert [one.values["step"] for one in run.evaluations()] == [5] and run.evaluation is None
+    assert not per_image.exists() and len(list(run_dir.glob("**/set_aside-*step_00000010_test.*"))) == 2
+    shutil.rmtree(run_dir / "checkpoints")
+    train(make_config(*settings, "optim.learning_rate=0.01"))
+    assert run.evaluations() == []
+
+
 def test_a_branch_started_again_resumes_from_its_own_checkpoints(make_config: MakeConfig) -> None:
     first = train(make_config("name=a", "train.steps=5"))
     settings = ["name=b", f"checkpoint.resume={first}", "checkpoint.every=5"]

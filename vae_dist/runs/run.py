@@ -77,8 +77,16 @@ class RunDirectory:
         return saving.save_checkpoint(self.directory, config, trained, state)
 
     def resume_from(self, step: int) -> None:
-        """Set aside checkpoints of later steps, so that an interrupted training does not resume from them."""
+        """Set aside checkpoints of later steps, so that an interrupted training does not resume from them.
+
+        So are evaluations of later steps: the training may reach those steps with other weights.
+        """
         saving.set_aside_after(self.directory, step)
+        for path, values in filter(None, [self.evaluation, *self.evaluations()]):
+            if is_number(values.get("step")) and values["step"] > step:
+                for file in (path, path.with_suffix(".csv")):
+                    if file.is_file():
+                        saving.set_aside(file)
 
     def kept(self, best: Best | None) -> Best | None:
         """Return the best validation of a state that a training starts from; None if its checkpoint is not here.

@@ -111,8 +111,13 @@ def set_aside_after(run_dir: Path, step: int) -> None:
     """
     for folder in step_folders(run_dir):
         if int(folder.name.removeprefix("step_")) > step:
-            aside = folder.with_name(f"set_aside-{folder.name}-{secrets.token_hex(4)}")
-            logger.warning("set aside: %s", shutil.move(folder, aside))
+            set_aside(folder)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint or a file, so that nothing finds it any more under its name or its suffix."""
+    aside = path.with_name(f"set_aside-{path.name}-{secrets.token_hex(4)}")
+    logger.warning("set aside: %s", shutil.move(path, aside))
 
 
 def _prune(run_dir: Path, keep: int, best: Best | None) -> None:
