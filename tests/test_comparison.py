@@ -168,6 +168,15 @@ def test_runs_that_do_not_differ_are_labelled_by_name_and_step(make_run: MakeRun
     assert both == ["latent_dim=2, run_2", "latent_dim=2, again", "latent_dim=4, run_4"]
 
 
+def test_a_renamed_run_has_the_name_of_its_directory(pair: list[Path]) -> None:
+    """Under the name that it has stored there may be another run, and another comparison."""
+    renamed = pair[0].rename(pair[0].with_name("renamed"))
+    folder = compare([renamed, pair[1]])
+    assert folder.name == f"renamed_{pair[1].name}" and "| renamed |" in (folder / "table.md").read_text()
+    alone = shutil.copytree(renamed / "checkpoints/step_00000010", renamed.with_name("alone"))
+    assert compare([alone, pair[1]]).name == f"{pair[0].name}_{pair[1].name}"
+
+
 def test_copies_of_a_run_are_told_apart_by_their_directories(pair: list[Path], tmp_path: Path) -> None:
     first = opened(pair[0])
     copy, elsewhere = tmp_path / "runs/copy", tmp_path / "other/runs/run_2"

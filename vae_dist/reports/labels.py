@@ -1,5 +1,6 @@
 """Labels that tell compared runs apart."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,16 +27,29 @@ def labels(opened: Sequence[Opened]) -> list[str]:
 
 
 def names(opened: Sequence[Opened]) -> list[str]:
-    """The runs' names; if runs in several directories share one, as copies do, the end of each directory's path."""
+    """The runs' names; if runs in several directories share one, as copies do, the end of each directory's path.
+
+    The name is that of the run's directory, which may have been renamed or copied; of another folder with a checkpoint,
+    such as an export, the stored one.
+    """
     directories = [run.checkpoint.run_dir.resolve() for run in opened]
-    stored = [str(run.config.name) for run in opened]
-    if len(set(zip(stored, directories, strict=True))) == len(set(stored)):
-        return stored
+    own = [
+        str(run.config.name) if run.checkpoint.folder.resolve() == directory else _name_of(directory)
+        for run, directory in zip(opened, directories, strict=True)
+    ]
+    if len(set(zip(own, directories, strict=True))) == len(set(own)):
+        return own
     for length in range(1, max(len(directory.parts) for directory in directories)):
         ends = {directory: str(Path(*directory.parts[-length:])) for directory in directories}
         if len(set(ends.values())) == len(ends):
             break
     return [ends[directory] for directory in directories]
+
+
+def _name_of(directory: Path) -> str:
+    return (
+        os.fsencode(directory.name).decode(errors="replace") or "/"
+    )  # a name need not be UTF-8, and a label has to be
 
 
 def settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:
