@@ -16,9 +16,10 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import vae_dist
 from tests.conftest import REPOSITORY, MakeConfig
-from vae_dist.config import MLPConfig, ObjectiveConfig
+from tests.sources import whole
+from vae_dist.config import DataConfig, MLPConfig, ObjectiveConfig
 from vae_dist.data.datasets import DATASETS
-from vae_dist.data.source import in_memory
+from vae_dist.data.source import Source, in_memory
 from vae_dist.distributed import fingerprints
 from vae_dist.encoding.encode import encode
 from vae_dist.errors import UserError
@@ -34,6 +35,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.objectives import OBJECTIVES, elbo_terms
 from vae_dist.publishing.programs import make_programs
 from vae_dist.reports.report import report
+from vae_dist.runs.lookup import find
 from vae_dist.training.loop import train
 from vae_dist.views.sampling import sample
 
@@ -223,3 +225,23 @@ def test_the_standard_normal_prior_estimates_the_kl_of_a_posterior_that_is_not_d
     expected = kl_divergence(q, MultivariateNormal(torch.zeros(2), torch.eye(2)))
     assert kl.shape == (100_000, 1, 1)
     assert kl.mean().item() == pytest.approx(expected.item(), abs=0.03)
+
+
+def test_a_run_resumes_on_no_other_images_of_a_registered_set(
+    examples: dict[str, Any], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images have the identity that their author gives them."""
+    first, settings = "stripes, train", ["data.name=stripes", "data.validation_images=100", "name=a"]
+
+    def inverted(config: DataConfig, part: str) -> Source:
+        source = examples["load_stripes"](config, part)
+        return in_memory(config.name, 255 - whole(source).pixels, None, f"inverted {source.info.identity}")
+
+    run = train(make_config(*settings, "train.steps=5"))
+    assert find(run, run.parent).config.data.identity == first
+    assert train(make_config(*settings, "train.steps=6")) == run
+    monkeypatch.setitem(DATASETS, "stripes", inverted)
+    with pytest.raises(UserError, match=r"the images of data\.name=stripes are not those that run a was started with"):
+        train(make_config(*settings, "train.steps=7"))
+    assert find(run, run.parent).step == 6
+    assert train(make_config(*settings, "train.steps=7", "name=b")) != run

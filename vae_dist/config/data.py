@@ -81,7 +81,9 @@ class DataConfig:
     workers: int | None = option(
         None, "threads that decode; 0: none of their own; null: one per CPU", at_least=0, at_most=1024
     )
-    identity: str | None = option(None, "hash of your own images; the run sets it, not you")
+    identity: str | None = option(
+        None, "hash of your own images, or identity of a registered set; the run sets it, not you"
+    )
     classes: list[str] | None = option(
         None, "names of the classes of a conditional model; null: the data set's, if model.conditional"
     )

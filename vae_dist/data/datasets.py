@@ -175,3 +175,12 @@ DATASETS: dict[str, Callable[[DataConfig, Part], Source]] = {
     "mnist": partial(_load_mnist, name="mnist"),
     digit_set.NAME: _load_digits,
 }
+_OF_THE_PACKAGE = frozenset(DATASETS)
+
+
+def may_change(name: str) -> bool:
+    """Return whether a set's images are the user's, in files or from a program that has registered the set.
+
+    A run stores their identity, and resumes on no others.
+    """
+    return name in OWN_IMAGES or name not in _OF_THE_PACKAGE

@@ -14,7 +14,7 @@ import torch
 
 from vae_dist import config as configs
 from vae_dist import objectives
-from vae_dist.config import OWN_IMAGES, Config, DataConfig
+from vae_dist.config import Config, DataConfig
 from vae_dist.data import datasets
 from vae_dist.data.classes import class_names
 from vae_dist.data.source import DataInfo, Source
@@ -191,11 +191,12 @@ def _has_compiler(variable: str, *names: str) -> bool:
 def _resolved_data(config: Config, info: DataInfo) -> DataConfig:
     """Return the config's data, with what it leaves open. Raises UserError if own images have changed in a run."""
     data = replace(config.data, name=info.name, image_shape=list(info.image_shape))
-    if data.name in OWN_IMAGES:
+    if datasets.may_change(data.name):
         if data.identity not in (None, info.identity):
+            where = f"in data.path={data.path}" if data.path else f"of data.name={data.name}"
             raise UserError(
-                f"the images in data.path={data.path} are not those that run {config.name} was started with: put them "
-                "back, or choose another name for a new run"
+                f"the images {where} are not those that run {config.name} was started with: put them back, or choose "
+                "another name for a new run"
             )
         data.identity = info.identity
     if config.model.conditional:
