@@ -22,6 +22,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.forked import ForkServer
+from tests.image_folders import numbered, packing, write_images
 from tests.test_mnist import idx
 from vae_dist.errors import RunError, StoppedError, UserError
 from vae_dist.runs.lookup import find
@@ -149,6 +150,21 @@ def test_a_hangup_or_a_warning_outside_of_a_training_ends_with_the_promised_code
     ignoring.kill()
     for process in (*started, ignoring):
         process.communicate()
+
+
+def test_a_packing_says_at_once_why_it_waits(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pictures", numbered(3))
+    target = packing(tmp_path / "packed", 64).target(folder)
+    target.parent.mkdir()
+    program = [sys.executable, "-m", "vae_dist", "pack", f"data.path={folder}", f"data.root={tmp_path}"]
+    with open(target.with_name(f".{target.name}.lock"), "w") as lock, pipe() as (reader, writer):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process packs
+        process = subprocess.Popen(program, cwd=REPOSITORY, stderr=writer)
+        try:
+            read_until(reader, b"waiting up to")
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_a_pipe_that_does_not_block_gets_the_whole_text() -> None:

@@ -19,11 +19,13 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
     sys.path[:] = [str(folder.parent), *(path for path in sys.path if Path(path or ".").resolve() != folder)]
 
 from vae_dist import cli
+from vae_dist.terminal import console
 
 KEYS = ()
 
 
 def main(arguments: list[str]) -> None:
+    console.start_alone()
     from vae_dist.features.published import fetch
 
     fetch(arguments)

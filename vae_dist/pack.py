@@ -20,12 +20,14 @@ if not __package__:  # run by path: the modules of this folder must not shadow o
 
 from vae_dist import cli
 from vae_dist.config import load
+from vae_dist.terminal import console
 
 KEYS = ("data.",)
 
 
 def main(arguments: list[str]) -> None:
     config = load(["data.name=folder", *arguments])
+    console.start_alone()
     from vae_dist.data.folder import pack
 
     pack(config.data)

@@ -94,12 +94,21 @@ def start(process: Process) -> None:
     """Show messages on the terminal: all of the main process's, and the warnings that only another process logs."""
     global _process, _starts
     _process, _starts = process, _starts + 1
+    _unlogged.flush_to(lambda record: None)  # of an earlier run in this process
+    _show(process.rank == 0, _unlogged)
+
+
+def start_alone() -> None:
+    """Show messages on the terminal in a command whose processes never join, if there are several."""
+    _show(_rank_and_size()[0] == 0)
+
+
+def _show(is_main: bool, *others: logging.Handler) -> None:
     handler = _ConsoleHandler()
     handler.setFormatter(_Formatter())
-    handler.setLevel(logging.INFO if process.rank == 0 else logging.WARNING)
+    handler.setLevel(logging.INFO if is_main else logging.WARNING)
     handler.addFilter(_is_shown)
-    _unlogged.flush_to(lambda record: None)  # of an earlier run in this process
-    _install(handler, _unlogged)
+    _install(handler, *others)
     _unshown.flush_to(logger.handle)
 
 
