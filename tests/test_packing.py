@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from tests.conftest import REPOSITORY
 from tests.forked import ForkServer
 from tests.image_folders import image_bytes, numbered, packing, write_images
+from tests.test_mnist import without_privileges
 from vae_dist import locks
 from vae_dist.data import decoding, pack_file, pack_journal
 from vae_dist.data import packing as packings
@@ -264,6 +266,23 @@ def test_a_changed_folder_is_packed_again(change: str, tmp_path: Path, decoded: 
     kept = read(packed_set(before).source, range(6)).numpy()
     assert np.array_equal(kept, pixels)  # a training that has mapped it keeps what it had
     assert len([path for path in (tmp_path / "packed").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("skip_damaged", [True, False])
+def test_a_file_that_was_made_readable_is_packed(skip_damaged: bool) -> None:
+    with TemporaryDirectory() as temporary:  # pytest's is its user's alone
+        Path(temporary).chmod(0o777)
+        with without_privileges():
+            folder, place = write_images(Path(temporary) / "pictures", numbered(6)), Path(temporary) / "packed"
+            (folder / "003.png").chmod(0o200)
+            if skip_damaged:
+                assert len(pack(folder, place, skip_damaged=True).names) == 5
+            else:
+                with pytest.raises(UserError, match=r"1 of 6 images .* 003\.png \(this user may not read it\)"):
+                    pack(folder, place)
+            (folder / "003.png").chmod(0o400)
+            after = pack(folder, place, skip_damaged=skip_damaged)
+    assert len(after.names) == 6 and after.refused == ()
 
 
 def test_a_pack_that_is_overwritten_is_not_read_on(tmp_path: Path) -> None:

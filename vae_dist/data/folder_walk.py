@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vae_dist import files
-from vae_dist.data.image_files import LINK, NOT_REGULAR
+from vae_dist.data.image_files import LINK, NOT_READABLE, NOT_REGULAR
 from vae_dist.errors import UNPRINTABLE, UserError, plain
 
 # Files and folders that systems put beside pictures: some hold smaller copies of them.
@@ -17,6 +17,8 @@ _OF_SYSTEMS = frozenset([b"thumbs.db", b"desktop.ini", b"@eadir", b"__macosx", b
 
 # Errors of one file or folder, which may have been removed meanwhile. Others are the disk's or the process's.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+
+_READABLE_BY_ALL = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
 class Found(NamedTuple):
@@ -75,7 +77,16 @@ def _found(name: bytes, root: bytes) -> Found:
     is_link = stat.S_ISLNK(status.st_mode)
     is_folder = is_link and Path(os.fsdecode(root + name)).is_dir()
     problem = LINK if is_link else "" if stat.S_ISREG(status.st_mode) else NOT_REGULAR
+    if not problem and not _is_readable(root + name, status.st_mode):
+        problem = NOT_READABLE  # known here: a change of the mode changes neither size nor time
     return Found(name, status.st_size, status.st_mtime_ns, problem or _unusable(name, status.st_size), is_folder)
+
+
+def _is_readable(path: bytes, mode: int) -> bool:
+    """Return whether this user may read a file. The system is asked only where the mode denies it to some user."""
+    if mode & _READABLE_BY_ALL == _READABLE_BY_ALL:
+        return True
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _unusable(name: bytes, size: int) -> str:

@@ -24,6 +24,7 @@ MAX_BYTES = 4 * MAX_PIXELS  # of one file: four channels without compression
 CUT_OFF = "cut off: the file ends before the image does"
 LINK = "a link; copy the file, or give its folder"
 NOT_REGULAR = "not a regular file"
+NOT_READABLE = "this user may not read it"
 
 
 class _Jpeg(JpegImageFile):
@@ -154,8 +155,8 @@ _ERRNO = {
     errno.EINVAL: NOT_REGULAR,
     errno.ENXIO: NOT_REGULAR,  # a socket
     errno.EFBIG: f"more than {MAX_BYTES // 2**20} MiB",
-    errno.EACCES: "this user may not read it",
-    errno.EPERM: "this user may not read it",
+    errno.EACCES: NOT_READABLE,
+    errno.EPERM: NOT_READABLE,
 }
 
 
