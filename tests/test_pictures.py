@@ -118,6 +118,14 @@ def test_labels_are_in_their_places_and_not_cut() -> None:
     assert all(white_around(picture) for picture in (left, right, top, below))
 
 
+def test_letters_outside_ascii_are_drawn_and_not_boxes() -> None:
+    images = torch.zeros(1, 1, 28, 28)
+    drawn = [np.asarray(labelled_grid(images, 1, left=[letter])) for letter in "äжα"]
+    captioned = [np.asarray(with_caption(Picture(Image.new("L", (9, 9)), letter))) for letter in "äжα"]
+    for pictures in drawn, captioned:
+        assert not any(np.array_equal(*pair) for pair in itertools.combinations(pictures, 2))
+
+
 def test_narrow_columns_have_every_nth_label() -> None:
     drawn = labelled_grid(torch.full((1, 1, 28, 28), 0.5).expand(40, -1, -1, -1), 40, top=["-1.96"] * 40)
     columns = np.asarray((np.asarray(drawn)[:16] < 128).any(0))

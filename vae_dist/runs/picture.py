@@ -1,8 +1,10 @@
 """Pictures with captions, as PNG files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -23,9 +25,20 @@ class Picture(NamedTuple):
     caption: str
 
 
+def font_of(texts: Iterable[str], size: int) -> Font:
+    """Return a font for the texts: Pillow's, which draws boxes for all but ASCII, or else DejaVu Sans.
+
+    The latter, which matplotlib has, draws boxes for Chinese, Japanese and Korean.
+    """
+    if all(map(str.isascii, texts)) or (matplotlib := find_spec("matplotlib")) is None:
+        return ImageFont.load_default(size=size)
+    file = Path(str(matplotlib.origin)).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(file, size) if file.exists() else ImageFont.load_default(size=size)
+
+
 def with_caption(picture: Picture) -> Image.Image:
     """Return the picture with its caption in a strip below, wrapped to its width."""
-    font = ImageFont.load_default(size=CAPTION_SIZE)
+    font = font_of([picture.caption], CAPTION_SIZE)
     words = picture.caption.split()
     width = max(picture.image.width, NARROWEST, widest(words, font) + 2 * LABEL_SPACE)
     lines, line = [], ""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vae_dist.data.source import Source
@@ -13,7 +13,7 @@ from vae_dist.errors import UserError
 from vae_dist.models.inputs import read_inputs
 from vae_dist.models.vae import VAE
 from vae_dist.plan import FIXED_SEED, Stream, standard_normal
-from vae_dist.runs.picture import LABEL_SPACE, Picture, widest
+from vae_dist.runs.picture import LABEL_SPACE, Picture, font_of, widest
 
 PADDING = 2  # pixels between the images of a grid
 BACKGROUND = 0.5  # of a grid
@@ -66,7 +66,7 @@ def labelled_grid(
     """
     images = _reduced(images, columns)
     count, channels, height, width = images.shape
-    font = ImageFont.load_default(size=LABEL_SIZE)
+    font = font_of([*left, *right, *top, *below], LABEL_SIZE)
     is_few = columns <= FEW and (most_rows is None or count <= columns * most_rows)
     scale = _scale(height, width, columns, 2 * SMALL if is_few else SMALL)
     margins = [widest(texts, font) + 2 * LABEL_SPACE if texts else PADDING for texts in (left, right)]
