@@ -47,9 +47,8 @@ def names(opened: Sequence[Opened]) -> list[str]:
 
 
 def _name_of(directory: Path) -> str:
-    return (
-        os.fsencode(directory.name).decode(errors="replace") or "/"
-    )  # a name need not be UTF-8, and a label has to be
+    """Return a directory's name as text: it need not be UTF-8."""
+    return os.fsencode(directory.name).decode(errors="replace") or "/"
 
 
 def settings(run: Opened, keys: Sequence[str]) -> dict[str, str]:
