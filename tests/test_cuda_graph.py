@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import MakeConfig
+from tests.test_stopping import Alone
 from tests.test_trainer import final, timeless
 from vae_dist.compute import cuda_graph
 from vae_dist.compute.cuda_graph import CapturedSteps, Steps
@@ -304,10 +305,6 @@ def test_a_check_does_not_wait_for_the_steps_so_far(make_config: MakeConfig, mon
         _, checked = events[place]
         begun = events.index(("check", checked))
         assert [name for name, _ in events[begun:place]] == ["check", "launched", "check"]
-
-
-class Alone:
-    is_main, size = True, 1
 
 
 @pytest.mark.parametrize("late", [False, True])

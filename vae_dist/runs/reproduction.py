@@ -40,7 +40,7 @@ def promise(starts: Sequence[Start], step: int, conditions: str) -> str:
 
 
 def _change(name: str, values: Sequence[object]) -> str:
-    """Return `name (was A, then B)` if the values differ. None is a value that is not known or does not matter."""
+    """Return `name (A, then B)` if the values differ. None is a value that is not known or does not matter."""
     known = [value for value in values if value is not None]
     told = [value for number, value in enumerate(known) if number == 0 or value != known[number - 1]]
     return f"{name} ({', then '.join(str(value).lower() for value in told)})" if len(told) > 1 else ""
